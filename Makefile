@@ -1,0 +1,47 @@
+# Every target works from a bare checkout: it makes .venv and installs the pinned dependencies first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test test-all test-gpu check format clean
+
+help:
+	@echo "make demo      train, resume, export and reopen a small model (minutes on 2 CPU cores)"
+	@echo "make test      checks and the ordinary tests"
+	@echo "make test-all  the same and the slow tests"
+	@echo "make test-gpu  tests that need a CUDA device, with the python that has torch (PYTHON=...)"
+	@echo "make check     format, lint, types, import rules"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy triton setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[hub,test]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: check
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" tests
+
+test-all: check
+	$(BIN)/python -m pytest -n 2 -m "not gpu" tests
+
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) demo-output

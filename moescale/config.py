@@ -1,0 +1,169 @@
+"""Frozen configuration: the model's mathematics, and the settings of a training run. Imports no torch.
+
+Field names are moescale's; Hugging Face spellings are translated in :mod:`moescale.convert.hf_config`. Defaults exist
+only where a user may leave a setting out; what decides the mathematics of a model has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from moescale.errors import ConfigError
+
+ROUTING_METHODS = ("greedy", "group_limited_greedy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """YaRN context extension (Peng et al. 2023, arXiv:2309.00071) as DeepSeek-V2 uses it."""
+
+    factor: float
+    """Ratio of the extended to the original context length."""
+    original_max_sequence_length: int
+    """Context length before the extension, in tokens."""
+    beta_fast: float
+    """Number of rotations above which a frequency is left as it is."""
+    beta_slow: float
+    """Number of rotations below which a frequency is divided by ``factor``."""
+    mscale: float
+    """Numerator's coefficient of the cos/sin scale; see :mod:`moescale.model.rope`."""
+    mscale_all_dim: float
+    """Denominator's coefficient of the cos/sin scale, and the softmax scale's coefficient; 0 means neither."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The DeepSeek-V2 architecture (arXiv:2405.04434). Everything that changes the mathematics is here."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    q_lora_rank: int | None
+    """Rank of the compressed query, or None for one full projection."""
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    attention_bias: bool
+    """Bias on the q_a, kv_a and output projections, as the published code has it."""
+    dense_intermediate_size: int
+    """Intermediate size of the dense layers' feed-forward."""
+    expert_intermediate_size: int
+    num_experts: int | None
+    """Routed experts per MoE layer; None: every layer is dense."""
+    num_shared_experts: int
+    """0: none. They act as one feed-forward of ``num_shared_experts * expert_intermediate_size``."""
+    top_k: int
+    first_moe_layer: int
+    """Layers with an absolute index below this one are dense."""
+    moe_layer_frequency: int
+    """From ``first_moe_layer`` on, layers whose absolute index is divisible by this are MoE, the others dense."""
+    routing_method: Literal["greedy", "group_limited_greedy"]
+    num_groups: int
+    top_k_groups: int
+    normalize_topk: bool
+    """With top_k > 1, divide the chosen probabilities by their sum, *instead of* ``routed_scaling_factor``."""
+    routed_scaling_factor: float
+    aux_loss_alpha: float
+    """Weight of the load-balancing loss; 0 means none."""
+    aux_loss_per_sequence: bool
+    """Balance each sequence by itself (``seq_aux``), or the micro-batch as a whole."""
+    rms_norm_eps: float
+    tie_embeddings: bool
+    max_sequence_length: int
+    """Longest sequence the positional encoding is meant for, in tokens."""
+    rope_theta: float
+    yarn: YarnConfig | None
+    initializer_std: float
+
+    def __post_init__(self) -> None:
+        positive = (
+            "vocab_size hidden_size num_layers num_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+            "dense_intermediate_size moe_layer_frequency rope_theta max_sequence_length initializer_std rms_norm_eps"
+        )
+        for name in positive.split():
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"model.{name} ({getattr(self, name)}) must be positive")
+        if self.q_lora_rank is not None and self.q_lora_rank <= 0:
+            raise ConfigError(
+                f"model.q_lora_rank ({self.q_lora_rank}) must be positive, or None for a full projection"
+            )
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(
+                f"model.qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: RoPE rotates pairs"
+            )
+        if self.aux_loss_alpha < 0:
+            raise ConfigError(
+                f"model.aux_loss_alpha ({self.aux_loss_alpha}) must not be negative; use 0 for none"
+            )
+        if self.routing_method not in ROUTING_METHODS:
+            raise ConfigError(
+                f"model.routing_method ('{self.routing_method}') is not supported; use one of {', '.join(ROUTING_METHODS)}"
+            )
+        if self.num_experts is not None:
+            self._check_experts(self.num_experts)
+
+    def _check_experts(self, num_experts: int) -> None:
+        if num_experts <= 0:
+            raise ConfigError(
+                f"model.num_experts ({num_experts}) must be positive, or None for a dense model"
+            )
+        if self.expert_intermediate_size <= 0:
+            raise ConfigError(
+                f"model.expert_intermediate_size ({self.expert_intermediate_size}) must be positive"
+            )
+        if self.num_shared_experts < 0 or self.first_moe_layer < 0:
+            raise ConfigError(
+                f"model.num_shared_experts ({self.num_shared_experts}) and model.first_moe_layer "
+                f"({self.first_moe_layer}) must not be negative"
+            )
+        if not 1 <= self.top_k <= num_experts:
+            raise ConfigError(
+                f"model.top_k ({self.top_k}) must be between 1 and model.num_experts ({num_experts})"
+            )
+        if self.routing_method == "group_limited_greedy":
+            if self.num_groups < 1 or num_experts % self.num_groups:
+                raise ConfigError(
+                    f"model.num_experts ({num_experts}) must be divisible by model.num_groups ({self.num_groups})"
+                )
+            if not 1 <= self.top_k_groups <= self.num_groups:
+                raise ConfigError(
+                    f"model.top_k_groups ({self.top_k_groups}) must be between 1 and model.num_groups ({self.num_groups})"
+                )
+            reachable = num_experts // self.num_groups * self.top_k_groups
+            if self.top_k > reachable:
+                raise ConfigError(
+                    f"model.top_k ({self.top_k}) must not exceed the {reachable} experts that "
+                    f"{self.top_k_groups} of {self.num_groups} groups hold"
+                )
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one head's query and key: the part without and the part with positions."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether the layer with absolute index ``layer`` routes its tokens to experts."""
+        return (
+            self.num_experts is not None
+            and layer >= self.first_moe_layer
+            and layer % self.moe_layer_frequency == 0
+        )
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
+
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the SHA-256 of the configuration: equal exactly when the mathematics is."""
+        return fingerprint(asdict(self))
+
+
+def fingerprint(value: object) -> str:
+    """First 16 hex digits of the SHA-256 of ``value`` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

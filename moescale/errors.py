@@ -1,0 +1,46 @@
+"""Errors meant for the user: what was read, its value, the rule it breaks, and what to do.
+
+Every error a user can cause derives from :class:`MoescaleError`; the command line prints its message without a traceback
+and leaves with :data:`MoescaleError.exit_status`. ``assert`` is for invariants of the code.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoescaleError(Exception):
+    """Base of all user-facing errors."""
+
+    exit_status = 2
+
+
+class ConfigError(MoescaleError):
+    """A setting, model configuration or plan has a value that breaks a rule."""
+
+
+class DataError(MoescaleError):
+    """A corpus or its source cannot be used as it is."""
+
+
+class CheckpointError(MoescaleError):
+    """A checkpoint or Hugging Face folder is missing, incomplete, damaged or does not match the model."""
+
+
+class NonFiniteLossError(MoescaleError):
+    """The loss became NaN or infinite; nothing was saved over the last good checkpoint."""
+
+    exit_status = 3
+
+
+class Preempted(MoescaleError):
+    """The run was asked to stop (SIGTERM, Ctrl-C); its state was saved and it can be resumed."""
+
+    exit_status = 75
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{matches[0]}'?" if matches else ""

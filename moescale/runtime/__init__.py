@@ -1,0 +1,4 @@
+"""The training run: plan -> torch.distributed engine, optimizer, checkpoints, train loop, calibration.
+
+May import: moescale.model and below. The only layer that imports torch.distributed.
+"""
