@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from moescale.errors import ConfigError
@@ -89,42 +89,31 @@ class ModelConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"model.{name} ({getattr(self, name)}) must be positive")
         if self.q_lora_rank is not None and self.q_lora_rank <= 0:
-            raise ConfigError(
-                f"model.q_lora_rank ({self.q_lora_rank}) must be positive, or None for a full projection"
-            )
+            raise ConfigError(f"model.q_lora_rank ({self.q_lora_rank}) must be positive, or None for a full projection")
         if self.qk_rope_head_dim % 2:
-            raise ConfigError(
-                f"model.qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: RoPE rotates pairs"
-            )
+            raise ConfigError(f"model.qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: RoPE rotates pairs")
         if self.aux_loss_alpha < 0:
-            raise ConfigError(
-                f"model.aux_loss_alpha ({self.aux_loss_alpha}) must not be negative; use 0 for none"
-            )
+            raise ConfigError(f"model.aux_loss_alpha ({self.aux_loss_alpha}) must not be negative; use 0 for none")
         if self.routing_method not in ROUTING_METHODS:
             raise ConfigError(
-                f"model.routing_method ('{self.routing_method}') is not supported; use one of {', '.join(ROUTING_METHODS)}"
+                f"model.routing_method ('{self.routing_method}') is not supported; "
+                f"use one of {', '.join(ROUTING_METHODS)}"
             )
         if self.num_experts is not None:
             self._check_experts(self.num_experts)
 
     def _check_experts(self, num_experts: int) -> None:
         if num_experts <= 0:
-            raise ConfigError(
-                f"model.num_experts ({num_experts}) must be positive, or None for a dense model"
-            )
+            raise ConfigError(f"model.num_experts ({num_experts}) must be positive, or None for a dense model")
         if self.expert_intermediate_size <= 0:
-            raise ConfigError(
-                f"model.expert_intermediate_size ({self.expert_intermediate_size}) must be positive"
-            )
+            raise ConfigError(f"model.expert_intermediate_size ({self.expert_intermediate_size}) must be positive")
         if self.num_shared_experts < 0 or self.first_moe_layer < 0:
             raise ConfigError(
                 f"model.num_shared_experts ({self.num_shared_experts}) and model.first_moe_layer "
                 f"({self.first_moe_layer}) must not be negative"
             )
         if not 1 <= self.top_k <= num_experts:
-            raise ConfigError(
-                f"model.top_k ({self.top_k}) must be between 1 and model.num_experts ({num_experts})"
-            )
+            raise ConfigError(f"model.top_k ({self.top_k}) must be between 1 and model.num_experts ({num_experts})")
         if self.routing_method == "group_limited_greedy":
             if self.num_groups < 1 or num_experts % self.num_groups:
                 raise ConfigError(
@@ -132,7 +121,8 @@ class ModelConfig:
                 )
             if not 1 <= self.top_k_groups <= self.num_groups:
                 raise ConfigError(
-                    f"model.top_k_groups ({self.top_k_groups}) must be between 1 and model.num_groups ({self.num_groups})"
+                    f"model.top_k_groups ({self.top_k_groups}) must be between 1 "
+                    f"and model.num_groups ({self.num_groups})"
                 )
             reachable = num_experts // self.num_groups * self.top_k_groups
             if self.top_k > reachable:
@@ -148,11 +138,7 @@ class ModelConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the layer with absolute index ``layer`` routes its tokens to experts."""
-        return (
-            self.num_experts is not None
-            and layer >= self.first_moe_layer
-            and layer % self.moe_layer_frequency == 0
-        )
+        return self.num_experts is not None and layer >= self.first_moe_layer and layer % self.moe_layer_frequency == 0
 
     @property
     def num_moe_layers(self) -> int:

@@ -1,7 +1,7 @@
 """Errors meant for the user: what was read, its value, the rule it breaks, and what to do.
 
-Every error a user can cause derives from :class:`MoescaleError`; the command line prints its message without a traceback
-and leaves with :data:`MoescaleError.exit_status`. ``assert`` is for invariants of the code.
+Every error a user can cause derives from :class:`MoescaleError`; the command line prints its message without a
+traceback and leaves with :data:`MoescaleError.exit_status`. ``assert`` is for invariants of the code.
 """
 
 from __future__ import annotations
