@@ -1,0 +1,105 @@
+"""Which implementation an operator runs with, and how its inputs are refused.
+
+Three back ends sit behind one signature: ``triton`` (our kernels; CUDA GPUs from Ampere on), ``grouped_mm`` (PyTorch's
+grouped matrix product) and ``torch`` (plain PyTorch, the readable definition). ``auto`` picks by device and capability.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+
+from moescale.errors import MoescaleError, nearest
+
+Backend = Literal["triton", "grouped_mm", "torch"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+# Ampere: the first generation with bf16 tensor cores and asynchronous copies, which the kernels are written for.
+MINIMUM_CAPABILITY = (8, 0)
+
+
+class KernelInputError(MoescaleError, ValueError):
+    """An operator was called with a shape, dtype, device or expert id that it cannot take."""
+
+
+def debug_checks_enabled() -> bool:
+    """Whether operators check values (expert ids) as well as shapes; that synchronises with the device."""
+    return os.environ.get("MOESCALE_DEBUG", "0") not in ("", "0")
+
+
+@functools.cache
+def triton_available() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, requested: str = "auto") -> str:
+    """Return the back end that runs an operator on ``device`` in ``dtype``.
+
+    ``auto`` takes Triton on CUDA from capability 8.0 on, ``grouped_mm`` for bf16 on older CUDA devices and plain torch
+    everywhere else. A back end asked for by name is used or refused with :class:`KernelInputError`, never replaced.
+    """
+    if requested != "auto":
+        return _checked_request(device, dtype, requested)
+    if device.type != "cuda":
+        return "torch"
+    if triton_available() and torch.cuda.get_device_capability(device) >= MINIMUM_CAPABILITY:
+        return "triton"
+    return "grouped_mm" if dtype == torch.bfloat16 else "torch"
+
+
+def _checked_request(device: torch.device, dtype: torch.dtype, requested: str) -> str:
+    if requested not in BACKENDS:
+        raise KernelInputError(
+            f"kernels.backend ({requested!r}) must be one of auto, {', '.join(BACKENDS)}{nearest(requested, BACKENDS)}"
+        )
+    if requested != "triton":
+        return requested
+    if not triton_available():
+        raise KernelInputError(
+            "kernels.backend ('triton') needs the package triton, which is not installed; use 'auto'"
+        )
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            raise KernelInputError(
+                f"kernels.backend ('triton') needs CUDA capability {MINIMUM_CAPABILITY} or newer; {device} has "
+                f"{capability}; use 'auto'"
+            )
+    elif not (triton_interpreted() and device.type == "cpu"):
+        raise KernelInputError(
+            f"kernels.backend ('triton') cannot run on {device} ({dtype}): it needs a CUDA device, or the interpreter "
+            "(TRITON_INTERPRET=1) on the CPU; use 'auto'"
+        )
+    return requested
+
+
+def check_shape(operator: str, name: str, tensor: torch.Tensor, shape: Sequence[int | None], meaning: str) -> None:
+    """Refuse ``tensor`` unless its shape is ``shape`` (None: any length), naming both and what they mean."""
+    actual = tuple(tensor.shape)
+    if len(actual) != len(shape) or any(s is not None and s != a for s, a in zip(shape, actual, strict=True)):
+        expected = tuple("any" if s is None else s for s in shape)
+        raise KernelInputError(f"{operator}: {name} has shape {actual}; it must be {meaning} = {expected}")
+
+
+def check_dtype(operator: str, name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Refuse ``tensor`` unless its dtype is one of ``allowed``."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise KernelInputError(f"{operator}: {name} has dtype {tensor.dtype}; it must be {names}")
+
+
+def check_device(operator: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Refuse ``tensor`` unless it lives on ``device``."""
+    if tensor.device != device:
+        raise KernelInputError(f"{operator}: {name} is on {tensor.device}; the other inputs are on {device}")
