@@ -1,0 +1,55 @@
+"""The command line: each command in its own module, a thin caller of the package, imported when it is used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from cyclopts.config import Toml
+from rich.console import Console
+
+from moescale import __version__
+from moescale.errors import MoescaleError
+
+app = App(
+    name="moescale",
+    version=__version__,
+    help="Compile, run and export parallel training of DeepSeek-V2-family mixture-of-experts models.",
+    help_format="markdown",
+)
+app.command("moescale.cli.prepare:prepare_command", name="prepare")
+app.command("moescale.cli.compile:compile_command", name="compile")
+app.command("moescale.cli.run:run_command", name="run")
+app.command("moescale.cli.export:export_command", name="export")
+
+
+@app.meta.default
+def _with_config(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Path | None = None,
+) -> None:
+    """Read settings from a TOML file, then run a command.
+
+    Parameters
+    ----------
+    config
+        TOML file with one table per command ([prepare], [compile], [run], [export]); the command line overrides it.
+    """
+    if config is not None:
+        if not config.is_file():
+            raise MoescaleError(f"--config ({config}) is not a file; give a TOML file with a table such as [run]")
+        app.config = Toml(config, must_exist=True, use_commands_as_keys=True)
+    app(tokens)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit status: 0 done, 2 bad input, 3 loss not finite, 75 stopped and resumable, 130 interrupted."""
+    try:
+        app.meta(arguments if arguments is not None else sys.argv[1:])
+    except MoescaleError as error:
+        Console(stderr=True).print(f"error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,66 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) in its training form.
+
+Keys and values come from one compressed vector per token; positions enter through a separate rotary part of the query
+and one rotary key that all heads share. Training materialises keys and values: absorbing the up-projection into the
+query, as inference does, costs more arithmetic at training lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moescale.config import ModelConfig
+from moescale.kernels.attention import attention
+from moescale.kernels.mla_rope import mla_rope
+from moescale.kernels.rms_norm import rms_norm
+from moescale.model.rope import softmax_scale
+
+LATENT_NORM_EPS = 1e-6
+"""The published code gives the q and kv latent norms this eps whatever ``rms_norm_eps`` is."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned gain, fp32 inside."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LatentAttention(nn.Module):
+    """[B, S, H] -> [B, S, H], causal; with ``document_ids`` tokens see only their own document."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.softmax_scale = softmax_scale(config)
+        hidden, heads, bias = config.hidden_size, config.num_heads, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_down = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_up = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_down = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_up = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.output = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, document_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        heads = self.config.num_heads
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_up(self.q_norm(self.q_down(x)))
+        latent, k_rope = self.kv_down(x).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+        kv = self.kv_up(self.kv_norm(latent))
+        q, k, v = mla_rope(q.unflatten(-1, (heads, -1)), kv.unflatten(-1, (heads, -1)), k_rope, cos, sin)
+        mixed = attention(q, k, v, softmax_scale=self.softmax_scale, document_ids=document_ids)  # [B, S, N, Dv]
+        return self.output(mixed.flatten(-2))

@@ -1,0 +1,116 @@
+"""Feed-forward layers: a gated MLP, and the mixture of experts (DeepSeek-V2, arXiv:2405.04434, section 2.2).
+
+Every token goes to ``top_k`` of E routed experts and to all shared experts. Routed experts are stacked in memory, so
+that one grouped product serves them all; the shared experts act as a single MLP of their summed width. Dispatch and
+experts stay apart (:class:`RoutedExperts`), so that expert parallelism replaces that one object.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from moescale.config import ModelConfig
+from moescale.kernels.experts import experts
+from moescale.kernels.router import Routing, route, router_logits
+from moescale.kernels.swiglu import swiglu
+
+
+class FeedForwardOutput(NamedTuple):
+    """A feed-forward's result and, from a MoE layer, what its router did."""
+
+    hidden: torch.Tensor
+    """[B, S, H]"""
+    aux_loss: torch.Tensor | None
+    """Scalar fp32: the load-balancing loss by its published definition, not yet times ``aux_loss_alpha``."""
+    tokens_per_expert: torch.Tensor | None
+    """[E] int32: routed rows each expert received."""
+
+
+class GatedMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``; gate and up are one product, gate rows first."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(swiglu(self.gate_up(x)))
+
+
+class DenseFeedForward(GatedMLP):
+    """The feed-forward of a layer without experts, with the interface of :class:`MixtureOfExperts`."""
+
+    def forward(self, x: torch.Tensor) -> FeedForwardOutput:  # type: ignore[override]
+        return FeedForwardOutput(super().forward(x), None, None)
+
+
+class Router(nn.Module):
+    """Chooses ``top_k`` experts per token; logits and probabilities are fp32 whatever the compute dtype."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.num_experts is not None
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x: torch.Tensor, num_sequences: int) -> Routing:
+        config = self.config
+        return route(
+            router_logits(x, self.weight),
+            top_k=config.top_k,
+            group_limited=config.routing_method == "group_limited_greedy",
+            num_groups=config.num_groups,
+            top_k_groups=config.top_k_groups,
+            normalize_topk=config.normalize_topk,
+            routed_scaling_factor=config.routed_scaling_factor,
+            num_sequences=num_sequences if config.aux_loss_per_sequence else None,
+        )
+
+
+class RoutedExperts(nn.Module):
+    """All routed experts of a layer, stacked: ``gate_up`` [E, 2F, H] (gate rows first) and ``down`` [E, H, F]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.num_experts is not None
+        width = config.expert_intermediate_size
+        self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
+        self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
+        self.backend = "auto"
+
+    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """[T, H] -> [T, H]: the sum over the chosen experts, weighted by the router."""
+        return experts(
+            x,
+            routing.topk_ids,
+            routing.topk_weights,
+            self.gate_up,
+            self.down,
+            tokens_per_expert=routing.tokens_per_expert,
+            backend=self.backend,
+        )
+
+
+class MixtureOfExperts(nn.Module):
+    """Router, routed experts and shared experts of one layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = RoutedExperts(config)
+        self.shared_experts = None
+        if config.num_shared_experts:
+            width = config.num_shared_experts * config.expert_intermediate_size
+            self.shared_experts = GatedMLP(config.hidden_size, width)
+
+    def forward(self, x: torch.Tensor) -> FeedForwardOutput:
+        flat = x.flatten(0, 1)  # [T, H]
+        routing = self.router(flat, num_sequences=x.shape[0])
+        hidden = self.experts(flat, routing).view_as(x)
+        if self.shared_experts is not None:
+            hidden = hidden + self.shared_experts(x)
+        return FeedForwardOutput(hidden, routing.aux_loss, routing.tokens_per_expert)

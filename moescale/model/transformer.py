@@ -1,0 +1,133 @@
+"""The DeepSeek-V2 decoder in training form: embedding, blocks, final norm, and the loss.
+
+A model is built on the meta device (:func:`build_on_meta`), given memory on its device, then filled either by
+:func:`initialize` or from a checkpoint. Logits exist only where a caller asks for them: training goes through the
+linear cross-entropy, which never holds a micro-batch's logits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moescale.config import ModelConfig
+from moescale.kernels.cross_entropy import linear_cross_entropy
+from moescale.model.attention import LatentAttention, RMSNorm
+from moescale.model.moe import DenseFeedForward, FeedForwardOutput, MixtureOfExperts
+from moescale.model.rope import rope_tables
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass returns; ``None`` where it was not asked for, or the model has no MoE layer."""
+
+    loss_sum: torch.Tensor | None
+    """Scalar fp32: cross-entropy in nats, summed over the target tokens."""
+    logits: torch.Tensor | None
+    """[B, S, V], without targets only."""
+    aux_loss: torch.Tensor
+    """Scalar fp32: load-balancing loss summed over MoE layers, not yet times ``aux_loss_alpha``."""
+    tokens_per_expert: torch.Tensor | None
+    """[MoE layers, E] int32: routed rows each expert received."""
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = LatentAttention(config)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward: DenseFeedForward | MixtureOfExperts
+        if config.is_moe_layer(layer):
+            self.feed_forward = MixtureOfExperts(config)
+        else:
+            self.feed_forward = DenseFeedForward(config.hidden_size, config.dense_intermediate_size)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, document_ids: torch.Tensor | None = None
+    ) -> FeedForwardOutput:
+        x = x + self.attention(self.attention_norm(x), cos, sin, document_ids)
+        output = self.feed_forward(self.feed_forward_norm(x))
+        return output._replace(hidden=x + output.hidden)
+
+
+class Transformer(nn.Module):
+    """The whole model. ``recompute_blocks`` trades the activations of every block for a second forward pass."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.output = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.recompute_layers: frozenset[int] = frozenset()
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """[V, H]: the weight of the last product, the embedding itself where the two are tied."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+    ) -> ModelOutput:
+        """Run ``tokens`` [B, S] int64; with ``targets`` [B, S] (-100: not a target) return the loss, else logits.
+
+        ``document_ids`` [B, S] int32 keeps attention within documents.
+        """
+        cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device)
+        x = self.embedding(tokens)
+        aux_loss = torch.zeros((), dtype=torch.float32, device=tokens.device)
+        counts: list[torch.Tensor] = []
+        for layer, block in enumerate(self.layers):
+            if layer in self.recompute_layers and torch.is_grad_enabled():
+                output = checkpoint(block, x, cos, sin, document_ids, use_reentrant=False, preserve_rng_state=False)
+            else:
+                output = block(x, cos, sin, document_ids)
+            x = output.hidden
+            if output.aux_loss is not None:
+                aux_loss = aux_loss + output.aux_loss
+                counts.append(output.tokens_per_expert)
+        x = self.norm(x)
+        loss_sum = logits = None
+        if targets is None:
+            logits = nn.functional.linear(x, self.output_weight)
+        else:
+            loss_sum = linear_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten())
+        return ModelOutput(loss_sum, logits, aux_loss, torch.stack(counts) if counts else None)
+
+
+def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """Build the model without memory: every parameter is on the meta device, in ``dtype``."""
+    with torch.device("meta"):
+        return Transformer(config).to(dtype)
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int) -> None:
+    """Fill every parameter as the published code does: N(0, initializer_std), gains 1, biases 0.
+
+    Each parameter draws from a generator seeded by ``seed`` and its own position, on the CPU in fp32, so the weights
+    depend on neither device nor dtype nor on how the model is later divided.
+    """
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if name.endswith("norm.weight"):
+            parameter.fill_(1)
+        elif name.endswith(".bias"):
+            parameter.zero_()
+        else:
+            _fill_normal(parameter, model.config.initializer_std, seed * 1_000_003 + index)
+
+
+def _fill_normal(parameter: torch.Tensor, std: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # One slice of dim 0 at a time keeps the fp32 copy small beside stacked experts.
+    for part in parameter.unbind(0) if parameter.dim() == 3 else (parameter,):
+        part.copy_(torch.empty(part.shape).normal_(0.0, std, generator=generator))

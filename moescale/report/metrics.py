@@ -1,0 +1,62 @@
+"""What the training loop tells of itself: one record per step, one per run, and who listens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """What is known after one step."""
+
+    step: int
+    """Steps done so far, this one included."""
+    loss: float
+    """Nats per target token, without the auxiliary loss."""
+    aux_loss: float
+    """Load-balancing loss by its definition, mean over MoE layers and micro-batches, not times alpha."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+    tokens: int
+    step_seconds: float
+    peak_bytes: int
+    """Largest device memory allocated so far; 0 on the CPU."""
+    expert_load: list[list[float]]
+    """Per MoE layer, each expert's share of the routed rows times the number of experts: 1 is balanced."""
+    skipped: bool = False
+    """The step's loss or gradient norm was not finite, and weights were left alone."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+
+class Observer(Protocol):
+    """Told of everything that happens; shows it, logs it."""
+
+    def on_resume(self, step: int, path: Path) -> None: ...
+
+    def on_step(self, metrics: StepMetrics) -> None: ...
+
+    def on_validation(self, step: int, loss: float) -> None: ...
+
+    def on_checkpoint(self, step: int, path: Path, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSummary:
+    """How a run ended."""
+
+    steps: int
+    tokens: int
+    """Tokens of the steps done by this process."""
+    seconds: float
+    """Wall time of this process's training loop."""
+    final_loss: float | None
+    validation_loss: float | None
+    skipped_steps: int
+    resumed_from_step: int | None
+    checkpoint: str | None

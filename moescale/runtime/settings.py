@@ -1,0 +1,87 @@
+"""Settings of a training run. What decides speed and memory is in the plan; what decides the result is here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from moescale.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Optimization, validation and checkpoint settings of ``moescale run``."""
+
+    steps: int | None = None
+    """Optimizer steps in all, counted from the start of training; default: one epoch."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    final_learning_rate_ratio: float = 0.1
+    """Learning rate at the last step as a fraction of the peak (linear and cosine schedules)."""
+    beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW: decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW: added to the denominator."""
+    weight_decay: float = 0.1
+    """AdamW: decoupled weight decay on matrices; norms and biases are not decayed."""
+    gradient_clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    seed: int = 0
+    """Seed of initial weights and data order."""
+    validation_every: int = 0
+    """Steps between validations; 0: only at the end."""
+    validation_sequences: int = 256
+    """Validation sequences per validation, at most."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only at the end and when stopped."""
+    checkpoint_minutes: float = 0.0
+    """Minutes between checkpoints, besides checkpoint_every; 0: off."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept, newest first."""
+    skip_nonfinite: bool = False
+    """Skip a step whose loss or gradient norm is not finite, and count it, instead of stopping."""
+
+    def __post_init__(self) -> None:
+        rules: list[tuple[str, bool, str]] = [
+            ("steps", self.steps is None or self.steps > 0, "must be positive"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "must be positive and finite"),
+            ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
+            ("final_learning_rate_ratio", 0 <= self.final_learning_rate_ratio <= 1, "must be between 0 and 1"),
+            ("beta1", 0 <= self.beta1 < 1, "must be at least 0 and below 1"),
+            ("beta2", 0 <= self.beta2 < 1, "must be at least 0 and below 1"),
+            ("eps", self.eps > 0, "must be positive"),
+            ("weight_decay", self.weight_decay >= 0, "must not be negative"),
+            ("gradient_clip", self.gradient_clip >= 0, "must not be negative; 0 turns clipping off"),
+            ("validation_every", self.validation_every >= 0, "must not be negative; 0 means at the end only"),
+            ("validation_sequences", self.validation_sequences > 0, "must be positive"),
+            ("checkpoint_every", self.checkpoint_every >= 0, "must not be negative; 0 means at the end only"),
+            ("checkpoint_minutes", self.checkpoint_minutes >= 0, "must not be negative; 0 turns it off"),
+            ("keep_checkpoints", self.keep_checkpoints >= 1, "must be at least 1"),
+        ]
+        for name, holds, rule in rules:
+            if not holds:
+                raise ConfigError(f"run.{name} ({getattr(self, name)}) {rule}")
+
+
+def learning_rate_at(settings: TrainSettings, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step ``step`` (the first is 0) in a run of ``total_steps``.
+
+    Warm-up rises linearly and reaches the peak at step ``warmup_steps``; linear and cosine schedules reach
+    ``final_learning_rate_ratio`` of the peak at the last step.
+    """
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    progress = (step - settings.warmup_steps) / max(1, total_steps - 1 - settings.warmup_steps)
+    progress = min(1.0, progress)
+    remaining = 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    floor = settings.final_learning_rate_ratio
+    return settings.learning_rate * (floor + (1 - floor) * remaining)

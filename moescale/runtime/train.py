@@ -1,0 +1,283 @@
+"""The training loop: steps of accumulated micro-batches, validation, checkpoints, resuming and stopping.
+
+One step: every micro-batch contributes ``sum of its token losses / target tokens of the whole step`` plus
+``aux_loss_alpha * auxiliary loss / number of micro-batches``, so neither term depends on how a step is cut up. The
+host waits for the device once a step, when the loss is read.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from moescale.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
+from moescale.model.transformer import Transformer
+from moescale.report.metrics import Observer, StepMetrics, TrainSummary
+from moescale.runtime import checkpoint as checkpoints
+from moescale.runtime.checkpoint import CheckpointStore
+from moescale.runtime.optimizer import AdamW
+from moescale.runtime.settings import TrainSettings, learning_rate_at
+
+
+class Batch(Protocol):
+    """One micro-batch as the data layer hands it out."""
+
+    tokens: torch.Tensor
+    """[B, S] int64"""
+    targets: torch.Tensor
+    """[B, S] int64, -100 where there is no target."""
+    sequence_ids: torch.Tensor
+    """[B] int64: which sequences of the corpus these are."""
+    document_starts: torch.Tensor | None
+    """[B, S] bool where attention must not cross documents."""
+
+
+class StepSource(Protocol):
+    """A resumable stream of steps, each a list of micro-batches."""
+
+    def __iter__(self) -> Iterator[Sequence[Batch]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Trainer:
+    """Trains ``model`` on ``source`` until ``total_steps``, keeping its state in ``store``."""
+
+    def __init__(
+        self,
+        *,
+        model: Transformer,
+        settings: TrainSettings,
+        total_steps: int,
+        source: StepSource,
+        store: CheckpointStore,
+        observer: Observer,
+        validation: Callable[[], Iterable[Batch]] | None = None,
+        identity: dict[str, str] | None = None,
+    ) -> None:
+        """``identity`` (fingerprints of model and the like) is saved, and a checkpoint with another one refused."""
+        self.model = model
+        self.settings = settings
+        self.total_steps = total_steps
+        self.source = source
+        self.store = store
+        self.observer = observer
+        self.validation = validation
+        self.identity = identity or {}
+        self.optimizer = AdamW(model.named_parameters(), settings)
+        self.device = next(model.parameters()).device
+        self.step = 0
+        self.skipped_steps = 0
+        self._last_loss: float | None = None
+        self._validation_loss: float | None = None
+
+    def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Continue from ``checkpoint``: weights, optimizer, data position, random state and counters."""
+        stored = checkpoints.read_state(checkpoint)
+        for key, value in self.identity.items():
+            if stored["identity"].get(key, value) != value:
+                raise CheckpointError(
+                    f"{checkpoint.path}: was written with {key} {stored['identity'][key]}, this run has {value}; "
+                    "use the same one, or another --output"
+                )
+        # Weights come last: after they are in, nothing may fail.
+        self.source.load_state_dict(stored["source"])
+        state = checkpoints.load(checkpoint, self.optimizer.tensors())
+        self.optimizer.finish_load(state["num_updates"])
+        torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["cpu_random_state"])), dtype=torch.uint8))
+        if self.device.type == "cuda" and state["cuda_random_state"] is not None:
+            cuda_state = torch.tensor(list(bytes.fromhex(state["cuda_random_state"])), dtype=torch.uint8)
+            torch.cuda.set_rng_state(cuda_state, self.device)
+        self.step = state["step"]
+        self.skipped_steps = state["skipped_steps"]
+        self.observer.on_resume(self.step, checkpoint.path)
+
+    def train(self) -> TrainSummary:
+        """Run the remaining steps. Raises NonFiniteLossError, and Preempted after saving when asked to stop."""
+        if self.step > self.total_steps:
+            raise ConfigError(
+                f"run.steps ({self.total_steps}) must be at least {self.step}, the step of the checkpoint to resume"
+            )
+        started, first_step, tokens = time.monotonic(), self.step, 0
+        last_saved_step, last_saved_time = self.step if self.step else None, time.monotonic()
+        steps = iter(self.source)
+        with _StopRequest() as stop:
+            while self.step < self.total_steps:
+                metrics = self._train_step(next(steps))
+                tokens += metrics.tokens
+                self.observer.on_step(metrics)
+                if self._due(self.settings.validation_every):
+                    self._validate()
+                minutes = (time.monotonic() - last_saved_time) / 60
+                by_time = 0 < self.settings.checkpoint_minutes <= minutes
+                if self._due(self.settings.checkpoint_every) or by_time or stop.signal_name:
+                    self._save()
+                    last_saved_step, last_saved_time = self.step, time.monotonic()
+                if stop.signal_name and self.step < self.total_steps:
+                    raise Preempted(
+                        f"stopped by {stop.signal_name} after step {self.step} of {self.total_steps}; the state is "
+                        f"saved in {self.store.folder}, the same command resumes"
+                    )
+            if self.validation is not None and not self._due(self.settings.validation_every):
+                self._validate()
+            if last_saved_step != self.step:
+                self._save()
+        last = self.store.last()
+        return TrainSummary(
+            steps=self.step,
+            tokens=tokens,
+            seconds=time.monotonic() - started,
+            final_loss=self._last_loss,
+            validation_loss=self._validation_loss,
+            skipped_steps=self.skipped_steps,
+            resumed_from_step=first_step or None,
+            checkpoint=str(last.path) if last else None,
+        )
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _train_step(self, batches: Sequence[Batch]) -> StepMetrics:
+        started = time.monotonic()
+        alpha = self.model.config.aux_loss_alpha
+        # The whole step's targets are counted on the host, where the batches already are.
+        num_targets = sum(int((batch.targets >= 0).sum()) for batch in batches)
+        loss_sum = torch.zeros((), device=self.device)
+        aux_sum = torch.zeros((), device=self.device)
+        expert_rows: torch.Tensor | None = None
+        for batch in batches:
+            output = self._forward(batch)
+            assert output.loss_sum is not None
+            loss = output.loss_sum / max(1, num_targets)
+            if alpha:
+                loss = loss + output.aux_loss * (alpha / len(batches))
+            loss.backward()
+            loss_sum += output.loss_sum.detach()
+            aux_sum += output.aux_loss.detach()
+            if output.tokens_per_expert is not None:
+                rows = output.tokens_per_expert
+                expert_rows = rows if expert_rows is None else expert_rows + rows
+        gradient_norm = self.optimizer.gradient_norm()
+        mean_loss, norm = (loss_sum / max(1, num_targets)).item(), gradient_norm.item()
+        learning_rate = learning_rate_at(self.settings, self.step, self.total_steps)
+        skipped = not (math.isfinite(mean_loss) and math.isfinite(norm))
+        if skipped:
+            self._on_nonfinite(batches, mean_loss, norm)
+        else:
+            self.optimizer.step(learning_rate, gradient_norm)
+            self._last_loss = mean_loss
+        self.step += 1
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        num_moe_layers = max(1, self.model.config.num_moe_layers)
+        return StepMetrics(
+            step=self.step,
+            loss=mean_loss,
+            aux_loss=aux_sum.item() / len(batches) / num_moe_layers,
+            learning_rate=learning_rate,
+            gradient_norm=norm,
+            tokens=sum(batch.tokens.numel() for batch in batches),
+            step_seconds=time.monotonic() - started,
+            peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+            expert_load=[] if expert_rows is None else _relative_load(expert_rows),
+            skipped=skipped,
+        )
+
+    def _forward(self, batch: Batch) -> Any:
+        document_ids = None
+        if batch.document_starts is not None:
+            document_ids = batch.document_starts.to(self.device, non_blocking=True).cumsum(-1, dtype=torch.int32)
+        return self.model(
+            batch.tokens.to(self.device, non_blocking=True),
+            targets=batch.targets.to(self.device, non_blocking=True),
+            document_ids=document_ids,
+        )
+
+    def _on_nonfinite(self, batches: Sequence[Batch], loss: float, norm: float) -> None:
+        self.optimizer.zero_gradients()
+        if self.settings.skip_nonfinite:
+            self.skipped_steps += 1
+            return
+        sequences = [int(number) for batch in batches for number in batch.sequence_ids]
+        raise NonFiniteLossError(
+            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step's sequences are "
+            f"{_abridged(sequences)}. Nothing was saved over the last good checkpoint. Look at them, lower run.learning_rate "
+            f"({self.settings.learning_rate}), or pass --skip-nonfinite"
+        )
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        assert self.validation is not None or self.settings.validation_every
+        if self.validation is None:
+            return
+        self.model.eval()
+        loss_sum, num_targets = 0.0, 0
+        for batch in self.validation():
+            output = self._forward(batch)
+            loss_sum += output.loss_sum.item()
+            num_targets += int((batch.targets >= 0).sum())
+        self.model.train()
+        if num_targets:
+            self._validation_loss = loss_sum / num_targets
+            self.observer.on_validation(self.step, self._validation_loss)
+
+    def _save(self) -> None:
+        started = time.monotonic()
+        cuda_state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state = {
+            "step": self.step,
+            "skipped_steps": self.skipped_steps,
+            "num_updates": self.optimizer.num_updates,
+            "source": self.source.state_dict(),
+            "identity": self.identity,
+            "settings": asdict(self.settings),
+            "total_steps": self.total_steps,
+            "cpu_random_state": bytes(torch.get_rng_state().tolist()).hex(),
+            "cuda_random_state": bytes(cuda_state.tolist()).hex() if cuda_state is not None else None,
+        }
+        checkpoint = self.store.save(self.step, state, self.optimizer.tensors())
+        self.observer.on_checkpoint(self.step, checkpoint.path, time.monotonic() - started)
+
+
+class _StopRequest:
+    """Turns the first SIGTERM or Ctrl-C into a request to stop after the step; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._on_signal)
+            except ValueError:  # Not in the main thread: whoever owns the process handles its signals.
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_name == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+
+def _relative_load(expert_rows: torch.Tensor) -> list[list[float]]:
+    rows = expert_rows.double()  # [MoE layers, E]
+    return (rows / rows.mean(dim=-1, keepdim=True).clamp(min=1)).tolist()
+
+
+def _abridged(numbers: list[int], most: int = 16) -> str:
+    shown = ", ".join(str(number) for number in numbers[:most])
+    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"

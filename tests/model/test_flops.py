@@ -1,0 +1,54 @@
+import pytest
+import torch
+from tiny import tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from moescale.config import ModelConfig
+from moescale.model.flops import flops_per_token, matmul_parameters_per_token, peak_flops
+from moescale.model.transformer import build_on_meta, initialize
+
+
+def coder_v2_lite() -> ModelConfig:
+    return tiny_config(
+        vocab_size=102400,
+        hidden_size=2048,
+        num_layers=27,
+        num_heads=16,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        dense_intermediate_size=10944,
+        expert_intermediate_size=1408,
+        num_experts=64,
+        num_shared_experts=2,
+        top_k=6,
+    )
+
+
+def test_the_public_model_has_its_published_size_and_arithmetic():
+    config = coder_v2_lite()
+    model = build_on_meta(config, torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 15_706_484_224
+    assert matmul_parameters_per_token(config) / 1e9 == pytest.approx(2.451, abs=5e-4)
+    assert flops_per_token(config, 2048) / 1e9 == pytest.approx(15.56, abs=5e-3)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 24])
+def test_the_formula_equals_torchs_counter_on_a_dense_model(q_lora_rank):
+    """Without experts every product is visible to torch's counter; it counts the whole square of attention."""
+    config = tiny_config(num_experts=None, q_lora_rank=q_lora_rank, aux_loss_alpha=0.0)
+    model = build_on_meta(config, torch.float32).to_empty(device="cpu")
+    initialize(model, seed=0)
+    tokens = torch.zeros(1, 64, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens)
+    attention = 2 * config.num_layers * config.num_heads * 64 * 64 * (config.qk_head_dim + config.v_head_dim)
+    assert counter.get_total_flops() in (
+        2 * matmul_parameters_per_token(config) * 64 + attention,
+        2 * matmul_parameters_per_token(config) * 64,  # the counter has no formula for the CPU's flash attention
+    )
+
+
+def test_no_peak_rate_is_claimed_for_the_cpu():
+    assert peak_flops(torch.device("cpu")) is None

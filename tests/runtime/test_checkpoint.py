@@ -1,0 +1,104 @@
+import json
+
+import pytest
+import torch
+
+from moescale.errors import CheckpointError
+from moescale.runtime import checkpoint as checkpoints
+from moescale.runtime.checkpoint import CheckpointStore, CheckpointWeights, load, read_state
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    names = ("weights.a", "weights.b", "first_moment.a")
+    return {name: torch.randn(4, 3, generator=generator) for name in names}
+
+
+def empty_like(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in source.items()}
+
+
+def test_what_was_saved_comes_back_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "MAX_FILE_BYTES", 100)  # two tensors to a file
+    saved = tensors()
+    checkpoint = CheckpointStore(tmp_path, keep=2).save(7, {"position": [1, 2]}, saved)
+    assert len(list(checkpoint.path.glob("*.safetensors"))) == 2
+    loaded = empty_like(saved)
+    assert load(checkpoint, loaded) == {"position": [1, 2]} == read_state(checkpoint)
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
+def test_only_the_newest_are_kept_and_the_last_is_the_highest_step(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2, 10):
+        store.save(step, {}, tensors())
+    assert [checkpoint.step for checkpoint in store.list()] == [2, 10]
+    assert store.last().step == 10
+    assert store.at(2).step == 2
+    with pytest.raises(CheckpointError, match="no whole checkpoint of step 1; there are: 2, 10"):
+        store.at(1)
+
+
+def test_leftovers_of_an_interrupted_write_do_not_count_and_are_cleared(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    (tmp_path / ".writing-step-00000003").mkdir(parents=True)
+    (tmp_path / ".writing-step-00000003" / "state.json").write_text("{}")
+    (tmp_path / "step-00000004").mkdir()
+    assert store.last() is None
+    store.save(5, {}, tensors())
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip a high bit", "flip a low bit", "remove"])
+@pytest.mark.parametrize("file_name", ["tensors-0000.safetensors", "state.json"])
+def test_every_kind_of_damage_is_named_and_nothing_is_loaded(tmp_path, damage, file_name):
+    store = CheckpointStore(tmp_path, keep=3)
+    store.save(1, {}, tensors())
+    checkpoint = store.save(2, {}, tensors())
+    path = checkpoint.path / file_name
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage.startswith("flip"):
+        content[len(content) // 2] ^= 0x80 if "high" in damage else 0x01
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    target = empty_like(tensors())
+    with pytest.raises(CheckpointError, match=file_name):
+        load(checkpoint, target)
+    assert all(not tensor.any() for tensor in target.values())
+    assert store.last_good().step == 1
+
+
+def test_another_models_checkpoint_is_refused_before_anything_is_copied(tmp_path):
+    checkpoint = CheckpointStore(tmp_path, keep=1).save(1, {}, tensors())
+    with pytest.raises(CheckpointError, match="lacks tensor 'weights.c'"):
+        load(checkpoint, empty_like(tensors()) | {"weights.c": torch.zeros(1)})
+    fewer = empty_like(tensors())
+    del fewer["weights.b"]
+    with pytest.raises(CheckpointError, match="has an unknown tensor 'weights.b'"):
+        load(checkpoint, fewer)
+    other_shape = empty_like(tensors()) | {"weights.a": torch.zeros(3, 4)}
+    with pytest.raises(CheckpointError, match=r"'weights.a' has shape \(4, 3\), the model wants \(3, 4\)"):
+        load(checkpoint, other_shape)
+    assert all(not tensor.any() for tensor in other_shape.values())
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    checkpoint = CheckpointStore(tmp_path, keep=1).save(1, {}, tensors())
+    path = checkpoint.path / "state.json"
+    document = json.loads(path.read_text())["content"] | {"format": 99}
+    path.write_text(json.dumps({"sha256": checkpoints.document_digest(document), "content": document}))
+    with pytest.raises(CheckpointError, match=r"format \(99\) must be 1"):
+        read_state(checkpoint)
+
+
+def test_weights_are_read_by_slice(tmp_path):
+    saved = tensors()
+    checkpoint = CheckpointStore(tmp_path, keep=1).save(1, {}, saved)
+    with CheckpointWeights(checkpoint) as weights:
+        assert sorted(weights.names()) == ["a", "b"]
+        assert weights.shape("a") == (4, 3)
+        assert torch.equal(weights.read("a"), saved["weights.a"])
+        assert torch.equal(weights.read("b", 2), saved["weights.b"][2])

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from moescale.runtime.optimizer import AdamW
+from moescale.runtime.settings import TrainSettings
+
+
+def parameters(dtype: torch.dtype) -> dict[str, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "matrix": torch.nn.Parameter(torch.randn(6, 5, generator=generator).to(dtype)),
+        "norm": torch.nn.Parameter(torch.randn(7, generator=generator).to(dtype)),
+    }
+
+
+def test_ten_updates_equal_torchs_adamw_with_clipping():
+    settings = TrainSettings(learning_rate=0.01, weight_decay=0.3, gradient_clip=0.5)
+    ours = parameters(torch.float32)
+    theirs = parameters(torch.float32)
+    optimizer = AdamW(ours.items(), settings)
+    groups = [
+        {"params": [theirs["matrix"]], "weight_decay": 0.3},
+        {"params": [theirs["norm"]], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=0.01, betas=(settings.beta1, settings.beta2), eps=settings.eps)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        for name in ours:
+            gradient = torch.randn(ours[name].shape, generator=generator)
+            ours[name].grad, theirs[name].grad = gradient.clone(), gradient.clone()
+        optimizer.step(0.01, optimizer.gradient_norm())
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 0.5)
+        reference.step()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
+
+
+def test_bf16_gradients_are_summed_in_fp32():
+    """1 + 256 * 2^-10 summed in bf16 stays 1: each addend is below half a unit in the last place."""
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = AdamW([("norm", parameter)], TrainSettings())
+    for value in [1.0] + [2.0**-10] * 256:
+        (parameter * value).sum().backward()
+    assert parameter.grad is None
+    assert optimizer.gradient("norm").tolist() == [1.25] * 3
+
+
+def test_updates_smaller_than_a_bf16_step_are_not_lost():
+    parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = AdamW([("norm", parameter)], TrainSettings())
+    for _ in range(100):
+        (parameter * 1.0).sum().backward()
+        optimizer.step(1e-4, optimizer.gradient_norm())
+    assert optimizer.masters["norm"].tolist() == pytest.approx([0.99, 0.99], abs=1e-5)
+    assert parameter.tolist() == [0.98828125, 0.98828125]
+
+
+def test_a_parameter_that_no_gradient_reached_counts_as_zero():
+    named = parameters(torch.float32)
+    optimizer = AdamW(named.items(), TrainSettings(weight_decay=0.0))
+    named["matrix"].grad = torch.ones_like(named["matrix"])
+    before = named["norm"].detach().clone()
+    assert optimizer.gradient_norm().item() == pytest.approx(30**0.5)
+    optimizer.step(0.1, optimizer.gradient_norm())
+    assert torch.equal(named["norm"], before)

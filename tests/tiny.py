@@ -1,0 +1,44 @@
+"""A model configuration small enough for any test; every field can be overridden."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moescale.config import ModelConfig
+
+
+def tiny_config(**overrides: Any) -> ModelConfig:
+    """Three layers, the first one dense, eight experts of which two are chosen."""
+    fields: dict[str, Any] = dict(
+        vocab_size=96,
+        hidden_size=32,
+        num_layers=3,
+        num_heads=2,
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        attention_bias=False,
+        dense_intermediate_size=64,
+        expert_intermediate_size=24,
+        num_experts=8,
+        num_shared_experts=1,
+        top_k=2,
+        first_moe_layer=1,
+        moe_layer_frequency=1,
+        routing_method="greedy",
+        num_groups=1,
+        top_k_groups=1,
+        normalize_topk=False,
+        routed_scaling_factor=1.0,
+        aux_loss_alpha=0.01,
+        aux_loss_per_sequence=True,
+        rms_norm_eps=1e-6,
+        tie_embeddings=False,
+        max_sequence_length=256,
+        rope_theta=10000.0,
+        yarn=None,
+        initializer_std=0.05,
+    )
+    return ModelConfig(**(fields | overrides))
