@@ -210,8 +210,8 @@ class Trainer:
         sequences = [int(number) for batch in batches for number in batch.sequence_ids]
         raise NonFiniteLossError(
             f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step's sequences are "
-            f"{_abridged(sequences)}. Nothing was saved over the last good checkpoint. Look at them, lower run.learning_rate "
-            f"({self.settings.learning_rate}), or pass --skip-nonfinite"
+            f"{_abridged(sequences)}. Nothing was saved over the last good checkpoint. Look at them, lower "
+            f"run.learning_rate ({self.settings.learning_rate}), or pass --skip-nonfinite"
         )
 
     @torch.no_grad()

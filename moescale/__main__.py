@@ -1,0 +1,5 @@
+"""``python -m moescale``."""
+
+from moescale.cli import main
+
+main()
