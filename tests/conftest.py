@@ -1,0 +1,112 @@
+"""Fixtures: a tokenizer, a model folder and a corpus made from the standard library, once per test process."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # tests run in parallel processes; bit-equality must not depend on the thread count
+
+END_TOKEN = "<|end_of_text|>"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run `make test-gpu` where there is one"))
+
+
+@pytest.fixture(scope="session")
+def stdlib_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with about 1 MB of the standard library's sources."""
+    folder = tmp_path_factory.mktemp("sources")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for package in ("json", "email", "http", "logging"):
+        for path in sorted((library / package).glob("*.py")):
+            (folder / f"{package}_{path.name}").write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, stdlib_sources: Path) -> Path:
+    """A Hugging Face folder without weights: a very small DeepSeek-V2 and a byte-level BPE of 512 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=[END_TOKEN], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train([str(path) for path in sorted(stdlib_sources.glob("json_*.py"))], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TOKEN).save_pretrained(folder)
+    config = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "aux_loss_alpha": 0.001,
+        "seq_aux": True,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.05,
+        "max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stdlib_corpus(tmp_path_factory: pytest.TempPathFactory, stdlib_sources: Path, model_folder: Path) -> Path:
+    """The sources, prepared in sequences of 64 tokens with a validation split."""
+    from moescale.data.prepare import prepare
+    from moescale.data.settings import PrepareSettings
+
+    folder = tmp_path_factory.mktemp("prepared") / "corpus"
+    settings = PrepareSettings(
+        source=str(stdlib_sources),
+        tokenizer=str(model_folder),
+        sequence_length=64,
+        output=folder,
+        validation_fraction=0.1,
+        num_workers=1,
+    )
+    prepare(settings, progress=False)
+    return folder
