@@ -1,0 +1,31 @@
+"""What the memory-bound kernels share: back-end choice under compile, rows of strided tensors, grid sizes."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from moescale.kernels.backends import choose_backend
+
+
+# A compiled layer asks at trace time: device and dtype are constants there, the capability query is not traceable.
+@torch.compiler.assume_constant_result
+def runs_triton(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
+    """Whether an operator without a ``grouped_mm`` form runs its Triton kernels; otherwise it runs plain torch."""
+    return choose_backend(device, dtype, backend) == "triton"
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """View [..., H] as [rows, H] with the last dim contiguous; copies only where no single row stride exists."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x.reshape(-1, x.shape[-1])
+
+
+@functools.cache
+def num_programs(device: torch.device, *, per_multiprocessor: int) -> int:
+    """Programs of a persistent grid; a fixed small number in the interpreter, where they run one after another."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count * per_multiprocessor
