@@ -1,0 +1,126 @@
+"""Launch parameters of the grouped GEMM kernels: tile shape, warps and pipeline depth, kept outside the kernels.
+
+Tables per GPU lie in ``moescale/kernels/tables/*.json``, found by ``moescale bench experts --tune``. A lookup never runs
+a kernel: it takes the table entry of the GPU at hand that is nearest in rows per expert, or the default of the
+architecture. So nothing is tuned at import or in a training step, and the same inputs always launch the same kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from importlib import resources
+from typing import Any
+
+import torch
+
+# The six products of an expert MLP, forward and backward, each with its own best launch.
+KERNELS = ("up", "down", "down_dgrad", "up_dgrad", "up_wgrad", "down_wgrad")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How one grouped GEMM is cut into tiles and pipelined.
+
+    ``block_m`` x ``block_n`` is the output tile (rows of an expert x output columns; for weight gradients both are
+    weight dims), ``block_k`` the depth of one pipeline stage. ``flatten`` merges the tile loop with the loop over k, so
+    that the loads of the next tile are in flight while a tile is stored. ``programs_per_sm`` programs share a
+    multiprocessor; ``group_m`` row tiles are walked together for reuse in L2. A tile is stored in ``store_splits`` (1, 2
+    or 4) parts: fewer columns at a time need less shared memory and fewer registers next to the pipeline.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int = 8
+    num_stages: int = 3
+    flatten: bool = True
+    programs_per_sm: int = 1
+    group_m: int = 1
+    store_splits: int = 2
+
+    def __post_init__(self) -> None:
+        if self.store_splits not in (1, 2, 4):
+            raise ValueError(f"store_splits is {self.store_splits}; it must be 1, 2 or 4")
+
+    @property
+    def store_n(self) -> int:
+        """Columns of one store."""
+        return self.block_n // self.store_splits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchTable:
+    """The tuned launches of one GPU model, for bf16."""
+
+    gpu: str
+    entries: tuple[tuple[str, int, int, int, LaunchConfig], ...]  # kernel, rows per expert, n, k, launch
+
+    def nearest(self, kernel: str, rows_per_expert: int, n: int, k: int) -> LaunchConfig | None:
+        """Return the launch tuned for ``kernel`` at [n, k] with the nearest number of rows per expert (log scale).
+
+        Without an entry of exactly this weight shape, the entries of the kernel's other shapes are used.
+        """
+        candidates = [e for e in self.entries if e[0] == kernel and e[2:4] == (n, k)]
+        candidates = candidates or [e for e in self.entries if e[0] == kernel]
+        if not candidates:
+            return None
+        distance = math.log(max(rows_per_expert, 1))
+        return min(candidates, key=lambda e: (abs(math.log(max(e[1], 1)) - distance), e[1]))[4]
+
+
+def parse_table(document: dict[str, Any]) -> LaunchTable:
+    """Build a table from its JSON document ``{"gpu", "entries": [{"kernel", "rows_per_expert", "n", "k", ...}]}``."""
+    entries = []
+    for entry in document["entries"]:
+        launch = LaunchConfig(**entry["launch"])
+        entries.append((entry["kernel"], entry["rows_per_expert"], entry["n"], entry["k"], launch))
+    return LaunchTable(gpu=document["gpu"], entries=tuple(entries))
+
+
+@functools.cache
+def load_tables() -> dict[str, LaunchTable]:
+    """Return every shipped table by the GPU name that CUDA reports."""
+    tables = {}
+    for file in resources.files("moescale.kernels").joinpath("tables").iterdir():
+        if file.name.endswith(".json"):
+            table = parse_table(json.loads(file.read_text()))
+            tables[table.gpu] = table
+    return tables
+
+
+def default_launch(kernel: str, capability: tuple[int, int], dtype: torch.dtype) -> LaunchConfig:
+    """Return a launch that compiles and runs decently on an architecture for which no table is shipped."""
+    wgrad = kernel.endswith("wgrad")
+    if dtype.itemsize == 4:
+        return LaunchConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2, flatten=False)
+    if capability >= (9, 0):
+        return LaunchConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3)
+    # Without the tensor copy engine, addresses cost registers; consumer Ampere and Ada have 100 KiB of shared memory.
+    return LaunchConfig(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3, flatten=not wgrad)
+
+
+@functools.cache
+def find_launch(
+    kernel: str, device: torch.device, dtype: torch.dtype, rows_per_expert: int, n: int, k: int
+) -> LaunchConfig:
+    """Return the launch of ``kernel`` on ``device`` for a weight of n x k and that many rows per expert."""
+    if device.type != "cuda":
+        # The interpreter: small tiles, so that small tests meet tile edges.
+        return LaunchConfig(block_m=16, block_n=32, block_k=16, num_warps=4, num_stages=1, flatten=False)
+    table = load_tables().get(torch.cuda.get_device_name(device))
+    if table is not None and dtype.itemsize == 2:
+        launch = table.nearest(kernel, rows_per_expert, n, k)
+        if launch is not None:
+            return launch
+    return default_launch(kernel, torch.cuda.get_device_capability(device), dtype)
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of ``device``; 4 in the interpreter, so that programs loop over tiles."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
