@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 import torch
-from moescale.convert.checkpoint import import_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from moescale.convert.checkpoint import import_checkpoint
 from moescale.convert.hf_config import read_model_config, resolve_model
 from moescale.errors import Preempted
 from moescale.model.transformer import build_on_meta

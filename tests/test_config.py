@@ -1,9 +1,9 @@
 import dataclasses
 
 import pytest
-from tiny import tiny_config
 
 from moescale.errors import ConfigError, nearest
+from tiny import tiny_config
 
 
 @pytest.mark.parametrize(

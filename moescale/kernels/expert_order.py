@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moescale.kernels.backends import KernelInputError, debug_checks_enabled
+from moescale.kernels.backends import KernelInputError
 
 
 def sort_pairs(
@@ -14,10 +14,8 @@ def sort_pairs(
 
     Returns int32 tensors: ``row_pair`` [R], the pair of each sorted row; ``pair_row`` [R], the sorted row of each pair,
     -1 for an expert id outside [0, E); ``ends`` [E], the cumulative rows of each expert. Pairs with an id outside the
-    range sort behind ``ends[-1]``, take no part in anything, and are an error with ``MOESCALE_DEBUG=1``.
+    range sort behind ``ends[-1]``.
     """
-    if debug_checks_enabled():
-        _check_ids(topk_ids, num_experts)
     if backend == "triton":
         from moescale.kernels import expert_order_triton
 
@@ -34,11 +32,15 @@ def sort_pairs(
     return row_pair.to(torch.int32), torch.where(valid, pair_row, -1), ends
 
 
-def _check_ids(topk_ids: torch.Tensor, num_experts: int) -> None:
+def check_ids(topk_ids: torch.Tensor, num_experts: int, tokens_per_expert: torch.Tensor | None) -> None:
+    """Refuse expert ids outside [0, E) and counts that do not fit them. Synchronises: for debugging only."""
     outside = ((topk_ids < 0) | (topk_ids >= num_experts)).nonzero()
     if len(outside):
         token, k = outside[0].tolist()
         raise KernelInputError(
-            f"experts: topk_ids[{token}, {k}] is {topk_ids[token, k].item()}; expert ids must lie in [0, {num_experts}) "
-            f"({len(outside)} of {topk_ids.numel()} do not)"
+            f"topk_ids[{token}, {k}] is {topk_ids[token, k].item()}; expert ids must lie in [0, {num_experts}); "
+            f"{len(outside)} of {topk_ids.numel()} do not"
         )
+    counts = torch.bincount(topk_ids.reshape(-1), minlength=num_experts).tolist()
+    if tokens_per_expert is not None and tokens_per_expert.tolist() != counts:
+        raise KernelInputError(f"tokens_per_expert is {tokens_per_expert.tolist()}; topk_ids count {counts}")

@@ -15,8 +15,15 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from moescale.kernels.backends import KernelInputError, check_device, check_dtype, check_shape, choose_backend
-from moescale.kernels.expert_order import sort_pairs
+from moescale.kernels.backends import (
+    KernelInputError,
+    check_device,
+    check_dtype,
+    check_shape,
+    choose_backend,
+    debug_checks_enabled,
+)
+from moescale.kernels.expert_order import check_ids, sort_pairs
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,6 +35,7 @@ def experts(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     *,
+    tokens_per_expert: torch.Tensor | None = None,
     gate_up_gradient: torch.Tensor | None = None,
     down_gradient: torch.Tensor | None = None,
     backend: str = "auto",
@@ -39,9 +47,10 @@ def experts(
     down [E, H, F]; result [T, H] in the dtype of x, which the weights share. Differentiable in x, topk_weights and the
     weights. The sum over K runs in fp32 and in the order of k, so equal inputs give equal bits.
 
-    ``gate_up_gradient`` and ``down_gradient`` are buffers (the weight's shape; its dtype or fp32) that the backward adds
-    to; that weight's ``.grad`` then stays untouched. ``recompute_up`` saves no pre-activation [R, 2F] and computes the
-    up-projection again in the backward. A pair whose expert id lies outside [0, E) contributes nothing.
+    ``gate_up_gradient`` and ``down_gradient`` are buffers (the weight's shape; its dtype or fp32) to which the backward
+    adds; that weight's ``.grad`` then stays untouched. ``recompute_up`` saves no pre-activation [R, 2F] and computes the
+    up-projection again in the backward. A pair whose expert id lies outside [0, E) contributes nothing; with
+    MOESCALE_DEBUG=1 it is an error, and so are ``tokens_per_expert`` [E] (the router's counts) that do not fit the ids.
 
     Raises KernelInputError for shapes, dtypes and devices that do not fit.
     """
@@ -49,6 +58,8 @@ def experts(
     _check_buffers(gate_up, down, gate_up_gradient, down_gradient)
     backend = choose_backend(x.device, x.dtype, backend)
     _check_alignment(backend, gate_up)
+    if debug_checks_enabled():
+        check_ids(topk_ids, gate_up.shape[0], tokens_per_expert)
     save_pre = torch.is_grad_enabled() and not recompute_up
     out = _experts(x, topk_ids, topk_weights, gate_up, down, gate_up_gradient, down_gradient, backend, save_pre)
     return out[0]
@@ -65,10 +76,10 @@ def expert_mlp(
     backend: str = "auto",
     recompute_up: bool = False,
 ) -> torch.Tensor:
-    """Return down[e] @ (silu(gate[e] @ row) * (up[e] @ row)) for rows already sorted by expert, as behind an all-to-all.
+    """Return down[e] @ (silu(gate[e] @ row) * (up[e] @ row)) for rows sorted by expert, as behind an all-to-all.
 
-    Shapes: rows [R, H]; gate_up [E, 2F, H], gate rows first; down [E, H, F]; ends [E] int32, the cumulative rows of each
-    expert; result [R, H]. Rows from ``ends[-1]`` on belong to no expert: their result and gradient are zero. The other
+    Shapes: rows [R, H]; gate_up [E, 2F, H], gate rows first; down [E, H, F]; ends [E] int32, the cumulative rows of
+    each expert; result [R, H]. Rows from ``ends[-1]`` on belong to no expert: their result and gradient are zero. The other
     arguments and the errors are those of :func:`experts`.
     """
     num_experts, _, hidden = gate_up.shape
@@ -87,7 +98,7 @@ def expert_mlp(
 def experts_reference(
     x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    """The definition of :func:`experts`, differentiable: every expert on every token, weighted by 0 where not chosen."""
+    """The definition of :func:`experts`, differentiable: every expert on every token, at weight 0 if not chosen."""
     out = torch.zeros_like(x)
     for expert, (gate_up_weight, down_weight) in enumerate(zip(gate_up, down, strict=True)):
         weight = (topk_weights * (topk_ids == expert)).sum(1, keepdim=True).to(x.dtype)
@@ -133,8 +144,8 @@ def _check_alignment(backend: str, gate_up: torch.Tensor) -> None:
     multiple = 16 // gate_up.dtype.itemsize
     if backend != "torch" and (hidden % multiple or (ffn2 // 2) % multiple):
         raise KernelInputError(
-            f"experts: hidden size ({hidden}) and expert intermediate size ({ffn2 // 2}) must be multiples of {multiple} "
-            f"in {gate_up.dtype} for the back end {backend!r}; use the back end 'torch'"
+            f"experts: hidden size ({hidden}) and expert intermediate size ({ffn2 // 2}) must be multiples of "
+            f"{multiple} in {gate_up.dtype} for the back end {backend!r}; use the back end 'torch'"
         )
 
 

@@ -19,8 +19,8 @@ def grouped_gemm(
 
     Shapes: rows [R, K] sorted by expert; weight [E, N, K]; ends [E] int32, the cumulative row count of each expert;
     result [R, N]. Rows from ``ends[-1]`` on belong to no expert: their result and their gradient are zero.
-    Differentiable in rows and weight. With ``weight_gradient`` (the weight's shape; its dtype or fp32) the backward adds
-    the weight's gradient to that buffer and leaves ``weight.grad`` untouched.
+    Differentiable in rows and weight. With ``weight_gradient`` (the weight's shape; its dtype or fp32) the backward
+    adds the weight's gradient to that buffer and leaves ``weight.grad`` untouched.
 
     Raises KernelInputError for shapes, dtypes and devices that do not fit.
     """
@@ -37,8 +37,8 @@ def grouped_gemm(
     multiple = 16 // rows.dtype.itemsize
     if backend != "torch" and (n % multiple or k % multiple):
         raise KernelInputError(
-            f"grouped_gemm: weight dims N ({n}) and K ({k}) must be multiples of {multiple} in {rows.dtype} for the back "
-            f"end {backend!r}; use the back end 'torch'"
+            f"grouped_gemm: weight dims N ({n}) and K ({k}) must be multiples of {multiple} in {rows.dtype} for the "
+            f"back end {backend!r}; use the back end 'torch'"
         )
     if weight_gradient is not None:
         check_shape("grouped_gemm", "weight_gradient", weight_gradient, tuple(weight.shape), "the shape of weight")

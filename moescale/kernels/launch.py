@@ -1,7 +1,7 @@
 """Launch parameters of the grouped GEMM kernels: tile shape, warps and pipeline depth, kept outside the kernels.
 
-Tables per GPU lie in ``moescale/kernels/tables/*.json``, found by ``moescale bench experts --tune``. A lookup never runs
-a kernel: it takes the table entry of the GPU at hand that is nearest in rows per expert, or the default of the
+Tables per GPU lie in ``moescale/kernels/tables/*.json``, found by ``moescale bench experts --tune``. A lookup never
+runs a kernel: it takes the table entry of the GPU at hand that is nearest in rows per expert, or the default of the
 architecture. So nothing is tuned at import or in a training step, and the same inputs always launch the same kernels.
 """
 
@@ -27,8 +27,8 @@ class LaunchConfig:
     ``block_m`` x ``block_n`` is the output tile (rows of an expert x output columns; for weight gradients both are
     weight dims), ``block_k`` the depth of one pipeline stage. ``flatten`` merges the tile loop with the loop over k, so
     that the loads of the next tile are in flight while a tile is stored. ``programs_per_sm`` programs share a
-    multiprocessor; ``group_m`` row tiles are walked together for reuse in L2. A tile is stored in ``store_splits`` (1, 2
-    or 4) parts: fewer columns at a time need less shared memory and fewer registers next to the pipeline.
+    multiprocessor; ``group_m`` row tiles are walked together for reuse in L2. A tile is stored in ``store_splits``
+    (1, 2 or 4) parts: fewer columns at a time need less shared memory and fewer registers next to the pipeline.
     """
 
     block_m: int
@@ -93,13 +93,14 @@ def load_tables() -> dict[str, LaunchTable]:
 
 def default_launch(kernel: str, capability: tuple[int, int], dtype: torch.dtype) -> LaunchConfig:
     """Return a launch that compiles and runs decently on an architecture for which no table is shipped."""
-    wgrad = kernel.endswith("wgrad")
     if dtype.itemsize == 4:
         return LaunchConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2, flatten=False)
     if capability >= (9, 0):
-        return LaunchConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3)
+        if kernel == "down_dgrad":  # its epilogue holds gate, up and three results beside the accumulator
+            return LaunchConfig(block_m=128, block_n=128, block_k=64, num_stages=4)
+        return LaunchConfig(block_m=128, block_n=256, block_k=64, num_stages=4)
     # Without the tensor copy engine, addresses cost registers; consumer Ampere and Ada have 100 KiB of shared memory.
-    return LaunchConfig(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=3, flatten=not wgrad)
+    return LaunchConfig(block_m=128, block_n=128, block_k=32, num_stages=3)
 
 
 @functools.cache

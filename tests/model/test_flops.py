@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tiny import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from moescale.config import ModelConfig
 from moescale.model.flops import flops_per_token, matmul_parameters_per_token, peak_flops
 from moescale.model.transformer import build_on_meta, initialize
+from tiny import tiny_config
 
 
 def coder_v2_lite() -> ModelConfig:

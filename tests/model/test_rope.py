@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_config
 
 from moescale.config import YarnConfig
 from moescale.model.rope import rope_tables, softmax_scale, yarn_mscale
+from tiny import tiny_config
 
 CPU = torch.device("cpu")
 

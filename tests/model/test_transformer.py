@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tiny import tiny_config
 
 from moescale.model.transformer import Transformer, build_on_meta, initialize
+from tiny import tiny_config
 
 
 def build(dtype: torch.dtype = torch.float32, **overrides) -> Transformer:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config
 
 from moescale.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
 from moescale.model.transformer import build_on_meta, initialize
@@ -15,6 +14,7 @@ from moescale.report.run_log import RunLog
 from moescale.runtime.checkpoint import CheckpointStore
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
+from tiny import tiny_config
 
 SEQUENCE_LENGTH = 16
 
