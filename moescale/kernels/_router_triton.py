@@ -1,0 +1,229 @@
+"""Triton kernels of :mod:`moescale.kernels.router`: softmax, choice, weights, counts and balance in one pass, fp32.
+
+Each program takes a tile of tokens of one sequence. Counts are integers, so their atomic sum is the same in any order;
+the probabilities of a tile are summed into a row of their own and added up in a fixed order: results repeat exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Logits one program holds: 4 warps with 16 fp32 a thread.
+TILE_ELEMENTS = 2048
+
+
+@triton.jit
+def _softmax(logits_ptr, rows, experts, mask, row_stride):
+    logits = tl.load(logits_ptr + rows * row_stride + experts, mask=mask, other=float("-inf"))
+    logits = tl.where(mask, logits, float("-inf"))
+    top = tl.max(logits, axis=1, keep_dims=True)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    exponentials = tl.exp(logits - top)
+    total = tl.sum(exponentials, axis=1, keep_dims=True)
+    return exponentials / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def _keep_best_groups(candidates, experts, group_size, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr):
+    """Mask all but the ``TOP_GROUPS`` groups of neighbouring experts with the highest maximum (ties: the first)."""
+    group = experts // group_size
+    group_max = tl.zeros_like(candidates) - 1.0
+    for g in tl.static_range(GROUPS):
+        in_group = group == g
+        best = tl.max(tl.where(in_group, candidates, -1.0), axis=1, keep_dims=True)
+        group_max = tl.where(in_group, best, group_max)
+    kept = candidates < -2.0  # all false
+    for _ in tl.static_range(TOP_GROUPS):
+        chosen = tl.argmax(group_max, axis=1, keep_dims=True) // group_size
+        is_chosen = group == chosen
+        kept = kept | is_chosen
+        group_max = tl.where(is_chosen, -2.0, group_max)
+    return tl.where(kept, candidates, -1.0)
+
+
+@triton.jit
+def _forward_kernel(
+    logits_ptr, ids_ptr, weights_ptr, counts_ptr, partial_ptr,
+    num_experts, sequence_length, row_stride, group_size, scaling,
+    TOP_K: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMALIZE: tl.constexpr,
+    TOKENS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0)
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    experts = tl.arange(0, EXPERTS)[None, :]
+    slots = tl.arange(0, SLOTS)[None, :]
+    is_token = tokens < sequence_length
+    mask = is_token & (experts < num_experts)
+    rows = sequence.to(tl.int64) * sequence_length + tokens
+    probabilities = _softmax(logits_ptr, rows, experts, mask, row_stride)
+    candidates = tl.where(experts < num_experts, probabilities, -1.0)
+    if GROUPS > 1:
+        candidates = _keep_best_groups(candidates, experts, group_size, GROUPS, TOP_GROUPS)
+
+    ids = tl.zeros((TOKENS, SLOTS), dtype=tl.int32)
+    weights = tl.zeros((TOKENS, SLOTS), dtype=tl.float32)
+    chosen = tl.zeros((TOKENS, EXPERTS), dtype=tl.int32)
+    for k in tl.static_range(TOP_K):
+        best = tl.max(candidates, axis=1, keep_dims=True)
+        # NaN logits may point at the padding: an id must never lead a later kernel out of bounds.
+        index = tl.minimum(tl.argmax(candidates, axis=1, keep_dims=True), num_experts - 1)
+        ids = tl.where(slots == k, index, ids)
+        weights = tl.where(slots == k, best, weights)
+        is_index = experts == index
+        chosen += (is_index & is_token).to(tl.int32)
+        candidates = tl.where(is_index, -2.0, candidates)
+    if NORMALIZE:
+        weights = weights / (tl.sum(weights, axis=1, keep_dims=True) + 1e-20)
+    else:
+        weights = weights * scaling
+    slot_mask = is_token & (slots < TOP_K)
+    tl.store(ids_ptr + rows * TOP_K + slots, ids, mask=slot_mask)
+    tl.store(weights_ptr + rows * TOP_K + slots, weights, mask=slot_mask)
+
+    is_expert = experts < num_experts
+    tl.atomic_add(counts_ptr + sequence * num_experts + experts, tl.sum(chosen, axis=0, keep_dims=True), mask=is_expert)
+    tile = sequence * tl.num_programs(1) + tl.program_id(1)
+    sums = tl.sum(tl.where(is_token, probabilities, 0.0), axis=0, keep_dims=True)
+    tl.store(partial_ptr + tile.to(tl.int64) * num_experts + experts, sums, mask=is_expert)
+
+
+@triton.jit
+def _balance_kernel(
+    counts_ptr, partial_ptr, total_ptr, loss_ptr,
+    num_experts, num_sequences, num_tiles, scale,
+    TILES: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """One program: counts over all sequences, and the auxiliary loss from the tiles' sums in a fixed order."""
+    experts = tl.arange(0, EXPERTS)[None, :]
+    is_expert = experts < num_experts
+    total = tl.zeros((1, EXPERTS), dtype=tl.int32)
+    loss = tl.zeros((1, EXPERTS), dtype=tl.float32)
+    for sequence in range(num_sequences):
+        sums = tl.zeros((TILES, EXPERTS), dtype=tl.float32)
+        for first in range(0, num_tiles, TILES):
+            tiles = first + tl.arange(0, TILES)[:, None]
+            row = sequence * num_tiles + tiles
+            sums += tl.load(partial_ptr + row * num_experts + experts, mask=(tiles < num_tiles) & is_expert, other=0.0)
+        counts = tl.load(counts_ptr + sequence * num_experts + experts, mask=is_expert, other=0)
+        total += counts
+        loss += counts.to(tl.float32) * tl.sum(sums, axis=0, keep_dims=True)
+    tl.store(total_ptr + experts, total, mask=is_expert)
+    tl.store(loss_ptr, tl.sum(loss) * scale)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_weights_ptr, grad_loss_ptr, logits_ptr, ids_ptr, weights_ptr, counts_ptr, grad_logits_ptr,
+    num_experts, sequence_length, row_stride, scaling, loss_scale,
+    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0)
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    experts = tl.arange(0, EXPERTS)[None, :]
+    is_token = tokens < sequence_length
+    mask = is_token & (experts < num_experts)
+    rows = sequence.to(tl.int64) * sequence_length + tokens
+    probabilities = _softmax(logits_ptr, rows, experts, mask, row_stride)
+
+    counts = tl.load(counts_ptr + sequence * num_experts + experts, mask=experts < num_experts, other=0)
+    load = counts.to(tl.float32) * (tl.load(grad_loss_ptr) * loss_scale)
+    grad = tl.broadcast_to(load, (TOKENS, EXPERTS))
+    if NORMALIZE:
+        projection = tl.zeros((TOKENS, 1), dtype=tl.float32)
+        chosen_sum = tl.zeros((TOKENS, 1), dtype=tl.float32) + 1e-20
+        for k in tl.static_range(TOP_K):
+            slot = rows * TOP_K + k
+            grad_weight = tl.load(grad_weights_ptr + slot, mask=is_token, other=0.0)
+            projection += grad_weight * tl.load(weights_ptr + slot, mask=is_token, other=0.0)
+            index = tl.load(ids_ptr + slot, mask=is_token, other=0)
+            chosen_sum += tl.sum(tl.where(experts == index, probabilities, 0.0), axis=1, keep_dims=True)
+    for k in tl.static_range(TOP_K):
+        slot = rows * TOP_K + k
+        index = tl.load(ids_ptr + slot, mask=is_token, other=0)
+        grad_weight = tl.load(grad_weights_ptr + slot, mask=is_token, other=0.0)
+        if NORMALIZE:
+            grad_weight = (grad_weight - projection) / chosen_sum
+        else:
+            grad_weight = grad_weight * scaling
+        grad += tl.where(experts == index, grad_weight, 0.0)
+    grad_logits = probabilities * (grad - tl.sum(probabilities * grad, axis=1, keep_dims=True))
+    tl.store(grad_logits_ptr + rows * num_experts + experts, grad_logits, mask=mask)
+
+
+def _tile(num_experts: int) -> tuple[int, int]:
+    """Tokens and (padded) experts of a program's tile."""
+    experts = triton.next_power_of_2(num_experts)
+    return max(1, TILE_ELEMENTS // experts), experts
+
+
+def forward(
+    logits: torch.Tensor,
+    top_k: int,
+    num_groups: int,
+    top_k_groups: int,
+    normalize: bool,
+    scaling: float,
+    num_sequences: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ids and weights [T, K], counts [E], the auxiliary loss, and the counts of every sequence."""
+    num_tokens, num_experts = logits.shape
+    length = num_tokens // num_sequences
+    tokens, experts = _tile(num_experts)
+    num_tiles = triton.cdiv(length, tokens)
+    device = logits.device
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
+    counts = torch.zeros(num_sequences, num_experts, dtype=torch.int32, device=device)
+    partial = torch.empty(num_sequences * num_tiles, num_experts, dtype=torch.float32, device=device)
+    total = torch.empty(num_experts, dtype=torch.int32, device=device)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    if num_tokens:
+        _forward_kernel[(num_sequences, num_tiles)](
+            logits, ids, weights, counts, partial,
+            num_experts, length, logits.stride(0), num_experts // num_groups, scaling,
+            TOP_K=top_k, GROUPS=num_groups, TOP_GROUPS=top_k_groups, NORMALIZE=normalize,
+            TOKENS=tokens, EXPERTS=experts, SLOTS=triton.next_power_of_2(top_k), num_warps=4,
+        )  # fmt: skip
+    _balance_kernel[(1,)](
+        counts, partial, total, loss,
+        num_experts, num_sequences, num_tiles, loss_scale(num_tokens, num_experts, top_k, num_sequences),
+        TILES=max(1, 4096 // experts), EXPERTS=experts, num_warps=8,
+    )  # fmt: skip
+    return ids, weights, total, loss, counts
+
+
+def loss_scale(num_tokens: int, num_experts: int, top_k: int, num_sequences: int) -> float:
+    """What ``counts * sum of probabilities``, summed over experts and sequences, is multiplied by.
+
+    The relative load is ``counts * E * sequences / (T * K)``, the mean probability the sum times ``sequences / T``, and
+    the loss the mean over sequences.
+    """
+    return num_experts * num_sequences / (max(num_tokens, 1) ** 2 * top_k)
+
+
+def backward(
+    grad_weights: torch.Tensor,
+    grad_loss: torch.Tensor,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    counts: torch.Tensor,
+    normalize: bool,
+    scaling: float,
+) -> torch.Tensor:
+    """Return the gradient of the logits, [T, E] fp32."""
+    num_tokens, num_experts = logits.shape
+    num_sequences, top_k = counts.shape[0], ids.shape[1]
+    length = num_tokens // num_sequences
+    tokens, experts = _tile(num_experts)
+    grad_logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=logits.device)
+    if num_tokens:
+        _backward_kernel[(num_sequences, triton.cdiv(length, tokens))](
+            grad_weights.contiguous(), grad_loss, logits, ids, weights, counts, grad_logits,
+            num_experts, length, logits.stride(0), scaling,
+            loss_scale(num_tokens, num_experts, top_k, num_sequences),
+            TOP_K=top_k, NORMALIZE=normalize, TOKENS=tokens, EXPERTS=experts, num_warps=4,
+        )  # fmt: skip
+    return grad_logits
