@@ -48,8 +48,8 @@ def experts(
     weights. The sum over K runs in fp32 and in the order of k, so equal inputs give equal bits.
 
     ``gate_up_gradient`` and ``down_gradient`` are buffers (the weight's shape; its dtype or fp32) to which the backward
-    adds; that weight's ``.grad`` then stays untouched. ``recompute_up`` saves no pre-activation [R, 2F] and computes the
-    up-projection again in the backward. A pair whose expert id lies outside [0, E) contributes nothing; with
+    adds; that weight's ``.grad`` then stays untouched. ``recompute_up`` saves no pre-activation [R, 2F] and computes
+    the up-projection again in the backward. A pair whose expert id lies outside [0, E) contributes nothing; with
     MOESCALE_DEBUG=1 it is an error, and so are ``tokens_per_expert`` [E] (the router's counts) that do not fit the ids.
 
     Raises KernelInputError for shapes, dtypes and devices that do not fit.
@@ -79,8 +79,8 @@ def expert_mlp(
     """Return down[e] @ (silu(gate[e] @ row) * (up[e] @ row)) for rows sorted by expert, as behind an all-to-all.
 
     Shapes: rows [R, H]; gate_up [E, 2F, H], gate rows first; down [E, H, F]; ends [E] int32, the cumulative rows of
-    each expert; result [R, H]. Rows from ``ends[-1]`` on belong to no expert: their result and gradient are zero. The other
-    arguments and the errors are those of :func:`experts`.
+    each expert; result [R, H]. Rows from ``ends[-1]`` on belong to no expert: their result and gradient are zero.
+    The other arguments and the errors are those of :func:`experts`.
     """
     num_experts, _, hidden = gate_up.shape
     check_shape("expert_mlp", "rows", rows, (None, hidden), "[R, H]")

@@ -244,7 +244,7 @@ def multiply_up(
     act = rows.new_empty((num_rows, ffn) if write_act else 0)
     if num_rows == 0:
         return pre, act
-    launch = launch or find_launch("up", rows.device, rows.dtype, num_rows // num_experts, 2 * ffn, hidden)
+    launch = launch or find_launch("up", rows.device, rows.dtype, num_rows, num_experts, 2 * ffn, hidden)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     grid = num_programs(launch, rows.device)
     half_n, store_n = block_n // 2, launch.store_n // 2
@@ -287,7 +287,7 @@ def multiply_down_dgrad(
     num_rows, hidden = grad_out.shape
     num_experts, _, ffn = down.shape
     grad_pre, weighted_act = torch.empty_like(pre), pre.new_empty((num_rows, ffn))
-    launch = launch or find_launch("down_dgrad", pre.device, pre.dtype, num_rows // num_experts, ffn, hidden)
+    launch = launch or find_launch("down_dgrad", pre.device, pre.dtype, num_rows, num_experts, ffn, hidden)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     parts = torch.empty((triton.cdiv(ffn, block_n), num_rows), dtype=torch.float32, device=pre.device)
     if num_rows == 0:

@@ -213,7 +213,7 @@ def row_tiles(ends: torch.Tensor, num_rows: int, block_m: int) -> torch.Tensor:
     max_tiles = num_rows // block_m + num_experts
     tiles = torch.empty((max_tiles + 1, 4), dtype=torch.int32, device=ends.device)
     _row_tiles_kernel[(triton.cdiv(max_tiles, 32),)](
-        ends, tiles, num_experts, max_tiles, BLOCK_M=block_m, EXPERTS=triton.next_power_of_2(num_experts)
+        ends, tiles, num_experts, max_tiles, BLOCK_M=block_m, EXPERTS=max(64, triton.next_power_of_2(num_experts))
     )
     return tiles
 
@@ -242,7 +242,7 @@ def multiply_rows(
     out = rows.new_empty((num_rows, n))
     if num_rows == 0:
         return out
-    launch = launch or find_launch(kernel, rows.device, rows.dtype, num_rows // num_experts, n, k)
+    launch = launch or find_launch(kernel, rows.device, rows.dtype, num_rows, num_experts, n, k)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     grid = num_programs(launch, rows.device)
     _rows_kernel[(grid,)](
@@ -287,7 +287,7 @@ def weight_gradient(
     out = left.new_empty((num_experts, m, n)) if buffer is None else buffer
     if num_rows == 0:
         return out if buffer is not None else out.zero_()
-    launch = launch or find_launch(kernel, left.device, left.dtype, num_rows // num_experts, m, n)
+    launch = launch or find_launch(kernel, left.device, left.dtype, num_rows, num_experts, m, n)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     grid = num_programs(launch, left.device)
     _weight_gradient_kernel[(grid,)](
@@ -304,7 +304,7 @@ def weight_gradient(
         GROUP_M=launch.group_m,
         NUM_PROGRAMS=grid,
         STORE_SPLITS=launch.store_splits,
-        EXPERTS=triton.next_power_of_2(num_experts),
+        EXPERTS=max(64, triton.next_power_of_2(num_experts)),
         ACCUMULATE=_accumulation(buffer),
         PRECISION=matrix_precision(left.dtype),
         num_warps=launch.num_warps,

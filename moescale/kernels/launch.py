@@ -52,31 +52,42 @@ class LaunchConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TunedLaunch:
+    """The launch found for one product: ``rows`` rows of ``num_experts`` experts with weights [n, k], in bf16."""
+
+    kernel: str
+    rows: int
+    num_experts: int
+    n: int
+    k: int
+    launch: LaunchConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchTable:
-    """The tuned launches of one GPU model, for bf16."""
+    """The tuned launches of one GPU model."""
 
     gpu: str
-    entries: tuple[tuple[str, int, int, int, LaunchConfig], ...]  # kernel, rows per expert, n, k, launch
+    entries: tuple[TunedLaunch, ...]
 
-    def nearest(self, kernel: str, rows_per_expert: int, n: int, k: int) -> LaunchConfig | None:
-        """Return the launch tuned for ``kernel`` at [n, k] with the nearest number of rows per expert (log scale).
+    def nearest(self, kernel: str, rows: int, num_experts: int, n: int, k: int) -> LaunchConfig | None:
+        """Return the launch tuned for ``kernel`` at [n, k] nearest in rows per expert, then in experts (log scale).
 
         Without an entry of exactly this weight shape, the entries of the kernel's other shapes are used.
         """
-        candidates = [e for e in self.entries if e[0] == kernel and e[2:4] == (n, k)]
-        candidates = candidates or [e for e in self.entries if e[0] == kernel]
-        if not candidates:
-            return None
-        distance = math.log(max(rows_per_expert, 1))
-        return min(candidates, key=lambda e: (abs(math.log(max(e[1], 1)) - distance), e[1]))[4]
+        candidates = [e for e in self.entries if e.kernel == kernel and (e.n, e.k) == (n, k)]
+        candidates = candidates or [e for e in self.entries if e.kernel == kernel]
+
+        def distance(entry: TunedLaunch) -> tuple[float, float]:
+            per_expert = math.log(max(rows, 1) / num_experts) - math.log(entry.rows / entry.num_experts)
+            return round(abs(per_expert), 2), abs(math.log(num_experts / entry.num_experts))
+
+        return min(candidates, key=distance).launch if candidates else None
 
 
 def parse_table(document: dict[str, Any]) -> LaunchTable:
-    """Build a table from its JSON document ``{"gpu", "entries": [{"kernel", "rows_per_expert", "n", "k", ...}]}``."""
-    entries = []
-    for entry in document["entries"]:
-        launch = LaunchConfig(**entry["launch"])
-        entries.append((entry["kernel"], entry["rows_per_expert"], entry["n"], entry["k"], launch))
+    """Build a table from its JSON document ``{"gpu", "entries": [TunedLaunch as an object, ...]}``."""
+    entries = (TunedLaunch(**{**entry, "launch": LaunchConfig(**entry["launch"])}) for entry in document["entries"])
     return LaunchTable(gpu=document["gpu"], entries=tuple(entries))
 
 
@@ -105,15 +116,15 @@ def default_launch(kernel: str, capability: tuple[int, int], dtype: torch.dtype)
 
 @functools.cache
 def find_launch(
-    kernel: str, device: torch.device, dtype: torch.dtype, rows_per_expert: int, n: int, k: int
+    kernel: str, device: torch.device, dtype: torch.dtype, rows: int, num_experts: int, n: int, k: int
 ) -> LaunchConfig:
-    """Return the launch of ``kernel`` on ``device`` for a weight of n x k and that many rows per expert."""
+    """Return the launch of ``kernel`` on ``device`` for ``rows`` rows of ``num_experts`` experts, weights [n, k]."""
     if device.type != "cuda":
         # The interpreter: small tiles, so that small tests meet tile edges.
         return LaunchConfig(block_m=16, block_n=32, block_k=16, num_warps=4, num_stages=1, flatten=False)
     table = load_tables().get(torch.cuda.get_device_name(device))
     if table is not None and dtype.itemsize == 2:
-        launch = table.nearest(kernel, rows_per_expert, n, k)
+        launch = table.nearest(kernel, rows, num_experts, n, k)
         if launch is not None:
             return launch
     return default_launch(kernel, torch.cuda.get_device_capability(device), dtype)
