@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Toml
 from rich.console import Console
 
@@ -19,10 +19,14 @@ app = App(
     help="Compile, run and export parallel training of DeepSeek-V2-family mixture-of-experts models.",
     help_format="markdown",
 )
-app.command("moescale.cli.prepare:prepare_command", name="prepare")
-app.command("moescale.cli.compile:compile_command", name="compile")
-app.command("moescale.cli.run:run_command", name="run")
-app.command("moescale.cli.export:export_command", name="export")
+_COMMANDS = {
+    "prepare": "Tokenise text and pack it into sequences.",
+    "compile": "Plan parallel training for a cluster: will it fit, how fast, with which settings.",
+    "run": "Train a model: start it, or continue the run in the output folder.",
+    "export": "Write a run's weights as a Hugging Face checkpoint.",
+}
+for _name, _help in _COMMANDS.items():
+    app.command(f"moescale.cli.{_name}:{_name}_command", name=_name, help=_help)
 
 
 @app.meta.default
@@ -41,13 +45,15 @@ def _with_config(
         if not config.is_file():
             raise MoescaleError(f"--config ({config}) is not a file; give a TOML file with a table such as [run]")
         app.config = Toml(config, must_exist=True, use_commands_as_keys=True)
-    app(tokens)
+    app(tokens, exit_on_error=False)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit status: 0 done, 2 bad input, 3 loss not finite, 75 stopped and resumable, 130 interrupted."""
     try:
-        app.meta(arguments if arguments is not None else sys.argv[1:])
+        app.meta(arguments if arguments is not None else sys.argv[1:], exit_on_error=False)
+    except CycloptsError:  # Already printed.
+        sys.exit(MoescaleError.exit_status)
     except MoescaleError as error:
         Console(stderr=True).print(f"error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(error.exit_status)
