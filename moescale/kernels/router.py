@@ -120,8 +120,8 @@ def _check(logits: torch.Tensor, top_k: int, num_groups: int, top_k_groups: int,
     num_tokens, num_experts = logits.shape
     if num_experts % num_groups or not 1 <= top_k_groups <= num_groups:
         raise KernelInputError(
-            f"route: {num_experts} experts, num_groups ({num_groups}), top_k_groups ({top_k_groups}): groups must divide "
-            "the experts, and 1 to num_groups of them be kept"
+            f"route: {num_experts} experts, num_groups ({num_groups}), top_k_groups ({top_k_groups}): groups must "
+            "divide the experts, and 1 to num_groups of them be kept"
         )
     reachable = num_experts // num_groups * top_k_groups
     if not 1 <= top_k <= reachable:

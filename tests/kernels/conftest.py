@@ -1,0 +1,26 @@
+"""Kernels run on the GPU where there is one, else in Triton's interpreter; their outputs start as NaN."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is defined, which is when an operator first runs it: after collection.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every ``torch.empty`` of floats is full of NaN, so that an element no kernel writes is seen."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        out = empty(*args, **kwargs)  # type: ignore[call-overload]
+        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-(2**31) + 1)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    yield

@@ -1,0 +1,109 @@
+"""Linear cross-entropy: chunked and fused against logits that exist."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from agreement import DEVICE, assert_accurate, randn
+
+from moescale.kernels import cross_entropy
+from moescale.kernels.cross_entropy import linear_cross_entropy
+
+BACKENDS = ["torch", "triton"]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks and vocabulary blocks, the last ones ragged, also for small inputs."""
+    from moescale.kernels import _cross_entropy_triton
+
+    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(_cross_entropy_triton, "BLOCK_VOCABULARY", 16)
+
+
+def make(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    targets = torch.randint(vocabulary, (tokens,), generator=generator).to(DEVICE)
+    targets[::5] = -100
+    return [randn(tokens, hidden, dtype=dtype), randn(vocabulary, hidden, dtype=dtype, seed=1), targets]
+
+
+def materialised(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [1, 16, 41])
+def test_loss_and_gradients_with_a_factor_in_front(backend: str, tokens: int) -> None:
+    hidden, weight, targets = make(tokens, 12, 37)
+    targets[0] = 36
+    results = []
+    for loss in (linear_cross_entropy(hidden, weight, targets, backend=backend), materialised(hidden, weight, targets)):
+        # Not 1 and not a power of two: the factor must reach the gradients, once.
+        results.append((loss.detach(), *torch.autograd.grad(0.3 * loss, (hidden, weight))))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_validation_computes_no_gradient(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = make(20, 8, 23)
+    expected = materialised(hidden, weight, targets)
+    monkeypatch.setattr(cross_entropy, "_accumulate_product", None)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_only_one_input_needs_a_gradient(backend: str, wanted: int) -> None:
+    *inputs, targets = make(20, 8, 23)
+    expected = torch.autograd.grad(materialised(*inputs, targets), inputs[wanted])
+    inputs[1 - wanted] = inputs[1 - wanted].detach()
+    ours = torch.autograd.grad(linear_cross_entropy(*inputs, targets, backend=backend), inputs[wanted])
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_without_a_target_contribute_nothing(backend: str) -> None:
+    hidden, weight, targets = make(20, 8, 23)
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), backend=backend)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    assert loss == 0 and all((g == 0).all() for g in gradients)
+
+
+def test_logits_that_overflow_exp_are_exact() -> None:
+    hidden, weight, targets = make(17, 8, 23)
+    big = (hidden.detach() * 500).requires_grad_()
+    ours = linear_cross_entropy(big, weight, targets, backend="triton")
+    torch.testing.assert_close(ours, materialised(big, weight, targets))
+
+
+def test_the_operator_compiles_without_a_graph_break() -> None:
+    hidden, weight, targets = make(20, 8, 23)
+    compiled = torch.compile(
+        lambda h: linear_cross_entropy(h, weight, targets, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    ours = torch.autograd.grad(compiled(hidden), (hidden, weight))
+    torch.testing.assert_close(ours, torch.autograd.grad(materialised(hidden, weight, targets), (hidden, weight)))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("size", [(300, 256, 10001), (2048, 512, 4096), (1, 64, 102400)])
+def test_bf16_error_is_at_most_twice_plain_torch(size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from moescale.kernels import _cross_entropy_triton
+
+    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 1024)
+    monkeypatch.setattr(_cross_entropy_triton, "BLOCK_VOCABULARY", 4096)
+    hidden, weight, targets = make(*size, dtype=torch.bfloat16)
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, *, backend: str) -> tuple[torch.Tensor, ...]:
+        if backend == "torch":
+            return (materialised(hidden, weight, targets),)
+        return (linear_cross_entropy(hidden, weight, targets, backend=backend),)
+
+    with torch.no_grad():
+        weight *= size[1] ** -0.5
+    assert_accurate(loss, [hidden, weight])

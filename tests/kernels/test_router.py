@@ -1,0 +1,183 @@
+"""The router against its published definition, written out per token, and the kernel against plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from agreement import DEVICE, assert_accurate, outputs_and_gradients, randn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moescale.kernels.backends import KernelInputError
+from moescale.kernels.router import Routing, route, router_logits
+
+GREEDY = {"top_k": 3, "group_limited": False, "normalize_topk": False, "routed_scaling_factor": 2.5}
+GROUPED = GREEDY | {"group_limited": True, "num_groups": 4, "top_k_groups": 2}
+SETTINGS = [
+    GREEDY | {"num_sequences": None},
+    GREEDY | {"num_sequences": 3},
+    GREEDY | {"num_sequences": 1, "normalize_topk": True},
+    GREEDY | {"num_sequences": 3, "normalize_topk": True, "top_k": 1},
+    GROUPED | {"num_sequences": 3},
+    GROUPED | {"num_sequences": None, "normalize_topk": True},
+]
+
+
+def by_definition(logits: torch.Tensor, settings: dict) -> tuple[list[list[int]], list[list[float]], float]:
+    """DeepSeek-V2's router in Python numbers: chosen experts, weights and auxiliary loss."""
+    num_experts, top_k = logits.shape[1], settings["top_k"]
+    ids, weights = [], []
+    probabilities = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in logits.tolist()]
+    for p in probabilities:
+        allowed = list(range(num_experts))
+        if settings["group_limited"]:
+            size = num_experts // settings["num_groups"]
+            groups = sorted(range(settings["num_groups"]), key=lambda g: -max(p[g * size : (g + 1) * size]))
+            allowed = [e for e in allowed if e // size in groups[: settings["top_k_groups"]]]
+        best = sorted(allowed, key=lambda e: -p[e])[:top_k]
+        total = sum(p[e] for e in best)
+        normalize = settings["normalize_topk"] and top_k > 1
+        ids.append(best)
+        weights.append([p[e] / total if normalize else p[e] * settings["routed_scaling_factor"] for e in best])
+    sequences = settings["num_sequences"] or 1
+    length = len(ids) // sequences
+    loss = 0.0
+    for start in range(0, len(ids), length):
+        for e in range(num_experts):
+            count = sum(row.count(e) for row in ids[start : start + length])
+            mean = sum(p[e] for p in probabilities[start : start + length]) / length
+            loss += count / (length * top_k / num_experts) * mean / sequences
+    return ids, weights, loss
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_choice_weights_counts_and_loss_are_the_published_definition(settings: dict, backend: str) -> None:
+    logits = randn(21, 12)
+    ids, weights, loss = by_definition(logits, settings)
+    routing = route(logits, **settings, backend=backend)
+    assert routing.topk_ids.tolist() == ids and routing.topk_ids.dtype == torch.int32
+    torch.testing.assert_close(routing.topk_weights.detach().cpu(), torch.tensor(weights))
+    torch.testing.assert_close(routing.aux_loss.item(), loss, rtol=1e-5, atol=0)
+    assert routing.tokens_per_expert.tolist() == [sum(row.count(e) for row in ids) for e in range(12)]
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_gradients_of_weights_and_loss_agree(settings: dict) -> None:
+    def differentiable(logits: torch.Tensor, *, backend: str) -> tuple[torch.Tensor, ...]:
+        routing = route(logits, **settings, backend=backend)
+        return routing.topk_weights, routing.aux_loss
+
+    assert_accurate(differentiable, [randn(21, 12)])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    tokens=st.integers(1, 70),
+    num_experts=st.sampled_from([1, 2, 5, 64, 160, 256]),
+    top_k=st.integers(1, 8),
+    normalize=st.booleans(),
+)
+def test_kernel_agrees_on_any_shape(tokens: int, num_experts: int, top_k: int, normalize: bool) -> None:
+    logits = randn(tokens, num_experts, seed=tokens)
+    arguments = GREEDY | {"top_k": min(top_k, num_experts), "normalize_topk": normalize, "num_sequences": None}
+    ours, plain = (route(logits, **arguments, backend=b) for b in ("triton", "torch"))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_equal_probabilities_choose_the_first_experts() -> None:
+    routing = route(torch.zeros(5, 8, device=DEVICE), **GREEDY, num_sequences=None, backend="triton")
+    assert routing.topk_ids.tolist() == [[0, 1, 2]] * 5
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_ids_stay_in_range_for_logits_that_are_not_finite() -> None:
+    for bad in (float("nan"), float("-inf"), float("inf")):
+        logits = torch.full((3, 5), bad, device=DEVICE)
+        ids = route(logits, **GREEDY, num_sequences=None, backend="triton").topk_ids
+        assert ((ids >= 0) & (ids < 5)).all()
+
+
+def test_balanced_routing_has_a_loss_of_one() -> None:
+    logits = torch.eye(8, device=DEVICE).repeat(4, 1) * 20
+    arguments = GREEDY | {"top_k": 1, "num_sequences": None}
+    torch.testing.assert_close(route(logits, **arguments).aux_loss.item(), 1.0, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 13}, r"top_k \(13\) must be between 1 and the 12 reachable"),
+        ({"group_limited": True, "num_groups": 5}, r"num_groups \(5\).*must divide"),
+        ({"num_sequences": 4}, r"num_sequences \(4\) must divide the 21 tokens"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(KernelInputError, match=message):
+        route(randn(21, 12), **(GREEDY | {"num_sequences": None} | changes))
+
+
+def test_the_operator_compiles_without_a_graph_break() -> None:
+    def balanced(logits: torch.Tensor) -> Routing:
+        return route(logits * 2, **GREEDY, num_sequences=3, backend="triton")
+
+    logits = randn(21, 12)
+    compiled = torch.compile(balanced, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(logits), balanced(logits), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_logits_of_bf16_inputs_are_exact_to_fp32() -> None:
+    x, weight = randn(40, 64, dtype=torch.bfloat16), randn(8, 64, dtype=torch.bfloat16, seed=1)
+    logits = router_logits(x, weight)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_logit_gradients_of_bf16_inputs_match_fp32_products() -> None:
+    x, weight = randn(4096, 2048, dtype=torch.bfloat16), randn(64, 2048, dtype=torch.bfloat16, seed=1)
+    direction = randn(4096, 64, seed=2, grad=False)
+    ours = torch.autograd.grad((router_logits(x, weight) * direction).sum(), (x, weight))
+    exact = direction @ weight.float(), direction.T @ x.float()
+    for a, b in zip(ours, exact, strict=True):
+        # One rounding to bf16 and nothing else: 2^-9 at most, about 0.0017 in the norm.
+        assert (a.float() - b).norm() < 0.002 * b.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_large_inputs_agree_repeat_exactly_and_never_synchronise(settings: dict) -> None:
+    def differentiable(logits: torch.Tensor, *, backend: str) -> tuple[torch.Tensor, ...]:
+        routing = route(logits, **settings, backend=backend)
+        return routing.topk_weights, routing.aux_loss
+
+    logits = randn(8193, 64)
+    assert_accurate(differentiable, [logits])
+    direction = randn(8193, settings["top_k"], seed=1, grad=False)
+
+    def once() -> list[torch.Tensor]:
+        routing = route(logits, **settings, backend="triton")
+        loss = (routing.topk_weights * direction).sum() + routing.aux_loss
+        return [*routing, *torch.autograd.grad(loss, logits)]
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runs = [once() for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_the_comparison_can_fail() -> None:
+    def biased(logits: torch.Tensor, *, backend: str) -> tuple[torch.Tensor, ...]:
+        return (logits * (1.001 if backend == "triton" else 1.0),)
+
+    with pytest.raises(AssertionError, match="result 0: error"):
+        assert_accurate(biased, [randn(4, 4)])
+    assert len(outputs_and_gradients(biased, [randn(4, 4)], "torch")) == 2
