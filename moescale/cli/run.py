@@ -120,8 +120,11 @@ def run_command(
 
 
 def _plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: torch.device) -> ParallelPlan:
-    by_hand = {"tokens_per_step": inputs.tokens_per_step, "micro_batch_sequences": inputs.micro_batch_sequences}
-    by_hand |= {"precision": inputs.precision}
+    by_hand: dict[str, int | str | None] = {
+        "tokens_per_step": inputs.tokens_per_step,
+        "micro_batch_sequences": inputs.micro_batch_sequences,
+        "precision": inputs.precision,
+    }
     given = [name for name, value in by_hand.items() if value is not None]
     if inputs.plan is not None:
         if given:

@@ -107,9 +107,13 @@ def master_weight(parameter: torch.Tensor, state: AdamWState) -> torch.Tensor:
     if state.master is not None:
         return state.master
     if state.remainder is not None:
-        bits = (parameter.detach().view(torch.int16).int() << 16) + state.remainder.int()
-        return bits.view(torch.float32)
+        return join_master(parameter.detach(), state.remainder)
     return parameter.detach().float()
+
+
+def join_master(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
+    """The fp32 master of a bf16 ``weight`` and its int16 ``remainder``, exactly."""
+    return ((weight.view(torch.int16).int() << 16) + remainder.int()).view(torch.float32)
 
 
 def set_master_weight(parameter: torch.Tensor, state: AdamWState, weight: torch.Tensor) -> None:
@@ -157,8 +161,39 @@ def adamw_update(
         from moescale.kernels import _adamw_triton
 
         _adamw_triton.update(parameter, gradient, state, hyperparameters, gradient_scale, seed, first_index)
+    elif state.master is not None and state.first_moment.dtype == torch.float32:
+        _update_fp32_fused(parameter, gradient, state, hyperparameters, gradient_scale)
     else:
         _update_in_torch(parameter, gradient, state, hyperparameters, gradient_scale, seed, first_index)
+
+
+def _update_fp32_fused(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    state: AdamWState,
+    hyperparameters: AdamWHyperparameters,
+    gradient_scale: torch.Tensor,
+) -> None:
+    """Everything in fp32: PyTorch has a fused operator for that, several times faster on the CPU."""
+    h = hyperparameters
+    assert state.master is not None
+    torch._fused_adamw_(
+        [state.master],
+        [gradient.float() * gradient_scale],
+        [state.first_moment],
+        [state.second_moment],
+        [],
+        [torch.full((), float(h.num_updates), device=parameter.device)],
+        lr=h.learning_rate,
+        beta1=h.beta1,
+        beta2=h.beta2,
+        weight_decay=h.weight_decay,
+        eps=h.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    if parameter.dtype != torch.float32:
+        parameter.copy_(state.master)
 
 
 def _update_in_torch(

@@ -22,11 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moescale.errors import CheckpointError
+from moescale.kernels.adamw import join_master
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
 MAX_FILE_BYTES = 4 * 2**30
 WEIGHTS_PREFIX = "weights."
+REMAINDER_PREFIX = "remainder."
 _PREFIX = "step-"
 
 
@@ -173,9 +175,7 @@ class CheckpointWeights:
         self._files: dict[str, Any] = {}
         for file_name in _read_document(checkpoint.path)["files"]:
             file = self._stack.enter_context(safe_open(checkpoint.path / file_name, framework="pt"))
-            for key in file.keys():
-                if key.startswith(WEIGHTS_PREFIX):
-                    self._files[key.removeprefix(WEIGHTS_PREFIX)] = file
+            self._files |= dict.fromkeys(file.keys(), file)
 
     def __enter__(self) -> CheckpointWeights:
         return self
@@ -184,17 +184,27 @@ class CheckpointWeights:
         self._stack.close()
 
     def names(self) -> list[str]:
-        return list(self._files)
+        return [key.removeprefix(WEIGHTS_PREFIX) for key in self._files if key.startswith(WEIGHTS_PREFIX)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(WEIGHTS_PREFIX + name).get_shape())
+        return tuple(self._files[WEIGHTS_PREFIX + name].get_slice(WEIGHTS_PREFIX + name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        return torch.float32
+        """What :meth:`read` returns: fp32 where the run kept fp32 weights in any form, else bf16."""
+        if REMAINDER_PREFIX + name in self._files:
+            return torch.float32
+        stored = self._files[WEIGHTS_PREFIX + name].get_slice(WEIGHTS_PREFIX + name).get_dtype()
+        return {"F32": torch.float32, "BF16": torch.bfloat16}[stored]
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """The tensor, or with ``index`` its slice of dim 0."""
-        stored = self._files[name].get_slice(WEIGHTS_PREFIX + name)
+        weight = self._read(WEIGHTS_PREFIX + name, index)
+        if REMAINDER_PREFIX + name not in self._files:
+            return weight
+        return join_master(weight, self._read(REMAINDER_PREFIX + name, index))
+
+    def _read(self, key: str, index: int | None) -> torch.Tensor:
+        stored = self._files[key].get_slice(key)
         return stored[:] if index is None else stored[index]
 
 

@@ -22,7 +22,7 @@ from moescale.model.transformer import Transformer
 from moescale.report.metrics import Observer, StepMetrics, TrainSummary
 from moescale.runtime import checkpoint as checkpoints
 from moescale.runtime.checkpoint import CheckpointStore
-from moescale.runtime.optimizer import AdamW
+from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.settings import TrainSettings, learning_rate_at
 
 
@@ -61,6 +61,7 @@ class Trainer:
         source: StepSource,
         store: CheckpointStore,
         observer: Observer,
+        optimizer_format: OptimizerFormat = OptimizerFormat(),  # noqa: B008 - frozen
         validation: Callable[[], Iterable[Batch]] | None = None,
         identity: dict[str, str] | None = None,
     ) -> None:
@@ -73,7 +74,7 @@ class Trainer:
         self.observer = observer
         self.validation = validation
         self.identity = identity or {}
-        self.optimizer = AdamW(model.named_parameters(), settings)
+        self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format)
         self.device = next(model.parameters()).device
         self.step = 0
         self.skipped_steps = 0

@@ -55,7 +55,7 @@ def test_both_exact_masters_equal_torchs_adamw(shape, master):
 
 
 def test_the_remainder_format_is_bit_for_bit_the_fp32_master():
-    results = [run(weight(9, 150, dtype=torch.bfloat16), "fp32", master, 15) for master in ("fp32", "bf16_remainder")]
+    results = [run(weight(9, 150, dtype=torch.bfloat16), "bf16", master, 15) for master in ("fp32", "bf16_remainder")]
     assert torch.equal(*results)
 
 

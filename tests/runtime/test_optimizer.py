@@ -51,7 +51,7 @@ def test_updates_smaller_than_a_bf16_step_are_not_lost():
     for _ in range(100):
         (parameter * 1.0).sum().backward()
         optimizer.step(1e-4, optimizer.gradient_norm())
-    assert optimizer.masters["norm"].tolist() == pytest.approx([0.99, 0.99], abs=1e-5)
+    assert optimizer.master("norm").tolist() == pytest.approx([0.99, 0.99], abs=1e-5)
     assert parameter.tolist() == [0.98828125, 0.98828125]
 
 

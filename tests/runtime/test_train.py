@@ -12,11 +12,18 @@ from moescale.errors import CheckpointError, ConfigError, NonFiniteLossError, Pr
 from moescale.model.transformer import build_on_meta, initialize
 from moescale.report.run_log import RunLog
 from moescale.runtime.checkpoint import CheckpointStore
+from moescale.runtime.optimizer import OptimizerFormat
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
 from tiny import tiny_config
 
 SEQUENCE_LENGTH = 16
+FORMATS = [
+    (torch.float32, OptimizerFormat()),
+    (torch.bfloat16, OptimizerFormat()),
+    (torch.bfloat16, OptimizerFormat(moments="bf16", master="bf16_remainder")),
+    (torch.bfloat16, OptimizerFormat(moments="int8", master="stochastic_bf16", gradients=torch.bfloat16)),
+]
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,16 @@ class Recorder:
         self.saves.append(step)
 
 
-def trainer(folder: Path, *, total_steps=12, dtype=torch.float32, source=None, validation=None, **settings) -> Trainer:
+def trainer(
+    folder: Path,
+    *,
+    total_steps=12,
+    dtype=torch.float32,
+    source=None,
+    validation=None,
+    format=OptimizerFormat(),  # noqa: B008 - frozen
+    **settings,
+) -> Trainer:
     fields = {"learning_rate": 1e-2, "warmup_steps": 2} | settings
     config = tiny_config()
     model = build_on_meta(config, dtype).to_empty(device="cpu")
@@ -89,18 +105,19 @@ def trainer(folder: Path, *, total_steps=12, dtype=torch.float32, source=None, v
         source=source or SyntheticSource(),
         store=CheckpointStore(folder, keep=2),
         observer=Recorder(),
+        optimizer_format=format,
         validation=validation,
         identity={"model": config.fingerprint()},
     )
 
 
 def weights(one: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in one.optimizer.masters.items()}
+    return {name: one.optimizer.master(name).clone() for name in one.optimizer.parameters}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loss_falls(tmp_path, dtype):
-    one = trainer(tmp_path, total_steps=40, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "format"), FORMATS)
+def test_the_loss_falls(tmp_path, dtype, format):
+    one = trainer(tmp_path, total_steps=40, dtype=dtype, format=format)
     one.train()
     assert sum(one.observer.losses[-3:]) / 3 < one.observer.losses[0] - 0.5
 
@@ -144,15 +161,15 @@ def test_the_auxiliary_loss_reaches_the_gradient_with_exactly_its_weight(tmp_pat
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_run_resumed_from_a_checkpoint_continues_bit_for_bit(tmp_path, dtype):
-    straight = trainer(tmp_path / "straight", dtype=dtype)
+@pytest.mark.parametrize(("dtype", "format"), FORMATS)
+def test_a_run_resumed_from_a_checkpoint_continues_bit_for_bit(tmp_path, dtype, format):
+    straight = trainer(tmp_path / "straight", dtype=dtype, format=format)
     straight.train()
-    first = trainer(tmp_path / "cut", dtype=dtype, checkpoint_every=5)
+    first = trainer(tmp_path / "cut", dtype=dtype, format=format, checkpoint_every=5)
     first.observer.after_step = lambda metrics: _raise_after(metrics.step, 8)
     with pytest.raises(KeyboardInterrupt):
         first.train()
-    second = trainer(tmp_path / "cut", dtype=dtype)
+    second = trainer(tmp_path / "cut", dtype=dtype, format=format)
     second.resume(second.store.last())
     assert second.step == 5
     second.train()
