@@ -8,6 +8,8 @@ dropped, so the main loops carry no masks and an expert's rows need no padding.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -288,6 +290,8 @@ def weight_gradient(
     if num_rows == 0:
         return out if buffer is not None else out.zero_()
     launch = launch or find_launch(kernel, left.device, left.dtype, num_rows, num_experts, m, n)
+    if out.dtype.itemsize > left.dtype.itemsize:
+        launch = dataclasses.replace(launch, store_splits=4)  # the same shared memory for wider elements
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     grid = num_programs(launch, left.device)
     _weight_gradient_kernel[(grid,)](

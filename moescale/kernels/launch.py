@@ -95,7 +95,8 @@ def parse_table(document: dict[str, Any]) -> LaunchTable:
 def load_tables() -> dict[str, LaunchTable]:
     """Return every shipped table by the GPU name that CUDA reports."""
     tables = {}
-    for file in resources.files("moescale.kernels").joinpath("tables").iterdir():
+    folder = resources.files("moescale.kernels").joinpath("tables")
+    for file in folder.iterdir() if folder.is_dir() else ():
         if file.name.endswith(".json"):
             table = parse_table(json.loads(file.read_text()))
             tables[table.gpu] = table
