@@ -6,6 +6,11 @@ input, the pre-activation and the routing; everything else is computed again (se
 Weight gradients can go straight into buffers: with ``gate_up_gradient`` / ``down_gradient`` given, the backward adds to
 them inside the weight-gradient product and autograd gets no gradient for that weight. That saves writing the gradient,
 reading it again and adding it, which at 64 experts costs as much memory traffic as the whole forward pass.
+
+The operators do not declare this mutation, and write through ``.data``, which has a version counter of its own. A
+declared one counts as an in-place change of a saved input, and a compiled layer then refuses a second forward before
+the first backward, as pipeline schedules need. Nothing else in a layer's graph reads the buffers, so no order can be
+broken by it.
 """
 
 from __future__ import annotations
@@ -182,6 +187,7 @@ def _mlp_backward(ops, grad_rows, rows, pre, gate_up, down, ends, row_weights, g
     """Return the gradients (rows, weight parts, gate_up, down); a weight with a buffer gets an empty gradient."""
     if pre.numel() == 0:
         pre, _ = ops.multiply_up(rows, gate_up, ends, write_pre=True, write_act=False)
+    gate_up_gradient, down_gradient = (None if b is None else b.data for b in (gate_up_gradient, down_gradient))
     grad_pre, act, parts = ops.multiply_down_dgrad(grad_rows, down, pre, ends, row_weights)
     grad_down = ops.weight_gradient(grad_rows, act, ends, buffer=down_gradient)
     del act
@@ -225,7 +231,7 @@ def _(x, topk_ids, topk_weights, gate_up, down, gate_up_gradient, down_gradient,
     return torch.empty_like(x, memory_format=torch.contiguous_format), pre, *order
 
 
-@torch.library.custom_op("moescale::experts_backward", mutates_args=("gate_up_gradient", "down_gradient"))
+@torch.library.custom_op("moescale::experts_backward", mutates_args=())
 def _experts_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -318,7 +324,7 @@ def _(rows, gate_up, down, ends, gate_up_gradient, down_gradient, backend, save_
     return torch.empty_like(rows, memory_format=torch.contiguous_format), pre
 
 
-@torch.library.custom_op("moescale::expert_mlp_backward", mutates_args=("gate_up_gradient", "down_gradient"))
+@torch.library.custom_op("moescale::expert_mlp_backward", mutates_args=())
 def _expert_mlp_backward(
     grad: torch.Tensor,
     rows: torch.Tensor,

@@ -68,7 +68,8 @@ def _(rows, weight, ends, weight_gradient, backend):
     return rows.new_empty((rows.shape[0], weight.shape[1]))
 
 
-@torch.library.custom_op("moescale::grouped_gemm_backward", mutates_args=("buffer",))
+# The mutation of ``buffer`` is left undeclared on purpose: see the module docstring of experts.py.
+@torch.library.custom_op("moescale::grouped_gemm_backward", mutates_args=())
 def _grouped_gemm_backward(
     grad: torch.Tensor,
     rows: torch.Tensor,
@@ -78,6 +79,7 @@ def _grouped_gemm_backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grad, rows, weight = grad.contiguous(), rows.contiguous(), weight.contiguous()
+    buffer = None if buffer is None else buffer.data
     if backend == "triton":
         from moescale.kernels import grouped_gemm_triton as triton_gemm
 
