@@ -1,0 +1,110 @@
+"""Compile every kernel the operators launch, for GPUs this machine does not have; run as a script.
+
+    python ahead_of_time.py CAPABILITY...      for example 80 90 100
+
+Operators are called on CPU tensors with the launch replaced: it records the kernel's arguments, of which the compiler
+needs only types, constants and alignment. Prints one JSON object: {capability: {kernel: bytes of shared memory}}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+OPTIONS = ("num_warps", "num_stages")
+Launch = tuple[JITFunction, dict[str, str], dict[tuple[int], object], dict[tuple[int], list], dict[str, int]]
+
+
+def record_launches(call: Callable[[], object]) -> list[Launch]:
+    """Call the operators with every kernel launch replaced by a record of its signature."""
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        constant = {p.name for p in kernel.params if p.is_constexpr}
+        signature: dict[str, str] = {}
+        constants: dict[tuple[int], object] = {}
+        attributes: dict[tuple[int], list] = {}
+        for position, name in enumerate(kernel.arg_names):
+            value = bound[name]
+            if name in constant or value is None:
+                signature[name] = "constexpr"
+                constants[(position,)] = value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPES[value.dtype]
+                attributes[(position,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32"
+                if value % 16 == 0:
+                    attributes[(position,)] = [["tt.divisibility", 16]]
+        launches.append((kernel, signature, constants, attributes, options))
+
+    original = JITFunction.run
+    JITFunction.run = record  # type: ignore[method-assign]
+    try:
+        call()
+    finally:
+        JITFunction.run = original  # type: ignore[method-assign]
+    return launches
+
+
+def call_every_operator() -> None:
+    """Each operator's kernels at the shapes of DeepSeek-Coder-V2-Lite in bf16, and its variants."""
+    from moescale.kernels import (
+        _cross_entropy_triton,
+        _mla_rope_triton,
+        _rms_norm_triton,
+        _router_triton,
+        _swiglu_triton,
+    )
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    fp32, int32 = torch.float32, torch.int32
+    x, weight, rstd = empty(64, 2048), empty(2048), empty(64, dtype=fp32)
+    for other in (None, x):
+        _rms_norm_triton.forward(x, other, weight, 1e-6)
+        _rms_norm_triton.backward(x, other, x, weight, rstd)
+    _swiglu_triton.forward(empty(8, 5632))
+    _swiglu_triton.backward(empty(8, 2816), empty(8, 5632))
+    q, kv, table = empty(1, 8, 16, 192), empty(1, 8, 16, 256), empty(8, 32, dtype=fp32)
+    _mla_rope_triton.forward(q, kv, empty(1, 8, 576)[..., 512:], table, table)
+    _mla_rope_triton.backward(q, q, empty(1, 8, 16, 128), table, table)
+    for experts, top_k, groups, top_groups, normalize in ((64, 6, 1, 1, False), (160, 6, 8, 3, True)):
+        logits, weights = empty(64, experts, dtype=fp32), empty(64, top_k, dtype=fp32)
+        ids, counts = empty(64, top_k, dtype=int32), empty(4, experts, dtype=int32)
+        _router_triton.forward(logits, top_k, groups, top_groups, normalize, 1.5, 4)
+        _router_triton.backward(weights, empty(dtype=fp32), logits, ids, weights, counts, normalize, 1.5)
+    targets = torch.zeros(4, dtype=torch.int64)
+    for write_gradient in (False, True):
+        _cross_entropy_triton.softmax_losses(empty(4, 102400), targets, -100, write_gradient)
+    _cross_entropy_triton.scaled(empty(64, 2048, dtype=fp32), empty(dtype=fp32), torch.bfloat16)
+
+
+def main() -> None:
+    launches = record_launches(call_every_operator)
+    report: dict[str, dict[str, int]] = {}
+    for capability in map(int, sys.argv[1:]):
+        kernels = report.setdefault(str(capability), {})
+        for kernel, signature, constants, attributes, options in launches:
+            source = ASTSource(kernel, signature, constants, attributes)
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            name = f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}"
+            kernels[name] = max(kernels.get(name, 0), compiled.metadata.shared)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
