@@ -1,0 +1,52 @@
+"""Which back end an operator gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moescale.kernels import backends
+from moescale.kernels.backends import KernelInputError, choose_backend
+
+CUDA = torch.device("cuda:0")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, expected",
+    [
+        ((9, 0), torch.bfloat16, "triton"),
+        ((8, 0), torch.float32, "triton"),
+        ((7, 5), torch.bfloat16, "grouped_mm"),
+        ((7, 5), torch.float32, "torch"),
+    ],
+)
+def test_auto_takes_triton_from_ampere_on(monkeypatch, capability, dtype, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_backend(CUDA, dtype) == expected
+
+
+def test_auto_does_without_triton_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "triton_available", lambda: False)
+    assert choose_backend(CUDA, torch.bfloat16) == "grouped_mm"
+    with pytest.raises(KernelInputError, match="needs the package triton, which is not installed; use 'auto'"):
+        choose_backend(CUDA, torch.bfloat16, "triton")
+
+
+def test_auto_on_the_cpu_is_plain_torch():
+    assert choose_backend(CPU, torch.float32) == "torch"
+
+
+def test_a_back_end_asked_for_by_name_is_used_or_refused(monkeypatch):
+    assert choose_backend(CPU, torch.float32, "grouped_mm") == "grouped_mm"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend(CPU, torch.float32, "triton") == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(KernelInputError, match="'triton'. cannot run on cpu .*TRITON_INTERPRET=1"):
+        choose_backend(CPU, torch.float32, "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(KernelInputError, match=r"needs CUDA capability \(8, 0\) or newer; cuda:0 has \(7, 5\)"):
+        choose_backend(CUDA, torch.float32, "triton")
+    with pytest.raises(KernelInputError, match="must be one of auto, triton, grouped_mm, torch; did you mean 'torch'"):
+        choose_backend(CPU, torch.float32, "torhc")
