@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import DEVICE, assert_accurate, randn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moescale.kernels import cross_entropy
 from moescale.kernels.cross_entropy import linear_cross_entropy
@@ -44,6 +46,18 @@ def test_loss_and_gradients_with_a_factor_in_front(backend: str, tokens: int) ->
         results.append((loss.detach(), *torch.autograd.grad(0.3 * loss, (hidden, weight))))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tokens=st.integers(1, 40), hidden=st.integers(1, 20), vocabulary=st.integers(1, 60))
+def test_loss_and_gradients_on_any_shape(tokens: int, hidden: int, vocabulary: int) -> None:
+    x, weight, targets = make(tokens, hidden, vocabulary)
+    ours = linear_cross_entropy(x, weight, targets, backend="triton")
+    expected = materialised(x, weight, targets)
+    torch.testing.assert_close(ours, expected)
+    gradients = (torch.autograd.grad(loss, (x, weight)) for loss in (ours, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from agreement import DEVICE, assert_accurate, randn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moescale.kernels.backends import KernelInputError
 from moescale.kernels.mla_rope import mla_rope
@@ -49,6 +51,15 @@ def test_adjacent_elements_form_a_pair() -> None:
 @pytest.mark.parametrize("dims", [(2, 5, 3, 12, 4, 10), (1, 2, 16, 128, 64, 128), (1, 1, 1, 6, 6, 5)])
 def test_kernel_agrees(dims: tuple[int, int, int, int, int, int]) -> None:
     assert_accurate(mla_rope, inputs(*dims))
+
+
+SIZES = st.integers(1, 9)
+
+
+@settings(max_examples=10, deadline=None)
+@given(batch=st.integers(1, 3), length=SIZES, heads=SIZES, nope=SIZES, pairs=st.integers(1, 5), value=SIZES)
+def test_kernel_agrees_on_any_shape(batch: int, length: int, heads: int, nope: int, pairs: int, value: int) -> None:
+    assert_accurate(mla_rope, inputs(batch, length, heads, nope, 2 * pairs, value))
 
 
 def test_kernel_takes_gradients_in_any_memory_order() -> None:
