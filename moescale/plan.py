@@ -1,1 +1,279 @@
-"""ParallelPlan: the only thing the planner hands to the runtime. Imports no torch."""
+"""ParallelPlan: the only thing the planner hands to the runtime. JSON in and out, validated. Imports no torch.
+
+A plan binds the named dims of the model's operators to mesh axes and fixes what decides memory. Always:
+
+    plan_gpus       = pp * dp_shard * cp * tp
+    runtime_gpus    = plan_gpus * dp_replicate
+    tokens_per_step = sequence_length * micro_batch_sequences * gradient_accumulation_steps * dp_replicate * dp_shard
+
+``ep`` divides ``dp_shard * cp`` and adds no GPUs: experts live on the data-parallel GPUs of a scale unit, each of which
+holds ``num_experts / ep`` of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moescale import __version__
+from moescale.config import ModelConfig
+from moescale.errors import ConfigError, nearest
+
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Number of GPUs along every mesh axis; ``ep`` overlays the data-parallel axes of a scale unit."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What is kept and what is done again, the same for all layers of one kind."""
+
+    recompute: Literal["none", "block"] | tuple[str, ...] = "none"
+    """Nothing, the whole block, or the operators named."""
+    reshard_after_forward: bool = True
+    """Free the gathered weights after the forward pass, and gather them again in the backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the planner expects of a plan."""
+
+    step_seconds: float
+    tokens_per_second: float
+    """Of all GPUs together."""
+    breakdown_seconds: dict[str, float]
+    peak_bytes: int
+    """Per rank, the largest."""
+    breakdown_bytes: dict[str, int]
+    peak_moment: str = ""
+    """When in a step the peak falls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelPlan:
+    """Everything the runtime needs to know; built by the planner or :func:`one_device_plan`."""
+
+    model_fingerprint: str
+    cluster_fingerprint: str
+    """Of the cluster file the plan was made for; empty for a plan made without one."""
+    plan_gpus: int
+    """GPUs of a scale unit, which holds one full copy of the weights."""
+    runtime_gpus: int
+    mesh: MeshShape
+    sequence_length: int
+    tokens_per_step: int
+    micro_batch_sequences: int
+    """Sequences one GPU runs forward and backward at once."""
+    gradient_accumulation_steps: int
+    dense_layers: LayerPlan
+    moe_layers: LayerPlan
+    compute_dtype: Literal["bf16", "fp32"]
+    optimizer_state_dtype: Literal["fp32", "bf16", "int8"]
+    """Format of both AdamW moments; int8 means 8-bit codes with block scales."""
+    master_weight_format: Literal["fp32", "bf16_remainder", "stochastic_bf16"]
+    gradient_dtype: Literal["fp32", "bf16"]
+    """In which gradients are accumulated and reduced."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory."""
+    prediction: Prediction | None = None
+    alternatives: tuple[dict[str, Any], ...] = ()
+    """Decisions that lost, each with the number that lost it."""
+    moescale_version: str = __version__
+    format: int = PLAN_FORMAT
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.tokens_per_step // self.sequence_length
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Raise ConfigError unless the plan was made for this model and can be run with it."""
+        if config.fingerprint() != self.model_fingerprint:
+            raise ConfigError(
+                f"plan.model_fingerprint ({self.model_fingerprint}) differs from the model's ({config.fingerprint()}); "
+                "compile a plan for this model, or give the model the plan was compiled for"
+            )
+        if config.num_experts is not None and config.num_experts % self.mesh.ep:
+            raise ConfigError(
+                f"model.num_experts ({config.num_experts}) must be divisible by plan.mesh.ep ({self.mesh.ep})"
+            )
+
+    def to_json(self) -> str:
+        """The plan as JSON; :meth:`from_json` gives back an equal plan."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, path: str = "plan") -> ParallelPlan:
+        """Read and validate a plan. ``path`` names it in errors. Raises ConfigError."""
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{path}: is not JSON ({error}); compile it again") from None
+        if not isinstance(document, dict):
+            raise ConfigError(f"{path}: must be a JSON object, not {type(document).__name__}")
+        if document.get("format") != PLAN_FORMAT:
+            raise ConfigError(
+                f"{path}: format ({document.get('format')}) must be {PLAN_FORMAT}; compile it again with this version"
+            )
+        return _parse(cls, document, "plan")
+
+
+def one_device_plan(
+    config: ModelConfig,
+    *,
+    sequence_length: int,
+    micro_batch_sequences: int,
+    gradient_accumulation_steps: int,
+    compute_dtype: Literal["bf16", "fp32"],
+) -> ParallelPlan:
+    """The plan of a run without a search: one device, fp32 beside the compute dtype, nothing recomputed."""
+    return ParallelPlan(
+        model_fingerprint=config.fingerprint(),
+        cluster_fingerprint="",
+        plan_gpus=1,
+        runtime_gpus=1,
+        mesh=MeshShape(),
+        sequence_length=sequence_length,
+        tokens_per_step=sequence_length * micro_batch_sequences * gradient_accumulation_steps,
+        micro_batch_sequences=micro_batch_sequences,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        dense_layers=LayerPlan(),
+        moe_layers=LayerPlan(),
+        compute_dtype=compute_dtype,
+        optimizer_state_dtype="fp32",
+        master_weight_format="fp32",
+        gradient_dtype="fp32",
+    )
+
+
+def load_plan(path: Path) -> ParallelPlan:
+    """Read a plan file. Raises ConfigError naming the path where it is missing or contradicts itself."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"--plan ({path}) cannot be read: {error.strerror}; write one with `moescale compile`"
+        ) from None
+    return ParallelPlan.from_json(text, str(path))
+
+
+def save_plan(plan: ParallelPlan, path: Path) -> None:
+    """Write a plan file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(plan.to_json() + "\n")
+    temporary.replace(path)
+
+
+def validate(plan: ParallelPlan) -> None:
+    """Check every rule that holds for any plan; called on construction. Raises ConfigError."""
+    positive: list[tuple[str, int]] = [(f"mesh.{name}", size) for name, size in vars(plan.mesh).items()]
+    for name in (
+        *("plan_gpus", "runtime_gpus", "sequence_length", "tokens_per_step"),
+        *("micro_batch_sequences", "gradient_accumulation_steps"),
+    ):
+        positive.append((name, getattr(plan, name)))
+    for name, value in positive:
+        if value < 1:
+            raise ConfigError(f"plan.{name} ({value}) must be at least 1")
+    _check_mesh(plan)
+    tokens = plan.sequence_length * plan.micro_batch_sequences * plan.gradient_accumulation_steps
+    tokens *= plan.mesh.dp_replicate * plan.mesh.dp_shard
+    if plan.tokens_per_step != tokens:
+        raise ConfigError(
+            f"plan.tokens_per_step ({plan.tokens_per_step}) must be sequence_length * micro_batch_sequences * "
+            f"gradient_accumulation_steps * dp_replicate * dp_shard ({plan.sequence_length} * "
+            f"{plan.micro_batch_sequences} * {plan.gradient_accumulation_steps} * {plan.mesh.dp_replicate} * "
+            f"{plan.mesh.dp_shard} = {tokens})"
+        )
+    if plan.compute_dtype == "fp32":
+        for name in ("master_weight_format", "gradient_dtype"):
+            if getattr(plan, name) != "fp32":
+                raise ConfigError(
+                    f"plan.{name} ('{getattr(plan, name)}') must be fp32 where plan.compute_dtype is fp32"
+                )
+
+
+def _check_mesh(plan: ParallelPlan) -> None:
+    mesh = plan.mesh
+    product = mesh.pp * mesh.dp_shard * mesh.cp * mesh.tp
+    if plan.plan_gpus != product:
+        raise ConfigError(
+            f"plan.plan_gpus ({plan.plan_gpus}) must be pp * dp_shard * cp * tp "
+            f"({mesh.pp} * {mesh.dp_shard} * {mesh.cp} * {mesh.tp} = {product})"
+        )
+    if plan.runtime_gpus != product * mesh.dp_replicate:
+        raise ConfigError(
+            f"plan.runtime_gpus ({plan.runtime_gpus}) must be plan_gpus * dp_replicate "
+            f"({product} * {mesh.dp_replicate} = {product * mesh.dp_replicate})"
+        )
+    if (mesh.dp_shard * mesh.cp) % mesh.ep:
+        raise ConfigError(
+            f"plan.mesh.ep ({mesh.ep}) must divide dp_shard * cp ({mesh.dp_shard} * {mesh.cp}): "
+            "experts live on the data-parallel GPUs of a scale unit"
+        )
+
+
+def _parse(cls: type, document: Any, path: str) -> Any:
+    """Build the dataclass ``cls`` from JSON: every key known, every value of its field's type."""
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must be an object, not {type(document).__name__}")
+    types = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in document:
+        if key not in fields:
+            raise ConfigError(f"{path}.{key} is not a field of a plan{nearest(key, fields)}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in document:
+            raise ConfigError(f"{path}.{name} is missing; compile the plan again")
+    return cls(**{key: _value(types[key], value, f"{path}.{key}") for key, value in document.items()})
+
+
+def _value(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _parse(typing.cast(type, kind), value, path)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{path} ({value!r}) must be one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    if arguments and origin not in (tuple, dict):  # a union: the first member that takes the value
+        for member in arguments:
+            try:
+                return _value(member, value, path)
+            except ConfigError as error:
+                last = error
+        raise last
+    return _scalar(kind, value, path)
+
+
+def _scalar(kind: Any, value: Any, path: str) -> Any:
+    if kind is Any or (kind is type(None) and value is None):
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(kind, type) or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        name = getattr(kind, "__name__", str(kind))
+        raise ConfigError(f"{path} ({value!r}) must be of type {name}")
+    return value

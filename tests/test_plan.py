@@ -1,0 +1,102 @@
+import dataclasses
+import json
+
+import pytest
+from tiny import tiny_config
+
+from moescale.errors import ConfigError
+from moescale.plan import LayerPlan, MeshShape, ParallelPlan, Prediction, load_plan, one_device_plan, save_plan
+
+
+def plan(**overrides) -> ParallelPlan:
+    fields = dict(
+        model_fingerprint=tiny_config().fingerprint(),
+        cluster_fingerprint="c" * 16,
+        plan_gpus=4,
+        runtime_gpus=8,
+        mesh=MeshShape(dp_replicate=2, dp_shard=4, ep=2),
+        sequence_length=128,
+        tokens_per_step=128 * 2 * 3 * 8,
+        micro_batch_sequences=2,
+        gradient_accumulation_steps=3,
+        dense_layers=LayerPlan(recompute="block"),
+        moe_layers=LayerPlan(recompute=("experts_up", "swiglu"), reshard_after_forward=False),
+        compute_dtype="bf16",
+        optimizer_state_dtype="int8",
+        master_weight_format="bf16_remainder",
+        gradient_dtype="fp32",
+        prediction=Prediction(
+            step_seconds=2.0,
+            tokens_per_second=3072.0,
+            breakdown_seconds={"compute": 1.5},
+            peak_bytes=10,
+            breakdown_bytes={"weights": 10},
+        ),
+        alternatives=({"decision": "mesh.ep", "value": 1, "step_seconds": 2.5},),
+    )
+    return ParallelPlan(**(fields | overrides))
+
+
+def edited(**changes) -> str:
+    return json.dumps(json.loads(plan().to_json()) | changes)
+
+
+def test_a_plan_survives_its_file(tmp_path):
+    path = tmp_path / "folder" / "plan.json"
+    save_plan(plan(), path)
+    assert load_plan(path) == plan()
+    assert [entry.name for entry in path.parent.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"plan_gpus": 8}, r"plan\.plan_gpus \(8\) must be pp \* dp_shard \* cp \* tp \(1 \* 4 \* 1 \* 1 = 4\)"),
+        ({"runtime_gpus": 4}, r"plan\.runtime_gpus \(4\) must be plan_gpus \* dp_replicate \(4 \* 2 = 8\)"),
+        ({"tokens_per_step": 1000}, r"plan\.tokens_per_step \(1000\) must be .* = 6144\)"),
+        ({"micro_batch_sequences": 0}, r"plan\.micro_batch_sequences \(0\) must be at least 1"),
+        ({"mesh": {"dp_replicate": 2, "dp_shard": 4, "ep": 3}}, r"plan\.mesh\.ep \(3\) must divide dp_shard \* cp"),
+        ({"mesh": {"dp_replicate": 2, "dp_shards": 4}}, r"plan\.mesh\.dp_shards is not a field.*mean 'dp_shard'"),
+        ({"compute_dtype": "fp16"}, r"plan\.compute_dtype \('fp16'\) must be one of bf16, fp32"),
+        ({"compute_dtype": "fp32"}, r"plan\.master_weight_format \('bf16_remainder'\) must be fp32"),
+        ({"optimizer_state_dtyp": "fp32"}, r"did you mean 'optimizer_state_dtype'"),
+        ({"plan_gpus": "4"}, r"plan\.plan_gpus \('4'\) must be of type int"),
+        ({"plan_gpus": True}, r"plan\.plan_gpus \(True\) must be of type int"),
+        ({"dense_layers": {"recompute": "some"}}, r"plan\.dense_layers\.recompute"),
+        ({"format": 99}, r"format \(99\) must be 1"),
+    ],
+)
+def test_a_plan_edited_into_a_contradiction_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        ParallelPlan.from_json(edited(**changes))
+
+
+def test_missing_fields_and_files_that_are_no_plans_are_named(tmp_path):
+    document = json.loads(plan().to_json())
+    del document["mesh"]
+    with pytest.raises(ConfigError, match=r"plan\.mesh is missing"):
+        ParallelPlan.from_json(json.dumps(document))
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"plan\.json: is not JSON"):
+        load_plan(tmp_path / "plan.json")
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_plan(tmp_path / "absent.json")
+    with pytest.raises(ConfigError, match="must be a JSON object, not list"):
+        ParallelPlan.from_json("[]")
+
+
+def test_a_plan_for_another_model_is_refused():
+    plan().check_model(tiny_config())
+    with pytest.raises(ConfigError, match=r"plan\.model_fingerprint .* differs from the model's"):
+        plan().check_model(tiny_config(num_layers=4))
+    odd = tiny_config(num_experts=7)
+    with pytest.raises(ConfigError, match=r"model\.num_experts \(7\) must be divisible by plan\.mesh\.ep \(2\)"):
+        dataclasses.replace(plan(), model_fingerprint=odd.fingerprint()).check_model(odd)
+
+
+def test_the_one_device_plan_follows_from_its_batch():
+    one = one_device_plan(
+        tiny_config(), sequence_length=64, micro_batch_sequences=4, gradient_accumulation_steps=2, compute_dtype="bf16"
+    )
+    assert (one.tokens_per_step, one.sequences_per_step, one.runtime_gpus) == (512, 8, 1)
+    one.check_model(tiny_config())
