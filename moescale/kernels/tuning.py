@@ -12,6 +12,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,8 +21,10 @@ import torch
 
 from moescale.kernels.launch import KERNELS, LaunchConfig
 
-WARMUP_RUNS = 2
-TIMED_RUNS = 8
+# About 0.5 ms: longer than the host needs to queue one kernel.
+SLEEP_CYCLES = 1_000_000
+# Candidates are timed in rounds, each in another order, so that a clock that falls as the GPU warms hits all alike.
+ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,20 +64,25 @@ def product_shape(kernel: str, shape: ExpertShape) -> tuple[int, int]:
 
 
 def candidate_launches(kernel: str) -> tuple[LaunchConfig, ...]:
-    """Return the launches to try for ``kernel``."""
-    tiles = [(128, 256, 64, 8), (256, 128, 64, 8), (128, 128, 64, 8), (128, 128, 64, 4), (128, 256, 128, 8)]
+    """Return the launches to try for ``kernel``: large tiles alone on a multiprocessor, or two smaller ones."""
+    alone = [(128, 256, 64, stages, 8, 1) for stages in (3, 4)] + [(256, 128, 64, stages, 8, 1) for stages in (3, 4)]
+    paired = [(128, 128, 64, 2, 4, 2), (128, 128, 32, 4, 4, 2), (64, 256, 64, 2, 4, 2), (64, 256, 32, 4, 4, 2)]
     flatten = (True,) if kernel.endswith("wgrad") else (True, False)
-    candidates = []
-    for (m, n, k, warps), stages, splits, flat in itertools.product(tiles, (2, 3, 4, 6), (2, 4), flatten):
-        launch = LaunchConfig(
-            block_m=m, block_n=n, block_k=k, num_warps=warps, num_stages=stages, flatten=flat, store_splits=splits
+    if kernel == "down_dgrad":
+        alone = [(128, 128, 64, stages, 8, 1) for stages in (4, 5)] + [(128, 256, 64, 3, 8, 1)]
+    return tuple(
+        LaunchConfig(
+            block_m=m,
+            block_n=n,
+            block_k=k,
+            num_stages=stages,
+            num_warps=warps,
+            programs_per_sm=programs,
+            flatten=flat,
+            store_splits=splits,
         )
-        bytes_per_stage = 2 * k * (m + n)
-        two_programs = warps == 4
-        if bytes_per_stage * stages > (100 if two_programs else 200) * 1024 or bytes_per_stage * stages < 90 * 1024:
-            continue
-        candidates.append(dataclasses.replace(launch, programs_per_sm=2 if two_programs else 1))
-    return tuple(candidates)
+        for (m, n, k, stages, warps, programs), splits, flat in itertools.product(alone + paired, (2, 4), flatten)
+    )
 
 
 def make_call(kernel: str, shape: ExpertShape, ends: torch.Tensor, fill: Callable[..., torch.Tensor]):
@@ -100,18 +108,22 @@ def make_call(kernel: str, shape: ExpertShape, ends: torch.Tensor, fill: Callabl
     return lambda launch: ops.weight_gradient(left, right, ends, launch=launch)
 
 
-def measure_ms(run: Callable[[], Any], *, warmup: int = WARMUP_RUNS, runs: int = TIMED_RUNS) -> float:
-    """Return the median time of ``run`` in milliseconds, by CUDA events."""
-    for _ in range(warmup):
-        run()
+def measure_ms(run: Callable[[], Any], *, warmup: int = 1, runs: int = 5, sleep_cycles: int = SLEEP_CYCLES) -> float:
+    """Return the median time of ``run`` on the GPU in milliseconds, by CUDA events.
+
+    The GPU first sleeps long enough for the host to queue the work, as it would be queued in a training step; so the
+    time holds no launch overhead.
+    """
     times = []
-    for _ in range(runs):
+    for i in range(warmup + runs):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(sleep_cycles)
         begin.record()
         run()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
+        if i >= warmup:
+            times.append(begin.elapsed_time(end))
     return statistics.median(times)
 
 
@@ -169,23 +181,28 @@ def tune(
         ends = random_ends(shape)
         for kernel in kernels:
             call = make_call(kernel, shape, ends, _random_operand)
-            best = None
-            for (job_kernel, _, launch), error in zip(jobs, errors, strict=True):
-                if job_kernel != kernel or error:
-                    continue
-                milliseconds = measure_ms(functools.partial(call, launch))
-                timings.append(
-                    {"kernel": kernel, **dataclasses.asdict(shape), **dataclasses.asdict(launch), "ms": milliseconds}
-                )
-                if best is None or milliseconds < best[0]:
-                    best = (milliseconds, launch)
-            if best is not None:
+            launches = [job[2] for job, error in zip(jobs, errors, strict=True) if job[0] == kernel and not error]
+            milliseconds = _measure_rounds(call, launches)
+            for launch, ms in milliseconds.items():
+                timings.append({"kernel": kernel, **dataclasses.asdict(shape), **dataclasses.asdict(launch), "ms": ms})
+            if milliseconds:
                 n, k = product_shape(kernel, shape)
                 entry = {"kernel": kernel, "rows": shape.rows, "num_experts": shape.num_experts, "n": n, "k": k}
-                entries.append({**entry, "launch": dataclasses.asdict(best[1])})
+                best = min(milliseconds, key=milliseconds.__getitem__)
+                entries.append({**entry, "launch": dataclasses.asdict(best)})
     failures = [f"{kernel} {launch}: {error}" for (kernel, _, launch), error in zip(jobs, errors, strict=True) if error]
     gpu = torch.cuda.get_device_name()
     return {"gpu": gpu, "entries": entries, "timings": timings, "failures": failures}
+
+
+def _measure_rounds(call: Callable[[LaunchConfig], Any], launches: Sequence[LaunchConfig]) -> dict[LaunchConfig, float]:
+    """Return the median over the rounds for every launch."""
+    order = random.Random(0)
+    times: dict[LaunchConfig, list[float]] = {launch: [] for launch in launches}
+    for _ in range(ROUNDS):
+        for launch in order.sample(launches, len(launches)):
+            times[launch].append(measure_ms(functools.partial(call, launch)))
+    return {launch: statistics.median(samples) for launch, samples in times.items()}
 
 
 def _random_operand(*size: int) -> torch.Tensor:
