@@ -2,10 +2,10 @@ import dataclasses
 import json
 
 import pytest
-from tiny import tiny_config
 
 from moescale.errors import ConfigError
 from moescale.plan import LayerPlan, MeshShape, ParallelPlan, Prediction, load_plan, one_device_plan, save_plan
+from tiny import tiny_config
 
 
 def plan(**overrides) -> ParallelPlan:

@@ -1,7 +1,8 @@
 """Benchmarks of the expert MLP against its peers on the GPU at hand (``moescale bench experts --json``).
 
 Scope ``mlp``: gate, up, SwiGLU and down on rows already sorted by expert, forward and backward. Scope ``layer``: from
-the router to the combined output, with sort and gather. Peers run in the same process, in alternation, so that all meet the same clocks:
+the router to the combined output, with sort and gather. Peers run in the same process, in alternation, so that all
+meet the same clocks:
 
 - ``grouped_mm``: PyTorch's grouped product under ``torch.compile`` (which fuses SwiGLU), in the faster of the weight
   layouts [E, out, in] and [E, in, out];
