@@ -1,1 +1,329 @@
-"""Reads a Hugging Face config.json into a ModelConfig. Imports no torch."""
+"""Reads a Hugging Face config.json into a ModelConfig, and writes one from it. Imports no torch.
+
+Both spellings are read: the published one (``auto_map``, ``rope_scaling``, ``torch_dtype``) and that of transformers 5
+(``rope_parameters``, ``dtype``). Every field is either translated, checked against the one value that is supported, or
+known not to touch the mathematics of training; any other is an error, because ignoring it could train another model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from moescale.config import ModelConfig, YarnConfig
+from moescale.errors import ConfigError, nearest
+
+CONFIG_FILE = "config.json"
+PRESETS = ("deepseek-coder-v2-lite", "deepseek-v2", "deepseek-v2-lite", "tiny")
+_HUB_NAMES = {
+    "deepseek-ai/DeepSeek-Coder-V2-Base": "deepseek-v2",
+    "deepseek-ai/DeepSeek-Coder-V2-Instruct": "deepseek-v2",
+    "deepseek-ai/DeepSeek-Coder-V2-Lite-Base": "deepseek-coder-v2-lite",
+    "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct": "deepseek-coder-v2-lite",
+    "deepseek-ai/DeepSeek-V2": "deepseek-v2",
+    "deepseek-ai/DeepSeek-V2-Chat": "deepseek-v2",
+    "deepseek-ai/DeepSeek-V2-Lite": "deepseek-v2-lite",
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek-v2-lite",
+}
+"""Published models whose configuration is also a preset, so that planning needs no download."""
+
+# Fields with one supported value, each with the values that mean it.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("deepseek_v2",),
+    "hidden_act": ("silu",),
+    "scoring_func": ("softmax",),
+    "attention_dropout": (0, 0.0, None),
+    "hidden_dropout": (0, 0.0, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+    "num_nextn_predict_layers": (0, None),
+    "rope_interleave": (True, None),
+    "is_encoder_decoder": (False, None),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1, 1.0, None),
+}
+# Fields that do not change what is trained: bookkeeping, generation, the inference engine.
+_HARMLESS = frozenset(
+    "architectures auto_map bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id "
+    "torch_dtype dtype transformers_version use_cache pretraining_tp ep_size _name_or_path name_or_path "
+    "output_attentions output_hidden_states output_router_logits return_dict return_dict_in_generate id2label "
+    "label2id problem_type chunk_size_feed_forward head_dim qk_head_dim _attn_implementation attn_implementation "
+    "_experts_implementation experts_implementation torchscript use_bfloat16 tokenizer_class task_specific_params "
+    "finetuning_task prefix is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder "
+    "router_aux_loss_coef num_local_experts num_experts use_mla model_max_length".split()
+)
+_YARN_FIELDS = frozenset(
+    "type rope_type factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim "
+    "rope_theta".split()
+)
+_REQUIRED = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim "
+    "v_head_dim intermediate_size max_position_embeddings"
+).split()
+_TRANSLATED = frozenset(_REQUIRED) | frozenset(
+    "num_key_value_heads q_lora_rank attention_bias moe_intermediate_size n_routed_experts n_shared_experts "
+    "num_experts_per_tok first_k_dense_replace moe_layer_freq topk_method n_group topk_group norm_topk_prob "
+    "routed_scaling_factor aux_loss_alpha seq_aux rms_norm_eps tie_word_embeddings rope_theta rope_scaling "
+    "rope_parameters initializer_range".split()
+)
+
+
+def resolve_model(name: str, *, config_only: bool = False) -> Path:
+    """The local folder of a model given as a folder, a preset or a hub name (downloaded once, then cached).
+
+    With ``config_only`` the folder need only hold a config.json, and published models are not downloaded.
+    Raises ConfigError where there is no such model.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file() and path.name == CONFIG_FILE:
+        return path.parent
+    if name in PRESETS:
+        return _preset_folder(name)
+    if config_only and name in _HUB_NAMES:
+        return _preset_folder(_HUB_NAMES[name])
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _download(name, config_only)
+    raise ConfigError(
+        f"model '{name}' is neither a folder nor a preset ({', '.join(PRESETS)}) nor a hub name (owner/name)"
+        f"{nearest(name, PRESETS)}"
+    )
+
+
+def read_model_config(model: str | Path) -> ModelConfig:
+    """Read the configuration of a model: a folder with a config.json, or any name :func:`resolve_model` takes.
+
+    Raises ConfigError naming file and field where one is missing, has an unsupported value, or is unknown.
+    """
+    folder = resolve_model(str(model), config_only=True)
+    return parse_hf_config(read_hf_config(folder), str(folder / CONFIG_FILE))
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """The JSON object in the folder's config.json. Raises ConfigError where there is none."""
+    path = folder / CONFIG_FILE
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: missing; give the folder of a Hugging Face DeepSeek-V2 model") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: must be a JSON object, not {type(document).__name__}")
+    return document
+
+
+def parse_hf_config(document: Mapping[str, Any], path: str = CONFIG_FILE) -> ModelConfig:
+    """Translate the fields of a config.json; ``path`` names the file in errors. Raises ConfigError."""
+    _check_fields(document, path)
+    for name in _REQUIRED:
+        if document.get(name) is None:
+            raise ConfigError(f"{path}: field '{name}' is missing; it decides the shape of the model")
+    num_heads = document["num_attention_heads"]
+    if document.get("num_key_value_heads", num_heads) not in (num_heads, None):
+        raise ConfigError(
+            f"{path}: num_key_value_heads ({document['num_key_value_heads']}) must equal num_attention_heads "
+            f"({num_heads}): latent attention has no grouped heads"
+        )
+    rope_theta, yarn = _positions(document, path)
+
+    def field(name: str, default: Any) -> Any:
+        value = document.get(name)
+        return default if value is None else value
+
+    num_experts = document.get("n_routed_experts")
+    if num_experts is not None:
+        for name in ("num_experts_per_tok", "moe_intermediate_size"):
+            if document.get(name) is None:
+                raise ConfigError(f"{path}: field '{name}' is missing, n_routed_experts is {num_experts}")
+    values = dict(
+        vocab_size=document["vocab_size"],
+        hidden_size=document["hidden_size"],
+        num_layers=document["num_hidden_layers"],
+        num_heads=num_heads,
+        q_lora_rank=document.get("q_lora_rank"),
+        kv_lora_rank=document["kv_lora_rank"],
+        qk_nope_head_dim=document["qk_nope_head_dim"],
+        qk_rope_head_dim=document["qk_rope_head_dim"],
+        v_head_dim=document["v_head_dim"],
+        attention_bias=field("attention_bias", False),
+        dense_intermediate_size=document["intermediate_size"],
+        expert_intermediate_size=field("moe_intermediate_size", 0),
+        num_experts=num_experts,
+        num_shared_experts=field("n_shared_experts", 0),
+        top_k=field("num_experts_per_tok", 0),
+        first_moe_layer=field("first_k_dense_replace", 0),
+        moe_layer_frequency=field("moe_layer_freq", 1),
+        routing_method=field("topk_method", "greedy"),
+        num_groups=field("n_group", 1),
+        top_k_groups=field("topk_group", 1),
+        normalize_topk=field("norm_topk_prob", False),
+        routed_scaling_factor=float(field("routed_scaling_factor", 1.0)),
+        aux_loss_alpha=float(field("aux_loss_alpha", 0.0)),
+        aux_loss_per_sequence=field("seq_aux", True),
+        rms_norm_eps=float(field("rms_norm_eps", 1e-6)),
+        tie_embeddings=field("tie_word_embeddings", False),
+        max_sequence_length=document["max_position_embeddings"],
+        rope_theta=rope_theta,
+        yarn=yarn,
+        initializer_std=float(field("initializer_range", 0.02)),
+    )
+    try:
+        return ModelConfig(**values)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def to_hf_config(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
+    """The config.json of a model that has none yet; :func:`parse_hf_config` gives ``config`` back.
+
+    Args:
+        dtype: name of the torch dtype of the weights beside it.
+    """
+    rope_scaling = None
+    if config.yarn is not None:
+        rope_scaling = {
+            "type": "yarn",
+            "factor": config.yarn.factor,
+            "original_max_position_embeddings": config.yarn.original_max_sequence_length,
+            "beta_fast": config.yarn.beta_fast,
+            "beta_slow": config.yarn.beta_slow,
+            "mscale": config.yarn.mscale,
+            "mscale_all_dim": config.yarn.mscale_all_dim,
+        }
+    return {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "torch_dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        "attention_bias": config.attention_bias,
+        "intermediate_size": config.dense_intermediate_size,
+        "moe_intermediate_size": config.expert_intermediate_size,
+        "n_routed_experts": config.num_experts,
+        "n_shared_experts": config.num_shared_experts or None,
+        "num_experts_per_tok": config.top_k,
+        "first_k_dense_replace": config.first_moe_layer,
+        "moe_layer_freq": config.moe_layer_frequency,
+        "topk_method": config.routing_method,
+        "n_group": config.num_groups,
+        "topk_group": config.top_k_groups,
+        "norm_topk_prob": config.normalize_topk,
+        "routed_scaling_factor": config.routed_scaling_factor,
+        "scoring_func": "softmax",
+        "aux_loss_alpha": config.aux_loss_alpha,
+        "seq_aux": config.aux_loss_per_sequence,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_std,
+        "max_position_embeddings": config.max_sequence_length,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope_scaling,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def transformers_differences(config: ModelConfig) -> list[str]:
+    """Where transformers' own DeepSeek-V2 (5.17 to 5.23) departs from the published definition for this model."""
+    found = []
+    if config.num_experts is not None and config.normalize_topk and config.top_k > 1:
+        found.append("norm_topk_prob is true: transformers ignores it and applies routed_scaling_factor instead")
+    if config.num_experts is not None and config.moe_layer_frequency != 1:
+        found.append(
+            f"moe_layer_freq is {config.moe_layer_frequency}: transformers ignores it and expects experts in every "
+            "layer from first_k_dense_replace on"
+        )
+    if config.num_experts is not None and config.num_shared_experts == 0:
+        found.append("n_shared_experts is null: transformers refuses such a model")
+    if config.yarn is not None and config.yarn.mscale_all_dim == 0 and config.yarn.mscale != 0:
+        found.append("mscale_all_dim is 0: transformers then ignores mscale too")
+    return found
+
+
+def _preset_folder(name: str) -> Path:
+    return Path(str(files("moescale") / "presets" / name))
+
+
+def _download(name: str, config_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [CONFIG_FILE] if config_only else ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model '{name}' is no local folder, and fetching it from the hub failed: {reason}; check the name and "
+            "the connection, or give a local folder"
+        ) from None
+
+
+def _check_fields(document: Mapping[str, Any], path: str) -> None:
+    if "model_type" not in document:
+        raise ConfigError(f"{path}: field 'model_type' is missing; it must be deepseek_v2")
+    for name, supported in _ONLY.items():
+        if name in document and document[name] not in supported:
+            raise ConfigError(f"{path}: {name} ({document[name]!r}) is not supported; it must be {supported[0]!r}")
+    unknown = [
+        name
+        for name, value in document.items()
+        if name not in _ONLY and name not in _HARMLESS and name not in _TRANSLATED and value is not None
+    ]
+    if unknown:
+        raise ConfigError(
+            f"{path}: field '{unknown[0]}' ({document[unknown[0]]!r}) is not known and may change the mathematics of "
+            f"the model{nearest(unknown[0], _TRANSLATED)}; remove it if it does not"
+        )
+
+
+def _positions(document: Mapping[str, Any], path: str) -> tuple[float, YarnConfig | None]:
+    """RoPE's base and YaRN's parameters, from ``rope_parameters`` (transformers 5) or the older two fields."""
+    name = "rope_parameters" if document.get("rope_parameters") is not None else "rope_scaling"
+    scaling = document.get(name)
+    theta = document.get("rope_theta")
+    if scaling is None:
+        return float(10000.0 if theta is None else theta), None
+    if not isinstance(scaling, Mapping):
+        raise ConfigError(f"{path}: {name} must be an object, not {type(scaling).__name__}")
+    inner = scaling.get("rope_theta")
+    if theta is not None and inner is not None and float(theta) != float(inner):
+        raise ConfigError(f"{path}: rope_theta ({theta}) and {name}.rope_theta ({inner}) differ; keep one")
+    theta = float(next((value for value in (theta, inner) if value is not None), 10000.0))
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in ("default", None):
+        return theta, None
+    if kind != "yarn":
+        raise ConfigError(f"{path}: {name}.type ('{kind}') is not supported; it must be yarn, or {name} null")
+    unknown = [key for key in scaling if key not in _YARN_FIELDS and scaling[key] is not None]
+    if unknown:
+        raise ConfigError(f"{path}: {name}.{unknown[0]} ({scaling[unknown[0]]!r}) is not supported")
+    for key in ("factor", "original_max_position_embeddings"):
+        if scaling.get(key) is None:
+            raise ConfigError(f"{path}: {name}.{key} is missing")
+    return theta, YarnConfig(
+        factor=float(scaling["factor"]),
+        original_max_sequence_length=scaling["original_max_position_embeddings"],
+        beta_fast=float(scaling.get("beta_fast") or 32),
+        beta_slow=float(scaling.get("beta_slow") or 1),
+        mscale=_number(scaling, "mscale", 1.0),
+        mscale_all_dim=_number(scaling, "mscale_all_dim", 0.0),
+    )
+
+
+def _number(scaling: Mapping[str, Any], key: str, default: float) -> float:
+    value = scaling.get(key)
+    return default if value is None else float(value)
