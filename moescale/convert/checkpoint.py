@@ -1,0 +1,340 @@
+"""Hugging Face checkpoint folder -> model, and back: streamed, checked before anything is written, exact.
+
+Import: every name, shape and dtype is checked from the shards' headers, then each tensor is copied into its part of a
+parameter; one shard is mapped at a time. Export: shards are planned from shapes, then filled and written one at a time
+under a temporary name that becomes the final one when all is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+
+from moescale.config import ModelConfig
+from moescale.convert.hf_config import CONFIG_FILE, read_hf_config, read_model_config, transformers_differences
+from moescale.convert.key_table import KeyTable, Piece, build_key_table
+from moescale.convert.weight_files import INDEX_FILE, SINGLE_FILE, StoredTensor, read_headers, read_parts
+from moescale.errors import CheckpointError, ConfigError
+
+OUTPUT_KEY = "lm_head.weight"
+EMBEDDING_KEY = "model.embed_tokens.weight"
+_RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+"""Buffers some published folders carry; the model computes them."""
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+
+class TensorSource(Protocol):
+    """Where exported weights come from: a checkpoint of a run, or a model in memory."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """The parameter on the CPU, or with ``index`` its slice of dim 0."""
+        ...
+
+
+class ModelWeights:
+    """The parameters of a model in memory as a :class:`TensorSource`."""
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        self._parameters = parameters
+
+    def names(self) -> Iterable[str]:
+        return self._parameters.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._parameters[name].shape)
+
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        parameter = self._parameters[name].detach()
+        return (parameter if index is None else parameter[index]).cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What an export wrote."""
+
+    output: Path
+    num_tensors: int
+    num_shards: int
+    weight_bytes: int
+    warnings: tuple[str, ...]
+    """Where transformers will compute something else than this model was trained as."""
+
+
+@torch.no_grad()
+def import_checkpoint(
+    folder: Path,
+    config: ModelConfig,
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    parts: Mapping[str, tuple[slice, ...]] | None = None,
+    on_progress: Progress | None = None,
+) -> None:
+    """Copy the weights of a Hugging Face folder into ``parameters``, converted to their dtype, on their device.
+
+    Args:
+        parameters: by name, all of the model's. With ``parts`` each tensor is only the named part of its parameter,
+            and only what it needs is read.
+        parts: for each parameter one slice with explicit bounds per dim.
+
+    Raises CheckpointError naming the tensor where one is missing, extra, of the wrong shape or dtype, or its file is
+    truncated; no parameter has been touched then.
+    """
+    table = build_key_table(config)
+    stored = read_headers(folder)
+    _check_stored(folder, config, table, stored)
+    _check_parameters(table, parameters, parts)
+    wanted: dict[Path, list[_Copy]] = {}
+    for name, pieces in table.items():
+        part = parts[name] if parts is not None else tuple(slice(0, size) for size in parameters[name].shape)
+        for piece in pieces:
+            copy = _overlap(piece, part, parameters[name])
+            if copy is not None:
+                wanted.setdefault(stored[piece.key].file, []).append(copy)
+    total = sum(copy.target.numel() for copies in wanted.values() for copy in copies)
+    done = 0
+    for file in sorted(wanted):
+        copies = wanted[file]
+        tensors = read_parts(file, ((copy.key, copy.source) for copy in copies))
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.target.copy_(tensor.view(copy.target.shape))
+            done += copy.target.numel()
+            if on_progress is not None:
+                on_progress(done, total)
+
+
+@torch.no_grad()
+def export_checkpoint(
+    config: ModelConfig,
+    source: TensorSource,
+    output: Path,
+    *,
+    reference: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int = 5_000_000_000,
+    on_progress: Progress | None = None,
+) -> ExportReport:
+    """Write ``source`` as a Hugging Face folder that transformers opens without remote code.
+
+    Args:
+        output: must not exist, or be empty; appears whole or not at all.
+        reference: folder whose config.json, tokenizer, generation and code files are copied; its config.json is
+            copied byte for byte unless ``dtype`` differs from the one it names.
+        dtype: of the written weights, whatever ``source`` keeps.
+        max_shard_bytes: no shard holds more, except one tensor that is larger by itself. Host memory: one shard, and
+            one parameter (of stacked experts: one expert) beside it.
+
+    Raises CheckpointError naming the tensor where one is missing, extra, of the wrong shape, not finite, or overflows
+    ``dtype``; ConfigError where ``reference`` describes another model.
+    """
+    table = build_key_table(config)
+    _check_source(table, source)
+    if read_model_config(reference) != config:
+        raise ConfigError(
+            f"{reference / CONFIG_FILE}: describes another model than the weights; give the right --model"
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output}: already exists; give another --output, or remove it")
+    shards = _plan_shards(table, dtype.itemsize, max_shard_bytes)
+    weight_bytes = sum(math.prod(piece.shape) for shard in shards for _, piece in shard) * dtype.itemsize
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        _copy_companions(reference, temporary, dtype)
+        _write_shards(shards, source, temporary, dtype, weight_bytes, on_progress)
+        _sync(temporary)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output}: could not be written ({error}); free space or give another --output"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return ExportReport(
+        output=output,
+        num_tensors=sum(map(len, shards)),
+        num_shards=len(shards),
+        weight_bytes=weight_bytes,
+        warnings=tuple(transformers_differences(config)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Copy:
+    key: str
+    source: tuple[slice, ...]
+    """The part of the stored tensor to read."""
+    target: torch.Tensor
+    """The view of the parameter it goes to."""
+
+
+def _overlap(piece: Piece, part: tuple[slice, ...], parameter: torch.Tensor) -> _Copy | None:
+    """What of ``piece`` lies in ``part`` of its parameter, or None."""
+    lows = [max(a.start, b.start) for a, b in zip(piece.index, part, strict=True)]
+    highs = [min(a.stop, b.stop) for a, b in zip(piece.index, part, strict=True)]
+    if any(low >= high for low, high in zip(lows, highs, strict=True)):
+        return None
+    inside = [slice(low - p.start, high - p.start) for low, high, p in zip(lows, highs, piece.index, strict=True)]
+    target = [slice(low - p.start, high - p.start) for low, high, p in zip(lows, highs, part, strict=True)]
+    # A stored expert has no expert dim: its index there is the single 0:1.
+    return _Copy(
+        key=piece.key,
+        source=tuple(inside[len(inside) - len(piece.shape) :]),
+        target=parameter.detach()[tuple(target)],
+    )
+
+
+def _check_stored(folder: Path, config: ModelConfig, table: KeyTable, stored: Mapping[str, StoredTensor]) -> None:
+    expected = {piece.key: piece for pieces in table.values() for piece in pieces}
+    missing = [key for key in expected if key not in stored]
+    if missing:
+        raise CheckpointError(f"{folder}: lacks tensor '{missing[0]}' ({len(missing)} missing in all)")
+    for key, piece in expected.items():
+        if stored[key].shape != piece.shape:
+            raise CheckpointError(
+                f"{stored[key].file}: tensor '{key}' has shape {stored[key].shape}, config.json asks for {piece.shape}"
+            )
+    extra = [key for key in stored if key not in expected and not _RECOMPUTED.search(key)]
+    if config.tie_embeddings and extra == [OUTPUT_KEY]:
+        return _check_tied(stored[OUTPUT_KEY], stored[EMBEDDING_KEY])
+    if extra:
+        raise CheckpointError(
+            f"{stored[extra[0]].file}: tensor '{extra[0]}' has no place in the model that config.json describes "
+            f"({len(extra)} such in all)"
+        )
+
+
+def _check_tied(output: StoredTensor, embedding: StoredTensor) -> None:
+    """A tied model may carry its embedding twice, if it is the same."""
+    whole = tuple(slice(0, size) for size in embedding.shape)
+    if output.shape == embedding.shape:
+        (first,) = read_parts(output.file, [(OUTPUT_KEY, whole)])
+        (second,) = read_parts(embedding.file, [(EMBEDDING_KEY, whole)])
+        if torch.equal(first, second):
+            return
+    raise CheckpointError(
+        f"{output.file}: tensor '{OUTPUT_KEY}' differs from '{EMBEDDING_KEY}', but config.json says "
+        "tie_word_embeddings; set it to false, or remove the tensor"
+    )
+
+
+def _check_parameters(
+    table: KeyTable, parameters: Mapping[str, torch.Tensor], parts: Mapping[str, tuple[slice, ...]] | None
+) -> None:
+    """The model and the table come from one configuration, so a difference is an error of the caller."""
+    for name, pieces in table.items():
+        shape = tuple(max(piece.index[dim].stop for piece in pieces) for dim in range(len(pieces[0].index)))
+        if parts is not None:
+            shape = tuple(part.stop - part.start for part in parts[name])
+        if name not in parameters or tuple(parameters[name].shape) != shape:
+            found = tuple(parameters[name].shape) if name in parameters else "none"
+            raise CheckpointError(f"parameter '{name}' of the model must have shape {shape}, it has {found}")
+
+
+def _check_source(table: KeyTable, source: TensorSource) -> None:
+    names = set(source.names())
+    for problem, difference in (("lack", table.keys() - names), ("have an unknown", names - table.keys())):
+        if difference:
+            raise CheckpointError(f"the weights {problem} parameter '{min(difference)}' ({len(difference)} in all)")
+    for name, pieces in table.items():
+        shape = tuple(max(piece.index[dim].stop for piece in pieces) for dim in range(len(pieces[0].index)))
+        if source.shape(name) != shape:
+            raise CheckpointError(f"parameter '{name}' has shape {source.shape(name)}, the model wants {shape}")
+
+
+_Shard = list[tuple[str, Piece]]
+
+
+def _plan_shards(table: KeyTable, itemsize: int, max_bytes: int) -> list[_Shard]:
+    shards: list[_Shard] = [[]]
+    size = 0
+    for name, pieces in table.items():
+        for piece in pieces:
+            piece_bytes = math.prod(piece.shape) * itemsize
+            if shards[-1] and size + piece_bytes > max_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append((name, piece))
+            size += piece_bytes
+    return shards
+
+
+def _write_shards(
+    shards: list[_Shard],
+    source: TensorSource,
+    folder: Path,
+    dtype: torch.dtype,
+    weight_bytes: int,
+    on_progress: Progress | None,
+) -> None:
+    weight_map: dict[str, str] = {}
+    done = 0
+    for number, shard in enumerate(shards, start=1):
+        file_name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, torch.Tensor] = {}
+        read: tuple[object, torch.Tensor] = (None, torch.empty(0))
+        for name, piece in shard:
+            expert = piece.index[0].start if len(piece.index) > len(piece.shape) else None
+            if read[0] != (name, expert):
+                read = ((name, expert), source.read(name, expert))
+            part = read[1][piece.index[len(piece.index) - len(piece.shape) :]]
+            tensors[piece.key] = _convert(piece.key, part, dtype)
+            weight_map[piece.key] = file_name
+            done += tensors[piece.key].nbytes
+            if on_progress is not None:
+                on_progress(done, weight_bytes)
+        del read
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        _sync(folder / file_name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": weight_bytes}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _convert(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor`` in ``dtype`` with memory of its own; an error where it is not finite there."""
+    converted = tensor.to(dtype, copy=True).contiguous()
+    if not torch.isfinite(converted).all():
+        reason = "is not finite" if not torch.isfinite(tensor).all() else f"overflows {_DTYPE_NAMES[dtype]}"
+        raise CheckpointError(f"tensor '{key}' {reason}; nothing was exported")
+    return converted
+
+
+def _copy_companions(reference: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Everything of the reference folder that is not a weight."""
+    for path in sorted(reference.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHT_SUFFIXES):
+            shutil.copyfile(path, folder / path.name)
+    document = read_hf_config(reference)
+    name = "dtype" if "dtype" in document else "torch_dtype"
+    if document.get(name) != _DTYPE_NAMES[dtype]:
+        document[name] = _DTYPE_NAMES[dtype]
+        (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

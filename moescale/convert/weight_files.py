@@ -1,0 +1,102 @@
+"""The safetensors shards of a Hugging Face folder: what they hold, checked, and read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moescale.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor is, and what its file's header says of it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder's shards by name; only headers are read.
+
+    Raises CheckpointError where a shard is missing or truncated, a dtype is not supported, two shards hold the same
+    tensor, or the index contradicts the shards.
+    """
+    index = _read_index(folder)
+    paths = sorted({folder / name for name in index.values()}) if index else _unindexed_shards(folder)
+    found: dict[str, StoredTensor] = {}
+    for path in paths:
+        for name, tensor in _read_header(path):
+            if name in found:
+                raise CheckpointError(
+                    f"{path}: tensor '{name}' is also in {found[name].file.name}; keep one of the two"
+                )
+            found[name] = tensor
+    for name, file_name in index.items():
+        if name not in found or found[name].file.name != file_name:
+            raise CheckpointError(
+                f"{folder / file_name}: lacks tensor '{name}', which {INDEX_FILE} says it holds; fetch the folder again"
+            )
+    return found
+
+
+def read_parts(file: Path, parts: Iterable[tuple[str, tuple[slice, ...]]]) -> Iterator[torch.Tensor]:
+    """The given part of each named tensor of one shard, on the CPU; the file is mapped until the last one is taken."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            for name, index in parts:
+                yield shard.get_slice(name)[index]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); fetch it again") from error
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        return {}
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error!r}); fetch it again") from error
+    for name, file_name in weight_map.items():
+        if not (folder / file_name).is_file():
+            raise CheckpointError(f"{folder / file_name}: missing; {INDEX_FILE} says it holds '{name}'")
+    return weight_map
+
+
+def _unindexed_shards(folder: Path) -> list[Path]:
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        other = next(iter(sorted([*folder.glob("*.bin"), *folder.glob("*.pt")])), None)
+        hint = f"; convert {other.name} to safetensors" if other else ""
+        raise CheckpointError(f"{folder}: holds no *.safetensors weights{hint}")
+    raise CheckpointError(
+        f"{folder}: has {len(shards)} shards ({shards[0].name}, ...) but no {INDEX_FILE}; fetch the index too"
+    )
+
+
+def _read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    try:
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():
+                stored = shard.get_slice(name)
+                dtype = stored.get_dtype()
+                if dtype not in DTYPES:
+                    raise CheckpointError(
+                        f"{path}: tensor '{name}' has dtype {dtype}; supported are {', '.join(DTYPES)}"
+                    )
+                yield name, StoredTensor(file=path, shape=tuple(stored.get_shape()), dtype=DTYPES[dtype])
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({error}); fetch it again") from error
