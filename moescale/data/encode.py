@@ -1,0 +1,255 @@
+"""Chunks of a source to tokens, in worker processes, in the source's order.
+
+Runs in spawned processes: imports neither torch nor anything that does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import chain
+from multiprocessing import get_context, parent_process
+
+import numpy as np
+import tokenizers
+
+from moescale.data.sources import Chunk, LineRange, Lines, Rows, WholeFiles, open_bytes
+from moescale.errors import DataError
+
+MALFORMED_JSON = "malformed_json"
+INVALID_UTF8 = "invalid_utf8"
+MISSING_COLUMN = "missing_column"
+EMPTY_DOCUMENT = "empty_document"
+
+_BATCH_CHARACTERS = 1 << 18
+_BPE_CACHE_WORDS = 200_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedChunk:
+    """The documents of a chunk as tokens, each closed with the end token, and what was wrong with the others."""
+
+    path: str | None
+    """Of the file whose lines or rows these are; None where each item is a file."""
+    num_items: int
+    """Lines, rows or files in the chunk, good and bad."""
+    num_bytes: int
+    """Of text, bad items included."""
+    tokens: np.ndarray
+    """uint16 or uint32 [tokens]"""
+    lengths: np.ndarray
+    """int64 [documents]: tokens per document, the end token included."""
+    bad: list[tuple[str, int | str]]
+    """Kind of fault, and the item's number within the chunk or its path."""
+    num_binary: int = 0
+    """Files passed over because they are not text."""
+
+
+@dataclass(kw_only=True)
+class _Texts:
+    """Good documents and faults of a chunk, as it is read."""
+
+    texts: list[str] = field(default_factory=list)
+    bad: list[tuple[str, int | str]] = field(default_factory=list)
+    num_items: int = 0
+    num_bytes: int = 0
+    num_binary: int = 0
+
+    def add(self, text: str, where: int | str) -> None:
+        if text:
+            self.texts.append(text)
+        else:
+            self.bad.append((EMPTY_DOCUMENT, where))
+
+
+class Encoder:
+    """Reads chunks and tokenises their documents; one per process."""
+
+    def __init__(self, *, tokenizer_json: str, end_token_id: int, vocabulary_size: int, text_column: str) -> None:
+        self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+        resize_cache = getattr(self.tokenizer.model, "_resize_cache", None)
+        if resize_cache is not None:
+            resize_cache(_BPE_CACHE_WORDS)
+        self.end_token_id = end_token_id
+        self.text_column = text_column
+        self.dtype = token_dtype(vocabulary_size)
+
+    def __call__(self, chunk: Chunk) -> EncodedChunk:
+        read = _Texts()
+        if isinstance(chunk, WholeFiles):
+            _read_files(chunk.paths, read)
+        elif isinstance(chunk, Rows):
+            _read_rows(chunk.texts, read)
+        else:
+            lines = chunk.lines if isinstance(chunk, Lines) else _lines_of(chunk)
+            for line in lines:
+                self._read_line(line, read)
+        tokens, lengths = self._encode(read.texts)
+        return EncodedChunk(
+            path=None if isinstance(chunk, WholeFiles) else chunk.path,
+            num_items=read.num_items,
+            num_bytes=read.num_bytes,
+            tokens=tokens,
+            lengths=lengths,
+            bad=read.bad,
+            num_binary=read.num_binary,
+        )
+
+    def _read_line(self, line: bytes, read: _Texts) -> None:
+        number = read.num_items
+        read.num_items += 1
+        read.num_bytes += len(line)
+        try:
+            record = json.loads(line.decode())
+        except UnicodeDecodeError:
+            read.bad.append((INVALID_UTF8, number))
+        except (ValueError, RecursionError):
+            read.bad.append((MALFORMED_JSON if line.strip() else EMPTY_DOCUMENT, number))
+        else:
+            text = record.get(self.text_column) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                read.bad.append((MISSING_COLUMN, number))
+            elif b"\\u" in line and not _is_encodable(text):
+                read.bad.append((INVALID_UTF8, number))
+            else:
+                read.add(text, number)
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of all texts one after the other, and the number of each."""
+        parts: list[np.ndarray] = []
+        lengths: list[int] = []
+        for batch in _batches(texts):
+            encodings = self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            counts = [len(encoding) + 1 for encoding in encodings]
+            end = (self.end_token_id,)
+            ids = chain.from_iterable(chain(encoding.ids, end) for encoding in encodings)
+            parts.append(np.fromiter(ids, self.dtype, sum(counts)))
+            lengths.extend(counts)
+        tokens = np.concatenate(parts) if parts else np.empty(0, self.dtype)
+        return tokens, np.array(lengths, dtype=np.int64)
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype:
+    """The narrowest of the two little-endian types that a corpus may hold."""
+    return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """Cut into batches: an Encoding takes some 100 bytes a token, so only a few texts are held as such at a time."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether ``text`` is free of lone surrogates, which JSON escapes can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _lines_of(chunk: LineRange) -> Iterator[bytes]:
+    with open(chunk.path, "rb", buffering=1 << 20) as stream:
+        position = chunk.start
+        if position:
+            stream.seek(position - 1)
+            position += len(stream.readline()) - 1  # the line that began before belongs to the chunk before
+        while position < chunk.end and (line := stream.readline()):
+            position += len(line)
+            yield line
+
+
+def _read_rows(texts: Sequence[str | None], read: _Texts) -> None:
+    for number, text in enumerate(texts):
+        read.num_items += 1
+        if isinstance(text, str):
+            read.num_bytes += len(text)
+            read.add(text, number)
+        else:
+            read.bad.append((MISSING_COLUMN, number))
+
+
+def _read_files(paths: Sequence[str], read: _Texts) -> None:
+    for path in paths:
+        try:
+            with open_bytes(path) as stream:
+                content = stream.read()
+        except (OSError, EOFError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        read.num_items += 1
+        read.num_bytes += len(content)
+        if b"\0" in content[:8192]:
+            read.num_binary += 1
+            continue
+        try:
+            read.add(content.decode(), path)
+        except UnicodeDecodeError:
+            read.bad.append((INVALID_UTF8, path))
+
+
+_worker_encoder: Encoder | None = None
+
+
+def _start_worker(options: dict) -> None:
+    global _worker_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_encoder = Encoder(**options)
+
+
+def _leave_with_parent() -> None:
+    """A pool's workers hold both ends of its queue and would outlive a parent that was killed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
+    assert _worker_encoder is not None
+    return _worker_encoder(chunk)
+
+
+def encode(chunks: Iterator[Chunk], *, options: dict, num_workers: int, max_in_flight: int) -> Iterator[EncodedChunk]:
+    """Yield the encoded chunks in order, at most ``max_in_flight`` of them begun and not yet yielded.
+
+    With one worker everything happens in the calling process. ``options`` are :class:`Encoder`'s arguments.
+    """
+    if num_workers == 1:
+        yield from map(Encoder(**options), chunks)
+        return
+    pool = ProcessPoolExecutor(
+        num_workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(options,)
+    )
+    begun: deque[Future[EncodedChunk]] = deque()
+    try:
+        for chunk in chunks:
+            begun.append(pool.submit(_encode_in_worker, chunk))
+            if len(begun) >= max_in_flight:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a tokenising process was ended from outside, most often for lack of memory; "
+            "lower memory_gigabytes or num_workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,72 @@
+"""A dataset on the Hugging Face hub, streamed through the optional ``datasets`` library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moescale.data.sources import Chunk, row_chunks
+from moescale.errors import DataError, nearest
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(kw_only=True)
+class HubSource:
+    """One split of a dataset on the hub, at a fixed revision."""
+
+    name: str
+    text_column: str
+    split: str
+    revision: str
+    dataset: Any
+    kind: str = "hub dataset"
+    num_bytes: int | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def identity(self) -> list[list[str | int]]:
+        return [[self.name, self.split, self.revision]]
+
+    def chunks(self, chunk_bytes: int) -> Iterator[Chunk]:
+        texts = (row.get(self.text_column) for row in self.dataset)
+        yield from row_chunks(self.name, texts, chunk_bytes)
+
+
+def open_hub_dataset(name: str, *, text_column: str, split: str) -> HubSource:
+    """Open a split of dataset ``name`` for streaming, pinned to the revision that its branch has now.
+
+    Raises:
+        DataError: ``name`` is a path that does not exist, `datasets` is not installed, the hub cannot be reached, or
+            the dataset has no such split or column.
+    """
+    looks_local = not _HUB_NAME.fullmatch(name) or name.startswith(".") or Path(name).parent.is_dir() and "/" in name
+    if looks_local:
+        raise DataError(f"source '{name}' does not exist")
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"source '{name}' is not a local path, and reading it from the hub needs the `datasets` library; "
+            "install it with `pip install 'moescale[hub]'`"
+        ) from error
+    from huggingface_hub import HfApi
+
+    try:
+        revision = HfApi().dataset_info(name, timeout=20).sha
+        dataset = datasets.load_dataset(name, split=split, revision=revision, streaming=True)
+    except Exception as error:  # the clients raise their own, the HTTP library's, OSError and ValueError
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"source '{name}' is neither a local path nor a dataset whose split '{split}' can be had from the "
+            f"Hugging Face hub ({reason})"
+        ) from error
+    columns = dataset.column_names
+    if columns is not None and text_column not in columns:
+        raise DataError(
+            f"dataset '{name}' has no column '{text_column}'{nearest(text_column, columns)} "
+            f"(it has {', '.join(columns)}); name the one with the text in text_column"
+        )
+    return HubSource(name=name, text_column=text_column, split=split, revision=str(revision), dataset=dataset)

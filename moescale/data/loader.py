@@ -1,0 +1,194 @@
+"""Batches for training: shuffled by epoch, resumable at every step, the same sequences whatever the number of ranks.
+
+The order is one endless line of sequences: position ``p`` is sequence ``permutation(seed, epoch)[p mod n]`` of epoch
+``p div n``. A step takes the next ``sequences_per_step`` positions; each rank takes its contiguous share of them. So
+the state is one number, and neither the ranks nor the micro-batches nor the step's size have a part in it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from moescale.data import shuffle as shuffling
+from moescale.data.corpus import Corpus
+from moescale.errors import ConfigError, DataError
+
+NO_TARGET = -100
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One micro-batch."""
+
+    tokens: torch.Tensor
+    """[B, S] int64"""
+    targets: torch.Tensor
+    """[B, S] int64: the next token; -100 at a sequence's end and where the next token begins another document."""
+    sequence_ids: torch.Tensor
+    """[B] int64: indices of the sequences in the corpus; -1 for one that only keeps ranks in step."""
+    document_starts: torch.Tensor | None
+    """[B, S] bool, or None where the corpus does not tell."""
+
+
+class Loader:
+    """An endless, resumable stream of steps, each a list of this rank's micro-batches.
+
+    Args:
+        sequences_per_step: of all ranks together; a multiple of ``world_size * micro_batch_sequences``.
+        shuffle: take each epoch in its own pseudo-random order that follows from ``seed``; else in the corpus's.
+        prefetch_steps: steps that a thread reads ahead.
+
+    Raises:
+        ConfigError: ``sequences_per_step`` cannot be shared out.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        sequences_per_step: int,
+        micro_batch_sequences: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch_steps: int = 2,
+    ) -> None:
+        if sequences_per_step < 1 or sequences_per_step % (world_size * micro_batch_sequences):
+            raise ConfigError(
+                f"loader.sequences_per_step ({sequences_per_step}) must be a multiple of world_size ({world_size}) * "
+                f"micro_batch_sequences ({micro_batch_sequences})"
+            )
+        self.corpus = corpus
+        self.sequences_per_step = sequences_per_step
+        self.micro_batch_sequences = micro_batch_sequences
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.prefetch_steps = prefetch_steps
+        self._position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the step handed out last (steps read ahead do not count), and what it is a position in."""
+        return {
+            "position": self._position,
+            "seed": self.seed,
+            "corpus": self.corpus.fingerprint,
+            "shuffle": self.shuffle,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state saved by any number of ranks. Takes effect with the next ``iter()``.
+
+        Raises:
+            DataError: the state belongs to another corpus, seed or order.
+        """
+        for name, now in (("corpus", self.corpus.fingerprint), ("seed", self.seed), ("shuffle", self.shuffle)):
+            if state[name] != now:
+                raise DataError(
+                    f"the saved position is one of data.{name} {state[name]!r}, this run has {now!r}; "
+                    f"resume with the same {name}, or start a new run"
+                )
+        self._position = int(state["position"])
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        position = self._position
+        ahead: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=max(1, self.prefetch_steps))
+        stopped = threading.Event()
+
+        def read_ahead() -> None:
+            start = position
+            try:
+                while not stopped.is_set():
+                    ahead.put(self._step(start))
+                    start += self.sequences_per_step
+            except Exception as error:  # raised again where the step is wanted
+                ahead.put(error)
+
+        thread = threading.Thread(target=read_ahead, name="moescale-loader", daemon=True)
+        thread.start()
+        try:
+            while True:
+                step = ahead.get()
+                if isinstance(step, Exception):
+                    raise step
+                position += self.sequences_per_step
+                self._position = position
+                yield step
+        finally:
+            stopped.set()
+            while thread.is_alive():  # the thread may be waiting for room in the queue, once
+                try:
+                    ahead.get_nowait()
+                except queue.Empty:
+                    thread.join(0.01)
+
+    def _step(self, position: int) -> list[Batch]:
+        share = self.sequences_per_step // self.world_size
+        first = position + self.rank * share
+        ids = self._sequence_ids(np.arange(first, first + share, dtype=np.int64))
+        return [read_batch(self.corpus, part) for part in ids.reshape(-1, self.micro_batch_sequences)]
+
+    def _sequence_ids(self, positions: np.ndarray) -> np.ndarray:
+        """Map positions in the endless line to sequences of the corpus."""
+        epochs, offsets = np.divmod(positions, self.corpus.num_sequences)
+        if not self.shuffle:
+            return offsets
+        ids = np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            ids[here] = shuffling.permuted(offsets[here], self.corpus.num_sequences, seed=self.seed, epoch=int(epoch))
+        return ids
+
+
+def validation_batches(
+    corpus: Corpus, *, micro_batch_sequences: int, rank: int = 0, world_size: int = 1, limit: int | None = None
+) -> Iterator[Batch]:
+    """Yield this rank's contiguous share of the first ``limit`` sequences, in order; the last batch may be smaller.
+
+    All ranks get equally many batches, since they must meet in every collective: a rank whose share ends earlier gets
+    a sequence without targets (id -1).
+    """
+    total = corpus.num_sequences if limit is None else min(limit, corpus.num_sequences)
+    first, last = (total * number // world_size for number in (rank, rank + 1))
+    longest_share = -(-total // world_size)
+    for start in range(first, first + longest_share, micro_batch_sequences):
+        ids = np.arange(start, min(start + micro_batch_sequences, last), dtype=np.int64)
+        if ids.size:
+            yield read_batch(corpus, ids)
+        else:
+            filler = read_batch(corpus, np.zeros(1, dtype=np.int64))
+            yield Batch(
+                tokens=filler.tokens,
+                targets=torch.full_like(filler.targets, NO_TARGET),
+                sequence_ids=torch.full_like(filler.sequence_ids, -1),
+                document_starts=filler.document_starts,
+            )
+
+
+def read_batch(corpus: Corpus, sequence_ids: np.ndarray) -> Batch:
+    """Read the sequences ``sequence_ids`` int64 [B] and derive their targets."""
+    tokens = np.empty((len(sequence_ids), corpus.sequence_length), dtype=np.int64)
+    starts = np.empty(tokens.shape, dtype=bool) if corpus.document_boundaries else None
+    for row, index in enumerate(sequence_ids):
+        tokens[row], row_starts = corpus.sequence(int(index))
+        if starts is not None:
+            starts[row] = row_starts
+    targets = np.full_like(tokens, NO_TARGET)
+    targets[:, :-1] = tokens[:, 1:]
+    if starts is not None:
+        targets[:, :-1][starts[:, 1:]] = NO_TARGET
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(targets),
+        sequence_ids=torch.from_numpy(np.array(sequence_ids, dtype=np.int64)),
+        document_starts=None if starts is None else torch.from_numpy(starts),
+    )

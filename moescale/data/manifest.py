@@ -1,0 +1,88 @@
+"""``manifest.json``: what a prepared corpus was made from, what is in it, and the checksums of its files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moescale.config import fingerprint
+from moescale.data.shards import Shard, SplitCounts
+from moescale.errors import DataError
+
+MANIFEST = "manifest.json"
+SOURCE_FILES = "source.jsonl"
+"""One JSON line per file read: its name, size in bytes and time of change."""
+_FORMAT = "moescale corpus"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadItems:
+    """Lines, rows or files of one kind of fault."""
+
+    count: int
+    first: list[str]
+    """Positions of the first ones, as ``path:line`` (counted from 1) or ``path``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a corpus but its tokens."""
+
+    made_from: dict[str, Any]
+    """The input: source, tokenizer and the settings that shape the result. Equal input gives equal bytes."""
+    sequence_length: int
+    vocabulary_size: int
+    dtype: str
+    document_boundaries: bool
+    bad: dict[str, BadItems]
+    skipped: dict[str, int]
+    counts: dict[str, SplitCounts]
+    shards: dict[str, list[Shard]]
+
+    def corpus_fingerprint(self, split: str) -> str:
+        """Identify a split by its content: equal wherever and whenever it was prepared."""
+        content = [[shard.tokens.sha256, shard.starts and shard.starts.sha256] for shard in self.shards[split]]
+        return fingerprint([self.sequence_length, self.dtype, content])
+
+    def write(self, folder: Path) -> None:
+        value = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        (folder / MANIFEST).write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``folder``'s manifest.
+
+    Raises:
+        DataError: it is missing, damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} is not a prepared corpus: it has no {MANIFEST}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}; prepare the corpus again") from error
+    if not isinstance(value, dict) or value.get("format") != _FORMAT:
+        raise DataError(f"{path} is not the manifest of a moescale corpus")
+    if value.get("version") != _VERSION:
+        raise DataError(
+            f"{path} has format version {value.get('version')}; this moescale reads version {_VERSION}: "
+            "prepare the corpus again"
+        )
+    try:
+        return Manifest(
+            made_from=value["made_from"],
+            sequence_length=value["sequence_length"],
+            vocabulary_size=value["vocabulary_size"],
+            dtype=value["dtype"],
+            document_boundaries=value["document_boundaries"],
+            bad={kind: BadItems(**items) for kind, items in value["bad"].items()},
+            skipped=value["skipped"],
+            counts={split: SplitCounts(**counts) for split, counts in value["counts"].items()},
+            shards={split: [Shard.from_dict(shard) for shard in shards] for split, shards in value["shards"].items()},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}); prepare the corpus again") from error

@@ -1,0 +1,82 @@
+"""What `prepare` tells when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moescale.data.manifest import BadItems, Manifest
+from moescale.data.shards import SplitCounts
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareReport:
+    """Accounts of one call; ``tokens_in == tokens_packed + tokens_dropped`` for every split."""
+
+    output: Path
+    unchanged: bool
+    """The output was there already, made from the same input, and nothing was done."""
+    splits: dict[str, SplitCounts]
+    bad: dict[str, BadItems]
+    skipped: dict[str, int]
+    seconds: float
+    num_workers: int
+
+    @staticmethod
+    def of(manifest: Manifest, *, output: Path, unchanged: bool, seconds: float, num_workers: int) -> PrepareReport:
+        return PrepareReport(
+            output=output,
+            unchanged=unchanged,
+            splits=manifest.counts,
+            bad=manifest.bad,
+            skipped=manifest.skipped,
+            seconds=seconds,
+            num_workers=num_workers,
+        )
+
+    @property
+    def documents(self) -> int:
+        return sum(counts.documents for counts in self.splits.values())
+
+    @property
+    def tokens_in(self) -> int:
+        """Tokens of all documents, their end tokens included."""
+        return sum(counts.tokens_in for counts in self.splits.values())
+
+    @property
+    def tokens_packed(self) -> int:
+        return sum(counts.tokens_packed for counts in self.splits.values())
+
+    @property
+    def tokens_dropped(self) -> int:
+        return sum(counts.tokens_dropped for counts in self.splits.values())
+
+    @property
+    def num_bad(self) -> int:
+        return sum(items.count for items in self.bad.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        totals = {name: getattr(self, name) for name in ("documents", "tokens_in", "tokens_packed", "tokens_dropped")}
+        return {**asdict(self), "output": str(self.output), **totals}
+
+    def to_text(self) -> str:
+        head = f"{self.output}: "
+        if self.unchanged:
+            head += "unchanged, prepared from the same input before"
+        else:
+            speed = self.tokens_in / self.seconds if self.seconds else 0.0
+            workers = "1 process" if self.num_workers == 1 else f"{self.num_workers} processes"
+            head += f"prepared in {self.seconds:,.1f} s by {workers} ({speed:,.0f} tokens/s)"
+        lines = [head]
+        for split, counts in self.splits.items():
+            lines.append(
+                f"  {split}: {counts.num_sequences:,} sequences of {counts.documents:,} documents; "
+                f"{counts.tokens_in:,} tokens in, {counts.tokens_packed:,} packed, {counts.tokens_dropped:,} dropped"
+            )
+        for kind, items in self.bad.items():
+            first = ", ".join(items.first) + (", ..." if items.count > len(items.first) else "")
+            lines.append(f"  left out, {kind.replace('_', ' ')}: {items.count:,} ({first})")
+        for reason, count in self.skipped.items():
+            lines.append(f"  skipped, {reason}: {count:,}")
+        return "\n".join(lines)

@@ -1,0 +1,53 @@
+"""Settings of ``moescale prepare``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moescale.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """What to tokenise, with what, and into which sequences."""
+
+    source: str
+    """Text, JSON Lines (also .gz, .zst), Parquet or Arrow file, a folder of these or of source files, or a dataset's
+    name on the Hugging Face hub."""
+    tokenizer: str
+    """Folder with a tokenizer.json, the file itself, or a model's name on the Hugging Face hub."""
+    sequence_length: int
+    """Tokens per packed sequence."""
+    output: Path
+    """Folder to write; made whole or not at all."""
+    text_column: str = "text"
+    """Field of a JSON line, or column of a table, that holds a document's text."""
+    split: str = "train"
+    """Split to read of a dataset on the hub or of a saved dataset dictionary."""
+    validation_fraction: float = 0.0
+    """Share of the documents set aside for validation, chosen by seed."""
+    document_boundaries: bool = False
+    """Record where documents start, so that attention and targets do not cross them."""
+    end_token: str | None = None
+    """Token that closes every document; default: the end token of the tokenizer's own configuration."""
+    strict: bool = False
+    """Stop at the first bad line or document instead of counting it."""
+    num_workers: int | None = None
+    """Processes that tokenise; default: one per available core."""
+    memory_gigabytes: float = 2.0
+    """Memory that all processes together may take, in 10^9 bytes."""
+    seed: int = 0
+    """Seed of the choice of validation documents."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise ConfigError(f"prepare.sequence_length ({self.sequence_length}) must be at least 2")
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(f"prepare.validation_fraction ({self.validation_fraction}) must be in [0, 1)")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise ConfigError(
+                f"prepare.num_workers ({self.num_workers}) must be at least 1; leave it out for all cores"
+            )
+        if not self.memory_gigabytes > 0:
+            raise ConfigError(f"prepare.memory_gigabytes ({self.memory_gigabytes}) must be positive")

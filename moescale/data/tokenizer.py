@@ -1,0 +1,136 @@
+"""The tokenizer of a corpus: found, read, and stripped of what would lose text; and the token that ends a document."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from moescale.errors import DataError, nearest
+
+_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusTokenizer:
+    """A tokenizer without truncation, padding or special tokens of its own, and the token that closes documents."""
+
+    tokenizer: tokenizers.Tokenizer
+    sha256: str
+    """Of tokenizer.json."""
+    end_token: str
+    end_token_id: int
+    vocabulary_size: int
+    """Every id is below this."""
+
+
+def load_tokenizer(name: str, end_token: str | None = None) -> CorpusTokenizer:
+    """Read the tokenizer ``name``: a folder with tokenizer.json, such a file, or a model's name on the hub.
+
+    Raises:
+        DataError: it cannot be found or read, or has no token ``end_token``, or none is given and none is configured.
+    """
+    files = _find(name)
+    path = files["tokenizer.json"]
+    content = path.read_bytes()
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{path} is not a tokenizer that `tokenizers` can read: {error}") from error
+    # A tokenizer.json may carry the truncation and padding of the last training run: both would change the text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    end_token, end_token_id = _end_token(tokenizer, files, end_token)
+    return CorpusTokenizer(
+        tokenizer=tokenizer,
+        sha256=hashlib.sha256(content).hexdigest(),
+        end_token=end_token,
+        end_token_id=end_token_id,
+        vocabulary_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+    )
+
+
+def _find(name: str) -> dict[str, Path]:
+    """Return the paths of tokenizer.json and of the files beside it that may name the end token."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        folder, found = path.parent, {"tokenizer.json": path}
+    elif path.is_dir():
+        folder, found = path, {"tokenizer.json": path / "tokenizer.json"}
+        if not found["tokenizer.json"].is_file():
+            raise DataError(f"{path} holds no tokenizer.json; save the tokenizer in its fast form there")
+    else:
+        return _download(name)
+    return found | {file: folder / file for file in _SIDE_FILES if (folder / file).is_file()}
+
+
+def _download(name: str) -> dict[str, Path]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    found = {}
+    for file in ("tokenizer.json", *_SIDE_FILES):
+        try:
+            found[file] = Path(hf_hub_download(name, file))
+        except Exception as error:  # the hub client raises its own, the HTTP library's and OSError
+            absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+            if file != "tokenizer.json" and (absent or isinstance(error, LocalEntryNotFoundError)):
+                continue
+            reason = str(error).strip().split("\n")[0]
+            raise DataError(
+                f"tokenizer '{name}' is neither a local file or folder nor a model whose tokenizer.json can be had "
+                f"from the Hugging Face hub ({reason}); give a folder with tokenizer.json"
+            ) from error
+    return found
+
+
+def _end_token(tokenizer: tokenizers.Tokenizer, files: dict[str, Path], wanted: str | None) -> tuple[str, int]:
+    if wanted is not None:
+        token_id = tokenizer.token_to_id(wanted)
+        if token_id is None:
+            vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+            raise DataError(
+                f"prepare.end_token ('{wanted}') is not a token of {files['tokenizer.json']}"
+                f"{nearest(wanted, vocabulary)}"
+            )
+        return wanted, token_id
+    for value in _configured_end_tokens(files):
+        if isinstance(value, int):
+            token = tokenizer.id_to_token(value)
+            if token is not None:
+                return token, value
+        else:
+            token_id = tokenizer.token_to_id(value)
+            if token_id is not None:
+                return value, token_id
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    candidates = ", ".join(f"'{token}'" for token in special[:10]) or "none is marked special"
+    raise DataError(
+        f"no end token is configured beside {files['tokenizer.json']}; name one with end_token "
+        f"(candidates: {candidates})"
+    )
+
+
+def _configured_end_tokens(files: dict[str, Path]) -> Iterator[str | int]:
+    """Yield what the files beside the tokenizer name as the end token, the most specific first."""
+    for name in _SIDE_FILES:
+        if name not in files:
+            continue
+        try:
+            config = json.loads(files[name].read_bytes())
+        except ValueError as error:
+            raise DataError(f"{files[name]} is not valid JSON: {error}") from error
+        token = config.get("eos_token")
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            yield token
+        token_id = config.get("eos_token_id")
+        if isinstance(token_id, list):
+            token_id = token_id[0] if token_id else None
+        if isinstance(token_id, int):
+            yield token_id

@@ -1,0 +1,215 @@
+"""Order, sharing out, targets and exact resumption of the loader."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from moescale.data.loader import Loader, read_batch, validation_batches
+from moescale.errors import ConfigError, DataError
+
+LENGTH = 8
+
+
+class MemoryCorpus:
+    """Sequence ``i`` holds ``i * S .. i * S + S - 1``; a document starts at every fifth token of the corpus."""
+
+    sequence_length = LENGTH
+    fingerprint = "memory"
+
+    def __init__(self, num_sequences: int, document_boundaries: bool = False) -> None:
+        self.num_sequences = num_sequences
+        self.vocabulary_size = num_sequences * LENGTH
+        self.document_boundaries = document_boundaries
+        self.reads = 0
+        self.fail_from = None
+
+    def sequence(self, index):
+        self.reads += 1
+        if self.fail_from is not None and self.reads > self.fail_from:
+            raise DataError("disk is gone")
+        tokens = np.arange(index * LENGTH, (index + 1) * LENGTH, dtype=np.uint16)
+        return tokens, tokens % 5 == 0 if self.document_boundaries else None
+
+    def verify(self):
+        pass
+
+
+def make_loader(corpus=None, **changes) -> Loader:
+    options = {"sequences_per_step": 4, "micro_batch_sequences": 2, "seed": 1} | changes
+    return Loader(corpus or MemoryCorpus(10), **options)
+
+
+def ids_of(step) -> list[int]:
+    return [int(number) for batch in step for number in batch.sequence_ids]
+
+
+def take(loader, steps: int) -> list[list[int]]:
+    iterator = iter(loader)
+    taken = [ids_of(step) for step in islice(iterator, steps)]
+    iterator.close()
+    return taken
+
+
+def test_targets_are_the_next_tokens():
+    batch = read_batch(MemoryCorpus(3), np.array([2, 0]))
+    assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+    assert batch.tokens[0].tolist() == [16, 17, 18, 19, 20, 21, 22, 23]
+    assert batch.targets[0].tolist() == [17, 18, 19, 20, 21, 22, 23, -100]
+    assert batch.sequence_ids.tolist() == [2, 0]
+    assert batch.document_starts is None
+
+
+def test_targets_stop_at_document_boundaries():
+    batch = read_batch(MemoryCorpus(3, document_boundaries=True), np.array([2]))
+    assert batch.document_starts[0].tolist() == [False, False, False, False, True, False, False, False]
+    assert batch.targets[0].tolist() == [17, 18, 19, -100, 21, 22, 23, -100]
+
+
+def test_steps_consist_of_micro_batches():
+    step = next(iter(make_loader()))
+    assert [tuple(batch.tokens.shape) for batch in step] == [(2, LENGTH), (2, LENGTH)]
+
+
+def test_every_epoch_holds_every_sequence_once_in_its_own_order():
+    order = sum(take(make_loader(), 15), [])  # 60 positions: six epochs, and every other one ends within a step
+    epochs = [order[first : first + 10] for first in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+def test_unshuffled_order_is_that_of_the_corpus():
+    assert sum(take(make_loader(shuffle=False), 5), []) == [*range(10), *range(10)]
+
+
+def test_seed_decides_the_order():
+    assert take(make_loader(seed=1), 5) == take(make_loader(seed=1), 5) != take(make_loader(seed=2), 5)
+
+
+def test_a_step_may_be_larger_than_the_corpus():
+    step = take(make_loader(MemoryCorpus(3), sequences_per_step=8), 1)[0]
+    assert sorted(step[:3]) == sorted(step[3:6]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("stop", range(8))
+def test_resumes_after_the_last_step_handed_out(stop):
+    straight = take(make_loader(), 8)
+    loader = make_loader(prefetch_steps=3)
+    assert take(loader, stop) == straight[:stop]
+    resumed = make_loader()
+    resumed.load_state_dict(loader.state_dict())
+    assert take(resumed, 8 - stop) == straight[stop:]
+
+
+def test_prefetched_steps_do_not_count_in_the_state():
+    loader = make_loader(prefetch_steps=4)
+    iterator = iter(loader)
+    assert loader.state_dict()["position"] == 0
+    next(iterator)
+    time.sleep(0.05)
+    assert loader.state_dict() == {"position": 4, "seed": 1, "corpus": "memory", "shuffle": True}
+    next(iterator)
+    assert loader.state_dict()["position"] == 8
+
+
+def test_a_second_iteration_goes_on_where_the_first_stopped():
+    straight, loader = take(make_loader(), 6), make_loader()
+    assert take(loader, 2) + take(loader, 4) == straight
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_take_what_one_rank_takes(world_size):
+    single = take(make_loader(sequences_per_step=8, micro_batch_sequences=2), 5)
+    ranks = [
+        take(make_loader(sequences_per_step=8, micro_batch_sequences=1, rank=rank, world_size=world_size), 5)
+        for rank in range(world_size)
+    ]
+    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == single
+
+
+def test_state_moves_to_another_number_of_ranks_and_step_size():
+    straight = sum(take(make_loader(), 9), [])
+    loader = make_loader(rank=1, world_size=2)
+    take(loader, 3)
+    resumed = make_loader(sequences_per_step=6, micro_batch_sequences=3)
+    resumed.load_state_dict(loader.state_dict())
+    assert sum(take(resumed, 4), []) == straight[12:36]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seed": 2}, "data.seed 1, this run has 2"),
+        ({"shuffle": False}, "data.shuffle True, this run has False"),
+    ],
+)
+def test_state_of_another_order_is_refused(changes, message):
+    with pytest.raises(DataError, match=message):
+        make_loader(**changes).load_state_dict(make_loader().state_dict())
+
+
+def test_state_of_another_corpus_is_refused_naming_both():
+    other = MemoryCorpus(10)
+    other.fingerprint = "other"
+    with pytest.raises(DataError, match="data.corpus 'memory', this run has 'other'"):
+        make_loader(other).load_state_dict(make_loader().state_dict())
+
+
+@pytest.mark.parametrize("changes", [{"sequences_per_step": 6, "world_size": 2}, {"sequences_per_step": 0}])
+def test_steps_that_cannot_be_shared_out_are_refused(changes):
+    with pytest.raises(ConfigError, match=r"sequences_per_step \(\d\) must be a multiple of world_size \(\d\)"):
+        make_loader(**changes)
+
+
+def test_a_read_error_comes_out_at_its_step():
+    corpus = MemoryCorpus(10)
+    corpus.fail_from = 9  # within the third step
+    loader = make_loader(corpus)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    with pytest.raises(DataError, match="disk is gone"):
+        next(iterator)
+    assert loader.state_dict()["position"] == 8
+
+
+def test_closing_the_iterator_ends_its_thread():
+    before = threading.active_count()
+    iterator = iter(make_loader())
+    next(iterator)
+    assert threading.active_count() == before + 1
+    iterator.close()
+    assert threading.active_count() == before
+
+
+def validation_ids(num_sequences, **options) -> list[list[int]]:
+    return [batch.sequence_ids.tolist() for batch in validation_batches(MemoryCorpus(num_sequences), **options)]
+
+
+def test_validation_runs_through_the_corpus_in_order():
+    assert validation_ids(5, micro_batch_sequences=2) == [[0, 1], [2, 3], [4]]
+    assert validation_ids(5, micro_batch_sequences=2, limit=3) == [[0, 1], [2]]
+    assert validation_ids(5, micro_batch_sequences=2, limit=50) == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize("num_sequences", range(1, 14))
+@pytest.mark.parametrize("micro_batch_sequences", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_validation_ranks_cover_everything_in_equally_many_batches(num_sequences, micro_batch_sequences, world_size):
+    ranks = [
+        validation_ids(num_sequences, micro_batch_sequences=micro_batch_sequences, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    ids = [number for batches in ranks for batch in batches for number in batch if number >= 0]
+    assert ids == list(range(num_sequences))
+
+
+def test_validation_filler_has_no_targets():
+    *_, last = validation_batches(MemoryCorpus(3), micro_batch_sequences=1, rank=0, world_size=2)
+    assert last.sequence_ids.tolist() == [-1]
+    assert (last.targets == -100).all()
