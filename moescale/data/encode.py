@@ -190,7 +190,7 @@ def _read_files(paths: Sequence[str], read: _Texts) -> None:
         try:
             with open_bytes(path) as stream:
                 content = stream.read()
-        except (OSError, EOFError) as error:
+        except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from error
         read.num_items += 1
         read.num_bytes += len(content)

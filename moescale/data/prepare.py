@@ -29,6 +29,8 @@ from moescale.data.tokenizer import CorpusTokenizer, load_tokenizer
 from moescale.errors import DataError
 
 _FIRST_POSITIONS = 10
+_LEAST_CHUNK_BYTES = 1 << 16
+_MOST_CHUNK_BYTES = 1 << 21
 _SMALL_SOURCE_BYTES = 4 << 20
 """Below this a source is tokenised sooner than worker processes have started."""
 
@@ -90,7 +92,9 @@ class _Resources:
         # A chunk in flight is text, strings and tokens: some 16 bytes for each of its own.
         chunk_bytes = int((budget - process_bytes * (num_workers + 1)) / max_in_flight / 16)
         return _Resources(
-            num_workers=num_workers, chunk_bytes=min(max(chunk_bytes, 1 << 16), 1 << 21), max_in_flight=max_in_flight
+            num_workers=num_workers,
+            chunk_bytes=min(max(chunk_bytes, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES),
+            max_in_flight=max_in_flight,
         )
 
 

@@ -7,7 +7,6 @@ memory; what is made of the documents does not depend on them.
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import os
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 
 from moescale.errors import DataError, nearest
 
-_COMPRESSIONS = {".gz", ".zst"}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _KINDS = {".jsonl": "lines", ".ndjson": "lines", ".parquet": "parquet", ".arrow": "arrow"}
 _MAX_FILES_PER_CHUNK = 512
 
@@ -224,15 +223,14 @@ def _starts_with_a_record(path: Path) -> bool:
 
 
 def open_bytes(path: Path | str) -> BinaryIO:
-    """Open a file for reading, decompressed by its extension (.gz, .zst)."""
-    suffix = Path(path).suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if suffix == ".zst":
-        import zstandard
+    """Open a file for reading, decompressed by its extension (.gz, .zst); reading a damaged one raises OSError."""
+    compression = _COMPRESSIONS.get(Path(path).suffix.lower())
+    if compression is None:
+        return open(path, "rb", buffering=1 << 20)
+    # Arrow's readers take files of several frames and notice a missing end; zstandard's stop there without a word.
+    import pyarrow
 
-        return io.BufferedReader(zstandard.open(path, "rb"), 1 << 20)  # type: ignore[return-value]
-    return open(path, "rb", buffering=1 << 20)
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), 1 << 20)
 
 
 def _line_chunks(file: SourceFile, chunk_bytes: int) -> Iterator[Chunk]:
@@ -241,13 +239,11 @@ def _line_chunks(file: SourceFile, chunk_bytes: int) -> Iterator[Chunk]:
         for start in range(0, file.num_bytes, chunk_bytes):
             yield LineRange(path=path, start=start, end=min(start + chunk_bytes, file.num_bytes))
         return
-    import zstandard
-
     try:
         with open_bytes(path) as stream:
             while lines := stream.readlines(chunk_bytes):
                 yield Lines(path=path, lines=lines)
-    except (OSError, EOFError, zstandard.ZstdError) as error:
+    except OSError as error:
         raise DataError(f"{path} cannot be decompressed: {error}; it is damaged or not what its name says") from error
 
 

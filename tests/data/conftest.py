@@ -53,7 +53,3 @@ def plain_tokens(model_folder: Path):
         return [token for text in texts for token in [*tokenizer.encode(text, add_special_tokens=False).ids, 0]]
 
     return tokens
-
-
-def flat_tokens(corpus) -> list[int]:
-    return [int(token) for index in range(corpus.num_sequences) for token in corpus.sequence(index)[0]]
