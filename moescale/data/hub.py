@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from moescale.data.sources import Chunk, row_chunks
 from moescale.errors import DataError, nearest
 
+_TIMEOUT_SECONDS = 20
+_CONVERTED = "refs/convert/parquet"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -31,8 +33,14 @@ class HubSource:
         return [[self.name, self.split, self.revision]]
 
     def chunks(self, chunk_bytes: int) -> Iterator[Chunk]:
-        texts = (row.get(self.text_column) for row in self.dataset)
-        yield from row_chunks(self.name, texts, chunk_bytes)
+        yield from row_chunks(self.name, self._texts(), chunk_bytes)
+
+    def _texts(self) -> Iterator[str | None]:
+        try:
+            for row in self.dataset:
+                yield row.get(self.text_column)
+        except Exception as error:  # as when opening
+            raise DataError(f"dataset '{self.name}' broke off while it was read ({_first_line(error)})") from error
 
 
 def open_hub_dataset(name: str, *, text_column: str, split: str) -> HubSource:
@@ -52,16 +60,12 @@ def open_hub_dataset(name: str, *, text_column: str, split: str) -> HubSource:
             f"source '{name}' is not a local path, and reading it from the hub needs the `datasets` library; "
             "install it with `pip install 'moescale[hub]'`"
         ) from error
-    from huggingface_hub import HfApi
-
     try:
-        revision = HfApi().dataset_info(name, timeout=20).sha
-        dataset = datasets.load_dataset(name, split=split, revision=revision, streaming=True)
+        revision, dataset = _load(datasets.load_dataset, name, split)
     except Exception as error:  # the clients raise their own, the HTTP library's, OSError and ValueError
-        reason = str(error).strip().split("\n")[0]
         raise DataError(
             f"source '{name}' is neither a local path nor a dataset whose split '{split}' can be had from the "
-            f"Hugging Face hub ({reason})"
+            f"Hugging Face hub ({_first_line(error)})"
         ) from error
     columns = dataset.column_names
     if columns is not None and text_column not in columns:
@@ -69,4 +73,24 @@ def open_hub_dataset(name: str, *, text_column: str, split: str) -> HubSource:
             f"dataset '{name}' has no column '{text_column}'{nearest(text_column, columns)} "
             f"(it has {', '.join(columns)}); name the one with the text in text_column"
         )
-    return HubSource(name=name, text_column=text_column, split=split, revision=str(revision), dataset=dataset)
+    return HubSource(name=name, text_column=text_column, split=split, revision=revision, dataset=dataset)
+
+
+def _load(load_dataset: Callable[..., Any], name: str, split: str) -> tuple[str, Any]:
+    """Return the present revision of the dataset, and its split as a stream pinned to that revision."""
+    from huggingface_hub import HfApi
+
+    revision = str(HfApi().dataset_info(name, timeout=_TIMEOUT_SECONDS).sha)
+    try:
+        return revision, load_dataset(name, split=split, revision=revision, streaming=True)
+    except RuntimeError as error:
+        # Older datasets, bookcorpus among them, are programs, which `datasets` 4 does not run any more; the hub keeps
+        # a converted copy of most.
+        if "scripts are no longer supported" not in str(error):
+            raise
+    revision = str(HfApi().dataset_info(name, revision=_CONVERTED, timeout=_TIMEOUT_SECONDS).sha)
+    return revision, load_dataset(name, split=split, revision=revision, streaming=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -30,7 +30,7 @@ from moescale.errors import DataError
 
 _FIRST_POSITIONS = 10
 _LEAST_CHUNK_BYTES = 1 << 16
-_MOST_CHUNK_BYTES = 1 << 21
+_MOST_CHUNK_BYTES = 1 << 20
 _SMALL_SOURCE_BYTES = 4 << 20
 """Below this a source is tokenised sooner than worker processes have started."""
 

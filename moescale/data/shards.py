@@ -84,7 +84,6 @@ class SplitWriter:
         sequence_length: int,
         dtype: np.dtype,
         document_boundaries: bool,
-        shard_tokens: int = _SHARD_TOKENS,
     ) -> None:
         self.folder = folder
         self.split = split
@@ -92,7 +91,7 @@ class SplitWriter:
         self.dtype = dtype
         self.document_boundaries = document_boundaries
         # A multiple of eight sequences, so that every shard's bits end on a byte.
-        self.shard_sequences = max(8, shard_tokens // sequence_length // 8 * 8)
+        self.shard_sequences = max(8, _SHARD_TOKENS // sequence_length // 8 * 8)
         self.shards: list[Shard] = []
         self._open: tuple[_HashedFile, _HashedFile | None] | None = None
         self._open_sequences = 0

@@ -1,0 +1,113 @@
+"""An interrupted preparation leaves nothing that opens, and nothing in the way of the next one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moescale.data.corpus import open_corpus
+from moescale.data.prepare import prepare
+from moescale.data.sources import staging_folder
+from moescale.errors import DataError
+
+PREPARE = """
+import sys
+from pathlib import Path
+from moescale.data.prepare import prepare
+from moescale.data.settings import PrepareSettings
+if __name__ == "__main__":
+    source, tokenizer, output = sys.argv[1:]
+    prepare(
+        PrepareSettings(source=source, tokenizer=tokenizer, sequence_length=16, output=Path(output), num_workers=2),
+        progress=False,
+    )
+"""
+
+
+@pytest.fixture
+def large_source(tmp_path: Path) -> Path:
+    """Large enough to be interrupted in the middle: 60 MB, several seconds of work."""
+    source = tmp_path / "large.jsonl"
+    line = json.dumps({"text": "".join(f"word{number} " for number in range(2000))}) + "\n"
+    source.write_text(line * 4_000)
+    return source
+
+
+def start(tmp_path: Path, source: Path, model_folder: Path) -> subprocess.Popen:
+    script = tmp_path / "script.py"
+    script.write_text(PREPARE)
+    arguments = [sys.executable, script, source, model_folder, tmp_path / "output"]
+    return subprocess.Popen(list(map(str, arguments)), start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+def wait_until(condition, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def processes_of_session(session: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its_session = entry.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(its_session) == session and state != "Z":
+            found.append(int(entry.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for left-over processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
+def test_an_interrupted_call_leaves_no_corpus_and_no_process(tmp_path, large_source, model_folder, settings, number):
+    output, staging = tmp_path / "output", staging_folder(tmp_path / "output")
+    process = start(tmp_path, large_source, model_folder)
+    wait_until(lambda: (staging / "train-00000.bin").exists())
+    os.kill(process.pid, number)
+    process.wait()
+    assert not output.exists()
+    with pytest.raises(DataError, match="output is not a folder"):
+        open_corpus(output)
+    wait_until(lambda: not processes_of_session(process.pid))
+    assert staging.exists() == (number == signal.SIGKILL)
+    if staging.exists():
+        with pytest.raises(DataError, match="is not a prepared corpus"):
+            open_corpus(staging)
+
+    small = tmp_path / "small.txt"
+    small.write_text("some text " * 50)
+    prepare(settings(small), progress=False)
+    assert open_corpus(output).num_sequences > 0
+    assert not staging.exists()
+    assert not any("large" in path.read_text(errors="ignore") for path in output.iterdir())
+
+
+def test_two_calls_at_once_do_not_mix(settings, tmp_path, lines_file):
+    staging = staging_folder(tmp_path / "output")
+    staging.mkdir()
+    lock = os.open(staging, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(DataError, match="another process is preparing .*output"):
+        prepare(settings(lines_file), progress=False)
+    os.close(lock)
+    assert prepare(settings(lines_file), progress=False).documents == 60
+
+
+def test_an_error_while_writing_leaves_nothing(settings, tmp_path, lines_file, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moescale.data.shards.SplitWriter.close", fail)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(settings(lines_file), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == [lines_file.name]
