@@ -1,0 +1,69 @@
+"""``moescale export``: a run's weights as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import json as json_module
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from moescale.convert.checkpoint import export_checkpoint
+from moescale.convert.hf_config import read_model_config
+from moescale.errors import CheckpointError
+from moescale.runtime.checkpoint import CheckpointStore, CheckpointWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What is exported, and how."""
+
+    run: Path
+    """Folder of a run."""
+    output: Path
+    """Folder to write; must not exist."""
+    step: int | None = None
+    """Step of the checkpoint to export; default: the newest."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Dtype of the exported weights."""
+    model: Path | None = None
+    """Folder with the config.json, tokenizer and generation files to copy; default: the one the run started from."""
+    max_shard_gigabytes: float = 5.0
+    """Largest shard, in units of 10^9 bytes."""
+
+
+def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, json: bool = False) -> None:
+    """Write a run's weights as a Hugging Face checkpoint that transformers opens without remote code.
+
+    Parameters
+    ----------
+    json
+        Print a summary as JSON on standard output.
+    """
+    import torch
+
+    run_file = settings.run / "run.json"
+    if not run_file.is_file():
+        raise CheckpointError(
+            f"{run_file}: missing; --run ({settings.run}) must be the output folder of `moescale run`"
+        )
+    reference = settings.model or Path(json_module.loads(run_file.read_text())["model"])
+    config = read_model_config(reference)
+    store = CheckpointStore(settings.run / "checkpoints", keep=1)
+    checkpoint = store.last() if settings.step is None else store.at(settings.step)
+    if checkpoint is None:
+        raise CheckpointError(f"{store.folder}: holds no whole checkpoint; let the run save one first")
+    with CheckpointWeights(checkpoint) as source:
+        export_checkpoint(
+            config,
+            source,
+            settings.output,
+            reference=reference,
+            dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[settings.dtype],
+            max_shard_bytes=int(settings.max_shard_gigabytes * 1e9),
+        )
+    if json:
+        print(json_module.dumps({"output": str(settings.output), "step": checkpoint.step, "dtype": settings.dtype}))
+    else:
+        print(f"exported step {checkpoint.step} as {settings.dtype} to {settings.output}")

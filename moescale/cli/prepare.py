@@ -1,0 +1,26 @@
+"""``moescale prepare``: text to packed token sequences."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from moescale.data.prepare import prepare
+from moescale.data.settings import PrepareSettings
+
+
+def prepare_command(settings: Annotated[PrepareSettings, Parameter(name="*")], *, json: bool = False) -> None:
+    """Tokenise text and pack it into sequences, once; a second call with the same input does nothing.
+
+    Parameters
+    ----------
+    json
+        Print the report as JSON on standard output, without a progress bar.
+    """
+    report = prepare(settings, progress=not json)
+    if json:
+        print(json_module.dumps(report.to_dict(), indent=2))
+    else:
+        print(report.to_text())

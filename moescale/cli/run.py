@@ -1,0 +1,236 @@
+"""``moescale run``: train a model by a plan."""
+
+from __future__ import annotations
+
+import json as json_module
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from cyclopts import Parameter
+
+from moescale import __version__
+from moescale.config import ModelConfig
+from moescale.convert.checkpoint import import_checkpoint
+from moescale.convert.hf_config import read_model_config, resolve_model
+from moescale.data.corpus import Corpus, open_corpus
+from moescale.data.loader import Loader, validation_batches
+from moescale.errors import CheckpointError, ConfigError
+from moescale.model.flops import flops_per_token, peak_flops
+from moescale.model.transformer import Transformer, build_on_meta, initialize
+from moescale.plan import ParallelPlan, load_plan, one_device_plan
+from moescale.report.run_log import RunLog
+from moescale.runtime.checkpoint import Checkpoint, CheckpointStore
+from moescale.runtime.device import choose_device, make_deterministic
+from moescale.runtime.mapping import apply_plan
+from moescale.runtime.settings import TrainSettings
+from moescale.runtime.train import Trainer
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """What is trained, on what, and where it goes."""
+
+    model: str
+    """Preset name, local folder or hub name of a Hugging Face DeepSeek-V2 model."""
+    data: Path
+    """Corpus written by `moescale prepare`, or by datasets.save_to_disk with an input_ids column."""
+    output: Path
+    """Folder of the run: checkpoints, metrics, TensorBoard."""
+    plan: Path | None = None
+    """Plan written by `moescale compile`; default: one device, as the next three options say."""
+    tokens_per_step: int | None = None
+    """Without a plan: tokens of one optimizer step."""
+    micro_batch_sequences: int | None = None
+    """Without a plan: sequences that go through the model at once."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Without a plan: compute dtype; default: bf16 on a GPU, fp32 on the CPU."""
+    initialize: Literal["auto", "pretrained", "random"] = "auto"
+    """Weights to start from: those of the model's folder, or random; auto: pretrained where the folder has any."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    resume: Literal["last", "last-good", "never"] = "last"
+    """Continue from the newest checkpoint in output; last-good: skip damaged ones; never: refuse if there are any."""
+    deterministic: bool = False
+    """Ask for bit-identical results where an operator has a faster way that is not."""
+
+
+def run_command(
+    inputs: Annotated[RunInputs, Parameter(name="*")],
+    settings: Annotated[TrainSettings, Parameter(name="*")] = TrainSettings(),  # noqa: B008 - frozen
+    *,
+    json: bool = False,
+) -> None:
+    """Train a model: start it, or continue the run in the output folder.
+
+    Parameters
+    ----------
+    json
+        Print the summary as JSON on standard output, without a progress bar.
+    """
+    folder = resolve_model(inputs.model)
+    config = read_model_config(folder)
+    corpus = open_corpus(inputs.data)
+    device = choose_device(inputs.device)
+    plan = _plan(inputs, config, corpus, device)
+    _check_corpus(config, corpus, plan)
+    if inputs.deterministic:
+        make_deterministic()
+    store = CheckpointStore(inputs.output / "checkpoints", settings.keep_checkpoints)
+    checkpoint = _checkpoint_to_resume(store, inputs.resume)
+    model = _build(folder, config, plan, device, inputs, settings, filled=checkpoint is None)
+    sequences_per_step = plan.tokens_per_step // plan.sequence_length
+    total_steps = settings.steps or max(1, corpus.num_sequences // sequences_per_step)
+    source = Loader(
+        corpus,
+        sequences_per_step=sequences_per_step,
+        micro_batch_sequences=plan.micro_batch_sequences,
+        seed=settings.seed,
+    )
+    inputs.output.mkdir(parents=True, exist_ok=True)
+    with RunLog(
+        inputs.output,
+        total_steps=total_steps,
+        flops_per_token=flops_per_token(config, plan.sequence_length),
+        peak_flops=peak_flops(device),
+        show_progress=not json,
+    ) as log:
+        trainer = Trainer(
+            model=model,
+            settings=settings,
+            total_steps=total_steps,
+            source=source,
+            store=store,
+            observer=log,
+            validation=_validation(inputs.data, settings, plan),
+            identity={"model": config.fingerprint(), "corpus": corpus.fingerprint},
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        _write_run_file(inputs, folder, plan, settings)
+        summary = trainer.train()
+        log.finish(summary)
+    if json:
+        print(json_module.dumps(asdict(summary), indent=2))
+
+
+def _plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: torch.device) -> ParallelPlan:
+    by_hand: dict[str, int | str | None] = {
+        "tokens_per_step": inputs.tokens_per_step,
+        "micro_batch_sequences": inputs.micro_batch_sequences,
+        "precision": inputs.precision,
+    }
+    given = [name for name, value in by_hand.items() if value is not None]
+    if inputs.plan is not None:
+        if given:
+            raise ConfigError(f"run.{given[0]} ({by_hand[given[0]]}) is decided by the plan {inputs.plan}; drop one")
+        plan = load_plan(inputs.plan)
+        plan.check_model(config)
+        return plan
+    sequences = inputs.micro_batch_sequences or 1
+    tokens_per_step = inputs.tokens_per_step or sequences * corpus.sequence_length
+    micro_batch_tokens = sequences * corpus.sequence_length
+    if tokens_per_step <= 0 or tokens_per_step % micro_batch_tokens:
+        raise ConfigError(
+            f"run.tokens_per_step ({tokens_per_step}) must be a multiple of {micro_batch_tokens}: "
+            f"run.micro_batch_sequences ({sequences}) sequences of {corpus.sequence_length} tokens"
+        )
+    return one_device_plan(
+        config,
+        sequence_length=corpus.sequence_length,
+        micro_batch_sequences=sequences,
+        gradient_accumulation_steps=tokens_per_step // micro_batch_tokens,
+        compute_dtype=inputs.precision or ("bf16" if device.type == "cuda" else "fp32"),
+    )
+
+
+def _check_corpus(config: ModelConfig, corpus: Corpus, plan: ParallelPlan) -> None:
+    if corpus.sequence_length != plan.sequence_length:
+        raise ConfigError(
+            f"plan.sequence_length ({plan.sequence_length}) must equal the corpus's ({corpus.sequence_length}); "
+            "prepare the corpus or compile the plan again"
+        )
+    if corpus.vocabulary_size > config.vocab_size:
+        raise ConfigError(
+            f"the corpus has token ids up to {corpus.vocabulary_size - 1}, model.vocab_size is {config.vocab_size}; "
+            "prepare the corpus with the model's own tokenizer"
+        )
+    if plan.sequence_length > config.max_sequence_length:
+        raise ConfigError(
+            f"plan.sequence_length ({plan.sequence_length}) must not exceed model.max_sequence_length "
+            f"({config.max_sequence_length})"
+        )
+
+
+def _checkpoint_to_resume(store: CheckpointStore, resume: str) -> Checkpoint | None:
+    if resume == "last-good":
+        return store.last_good()
+    last = store.last()
+    if last is not None and resume == "never":
+        raise CheckpointError(
+            f"{last.path}: --resume never, but this output already holds a run; choose another --output"
+        )
+    return last
+
+
+def _build(
+    folder: Path,
+    config: ModelConfig,
+    plan: ParallelPlan,
+    device: torch.device,
+    inputs: RunInputs,
+    settings: TrainSettings,
+    filled: bool,
+) -> Transformer:
+    dtype = torch.bfloat16 if plan.compute_dtype == "bf16" else torch.float32
+    model = build_on_meta(config, dtype).to_empty(device=device)
+    apply_plan(model, plan)
+    if filled:
+        has_weights = any(folder.glob("*.safetensors"))
+        if inputs.initialize == "pretrained" or (inputs.initialize == "auto" and has_weights):
+            import_checkpoint(folder, config, dict(model.named_parameters()))
+        else:
+            initialize(model, settings.seed)
+    return model
+
+
+def _validation(data: Path, settings: TrainSettings, plan: ParallelPlan) -> Any:
+    corpus = open_corpus(data, split="validation", missing_ok=True)
+    if corpus is None:
+        if settings.validation_every:
+            raise ConfigError(
+                f"run.validation_every ({settings.validation_every}) needs a validation split, which {data} lacks; "
+                "prepare it with --validation-fraction"
+            )
+        return None
+
+    def batches() -> Iterable[Any]:
+        return validation_batches(
+            corpus,
+            micro_batch_sequences=plan.micro_batch_sequences,
+            rank=0,
+            world_size=1,
+            limit=settings.validation_sequences,
+        )
+
+    return batches
+
+
+def _write_run_file(inputs: RunInputs, folder: Path, plan: ParallelPlan, settings: TrainSettings) -> None:
+    """Leave beside the checkpoints what `export` and a reader of the run need."""
+    document = {
+        "moescale": __version__,
+        "model": str(folder.resolve()),
+        "data": str(inputs.data.resolve()),
+        "settings": {key: value for key, value in asdict(settings).items() if value != math.inf},
+        "plan": json_module.loads(plan.to_json()),
+    }
+    path = inputs.output / RUN_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json_module.dumps(document, indent=2))
+    temporary.replace(path)

@@ -1,0 +1,124 @@
+"""The main job from the command line: accumulation, kill and resume, stop, export."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moescale.cli import main
+from moescale.convert.checkpoint import import_checkpoint
+from moescale.convert.hf_config import read_model_config
+from moescale.model.transformer import build_on_meta
+
+STEPS = 200
+SEQUENCES_PER_STEP = 8
+
+
+def run_arguments(model: Path, corpus: Path, output: Path, *more: object, micro_batch: int = 8) -> list[str]:
+    fixed = ("--model", model, "--data", corpus, "--output", output, "--learning-rate", 3e-3, "--device", "cpu")
+    batch = ("--tokens-per-step", SEQUENCES_PER_STEP * 64, "--micro-batch-sequences", micro_batch)
+    return ["run", *map(str, (*fixed, *batch, *more))]
+
+
+def moescale(*arguments: object) -> None:
+    """Run a command in this process; anything but success is an error."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(map(str, arguments)))
+    assert not caught.value.code
+
+
+def losses(output: Path) -> list[float]:
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def final_weights(output: Path) -> bytes:
+    folder = max((output / "checkpoints").glob("step-*"))
+    return (folder / "tensors-0000.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def straight_run(tmp_path_factory, model_folder, stdlib_corpus) -> Path:
+    """200 undisturbed steps."""
+    output = tmp_path_factory.mktemp("straight") / "run"
+    moescale(*run_arguments(model_folder, stdlib_corpus, output, "--steps", STEPS))
+    return output
+
+
+def test_the_loss_falls_on_held_out_files(straight_run):
+    records = [json.loads(line) for line in (straight_run / "metrics.jsonl").read_text().splitlines()]
+    validation = [record["validation_loss"] for record in records if "validation_loss" in record]
+    assert validation[-1] < losses(straight_run)[0] - 1.0
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_does_not_change_the_losses(tmp_path, model_folder, stdlib_corpus, straight_run, accumulation):
+    output = tmp_path / "run"
+    micro_batch = SEQUENCES_PER_STEP // accumulation
+    moescale(*run_arguments(model_folder, stdlib_corpus, output, "--steps", STEPS, micro_batch=micro_batch))
+    assert losses(output) == pytest.approx(losses(straight_run), rel=1e-4)
+
+
+def test_a_run_killed_and_resumed_ends_with_the_same_losses_and_weights(
+    tmp_path, model_folder, stdlib_corpus, straight_run
+):
+    output = tmp_path / "run"
+    arguments = run_arguments(model_folder, stdlib_corpus, output, "--steps", STEPS, "--checkpoint-every", 40)
+    process = start(arguments)
+    wait_for_step(process, output, 90)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    moescale(*arguments)
+    assert losses(output) == losses(straight_run)
+    assert final_weights(output) == final_weights(straight_run)
+
+
+def test_sigterm_saves_and_leaves_with_status_75(tmp_path, model_folder, stdlib_corpus):
+    output = tmp_path / "run"
+    process = start(run_arguments(model_folder, stdlib_corpus, output, "--steps", 100_000))
+    wait_for_step(process, output, 5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "stopped by SIGTERM after step" in errors
+    step = len(losses(output))
+    assert (output / "checkpoints" / f"step-{step:08d}" / "state.json").is_file()
+
+
+def test_the_export_computes_the_same_in_transformers(tmp_path, model_folder, straight_run):
+    export = tmp_path / "export"
+    moescale("export", "--run", straight_run, "--output", export, "--dtype", "fp32", "--max-shard-gigabytes", 0.0001)
+    assert len(list(export.glob("*.safetensors"))) > 1
+    reference = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(export)("def main():\n    return", return_tensors="pt").input_ids
+    ours = build_on_meta(read_model_config(export), torch.float32).to_empty(device="cpu")
+    import_checkpoint(export, ours.config, dict(ours.named_parameters()))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, reference(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "moescale", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "metrics.jsonl").is_file() and len(losses_so_far(output)) >= step:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached; status {process.poll()}")
+
+
+def losses_so_far(output: Path) -> list[str]:
+    return [line for line in (output / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
