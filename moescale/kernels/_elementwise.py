@@ -9,8 +9,6 @@ import torch
 from moescale.kernels.backends import choose_backend
 
 
-# A compiled layer asks at trace time: device and dtype are constants there, the capability query is not traceable.
-@torch.compiler.assume_constant_result
 def runs_triton(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
     """Whether an operator without a ``grouped_mm`` form runs its Triton kernels; otherwise it runs plain torch."""
     return choose_backend(device, dtype, backend) == "triton"

@@ -43,6 +43,8 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+# A compiled layer asks at trace time: device and dtype are constants there, the capability query is not traceable.
+@torch.compiler.assume_constant_result
 def choose_backend(device: torch.device, dtype: torch.dtype, requested: str = "auto") -> str:
     """Return the back end that runs an operator on ``device`` in ``dtype``.
 

@@ -81,6 +81,9 @@ class RoutedExperts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
         self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
         self.backend = "auto"
+        # Buffers to which the backward adds the weights' gradients, set by an optimizer that keeps such.
+        self.gate_up_gradient: torch.Tensor | None = None
+        self.down_gradient: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """[T, H] -> [T, H]: the sum over the chosen experts, weighted by the router."""
@@ -91,6 +94,8 @@ class RoutedExperts(nn.Module):
             self.gate_up,
             self.down,
             tokens_per_expert=routing.tokens_per_expert,
+            gate_up_gradient=self.gate_up_gradient,
+            down_gradient=self.down_gradient,
             backend=self.backend,
         )
 

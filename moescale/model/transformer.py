@@ -52,11 +52,11 @@ class Block(nn.Module):
     ) -> FeedForwardOutput:
         x = x + self.attention(self.attention_norm(x), cos, sin, document_ids)
         output = self.feed_forward(self.feed_forward_norm(x))
-        return output._replace(hidden=x + output.hidden)
+        return FeedForwardOutput(x + output.hidden, output.aux_loss, output.tokens_per_expert)
 
 
 class Transformer(nn.Module):
-    """The whole model. ``recompute_blocks`` trades the activations of every block for a second forward pass."""
+    """The whole model. Blocks in ``recompute_layers`` keep no activations but run forward again in the backward."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -114,8 +114,8 @@ def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Transformer:
 def initialize(model: Transformer, seed: int) -> None:
     """Fill every parameter as the published code does: N(0, initializer_std), gains 1, biases 0.
 
-    Each parameter draws from a generator seeded by ``seed`` and its own position, on the CPU in fp32, so the weights
-    depend on neither device nor dtype nor on how the model is later divided.
+    Each parameter draws in fp32 from a generator of its device, seeded by ``seed`` and the parameter's own position,
+    so the weights depend on neither dtype nor on how the model is later divided. CPU and GPU draw different numbers.
     """
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if name.endswith("norm.weight"):
@@ -127,7 +127,7 @@ def initialize(model: Transformer, seed: int) -> None:
 
 
 def _fill_normal(parameter: torch.Tensor, std: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(parameter.device).manual_seed(seed)
     # One slice of dim 0 at a time keeps the fp32 copy small beside stacked experts.
     for part in parameter.unbind(0) if parameter.dim() == 3 else (parameter,):
-        part.copy_(torch.empty(part.shape).normal_(0.0, std, generator=generator))
+        part.copy_(torch.empty(part.shape, device=part.device).normal_(0.0, std, generator=generator))

@@ -25,6 +25,7 @@ from moescale.kernels.adamw import (
     master_weight,
     set_master_weight,
 )
+from moescale.model.moe import RoutedExperts
 from moescale.runtime.settings import TrainSettings
 
 
@@ -62,11 +63,18 @@ class AdamW:
         self._gradients[name] = torch.zeros_like(parameter, dtype=self.format.gradients)
 
         def add_to_buffer(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            self._gradients[name].add_(parameter.grad)
-            parameter.grad = None
+            if parameter.grad is not None:  # None where the backward has added to the buffer itself
+                self._gradients[name].add_(parameter.grad)
+                parameter.grad = None
 
         parameter.register_post_accumulate_grad_hook(add_to_buffer)
+
+    def accumulate_in_experts(self, model: torch.nn.Module) -> None:
+        """Have the routed experts of ``model`` add their weight gradients to the buffers inside the product itself."""
+        for prefix, module in model.named_modules():
+            if isinstance(module, RoutedExperts):
+                module.gate_up_gradient = self._gradients.get(f"{prefix}.gate_up")
+                module.down_gradient = self._gradients.get(f"{prefix}.down")
 
     def gradient(self, name: str) -> torch.Tensor:
         """The gradient accumulated so far, with the parameter's shape; zeros where nothing has reached it."""

@@ -75,6 +75,7 @@ class Trainer:
         self.validation = validation
         self.identity = identity or {}
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format)
+        self.optimizer.accumulate_in_experts(model)
         self.device = next(model.parameters()).device
         self.step = 0
         self.skipped_steps = 0

@@ -1,0 +1,192 @@
+"""The whole training step on one GPU: tokens/s, peak memory, and where the time goes.
+
+    python benchmarks/step.py --model deepseek-coder-v2-lite --output step.json --profile profile.txt
+
+Random weights of the public configuration and random tokens; forward, backward, gradient norm and optimizer, through
+the same trainer, plan and kernels as `moescale run`. Nothing is saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moescale.config import ModelConfig
+from moescale.convert.hf_config import read_model_config
+from moescale.model.flops import flops_per_token, peak_flops
+from moescale.model.transformer import Transformer, build_on_meta, initialize
+from moescale.plan import LayerPlan, ParallelPlan, one_device_plan
+from moescale.runtime.checkpoint import CheckpointStore
+from moescale.runtime.mapping import apply_plan, compile_layers, optimizer_format
+from moescale.runtime.settings import TrainSettings
+from moescale.runtime.train import Trainer
+
+
+@dataclasses.dataclass
+class RandomBatch:
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    sequence_ids: torch.Tensor
+    document_starts: torch.Tensor | None = None
+
+
+class RandomSteps:
+    """Steps of random tokens: micro-batches as the plan cuts them."""
+
+    def __init__(self, plan: ParallelPlan, vocab_size: int) -> None:
+        self.plan = plan
+        self.vocab_size = vocab_size
+        self.generator = torch.Generator().manual_seed(0)
+
+    def step(self, micro_batches: int | None = None) -> list[RandomBatch]:
+        shape = (self.plan.micro_batch_sequences, self.plan.sequence_length)
+        batches = []
+        for _ in range(micro_batches or self.plan.gradient_accumulation_steps):
+            tokens = torch.randint(self.vocab_size, shape, generator=self.generator)
+            targets = torch.cat([tokens[:, 1:], torch.full((shape[0], 1), -100)], dim=1)
+            batches.append(RandomBatch(tokens.pin_memory(), targets.pin_memory(), torch.arange(shape[0])))
+        return batches
+
+    def __iter__(self) -> Any:
+        while True:
+            yield self.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError("a benchmark is not resumed")
+
+
+class Silent:
+    """An observer that shows nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def make_plan(config: ModelConfig, arguments: argparse.Namespace) -> ParallelPlan:
+    micro_batch_tokens = arguments.micro_batch_sequences * arguments.sequence_length
+    plan = one_device_plan(
+        config,
+        sequence_length=arguments.sequence_length,
+        micro_batch_sequences=arguments.micro_batch_sequences,
+        gradient_accumulation_steps=arguments.tokens_per_step // micro_batch_tokens,
+        compute_dtype="bf16",
+    )
+    return dataclasses.replace(
+        plan,
+        moe_layers=LayerPlan(recompute=arguments.recompute),
+        dense_layers=LayerPlan(recompute=arguments.recompute),
+        optimizer_state_dtype=arguments.optimizer_state,
+        master_weight_format=arguments.master_weights,
+        gradient_dtype=arguments.gradients,
+    )
+
+
+def build(config: ModelConfig, plan: ParallelPlan, compiled: bool) -> tuple[Trainer, Transformer]:
+    model = build_on_meta(config, torch.bfloat16).to_empty(device="cuda")
+    initialize(model, seed=0)
+    apply_plan(model, plan)
+    if compiled:
+        compile_layers(model)
+    trainer = Trainer(
+        model=model,
+        settings=TrainSettings(learning_rate=1e-5),
+        total_steps=1000,
+        source=RandomSteps(plan, config.vocab_size),
+        store=CheckpointStore(Path("never-written"), 1),
+        observer=Silent(),
+        optimizer_format=optimizer_format(plan),
+    )
+    return trainer, model
+
+
+def profile(trainer: Trainer, batches: list[RandomBatch], path: Path) -> None:
+    """GPU time by kernel over one short step, as a table with totals and shares."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as recorded:
+        trainer._train_step(batches)
+        torch.cuda.synchronize()
+    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    start, end, busy = float("inf"), 0.0, 0.0
+    for event in recorded.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            totals[event.name][0] += event.device_time_total / 1e3
+            totals[event.name][1] += 1
+            start, end = min(start, event.time_range.start), max(end, event.time_range.end)
+            busy += event.device_time_total
+    rows = sorted(totals.items(), key=lambda item: -item[1][0])
+    lines = [f"{len(batches)} micro-batches and one update: {(end - start) / 1e3:.1f} ms, GPU busy {busy / 1e3:.1f} ms"]
+    lines += [f"{milliseconds:9.2f} ms {count:6d} x  {name[:150]}" for name, (milliseconds, count) in rows[:70]]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deepseek-coder-v2-lite")
+    parser.add_argument("--layers", type=int, help="cut the model to this many layers")
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--micro-batch-sequences", type=int, default=4)
+    parser.add_argument("--tokens-per-step", type=int, default=131072)
+    parser.add_argument("--recompute", choices=("none", "block"), default="none")
+    parser.add_argument("--optimizer-state", choices=("fp32", "bf16", "int8"), default="int8")
+    parser.add_argument(
+        "--master-weights", choices=("fp32", "bf16_remainder", "stochastic_bf16"), default="bf16_remainder"
+    )
+    parser.add_argument("--gradients", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    config = read_model_config(arguments.model)
+    if arguments.layers:
+        config = dataclasses.replace(config, num_layers=arguments.layers)
+    plan = make_plan(config, arguments)
+    started = time.perf_counter()
+    trainer, _ = build(config, plan, not arguments.eager)
+    torch.cuda.synchronize()
+    built = time.perf_counter()
+    source: Any = trainer.source
+    trainer._train_step(source.step(1))
+    warm = time.perf_counter()
+    torch.cuda.reset_peak_memory_stats()
+    measured = [trainer._train_step(source.step()) for _ in range(arguments.steps)]
+    seconds = [metrics.step_seconds for metrics in measured]
+    mean = statistics.mean(seconds)
+    rate = plan.tokens_per_step / mean
+    result = {
+        "model": arguments.model,
+        "layers": config.num_layers,
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+        "tokens_per_second": rate,
+        "step_seconds": mean,
+        "step_seconds_each": seconds,
+        "mfu": rate * flops_per_token(config, plan.sequence_length) / (peak_flops(torch.device("cuda")) or 1),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "build_seconds": built - started,
+        "first_step_seconds": warm - built,
+        "losses": [metrics.loss for metrics in measured],
+        "gradient_norms": [metrics.gradient_norm for metrics in measured],
+        "plan": json.loads(plan.to_json()),
+    }
+    print(json.dumps({key: value for key, value in result.items() if key != "plan"}, indent=1))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.profile:
+        profile(trainer, source.step(2), arguments.profile)
+
+
+if __name__ == "__main__":
+    main()
