@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import chain
 from multiprocessing import get_context, parent_process
 
 import numpy as np
 import tokenizers
 
 from moescale.data.sources import Chunk, LineRange, Lines, Rows, WholeFiles, open_bytes
+from moescale.data.words import word_encoder
 from moescale.errors import DataError
 
 MALFORMED_JSON = "malformed_json"
@@ -29,7 +29,6 @@ MISSING_COLUMN = "missing_column"
 EMPTY_DOCUMENT = "empty_document"
 
 _BATCH_CHARACTERS = 1 << 18
-_BPE_CACHE_WORDS = 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +73,10 @@ class Encoder:
 
     def __init__(self, *, tokenizer_json: str, end_token_id: int, vocabulary_size: int, text_column: str) -> None:
         self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-        resize_cache = getattr(self.tokenizer.model, "_resize_cache", None)
-        if resize_cache is not None:
-            resize_cache(_BPE_CACHE_WORDS)
-        self.end_token_id = end_token_id
         self.text_column = text_column
         self.dtype = token_dtype(vocabulary_size)
+        self._by_words = word_encoder(self.tokenizer, self.dtype)
+        self._end = np.array([end_token_id], dtype=self.dtype)
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         read = _Texts()
@@ -123,17 +120,20 @@ class Encoder:
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of all texts one after the other, and the number of each."""
+        by_words = [self._by_words(text) if self._by_words else None for text in texts]
+        others = self._by_tokenizer([text for text, tokens in zip(texts, by_words, strict=True) if tokens is None])
         parts: list[np.ndarray] = []
-        lengths: list[int] = []
+        lengths = np.empty(len(texts), dtype=np.int64)
+        for number, tokens in enumerate(by_words):
+            tokens = next(others) if tokens is None else tokens
+            parts += tokens, self._end
+            lengths[number] = len(tokens) + 1
+        return np.concatenate(parts) if parts else np.empty(0, self.dtype), lengths
+
+    def _by_tokenizer(self, texts: list[str]) -> Iterator[np.ndarray]:
         for batch in _batches(texts):
-            encodings = self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-            counts = [len(encoding) + 1 for encoding in encodings]
-            end = (self.end_token_id,)
-            ids = chain.from_iterable(chain(encoding.ids, end) for encoding in encodings)
-            parts.append(np.fromiter(ids, self.dtype, sum(counts)))
-            lengths.extend(counts)
-        tokens = np.concatenate(parts) if parts else np.empty(0, self.dtype)
-        return tokens, np.array(lengths, dtype=np.int64)
+            for encoding in self.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                yield np.array(encoding.ids, dtype=self.dtype)
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
