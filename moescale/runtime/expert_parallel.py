@@ -1,0 +1,390 @@
+"""Expert parallelism: the routed experts of a layer, split over the P ranks of a group.
+
+Rank r holds the experts [r * E / P, (r + 1) * E / P). Every row travels to the rank of its expert and its result back:
+two all-to-alls forward, and their mirror images backward. In between, rows are ordered three times:
+
+- *slots*, the order of sending and of receiving: by rank, then by expert;
+- *rows*, the order of computing: by local expert, rows of all ranks together;
+- *pairs* (token, k), the order of the result, which is combined where the token lives, in fp32 and in the order of k.
+
+How many slots there are is the choice of an :class:`Exchange`. All ranks take part in every collective, forward and
+backward, also one without tokens and one whose experts nobody chose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from moescale.kernels.backends import KernelInputError, choose_backend, debug_checks_enabled
+from moescale.kernels.expert_order import check_ids, sort_pairs
+from moescale.kernels.experts import expert_mlp
+from moescale.kernels.router import Routing
+from moescale.model.moe import MixtureOfExperts
+from moescale.model.transformer import Transformer
+from moescale.plan import ParallelPlan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotOrder:
+    """What the slots of one layer's exchange hold, seen from one rank with T tokens: S sent, Q received."""
+
+    slot_pair: torch.Tensor
+    """[S] int32: the pair whose row a slot carries; any pair in a slot that carries none."""
+    pair_slot: torch.Tensor
+    """[T * K] int32: the slot of every pair, -1 for a pair that goes nowhere."""
+    slot_expert: torch.Tensor
+    """[Q] int32: the local expert of every received slot, E / P in a slot that carries none."""
+    sent: list[int] | None
+    """Slots sent to each rank; None: equally many to all, and as many received."""
+    received: list[int] | None
+    """Slots received from each rank."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SortedPairs:
+    """The pairs of T tokens sorted by expert, hence by rank, and the rows that every rank sends to this one."""
+
+    row_pair: torch.Tensor
+    """[T * K] int32: the pair of every sorted row."""
+    pair_row: torch.Tensor
+    """[T * K] int32: the sorted row of every pair, -1 for an expert id that does not exist."""
+    sent: torch.Tensor
+    """[P, E / P] int32: rows this rank sends to each expert."""
+    received: torch.Tensor
+    """[P, E / P] int32: rows each rank sends to this rank's experts."""
+    top_k: int
+
+
+class Exchange(Protocol):
+    """Decides how many slots travel and which rows they carry. The same choice on all ranks of a group."""
+
+    def lay_out(self, pairs: SortedPairs) -> SlotOrder: ...
+
+
+class SplitExchange:
+    """As many slots as there are rows. The host reads the counts: one synchronisation per layer and forward pass."""
+
+    def lay_out(self, pairs: SortedPairs) -> SlotOrder:
+        sent, received = torch.stack([pairs.sent.sum(1), pairs.received.sum(1)]).tolist()
+        ranks, local_experts = pairs.received.shape
+        expert = torch.arange(local_experts, dtype=torch.int32, device=pairs.received.device).repeat(ranks)
+        return SlotOrder(
+            slot_pair=pairs.row_pair[: sum(sent)],
+            pair_slot=pairs.pair_row,
+            slot_expert=expert.repeat_interleave(pairs.received.flatten(), output_size=sum(received)),
+            sent=sent,
+            received=received,
+        )
+
+
+class PaddedExchange:
+    """A block of fixed capacity for every rank, large enough for any routing: no row is ever dropped.
+
+    The host reads nothing, at the price of P * max_tokens * min(K, E / P) slots instead of K per token, up to P times
+    as many: for small groups. ``max_tokens``: the most tokens that any rank ever brings to a layer.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+
+    def lay_out(self, pairs: SortedPairs) -> SlotOrder:
+        num_pairs = pairs.row_pair.numel()
+        if num_pairs > self.max_tokens * pairs.top_k:
+            raise KernelInputError(
+                f"PaddedExchange: {num_pairs // pairs.top_k} tokens are more than max_tokens ({self.max_tokens}), "
+                "for which all ranks set aside room; give it the largest number of tokens of any rank"
+            )
+        ranks, local_experts = pairs.sent.shape
+        # A token chooses an expert at most once, so a rank gets at most min(K, E / P) rows of it.
+        capacity = self.max_tokens * min(pairs.top_k, local_experts)
+        place = torch.arange(capacity, dtype=torch.int32, device=pairs.sent.device)
+        expert_ends = pairs.sent.flatten().cumsum(0, dtype=torch.int32).view(ranks, local_experts)
+        ends = expert_ends[:, -1:]
+        begins = ends - pairs.sent.sum(1, keepdim=True, dtype=torch.int32)  # [P, 1]: first sorted row for each rank
+
+        rows = begins + place  # [P, capacity]
+        # One more pair behind the last, so that a slot without a row has an entry to read on a rank without tokens.
+        row_pair = torch.cat([pairs.row_pair, pairs.row_pair.new_zeros(1)])
+        slot_pair = row_pair[torch.where(rows < ends, rows, num_pairs)]
+
+        # The rank of a sorted row: how many ranks' rows end at or before it.
+        rank = torch.searchsorted(ends.flatten(), pairs.pair_row, right=True, out_int32=True).clamp(max=ranks - 1)
+        pair_slot = rank * capacity + pairs.pair_row - begins.flatten()[rank]
+        received_ends = pairs.received.cumsum(1, dtype=torch.int32)
+        places = place.expand(ranks, capacity).contiguous()
+        return SlotOrder(
+            slot_pair=slot_pair.flatten(),
+            pair_slot=torch.where(pairs.pair_row < 0, -1, pair_slot),
+            slot_expert=torch.searchsorted(received_ends, places, right=True, out_int32=True).flatten(),
+            sent=None,
+            received=None,
+        )
+
+
+class _Flight:
+    """Slots under way between the ranks of a group: forward, or mirrored for their gradients."""
+
+    def __init__(self, group: dist.ProcessGroup, sent: list[int] | None, received: list[int] | None) -> None:
+        self.group, self.sent, self.received = group, sent, received
+        self._under_way: tuple[dist.Work, torch.Tensor] | None = None
+
+    def depart(self, slots: torch.Tensor, *, mirrored: bool = False) -> torch.Tensor:
+        """Send slots [S, H] and return the slots [Q, H] that will have arrived after :meth:`arrive`."""
+        sent, received = (self.received, self.sent) if mirrored else (self.sent, self.received)
+        arriving = slots.new_empty((slots.shape[0] if received is None else sum(received), *slots.shape[1:]))
+        work = dist.all_to_all_single(arriving, slots.contiguous(), received, sent, group=self.group, async_op=True)
+        assert work is not None, "this rank does not belong to the group"
+        self._under_way = (work, arriving)
+        return arriving
+
+    def arrive(self) -> torch.Tensor:
+        """Wait for the slots and return them: on CUDA the current stream waits, not the host."""
+        assert self._under_way is not None
+        (work, arrived), self._under_way = self._under_way, None
+        work.wait()
+        return arrived
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, slots: torch.Tensor, flight: _Flight) -> torch.Tensor:
+        ctx.flight = flight
+        return flight.depart(slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return ctx.flight.arrive(), None
+
+
+class _Arrive(torch.autograd.Function):
+    """Waits for what :class:`_Depart` sent; backward the two change roles, so both passes have a gap to compute in."""
+
+    @staticmethod
+    def forward(ctx, slots: torch.Tensor, flight: _Flight) -> torch.Tensor:
+        ctx.flight = flight
+        flight.arrive()  # slots themselves, which autograd wants back as a view
+        return slots.view_as(slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        ctx.flight.depart(grad, mirrored=True)
+        return grad, None  # of the right shape [Q, H]; what departed is [S, H], and _Depart takes it from the flight
+
+
+class _FillSlots(torch.autograd.Function):
+    """Tokens [T, H] -> slots [S, H]; the gradients of a token's slots are summed like results, in the order of k."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, order: SlotOrder, top_k: int, backend: str) -> torch.Tensor:
+        ctx.order, ctx.top_k, ctx.backend = order, top_k, backend
+        return _take(x, order.slot_pair // top_k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _combine_rows(ctx.backend)(grad.contiguous(), ctx.order.pair_slot, ctx.top_k), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Slots [S, H] -> tokens [T, H]: the sum over k, in fp32 and in that order, weighted by topk_weights [T, K]."""
+
+    @staticmethod
+    def forward(ctx, slots: torch.Tensor, weights: torch.Tensor, order: SlotOrder, backend: str) -> torch.Tensor:
+        ctx.save_for_backward(slots, weights)
+        ctx.order = order
+        return _combine_rows(backend)(slots, order.pair_slot, weights.shape[1], weights.contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        slots, weights = ctx.saved_tensors
+        order, top_k = ctx.order, weights.shape[1]
+        grad_slots = _take(grad, order.slot_pair // top_k).float()
+        products = (grad_slots * slots).sum(1, keepdim=True)
+        grad_weights = _take(products, order.pair_slot.clamp(min=0)).view_as(weights)
+        grad_weights = grad_weights.masked_fill((order.pair_slot < 0).view_as(weights), 0)
+        grad_slots *= _take(weights.reshape(-1, 1), order.slot_pair)
+        return grad_slots.to(slots.dtype), grad_weights, None, None
+
+
+class _Reorder(torch.autograd.Function):
+    """``rows[order]`` for a permutation; the gradient is taken by its inverse instead of added up."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.inverse = inverse
+        return rows.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.inverse), None, None
+
+
+def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``rows[index]``; zeros from no rows, for the slots that a rank without tokens must send all the same."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros((index.numel(), rows.shape[1]))
+    return rows.index_select(0, index)
+
+
+def _combine_rows(backend: str) -> Callable[..., torch.Tensor]:
+    if backend == "triton":
+        from moescale.kernels import experts_triton
+
+        return experts_triton.combine_rows
+    from moescale.kernels import experts_unfused
+
+    return experts_unfused.combine_rows
+
+
+class ExpertParallel(nn.Module):
+    """A rank's part of a layer's routed experts: ``gate_up`` [E / P, 2F, H] (gate rows first), ``down`` [E / P, H, F].
+
+    Takes the place of :class:`moescale.model.moe.RoutedExperts` and computes the same, for the tokens of this rank;
+    their number may differ between the ranks of ``group``, K and H may not. The gradients of the weights are those of
+    all tokens of the group.
+    """
+
+    def __init__(
+        self,
+        gate_up: nn.Parameter,
+        down: nn.Parameter,
+        *,
+        group: dist.ProcessGroup,
+        exchange: Exchange,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.gate_up = gate_up
+        self.down = down
+        self.group = group
+        self.exchange = exchange
+        self.backend = backend
+
+    @torch.compiler.disable  # the exchange reads counts on the host, and its autograd functions hold a collective
+    def forward(
+        self, x: torch.Tensor, routing: Routing, beside: Callable[[], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """[T, H] -> [T, H]: the sum over the chosen experts, weighted by the router.
+
+        The result [T, H] of ``beside``, for example of the shared experts, is added to it; it is computed while rows
+        travel to the experts, and its gradient while theirs travel back. The ids of one token must differ.
+        """
+        backend = choose_backend(x.device, x.dtype, self.backend)
+        top_k, local_experts = routing.topk_ids.shape[1], self.gate_up.shape[0]
+        order = self.exchange.lay_out(self._sort(routing, backend))
+
+        there = _Flight(self.group, order.sent, order.received)
+        slots = _Depart.apply(_FillSlots.apply(x, order, top_k, backend), there)
+        row_slot, _, ends = sort_pairs(order.slot_expert.unsqueeze(1), local_experts, backend=backend)
+        slot_row = torch.empty_like(row_slot)
+        slot_row[row_slot] = torch.arange(row_slot.numel(), dtype=torch.int32, device=x.device)
+        companion = None if beside is None else beside()
+        rows = _Reorder.apply(_Arrive.apply(slots, there), row_slot, slot_row)
+
+        rows = expert_mlp(rows, self.gate_up, self.down, ends, backend=self.backend)
+
+        back = _Flight(self.group, order.received, order.sent)
+        slots = _Arrive.apply(_Depart.apply(_Reorder.apply(rows, slot_row, row_slot), back), back)
+        out = _Combine.apply(slots, routing.topk_weights, order, backend)
+        return out if companion is None else out + companion
+
+    def _sort(self, routing: Routing, backend: str) -> SortedPairs:
+        ranks = self.group.size()
+        num_experts = self.gate_up.shape[0] * ranks
+        if debug_checks_enabled():
+            check_ids(routing.topk_ids, num_experts, routing.tokens_per_expert)
+        row_pair, pair_row, ends = sort_pairs(routing.topk_ids, num_experts, backend=backend)
+        sent = torch.diff(ends, prepend=ends.new_zeros(1))
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        return SortedPairs(
+            row_pair=row_pair,
+            pair_row=pair_row,
+            sent=sent.view(ranks, -1),
+            received=received.view(ranks, -1),
+            top_k=routing.topk_ids.shape[1],
+        )
+
+    def extra_repr(self) -> str:
+        return f"local_experts={self.gate_up.shape[0]}, ranks={self.group.size()}"
+
+
+class ExpertMeshes(Protocol):
+    """The device mesh of the experts."""
+
+    @property
+    def experts(self) -> DeviceMesh:
+        """Dimensions dp_replicate, edp and ep."""
+        ...
+
+
+def shard_experts(
+    model: Transformer,
+    plan: ParallelPlan,
+    meshes: ExpertMeshes,
+    *,
+    exchange: Exchange | None = None,
+    precision: MixedPrecisionPolicy | None = None,
+) -> None:
+    """Replace the routed experts of every MoE layer by this rank's :class:`ExpertParallel`, in place.
+
+    The parameters keep their names; dimension 0 is left with the E / P experts of this rank. Ranks that hold the same
+    experts (edp, dp_replicate) share them by FSDP2 in ``precision``, with gradients summed, not averaged. A rank alone
+    with its experts keeps plain parameters, which must be in the compute dtype already. Also runs on the meta device.
+    ``plan.check_model`` has made sure that ep divides the experts.
+    """
+    mesh = meshes.experts
+    assert mesh["ep"].size() == plan.mesh.ep, (mesh, plan.mesh)
+    for block in model.layers:
+        if isinstance(block.feed_forward, MixtureOfExperts):
+            full = block.feed_forward.experts
+            local = ExpertParallel(
+                _local_experts(full.gate_up, mesh["ep"]),
+                _local_experts(full.down, mesh["ep"]),
+                group=mesh["ep"].get_group(),
+                exchange=exchange or SplitExchange(),
+                backend=full.backend,
+            )
+            block.feed_forward.experts = local  # type: ignore[assignment]
+            _share(local, mesh, plan.moe_layers.reshard_after_forward, precision or MixedPrecisionPolicy())
+
+
+def _local_experts(weight: nn.Parameter, ep: DeviceMesh) -> nn.Parameter:
+    part = weight.detach().chunk(ep.size())[ep.get_local_rank()]
+    return nn.Parameter(part.clone(), requires_grad=weight.requires_grad)  # a copy, so that the whole can be freed
+
+
+def _share(experts: ExpertParallel, mesh: DeviceMesh, reshard: bool, precision: MixedPrecisionPolicy) -> None:
+    replicas, shards = mesh["dp_replicate"].size(), mesh["edp"].size()
+    if replicas * shards == 1:
+        return
+    fully_shard(
+        experts,
+        mesh=mesh["dp_replicate", "edp"] if replicas > 1 else mesh["edp"],
+        reshard_after_forward=reshard,
+        shard_placement_fn=lambda weight: Shard(_shard_dimension(weight, shards)),
+        mp_policy=precision,
+    )
+    assert isinstance(experts, FSDPModule)
+    # Every rank's loss is already its part of the mean over all tokens of the step.
+    experts.set_gradient_divide_factor(1.0)
+    experts.set_force_sum_reduction_for_comms(True)
+
+
+def _shard_dimension(weight: torch.Tensor, shards: int) -> int:
+    """The first dimension that divides: local experts, else their rows; uneven experts, padded, if neither does."""
+    return next((dim for dim in (0, 1) if weight.shape[dim] % shards == 0), 0)
