@@ -19,7 +19,8 @@ from multiprocessing import get_context, parent_process
 import numpy as np
 import tokenizers
 
-from moescale.data.sources import Chunk, LineRange, Lines, Rows, WholeFiles, open_bytes
+from moescale.data.cuts import at_cuts, parts_of
+from moescale.data.sources import Chunk, LineRange, Lines, NotText, Rows, TextPart, WholeFiles, looks_binary, open_bytes
 from moescale.data.words import word_encoder
 from moescale.errors import DataError
 
@@ -28,7 +29,8 @@ INVALID_UTF8 = "invalid_utf8"
 MISSING_COLUMN = "missing_column"
 EMPTY_DOCUMENT = "empty_document"
 
-_BATCH_CHARACTERS = 1 << 18
+_PART_CHARACTERS = 1 << 18
+_HEAD_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class EncodedChunk:
     """Kind of fault, and the item's number within the chunk or its path."""
     num_binary: int = 0
     """Files passed over because they are not text."""
+    continues: bool = False
+    """The first document here was begun in the chunk before."""
 
 
 @dataclass(kw_only=True)
@@ -80,7 +84,12 @@ class Encoder:
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         read = _Texts()
-        if isinstance(chunk, WholeFiles):
+        if isinstance(chunk, TextPart):
+            return self._encode_part(chunk)
+        if isinstance(chunk, NotText):
+            read.num_items = 1
+            read.bad.append((INVALID_UTF8, chunk.path))
+        elif isinstance(chunk, WholeFiles):
             _read_files(chunk.paths, read)
         elif isinstance(chunk, Rows):
             _read_rows(chunk.texts, read)
@@ -90,7 +99,7 @@ class Encoder:
                 self._read_line(line, read)
         tokens, lengths = self._encode(read.texts)
         return EncodedChunk(
-            path=None if isinstance(chunk, WholeFiles) else chunk.path,
+            path=None if isinstance(chunk, WholeFiles | NotText) else chunk.path,
             num_items=read.num_items,
             num_bytes=read.num_bytes,
             tokens=tokens,
@@ -118,41 +127,45 @@ class Encoder:
             else:
                 read.add(text, number)
 
+    def _encode_part(self, part: TextPart) -> EncodedChunk:
+        tokens = [self.tokens_of(part.text), *([self._end] if part.is_last else [])]
+        return EncodedChunk(
+            path=None,
+            num_items=1,
+            num_bytes=len(part.text),
+            tokens=np.concatenate(tokens),
+            lengths=np.array([sum(map(len, tokens))], dtype=np.int64),
+            bad=[],
+            continues=not part.is_first,
+        )
+
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of all texts one after the other, and the number of each."""
-        by_words = [self._by_words(text) if self._by_words else None for text in texts]
-        others = self._by_tokenizer([text for text, tokens in zip(texts, by_words, strict=True) if tokens is None])
         parts: list[np.ndarray] = []
         lengths = np.empty(len(texts), dtype=np.int64)
-        for number, tokens in enumerate(by_words):
-            tokens = next(others) if tokens is None else tokens
+        for number, text in enumerate(texts):
+            tokens = self.tokens_of(text)
             parts += tokens, self._end
             lengths[number] = len(tokens) + 1
         return np.concatenate(parts) if parts else np.empty(0, self.dtype), lengths
 
-    def _by_tokenizer(self, texts: list[str]) -> Iterator[np.ndarray]:
-        for batch in _batches(texts):
-            for encoding in self.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                yield np.array(encoding.ids, dtype=self.dtype)
+    def tokens_of(self, text: str) -> np.ndarray:
+        """Return the tokens of one text; a long one goes in parts, because an Encoding takes 100 bytes a token."""
+        if len(text) <= _PART_CHARACTERS:
+            return self._tokens_of_part(text)
+        return np.concatenate([self._tokens_of_part(part) for part in parts_of(text, self._ids, _PART_CHARACTERS)])
+
+    def _tokens_of_part(self, text: str) -> np.ndarray:
+        tokens = self._by_words(text) if self._by_words is not None else None
+        return np.array(self._ids(text), dtype=self.dtype) if tokens is None else tokens
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
     """The narrowest of the two little-endian types that a corpus may hold."""
     return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
-
-
-def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Cut into batches: an Encoding takes some 100 bytes a token, so only a few texts are held as such at a time."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _is_encodable(text: str) -> bool:
@@ -189,12 +202,14 @@ def _read_files(paths: Sequence[str], read: _Texts) -> None:
     for path in paths:
         try:
             with open_bytes(path) as stream:
-                content = stream.read()
+                content = stream.read(_HEAD_BYTES)
+                is_binary = looks_binary(content)
+                content += b"" if is_binary else stream.read()
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from error
         read.num_items += 1
         read.num_bytes += len(content)
-        if b"\0" in content[:8192]:
+        if is_binary:
             read.num_binary += 1
             continue
         try:
@@ -232,8 +247,10 @@ def encode(chunks: Iterator[Chunk], *, options: dict, num_workers: int, max_in_f
 
     With one worker everything happens in the calling process. ``options`` are :class:`Encoder`'s arguments.
     """
+    encoder = Encoder(**options)
+    chunks = at_cuts(chunks, encoder.tokens_of)
     if num_workers == 1:
-        yield from map(Encoder(**options), chunks)
+        yield from map(encoder, chunks)
         return
     pool = ProcessPoolExecutor(
         num_workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(options,)

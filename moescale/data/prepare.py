@@ -173,7 +173,7 @@ class _Accounts:
             first = [*known.first, position] if len(known.first) < _FIRST_POSITIONS else known.first
             self.bad[kind] = BadItems(count=known.count + 1, first=first)
         self._items_before += chunk.num_items
-        self.documents += len(chunk.lengths)
+        self.documents += len(chunk.lengths) - chunk.continues
         self.num_binary += chunk.num_binary
 
 
@@ -211,10 +211,12 @@ def _write(
     )
     with progress:
         for chunk in encoded:
-            first_document = accounts.documents
+            first_document = accounts.documents - chunk.continues
             accounts.add(chunk)
             _deal(chunk, first_document, writers, settings)
-            progress.advance(num_bytes=chunk.num_bytes, documents=len(chunk.lengths), tokens=len(chunk.tokens))
+            progress.advance(
+                num_bytes=chunk.num_bytes, documents=accounts.documents - first_document, tokens=len(chunk.tokens)
+            )
         counts = {split: writer.close() for split, writer in writers.items()}
     for split, count in counts.items():
         if count.num_sequences == 0:
@@ -241,9 +243,13 @@ def _write(
 def _deal(chunk: EncodedChunk, first_document: int, writers: dict[str, SplitWriter], settings: PrepareSettings) -> None:
     """Give each document to its split, whole."""
     if "validation" not in writers:
-        writers["train"].add(chunk.tokens, chunk.lengths)
+        writers["train"].add(chunk.tokens, chunk.lengths, chunk.continues)
         return
     held_out = shuffle.chosen(settings.seed, first_document, len(chunk.lengths), settings.validation_fraction)
     held_out_tokens = np.repeat(held_out, chunk.lengths)
-    writers["validation"].add(chunk.tokens[held_out_tokens], chunk.lengths[held_out])
-    writers["train"].add(chunk.tokens[~held_out_tokens], chunk.lengths[~held_out])
+    for split, ours, our_tokens in (
+        ("validation", held_out, held_out_tokens),
+        ("train", ~held_out, ~held_out_tokens),
+    ):
+        continues = chunk.continues and bool(ours[0])
+        writers[split].add(chunk.tokens[our_tokens], chunk.lengths[ours], continues)

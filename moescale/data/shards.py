@@ -101,14 +101,17 @@ class SplitWriter:
         self._documents = 0
         self._tokens_in = 0
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: ``tokens`` [sum(lengths)], ``lengths`` int64 [documents]."""
-        self._documents += len(lengths)
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, continues: bool) -> None:
+        """Append documents: ``tokens`` [sum(lengths)], ``lengths`` int64 [documents].
+
+        With ``continues`` the first of them is the rest of the one added last.
+        """
+        self._documents += len(lengths) - continues
         self._tokens_in += len(tokens)
         self._tokens.append(tokens)
         if self.document_boundaries:
             starts = np.zeros(len(tokens), dtype=bool)
-            starts[np.cumsum(lengths) - lengths] = True
+            starts[(np.cumsum(lengths) - lengths)[int(continues) :]] = True
             self._starts.append(starts)
         self._pending += len(tokens)
         if self._pending >= _WRITE_TOKENS:

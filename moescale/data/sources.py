@@ -7,11 +7,12 @@ memory; what is made of the documents does not depend on them.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -20,6 +21,8 @@ from moescale.errors import DataError, nearest
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _KINDS = {".jsonl": "lines", ".ndjson": "lines", ".parquet": "parquet", ".arrow": "arrow"}
 _MAX_FILES_PER_CHUNK = 512
+_LONG_DOCUMENT_BYTES = 4 << 20
+_SNIFFED_BYTES = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,24 @@ class Rows:
     texts: Sequence[str | None]
 
 
-Chunk = WholeFiles | LineRange | Lines | Rows
+@dataclass(frozen=True, kw_only=True)
+class TextPart:
+    """A part of a file that is one long document."""
+
+    path: str
+    text: str
+    is_first: bool
+    is_last: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotText:
+    """A file too long to be read at once that is not valid UTF-8."""
+
+    path: str
+
+
+Chunk = WholeFiles | LineRange | Lines | Rows | TextPart | NotText
 
 
 class Source(Protocol):
@@ -67,7 +87,7 @@ class Source(Protocol):
 
     @property
     def num_bytes(self) -> int | None:
-        """Size on disk, None where unknown."""
+        """Size of the text, None where it is known only when all is read."""
         ...
 
     def identity(self) -> list[list[str | int]]:
@@ -100,7 +120,9 @@ class LocalSource:
     skipped: dict[str, int] = field(default_factory=dict)
 
     @property
-    def num_bytes(self) -> int:
+    def num_bytes(self) -> int | None:
+        if any(file.kind in ("parquet", "arrow") or _compression(file.path) for file in self.files):
+            return None
         return sum(file.num_bytes for file in self.files)
 
     def identity(self) -> list[list[str | int]]:
@@ -110,7 +132,8 @@ class LocalSource:
         pending: list[str] = []
         pending_bytes = 0
         for file in self.files:
-            if file.kind == "document":
+            is_long = file.num_bytes > _LONG_DOCUMENT_BYTES
+            if file.kind == "document" and not is_long:
                 pending.append(str(file.path))
                 pending_bytes += file.num_bytes
                 if pending_bytes < chunk_bytes and len(pending) < _MAX_FILES_PER_CHUNK:
@@ -118,7 +141,9 @@ class LocalSource:
             if pending:
                 yield WholeFiles(paths=pending)
                 pending, pending_bytes = [], 0
-            if file.kind == "lines":
+            if file.kind == "document" and is_long:
+                yield from _long_document(file, chunk_bytes)
+            elif file.kind == "lines":
                 yield from _line_chunks(file, chunk_bytes)
             elif file.kind in ("parquet", "arrow"):
                 yield from row_chunks(str(file.path), _table_texts(file, self.text_column), chunk_bytes)
@@ -222,9 +247,13 @@ def _starts_with_a_record(path: Path) -> bool:
         return False
 
 
+def _compression(path: Path) -> str | None:
+    return _COMPRESSIONS.get(path.suffix.lower())
+
+
 def open_bytes(path: Path | str) -> BinaryIO:
     """Open a file for reading, decompressed by its extension (.gz, .zst); reading a damaged one raises OSError."""
-    compression = _COMPRESSIONS.get(Path(path).suffix.lower())
+    compression = _compression(Path(path))
     if compression is None:
         return open(path, "rb", buffering=1 << 20)
     # Arrow's readers take files of several frames and notice a missing end; zstandard's stop there without a word.
@@ -235,7 +264,7 @@ def open_bytes(path: Path | str) -> BinaryIO:
 
 def _line_chunks(file: SourceFile, chunk_bytes: int) -> Iterator[Chunk]:
     path = str(file.path)
-    if file.path.suffix.lower() not in _COMPRESSIONS:
+    if _compression(file.path) is None:
         for start in range(0, file.num_bytes, chunk_bytes):
             yield LineRange(path=path, start=start, end=min(start + chunk_bytes, file.num_bytes))
         return
@@ -245,6 +274,44 @@ def _line_chunks(file: SourceFile, chunk_bytes: int) -> Iterator[Chunk]:
                 yield Lines(path=path, lines=lines)
     except OSError as error:
         raise DataError(f"{path} cannot be decompressed: {error}; it is damaged or not what its name says") from error
+
+
+def looks_binary(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` is no text: text has no zero bytes."""
+    return b"\0" in head[:_SNIFFED_BYTES]
+
+
+def _long_document(file: SourceFile, chunk_bytes: int) -> Iterator[Chunk]:
+    """Yield a file in parts, after a first pass that makes sure that all of it is text."""
+    path = str(file.path)
+    try:
+        with open_bytes(path) as stream:
+            if looks_binary(stream.read(_SNIFFED_BYTES)):
+                yield WholeFiles(paths=[path])  # counted there
+                return
+        try:
+            for _ in _decoded(path, chunk_bytes):
+                pass
+        except UnicodeDecodeError:
+            yield NotText(path=path)
+            return
+        previous: TextPart | None = None
+        for text in _decoded(path, chunk_bytes):
+            if previous is not None:
+                yield previous
+            previous = TextPart(path=path, text=text, is_first=previous is None, is_last=False)
+        if previous is not None:
+            yield replace(previous, is_last=True)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _decoded(path: str, size: int) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open_bytes(path) as stream:
+        while content := stream.read(size):
+            yield decoder.decode(content)
+    decoder.decode(b"", final=True)
 
 
 def row_chunks(path: str, texts: Iterable[str | None], chunk_bytes: int) -> Iterator[Chunk]:

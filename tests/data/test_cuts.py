@@ -1,0 +1,106 @@
+"""Long texts are encoded in parts without a change to their tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, pre_tokenizers
+
+from moescale.data import cuts
+from moescale.data.corpus import open_corpus
+from moescale.data.encode import Encoder
+from moescale.data.prepare import prepare
+from moescale.data.sources import TextPart
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder):
+    return Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def encode(tokenizer):
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="module")
+def long_text(stdlib_sources):
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(stdlib_sources.iterdir()))[:300_000]
+
+
+@pytest.mark.parametrize("size", [5_000, 17_000, 299_999, 300_000, 400_000])
+def test_parts_have_the_tokens_of_the_whole(encode, long_text, size):
+    parts = list(cuts.parts_of(long_text, encode, size))
+    assert "".join(parts) == long_text
+    assert all(len(part) <= size for part in parts)
+    assert len(parts) <= 1 + 2 * len(long_text) // size
+    assert [token for part in parts for token in encode(part)] == encode(long_text)
+
+
+@pytest.mark.parametrize(
+    "text", ["漢字かな交じり文。" * 3000, "0123456789" * 3000, "\n    " * 6000, "word<|end_of_text|>" * 2000]
+)
+def test_texts_without_words_are_cut_where_tokens_allow(encode, text):
+    parts = list(cuts.parts_of(text, encode, 8000))
+    assert [token for part in parts for token in encode(part)] == encode(text)
+
+
+def test_a_tokenizer_that_marks_the_beginning_of_its_input_gets_whole_texts(tokenizer, long_text):
+    marking = Tokenizer.from_str(tokenizer.to_str())
+    marking.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+    def encode(text):
+        return marking.encode(text, add_special_tokens=False).ids
+
+    parts = list(cuts.parts_of(long_text, encode, 50_000))
+    assert [token for part in parts for token in encode(part)] == encode(long_text)
+
+
+def test_parts_of_a_file_are_moved_to_cuts(encode, long_text):
+    pieces = [long_text[first : first + 7001] for first in range(0, len(long_text), 7001)]
+    last = len(pieces) - 1
+    chunks = [
+        TextPart(path="a", text=piece, is_first=number == 0, is_last=number == last)
+        for number, piece in enumerate(pieces)
+    ]
+    moved = list(cuts.at_cuts(iter([*chunks, *chunks[:1], *chunks[-1:]]), encode))
+    first_file = moved[: [part.is_last for part in moved].index(True) + 1]
+    assert [part.is_first for part in first_file] == [True] + [False] * (len(first_file) - 1)
+    assert [token for part in first_file for token in encode(part.text)] == encode(long_text)
+    assert moved[len(first_file)].is_first
+
+
+def test_a_long_text_is_encoded_in_parts_to_the_same_tokens(tokenizer, encode, long_text, monkeypatch):
+    monkeypatch.setattr("moescale.data.encode._PART_CHARACTERS", 20_000)
+    encoder = Encoder(tokenizer_json=tokenizer.to_str(), end_token_id=0, vocabulary_size=512, text_column="text")
+    assert encoder.tokens_of(long_text).tolist() == encode(long_text)
+    encoder._by_words = None
+    assert encoder.tokens_of(long_text).tolist() == encode(long_text)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("validation_fraction", [0.0, 0.5])
+def test_long_files_give_the_same_corpus_as_short_ones(
+    settings, tmp_path, monkeypatch, long_text, num_workers, validation_fraction
+):
+    root = tmp_path / "books"
+    root.mkdir()
+    for number in range(6):
+        text = long_text[number * 50_000 : (number + 1) * 50_000]
+        (root / f"{number}.txt").write_text(text)
+    (root / "3.dat").write_bytes(b"\0" * 50_000)
+    (root / "4.txt").write_bytes(("é" * 20_000).encode() + b"\xe9" + b"tail" * 1000)
+    options = {"validation_fraction": validation_fraction, "document_boundaries": True, "num_workers": num_workers}
+    whole = prepare(settings(root, output=tmp_path / "whole", **options), progress=False)
+    monkeypatch.setattr("moescale.data.sources._LONG_DOCUMENT_BYTES", 20_000)
+    monkeypatch.setattr("moescale.data.prepare._LEAST_CHUNK_BYTES", 8001)
+    monkeypatch.setattr("moescale.data.prepare._MOST_CHUNK_BYTES", 8001)
+    parts = prepare(settings(root, output=tmp_path / "parts", **options), progress=False)
+    assert whole.documents == parts.documents == 5
+    assert whole.splits == parts.splits
+    assert whole.bad == parts.bad and whole.bad["invalid_utf8"].first == [str(root / "4.txt")]
+    assert whole.skipped == parts.skipped == {"binary": 1}
+    for split in whole.splits:
+        left, right = (open_corpus(report.output, split) for report in (whole, parts))
+        assert left.fingerprint == right.fingerprint
+        assert any(np.any(left.sequence(index)[1]) for index in range(left.num_sequences))
