@@ -8,8 +8,9 @@ import triton.language as tl
 
 from moescale.kernels.adamw import BLOCK, AdamWHyperparameters, AdamWState
 
-# Rows of 128 values per program: 8 KB of fp32 per operand, enough loads in flight to reach memory bandwidth.
-ROWS = 16
+# Rows of 128 values per program: 8 values per thread of 4 warps, so that one layout serves the 1-byte codes (8-byte
+# loads) as well as fp32 (two 16-byte loads), and registers suffice for several programs per multiprocessor.
+ROWS = 8
 
 FP32, BF16, INT8 = 0, 1, 2
 SEPARATE, REMAINDER, STOCHASTIC, OWN = 0, 1, 2, 3
@@ -33,7 +34,8 @@ def _round_stochastically(x, random16):
     return (bits >> 16).to(tl.int16)
 
 
-@triton.jit
+# The seed differs for every tensor and step: specialising on it would compile the kernel again and again.
+@triton.jit(do_not_specialize=["seed_offset"])
 def _adamw_kernel(
     parameter_ptr,
     gradient_ptr,
@@ -55,29 +57,45 @@ def _adamw_kernel(
     seed_offset,
     MOMENTS: tl.constexpr,
     MASTER: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
     block = tl.program_id(1)
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    mask = (row[:, None] < num_rows) & (column[None, :] < num_columns)
-    index = row[:, None] * num_columns + column[None, :]
+    row_mask = row < num_rows - first_row
+    if WHOLE_BLOCKS:  # rows follow each other without a gap: one contiguous piece of memory per program
+        index = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        mask = row_mask[:, None] & (tl.arange(0, BLOCK)[None, :] < BLOCK)
+        start = first_row * BLOCK
+    else:
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        index = row[:, None] * num_columns + column[None, :]
+        mask = row_mask[:, None] & (column[None, :] < num_columns)
+        start = first_row * num_columns
+    parameter_ptr += start
+    gradient_ptr += start
+    first_ptr += start
+    second_ptr += start
+    master_ptr += start
+    first_scale_ptr += first_row * blocks_per_row
+    second_scale_ptr += first_row * blocks_per_row
 
-    random = _mix((index + seed_offset).to(tl.uint32))
+    random = _mix(index.to(tl.uint32) + (start + seed_offset).to(tl.uint32))
     random_first = random & 0xFFFF
     random_second = random >> 16
 
     gradient = tl.load(gradient_ptr + index, mask=mask, other=0.0).to(tl.float32) * tl.load(gradient_scale_ptr)
     scale_index = row * blocks_per_row + block
-    row_mask = row < num_rows
     if MOMENTS == 2:
         first_scale = tl.load(first_scale_ptr + scale_index, mask=row_mask, other=0.0)
         second_scale = tl.load(second_scale_ptr + scale_index, mask=row_mask, other=0.0)
-        code = tl.load(first_ptr + index, mask=mask, other=0).to(tl.float32) / 127.0
-        first = code * code * code * first_scale[:, None]
-        code = tl.load(second_ptr + index, mask=mask, other=0).to(tl.float32) / 255.0
-        second = code * code * code * code * second_scale[:, None]
+        code = tl.load(first_ptr + index, mask=mask, other=0).to(tl.float32)
+        first = code * code * code * (first_scale * (1.0 / 127.0**3))[:, None]
+        code = tl.load(second_ptr + index, mask=mask, other=0).to(tl.float32)
+        square = code * code
+        second = square * square * (second_scale * (1.0 / 255.0**4))[:, None]
     elif MOMENTS == 1:
         first = _bits_to_float(tl.load(first_ptr + index, mask=mask, other=0))
         second = _bits_to_float(tl.load(second_ptr + index, mask=mask, other=0))
@@ -115,24 +133,24 @@ def _adamw_kernel(
         tl.store(parameter_ptr + index, high.to(tl.int16), mask=mask)
 
     if MOMENTS == 2:
-        magnitude = tl.where(mask, tl.abs(first), 0.0)
+        # A code is rounded up with the chance that makes the value right on average: (relative - lower) / (upper - lower).
+        magnitude = tl.abs(first)  # zero outside the mask, where gradient and moment are
         scale = tl.max(magnitude, axis=1)
         tl.store(first_scale_ptr + scale_index, scale, mask=row_mask)
-        relative = magnitude / tl.maximum(scale, 1e-38)[:, None] * (127.0 * 127.0 * 127.0)
-        below = tl.minimum(tl.floor(tl.exp2(tl.log2(tl.maximum(relative, 1e-30)) * (1.0 / 3.0))), 126.0)
-        cube = below * below * below
-        chance = (relative - cube) / (3.0 * below * below + 3.0 * below + 1.0)
-        code = below + tl.where(random_first.to(tl.float32) < chance * 65536.0, 1.0, 0.0)
+        relative = magnitude * (127.0**3 / tl.maximum(scale, 1e-32))[:, None]
+        below = tl.minimum(tl.floor(tl.exp2(tl.log2(relative + 1e-30) * (1.0 / 3.0))), 126.0)
+        square = below * below
+        step = 3.0 * square + 3.0 * below + 1.0
+        code = below + ((relative - square * below) * 65536.0 > random_first.to(tl.float32) * step).to(tl.float32)
         tl.store(first_ptr + index, tl.where(first < 0, -code, code).to(tl.int8), mask=mask)
 
-        magnitude = tl.where(mask, second, 0.0)
-        scale = tl.max(magnitude, axis=1)
+        scale = tl.max(second, axis=1)
         tl.store(second_scale_ptr + scale_index, scale, mask=row_mask)
-        relative = magnitude / tl.maximum(scale, 1e-38)[:, None] * (255.0 * 255.0 * 255.0 * 255.0)
+        relative = second * (255.0**4 / tl.maximum(scale, 1e-28))[:, None]
         below = tl.minimum(tl.floor(tl.sqrt(tl.sqrt(relative))), 254.0)
         square = below * below
-        chance = (relative - square * square) / (((4.0 * below + 6.0) * below + 4.0) * below + 1.0)
-        code = below + tl.where(random_second.to(tl.float32) < chance * 65536.0, 1.0, 0.0)
+        step = ((4.0 * below + 6.0) * below + 4.0) * below + 1.0
+        code = below + ((relative - square * square) * 65536.0 > random_second.to(tl.float32) * step).to(tl.float32)
         tl.store(second_ptr + index, tl.maximum(code, 1.0).to(tl.uint8), mask=mask)
     elif MOMENTS == 1:
         tl.store(first_ptr + index, _round_stochastically(first, random_first), mask=mask)
@@ -154,6 +172,9 @@ def update(
     """Launch one update; arguments as :func:`moescale.kernels.adamw.adamw_update` checked them."""
     h = hyperparameters
     num_columns = parameter.shape[-1] if parameter.dim() else 1
+    whole_blocks = num_columns % BLOCK == 0
+    if whole_blocks:  # then a block follows the other wherever a row ends
+        num_columns = BLOCK
     num_rows = parameter.numel() // num_columns
     blocks_per_row = triton.cdiv(num_columns, BLOCK)
     first, second = state.first_moment, state.second_moment
@@ -189,9 +210,10 @@ def update(
         h.beta2,
         h.eps,
         (1 - h.beta2**h.num_updates) ** 0.5,
-        (first_index + seed * 0x9E3779B1) & 0xFFFFFFFF,
+        ((first_index + seed * 0x9E3779B1 + 2**31) & 0xFFFFFFFF) - 2**31,  # always an int32, for the same reason
         MOMENTS=moments,
         MASTER=kind,
+        WHOLE_BLOCKS=whole_blocks,
         ROWS=ROWS,
         BLOCK=BLOCK,
     )
