@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -116,10 +117,11 @@ def profile(trainer: Trainer, batches: list[RandomBatch], path: Path) -> None:
     with torch.profiler.profile(activities=activities) as recorded:
         trainer._train_step(batches)
         torch.cuda.synchronize()
+    on_gpu = torch.autograd.DeviceType.CUDA
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     start, end, busy = float("inf"), 0.0, 0.0
     for event in recorded.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == on_gpu:
             totals[event.name][0] += event.device_time_total / 1e3
             totals[event.name][1] += 1
             start, end = min(start, event.time_range.start), max(end, event.time_range.end)
@@ -127,6 +129,14 @@ def profile(trainer: Trainer, batches: list[RandomBatch], path: Path) -> None:
     rows = sorted(totals.items(), key=lambda item: -item[1][0])
     lines = [f"{len(batches)} micro-batches and one update: {(end - start) / 1e3:.1f} ms, GPU busy {busy / 1e3:.1f} ms"]
     lines += [f"{milliseconds:9.2f} ms {count:6d} x  {name[:150]}" for name, (milliseconds, count) in rows[:70]]
+    kernels = sorted((e for e in recorded.events() if e.device_type == on_gpu), key=lambda e: e.time_range.start)
+    gaps = sorted(
+        ((b.time_range.start - a.time_range.end) / 1e3, a.name[:60], b.name[:60])
+        for a, b in itertools.pairwise(kernels)
+        if b.time_range.start > a.time_range.end
+    )
+    lines.append(f"gaps: {sum(gap for gap, *_ in gaps):.1f} ms in all; the longest, with the kernels around them:")
+    lines += [f"{gap:9.2f} ms  {before}  ->  {after}" for gap, before, after in reversed(gaps[-40:])]
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -157,7 +167,7 @@ def main() -> None:
     torch.cuda.synchronize()
     built = time.perf_counter()
     source: Any = trainer.source
-    trainer._train_step(source.step(1))
+    trainer._train_step(source.step(2))  # the second micro-batch is recorded as a CUDA graph
     warm = time.perf_counter()
     torch.cuda.reset_peak_memory_stats()
     measured = [trainer._train_step(source.step()) for _ in range(arguments.steps)]

@@ -133,7 +133,8 @@ def _adamw_kernel(
         tl.store(parameter_ptr + index, high.to(tl.int16), mask=mask)
 
     if MOMENTS == 2:
-        # A code is rounded up with the chance that makes the value right on average: (relative - lower) / (upper - lower).
+        # A code is rounded up with the chance that makes the value right on average:
+        # (relative - lower) / (upper - lower).
         magnitude = tl.abs(first)  # zero outside the mask, where gradient and moment are
         scale = tl.max(magnitude, axis=1)
         tl.store(first_scale_ptr + scale_index, scale, mask=row_mask)

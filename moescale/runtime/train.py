@@ -22,6 +22,7 @@ from moescale.model.transformer import Transformer
 from moescale.report.metrics import Observer, StepMetrics, TrainSummary
 from moescale.runtime import checkpoint as checkpoints
 from moescale.runtime.checkpoint import CheckpointStore
+from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.settings import TrainSettings, learning_rate_at
 
@@ -76,6 +77,7 @@ class Trainer:
         self.identity = identity or {}
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format)
         self.optimizer.accumulate_in_experts(model)
+        self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs)
         self.device = next(model.parameters()).device
         self.step = 0
         self.skipped_steps = 0
@@ -150,26 +152,14 @@ class Trainer:
 
     def _train_step(self, batches: Sequence[Batch]) -> StepMetrics:
         started = time.monotonic()
-        alpha = self.model.config.aux_loss_alpha
         # The whole step's targets are counted on the host, where the batches already are.
         num_targets = sum(int((batch.targets >= 0).sum()) for batch in batches)
-        loss_sum = torch.zeros((), device=self.device)
-        aux_sum = torch.zeros((), device=self.device)
-        expert_rows: torch.Tensor | None = None
+        sums = self.micro_batches
+        sums.start_step(num_targets=num_targets, num_micro_batches=len(batches))
         for batch in batches:
-            output = self._forward(batch)
-            assert output.loss_sum is not None
-            loss = output.loss_sum / max(1, num_targets)
-            if alpha:
-                loss = loss + output.aux_loss * (alpha / len(batches))
-            loss.backward()
-            loss_sum += output.loss_sum.detach()
-            aux_sum += output.aux_loss.detach()
-            if output.tokens_per_expert is not None:
-                rows = output.tokens_per_expert
-                expert_rows = rows if expert_rows is None else expert_rows + rows
+            sums.run(batch.tokens, batch.targets, self._document_ids(batch))
         gradient_norm = self.optimizer.gradient_norm()
-        mean_loss, norm = (loss_sum / max(1, num_targets)).item(), gradient_norm.item()
+        mean_loss, norm = (sums.loss_sum / max(1, num_targets)).item(), gradient_norm.item()
         learning_rate = learning_rate_at(self.settings, self.step, self.total_steps)
         skipped = not (math.isfinite(mean_loss) and math.isfinite(norm))
         if skipped:
@@ -184,25 +174,20 @@ class Trainer:
         return StepMetrics(
             step=self.step,
             loss=mean_loss,
-            aux_loss=aux_sum.item() / len(batches) / num_moe_layers,
+            aux_loss=sums.aux_loss.item() / len(batches) / num_moe_layers,
             learning_rate=learning_rate,
             gradient_norm=norm,
             tokens=sum(batch.tokens.numel() for batch in batches),
             step_seconds=time.monotonic() - started,
             peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
-            expert_load=[] if expert_rows is None else _relative_load(expert_rows),
+            expert_load=_relative_load(sums.expert_rows),
             skipped=skipped,
         )
 
-    def _forward(self, batch: Batch) -> Any:
-        document_ids = None
-        if batch.document_starts is not None:
-            document_ids = batch.document_starts.to(self.device, non_blocking=True).cumsum(-1, dtype=torch.int32)
-        return self.model(
-            batch.tokens.to(self.device, non_blocking=True),
-            targets=batch.targets.to(self.device, non_blocking=True),
-            document_ids=document_ids,
-        )
+    def _document_ids(self, batch: Batch) -> torch.Tensor | None:
+        if batch.document_starts is None:
+            return None
+        return batch.document_starts.to(self.device, non_blocking=True).cumsum(-1, dtype=torch.int32)
 
     def _on_nonfinite(self, batches: Sequence[Batch], loss: float, norm: float) -> None:
         self.optimizer.zero_gradients()
@@ -224,7 +209,11 @@ class Trainer:
         self.model.eval()
         loss_sum, num_targets = 0.0, 0
         for batch in self.validation():
-            output = self._forward(batch)
+            output = self.model(
+                batch.tokens.to(self.device),
+                targets=batch.targets.to(self.device),
+                document_ids=self._document_ids(batch),
+            )
             loss_sum += output.loss_sum.item()
             num_targets += int((batch.targets >= 0).sum())
         self.model.train()
