@@ -7,9 +7,7 @@ writes. The bytes written depend on the source, the tokenizer and the settings i
 from __future__ import annotations
 
 import json
-import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from moescale.data.encode import EncodedChunk, encode, token_dtype
 from moescale.data.manifest import SOURCE_FILES, BadItems, Manifest, read_manifest
 from moescale.data.progress import Progress
 from moescale.data.report import PrepareReport
+from moescale.data.resources import Resources, resources_for
 from moescale.data.settings import PrepareSettings
 from moescale.data.shards import SplitWriter
 from moescale.data.sources import Source, open_source
@@ -29,10 +28,6 @@ from moescale.data.tokenizer import CorpusTokenizer, load_tokenizer
 from moescale.errors import DataError
 
 _FIRST_POSITIONS = 10
-_LEAST_CHUNK_BYTES = 1 << 16
-_MOST_CHUNK_BYTES = 1 << 20
-_SMALL_SOURCE_BYTES = 4 << 20
-"""Below this a source is tokenised sooner than worker processes have started."""
 
 
 def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
@@ -54,7 +49,7 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
     if settings.output.exists() and not settings.output.is_dir():
         raise DataError(f"prepare.output ({settings.output}) is a file; name a folder")
 
-    resources = _Resources.of(settings, source)
+    resources = resources_for(settings, vocabulary_size=tokenizer.vocabulary_size, source_bytes=source.num_bytes)
     with staged(settings.output) as folder:
         manifest = _write(
             settings, source, tokenizer, folder, made_from, resources, Progress(source.num_bytes, progress)
@@ -68,34 +63,8 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
         unchanged=False,
         seconds=time.monotonic() - began,
         num_workers=resources.num_workers,
+        memory_limited=resources.memory_limited,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Resources:
-    """How many processes, and how much each holds at a time."""
-
-    num_workers: int
-    chunk_bytes: int
-    max_in_flight: int
-
-    @staticmethod
-    def of(settings: PrepareSettings, source: Source) -> _Resources:
-        cores = settings.num_workers or len(os.sched_getaffinity(0))
-        budget = settings.memory_gigabytes * 1e9
-        # Measured: the parent and each worker with a vocabulary of 100,000 take 0.15 GB before any text.
-        process_bytes = 0.15e9
-        num_workers = max(1, min(cores, int(budget / 2 / process_bytes)))
-        if settings.num_workers is None and source.num_bytes is not None and source.num_bytes < _SMALL_SOURCE_BYTES:
-            num_workers = 1
-        max_in_flight = 3 * num_workers
-        # A chunk in flight is text, strings and tokens: some 16 bytes for each of its own.
-        chunk_bytes = int((budget - process_bytes * (num_workers + 1)) / max_in_flight / 16)
-        return _Resources(
-            num_workers=num_workers,
-            chunk_bytes=min(max(chunk_bytes, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES),
-            max_in_flight=max_in_flight,
-        )
 
 
 def _made_from(settings: PrepareSettings, source: Source, tokenizer: CorpusTokenizer) -> dict[str, Any]:
@@ -183,7 +152,7 @@ def _write(
     tokenizer: CorpusTokenizer,
     folder: Path,
     made_from: dict[str, Any],
-    resources: _Resources,
+    resources: Resources,
     progress: Progress,
 ) -> Manifest:
     dtype = token_dtype(tokenizer.vocabulary_size)

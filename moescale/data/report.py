@@ -22,9 +22,19 @@ class PrepareReport:
     skipped: dict[str, int]
     seconds: float
     num_workers: int
+    memory_limited: bool = False
+    """Fewer processes than cores were used, for want of memory."""
 
     @staticmethod
-    def of(manifest: Manifest, *, output: Path, unchanged: bool, seconds: float, num_workers: int) -> PrepareReport:
+    def of(
+        manifest: Manifest,
+        *,
+        output: Path,
+        unchanged: bool,
+        seconds: float,
+        num_workers: int,
+        memory_limited: bool = False,
+    ) -> PrepareReport:
         return PrepareReport(
             output=output,
             unchanged=unchanged,
@@ -33,6 +43,7 @@ class PrepareReport:
             skipped=manifest.skipped,
             seconds=seconds,
             num_workers=num_workers,
+            memory_limited=memory_limited,
         )
 
     @property
@@ -67,6 +78,7 @@ class PrepareReport:
         else:
             speed = self.tokens_in / self.seconds if self.seconds else 0.0
             workers = "1 process" if self.num_workers == 1 else f"{self.num_workers} processes"
+            workers += "; memory_gigabytes allows no more" if self.memory_limited else ""
             head += f"prepared in {self.seconds:,.1f} s by {workers} ({speed:,.0f} tokens/s)"
         lines = [head]
         for split, counts in self.splits.items():

@@ -63,6 +63,8 @@ def _find(name: str) -> dict[str, Path]:
         folder, found = path, {"tokenizer.json": path / "tokenizer.json"}
         if not found["tokenizer.json"].is_file():
             raise DataError(f"{path} holds no tokenizer.json; save the tokenizer in its fast form there")
+    elif name.startswith(("/", ".", "~")):
+        raise DataError(f"tokenizer '{name}' does not exist")
     else:
         return _download(name)
     return found | {file: folder / file for file in _SIDE_FILES if (folder / file).is_file()}

@@ -93,8 +93,8 @@ def test_long_files_give_the_same_corpus_as_short_ones(
     options = {"validation_fraction": validation_fraction, "document_boundaries": True, "num_workers": num_workers}
     whole = prepare(settings(root, output=tmp_path / "whole", **options), progress=False)
     monkeypatch.setattr("moescale.data.sources._LONG_DOCUMENT_BYTES", 20_000)
-    monkeypatch.setattr("moescale.data.prepare._LEAST_CHUNK_BYTES", 8001)
-    monkeypatch.setattr("moescale.data.prepare._MOST_CHUNK_BYTES", 8001)
+    monkeypatch.setattr("moescale.data.resources._LEAST_CHUNK_BYTES", 8001)
+    monkeypatch.setattr("moescale.data.resources._MOST_CHUNK_BYTES", 8001)
     parts = prepare(settings(root, output=tmp_path / "parts", **options), progress=False)
     assert whole.documents == parts.documents == 5
     assert whole.splits == parts.splits

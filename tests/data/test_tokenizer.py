@@ -92,3 +92,8 @@ def test_truncation_padding_and_added_tokens_of_the_file_lose_and_add_nothing(fo
     made = settings(lines_file, tokenizer=str(folder), end_token=END_TOKEN, output=tmp_path / "other")
     assert prepare(made, progress=False).splits == reference.splits
     assert (made.output / "train-00000.bin").read_bytes() == (reference.output / "train-00000.bin").read_bytes()
+
+
+def test_a_path_that_does_not_exist_is_not_looked_up(tmp_path):
+    with pytest.raises(DataError, match="tokenizer '.*absent' does not exist"):
+        load_tokenizer(str(tmp_path / "absent"))

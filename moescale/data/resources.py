@@ -1,0 +1,63 @@
+"""How many processes `prepare` starts and how much each holds at a time, so that all stay within the stated memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from moescale.data.settings import PrepareSettings
+from moescale.errors import ConfigError
+
+# Measured as proportional set sizes on Linux, and rounded up (tests/data/test_memory.py holds the sum to the bound).
+_PROCESS_BYTES = 140_000_000
+"""Interpreter, libraries, a full table of words and one text part in the works."""
+_VOCABULARY_ENTRY_BYTES = 800
+"""Of a tokenizer, per token of its vocabulary."""
+_BYTES_PER_CHUNK_BYTE = 16
+"""A chunk in flight is bytes, strings and tokens, in two processes and in the pipe between them."""
+_IN_FLIGHT_PER_WORKER = 3
+_LEAST_CHUNK_BYTES = 1 << 17
+_MOST_CHUNK_BYTES = 1 << 20
+_SMALL_SOURCE_BYTES = 4 << 20
+"""Below this a source is tokenised sooner than worker processes have started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    num_workers: int
+    """1: everything happens in the calling process."""
+    memory_limited: bool
+    """There would be more workers if more memory were allowed."""
+    chunk_bytes: int
+    max_in_flight: int
+    """Chunks begun and not yet written."""
+
+
+def resources_for(settings: PrepareSettings, *, vocabulary_size: int, source_bytes: int | None) -> Resources:
+    """Share out ``settings.memory_gigabytes``: first to processes, then to the size of their chunks.
+
+    Raises:
+        ConfigError: it is less than one process needs.
+    """
+    budget = int(settings.memory_gigabytes * 1e9)
+    process_bytes = _PROCESS_BYTES + _VOCABULARY_ENTRY_BYTES * vocabulary_size
+    worker_bytes = process_bytes + _IN_FLIGHT_PER_WORKER * _LEAST_CHUNK_BYTES * _BYTES_PER_CHUNK_BYTE
+    if budget < worker_bytes:
+        raise ConfigError(
+            f"prepare.memory_gigabytes ({settings.memory_gigabytes}) must be at least {worker_bytes / 1e9:.2f}: one "
+            f"process with this tokenizer's vocabulary of {vocabulary_size:,} needs that"
+        )
+    cores = settings.num_workers or len(os.sched_getaffinity(0))
+    if settings.num_workers is None and source_bytes is not None and source_bytes < _SMALL_SOURCE_BYTES:
+        cores = 1
+    affordable = max(1, (budget - process_bytes) // worker_bytes)  # the parent takes a process's share, too
+    num_workers = min(cores, affordable)
+    max_in_flight = _IN_FLIGHT_PER_WORKER * num_workers
+    num_processes = 1 if num_workers == 1 else num_workers + 1
+    chunk_bytes = (budget - process_bytes * num_processes) // max_in_flight // _BYTES_PER_CHUNK_BYTE
+    return Resources(
+        num_workers=num_workers,
+        memory_limited=num_workers < cores,
+        chunk_bytes=min(max(chunk_bytes, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES),
+        max_in_flight=max_in_flight,
+    )
