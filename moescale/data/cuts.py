@@ -7,17 +7,19 @@ a word and the space after it; one that marks the beginning of its input passes 
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from typing import BinaryIO
 
-from moescale.data.sources import Chunk, TextPart
+from moescale.data.sources import Chunk, LongFile, ReadableChunk, TextRange
 
 Encode = Callable[[str], Iterable[int]]
 
 _CONTEXT = 1024
 _SEARCHED = 4096
 _CANDIDATES = 32
+_WINDOW_BYTES = 4 * (2 * _CONTEXT + _SEARCHED)
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")
 
 
@@ -48,21 +50,32 @@ def parts_of(text: str, encode: Encode, size: int) -> Iterator[str]:
     yield text[start:]
 
 
-def at_cuts(chunks: Iterator[Chunk], encode: Encode) -> Iterator[Chunk]:
-    """Pass chunks on, with the parts of long texts moved to where their texts can be cut."""
-    pending: TextPart | None = None
+def in_parts(chunks: Iterator[Chunk], encode: Encode, size: int) -> Iterator[ReadableChunk]:
+    """Pass chunks on, long files in parts of about ``size`` bytes, as few as their tokens allow."""
     for chunk in chunks:
-        if not isinstance(chunk, TextPart):
-            yield chunk
-            continue
-        if pending is not None:
-            chunk = replace(chunk, text=pending.text + chunk.text, is_first=pending.is_first)
-        pending = None
-        place = None if chunk.is_last else last_cut(chunk.text, encode)
-        if chunk.is_last:
-            yield chunk
-        elif place is None:
-            pending = chunk
+        if isinstance(chunk, LongFile):
+            yield from _ranges_of(chunk, encode, size)
         else:
-            yield replace(chunk, text=chunk.text[:place])
-            pending = replace(chunk, text=chunk.text[place:], is_first=False)
+            yield chunk
+
+
+def _ranges_of(file: LongFile, encode: Encode, size: int) -> Iterator[TextRange]:
+    start = 0
+    with open(file.path, "rb") as stream:
+        for border in range(size, file.num_bytes, size):
+            place = _last_cut_before(border, stream, encode)
+            if place is not None and place > start:
+                yield TextRange(path=file.path, start=start, end=place, is_last=False)
+                start = place
+    yield TextRange(path=file.path, start=start, end=file.num_bytes, is_last=True)
+
+
+def _last_cut_before(border: int, stream: BinaryIO, encode: Encode) -> int | None:
+    """Return the byte where the UTF-8 text of ``stream`` can be cut, a little before ``border``, or None."""
+    first = max(0, border - _WINDOW_BYTES)
+    stream.seek(first)
+    content = stream.read(border - first)
+    inside = next(number for number, byte in enumerate(content) if byte & 0xC0 != 0x80)  # begin with a character
+    text = codecs.getincrementaldecoder("utf-8")().decode(content[inside:])
+    place = last_cut(text, encode)
+    return None if place is None else first + inside + len(text[:place].encode())

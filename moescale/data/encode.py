@@ -1,4 +1,4 @@
-"""Chunks of a source to tokens, in worker processes, in the source's order.
+"""A chunk of a source to tokens: its documents are read, checked and tokenised.
 
 Runs in spawned processes: imports neither torch nor anything that does.
 """
@@ -6,21 +6,24 @@ Runs in spawned processes: imports neither torch nor anything that does.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
 
 import numpy as np
 import tokenizers
 
-from moescale.data.cuts import at_cuts, parts_of
-from moescale.data.sources import Chunk, LineRange, Lines, NotText, Rows, TextPart, WholeFiles, looks_binary, open_bytes
+from moescale.data.cuts import parts_of
+from moescale.data.sources import (
+    LineRange,
+    Lines,
+    NotText,
+    ReadableChunk,
+    Rows,
+    TextRange,
+    WholeFiles,
+    looks_binary,
+    open_bytes,
+)
 from moescale.data.words import word_encoder
 from moescale.errors import DataError
 
@@ -29,7 +32,7 @@ INVALID_UTF8 = "invalid_utf8"
 MISSING_COLUMN = "missing_column"
 EMPTY_DOCUMENT = "empty_document"
 
-_PART_CHARACTERS = 1 << 18
+_PART_CHARACTERS = 1 << 16
 _HEAD_BYTES = 1 << 16
 
 
@@ -82,10 +85,10 @@ class Encoder:
         self._by_words = word_encoder(self.tokenizer, self.dtype)
         self._end = np.array([end_token_id], dtype=self.dtype)
 
-    def __call__(self, chunk: Chunk) -> EncodedChunk:
+    def __call__(self, chunk: ReadableChunk) -> EncodedChunk:
+        if isinstance(chunk, TextRange):
+            return self._encode_range(chunk)
         read = _Texts()
-        if isinstance(chunk, TextPart):
-            return self._encode_part(chunk)
         if isinstance(chunk, NotText):
             read.num_items = 1
             read.bad.append((INVALID_UTF8, chunk.path))
@@ -94,8 +97,7 @@ class Encoder:
         elif isinstance(chunk, Rows):
             _read_rows(chunk.texts, read)
         else:
-            lines = chunk.lines if isinstance(chunk, Lines) else _lines_of(chunk)
-            for line in lines:
+            for line in chunk.lines if isinstance(chunk, Lines) else _lines_of(chunk):
                 self._read_line(line, read)
         tokens, lengths = self._encode(read.texts)
         return EncodedChunk(
@@ -127,16 +129,22 @@ class Encoder:
             else:
                 read.add(text, number)
 
-    def _encode_part(self, part: TextPart) -> EncodedChunk:
-        tokens = [self.tokens_of(part.text), *([self._end] if part.is_last else [])]
+    def _encode_range(self, part: TextRange) -> EncodedChunk:
+        try:
+            with open(part.path, "rb") as stream:
+                stream.seek(part.start)
+                text = stream.read(part.end - part.start).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{part.path} cannot be read any more; it changed meanwhile: {error}") from error
+        tokens = [self.tokens_of(text), *([self._end] if part.is_last else [])]
         return EncodedChunk(
             path=None,
             num_items=1,
-            num_bytes=len(part.text),
+            num_bytes=part.end - part.start,
             tokens=np.concatenate(tokens),
             lengths=np.array([sum(map(len, tokens))], dtype=np.int64),
             bad=[],
-            continues=not part.is_first,
+            continues=part.start > 0,
         )
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +161,9 @@ class Encoder:
         """Return the tokens of one text; a long one goes in parts, because an Encoding takes 100 bytes a token."""
         if len(text) <= _PART_CHARACTERS:
             return self._tokens_of_part(text)
-        return np.concatenate([self._tokens_of_part(part) for part in parts_of(text, self._ids, _PART_CHARACTERS)])
+        return np.concatenate(
+            [self._tokens_of_part(part) for part in parts_of(text, self._tokens_of_part, _PART_CHARACTERS)]
+        )
 
     def _tokens_of_part(self, text: str) -> np.ndarray:
         tokens = self._by_words(text) if self._by_words is not None else None
@@ -216,57 +226,3 @@ def _read_files(paths: Sequence[str], read: _Texts) -> None:
             read.add(content.decode(), path)
         except UnicodeDecodeError:
             read.bad.append((INVALID_UTF8, path))
-
-
-_worker_encoder: Encoder | None = None
-
-
-def _start_worker(options: dict) -> None:
-    global _worker_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_encoder = Encoder(**options)
-
-
-def _leave_with_parent() -> None:
-    """A pool's workers hold both ends of its queue and would outlive a parent that was killed."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
-    assert _worker_encoder is not None
-    return _worker_encoder(chunk)
-
-
-def encode(chunks: Iterator[Chunk], *, options: dict, num_workers: int, max_in_flight: int) -> Iterator[EncodedChunk]:
-    """Yield the encoded chunks in order, at most ``max_in_flight`` of them begun and not yet yielded.
-
-    With one worker everything happens in the calling process. ``options`` are :class:`Encoder`'s arguments.
-    """
-    encoder = Encoder(**options)
-    chunks = at_cuts(chunks, encoder.tokens_of)
-    if num_workers == 1:
-        yield from map(encoder, chunks)
-        return
-    pool = ProcessPoolExecutor(
-        num_workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(options,)
-    )
-    begun: deque[Future[EncodedChunk]] = deque()
-    try:
-        for chunk in chunks:
-            begun.append(pool.submit(_encode_in_worker, chunk))
-            if len(begun) >= max_in_flight:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a tokenising process was ended from outside, most often for lack of memory; "
-            "lower memory_gigabytes or num_workers"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

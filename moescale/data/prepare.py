@@ -15,8 +15,9 @@ import numpy as np
 
 from moescale.config import fingerprint
 from moescale.data import shuffle
-from moescale.data.encode import EncodedChunk, encode, token_dtype
+from moescale.data.encode import EncodedChunk, token_dtype
 from moescale.data.manifest import SOURCE_FILES, BadItems, Manifest, read_manifest
+from moescale.data.pool import encode
 from moescale.data.progress import Progress
 from moescale.data.report import PrepareReport
 from moescale.data.resources import Resources, resources_for
@@ -168,15 +169,14 @@ def _write(
     }
     accounts = _Accounts(settings.strict)
     encoded = encode(
-        source.chunks(resources.chunk_bytes),
+        source,
         options={
             "tokenizer_json": tokenizer.tokenizer.to_str(),
             "end_token_id": tokenizer.end_token_id,
             "vocabulary_size": tokenizer.vocabulary_size,
             "text_column": settings.text_column,
         },
-        num_workers=resources.num_workers,
-        max_in_flight=resources.max_in_flight,
+        resources=resources,
     )
     with progress:
         for chunk in encoded:

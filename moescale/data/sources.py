@@ -12,7 +12,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -23,6 +23,7 @@ _KINDS = {".jsonl": "lines", ".ndjson": "lines", ".parquet": "parquet", ".arrow"
 _MAX_FILES_PER_CHUNK = 512
 _LONG_DOCUMENT_BYTES = 4 << 20
 _SNIFFED_BYTES = 8192
+_VALIDATED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +59,32 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextPart:
-    """A part of a file that is one long document."""
+class LongFile:
+    """A file that is one document, too long for one chunk: becomes several :class:`TextRange`."""
 
     path: str
-    text: str
-    is_first: bool
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRange:
+    """The bytes ``start .. end - 1`` of a long file."""
+
+    path: str
+    start: int
+    end: int
     is_last: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class NotText:
-    """A file too long to be read at once that is not valid UTF-8."""
+    """A long file that is not valid UTF-8."""
 
     path: str
 
 
-Chunk = WholeFiles | LineRange | Lines | Rows | TextPart | NotText
+ReadableChunk = WholeFiles | LineRange | Lines | Rows | TextRange | NotText
+Chunk = ReadableChunk | LongFile
 
 
 class Source(Protocol):
@@ -132,7 +142,7 @@ class LocalSource:
         pending: list[str] = []
         pending_bytes = 0
         for file in self.files:
-            is_long = file.num_bytes > _LONG_DOCUMENT_BYTES
+            is_long = file.num_bytes > _LONG_DOCUMENT_BYTES and _compression(file.path) is None
             if file.kind == "document" and not is_long:
                 pending.append(str(file.path))
                 pending_bytes += file.num_bytes
@@ -142,7 +152,7 @@ class LocalSource:
                 yield WholeFiles(paths=pending)
                 pending, pending_bytes = [], 0
             if file.kind == "document" and is_long:
-                yield from _long_document(file, chunk_bytes)
+                yield _long_document(file)
             elif file.kind == "lines":
                 yield from _line_chunks(file, chunk_bytes)
             elif file.kind in ("parquet", "arrow"):
@@ -281,37 +291,24 @@ def looks_binary(head: bytes) -> bool:
     return b"\0" in head[:_SNIFFED_BYTES]
 
 
-def _long_document(file: SourceFile, chunk_bytes: int) -> Iterator[Chunk]:
-    """Yield a file in parts, after a first pass that makes sure that all of it is text."""
+def _long_document(file: SourceFile) -> Chunk:
+    """Read a long file once to make sure that all of it is text: its parts are used before its end is seen again."""
     path = str(file.path)
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        with open_bytes(path) as stream:
-            if looks_binary(stream.read(_SNIFFED_BYTES)):
-                yield WholeFiles(paths=[path])  # counted there
-                return
-        try:
-            for _ in _decoded(path, chunk_bytes):
-                pass
-        except UnicodeDecodeError:
-            yield NotText(path=path)
-            return
-        previous: TextPart | None = None
-        for text in _decoded(path, chunk_bytes):
-            if previous is not None:
-                yield previous
-            previous = TextPart(path=path, text=text, is_first=previous is None, is_last=False)
-        if previous is not None:
-            yield replace(previous, is_last=True)
+        with open(path, "rb") as stream:
+            content = stream.read(_VALIDATED_BYTES)
+            if looks_binary(content):
+                return WholeFiles(paths=[path])  # counted there
+            while content:
+                decoder.decode(content)
+                content = stream.read(_VALIDATED_BYTES)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return NotText(path=path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _decoded(path: str, size: int) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open_bytes(path) as stream:
-        while content := stream.read(size):
-            yield decoder.decode(content)
-    decoder.decode(b"", final=True)
+    return LongFile(path=path, num_bytes=file.num_bytes)
 
 
 def row_chunks(path: str, texts: Iterable[str | None], chunk_bytes: int) -> Iterator[Chunk]:

@@ -10,7 +10,7 @@ from moescale.data import cuts
 from moescale.data.corpus import open_corpus
 from moescale.data.encode import Encoder
 from moescale.data.prepare import prepare
-from moescale.data.sources import TextPart
+from moescale.data.sources import LongFile, WholeFiles
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +56,22 @@ def test_a_tokenizer_that_marks_the_beginning_of_its_input_gets_whole_texts(toke
     assert [token for part in parts for token in encode(part)] == encode(long_text)
 
 
-def test_parts_of_a_file_are_moved_to_cuts(encode, long_text):
-    pieces = [long_text[first : first + 7001] for first in range(0, len(long_text), 7001)]
-    last = len(pieces) - 1
-    chunks = [
-        TextPart(path="a", text=piece, is_first=number == 0, is_last=number == last)
-        for number, piece in enumerate(pieces)
-    ]
-    moved = list(cuts.at_cuts(iter([*chunks, *chunks[:1], *chunks[-1:]]), encode))
-    first_file = moved[: [part.is_last for part in moved].index(True) + 1]
-    assert [part.is_first for part in first_file] == [True] + [False] * (len(first_file) - 1)
-    assert [token for part in first_file for token in encode(part.text)] == encode(long_text)
-    assert moved[len(first_file)].is_first
+@pytest.mark.parametrize("size", [9_000, 100_000])
+def test_parts_of_a_file_meet_at_cuts(encode, long_text, tmp_path, size):
+    text = long_text + "漢字 — é " * 5000
+    path = tmp_path / "book.txt"
+    path.write_text(text)
+    num_bytes = path.stat().st_size
+    other = WholeFiles(paths=["other"])
+    chunks = list(cuts.in_parts(iter([other, LongFile(path=str(path), num_bytes=num_bytes)]), encode, size))
+    assert chunks[0] is other
+    ranges = chunks[1:]
+    assert [part.start for part in ranges] == [0, *(part.end for part in ranges[:-1])]
+    assert [part.is_last for part in ranges] == [False] * (len(ranges) - 1) + [True]
+    assert ranges[-1].end == num_bytes
+    assert len(ranges) >= num_bytes // size
+    texts = [path.read_bytes()[part.start : part.end].decode() for part in ranges]
+    assert [token for part in texts for token in encode(part)] == encode(text)
 
 
 def test_a_long_text_is_encoded_in_parts_to_the_same_tokens(tokenizer, encode, long_text, monkeypatch):

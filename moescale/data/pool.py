@@ -1,0 +1,72 @@
+"""Worker processes that tokenise chunks, and what they make, in the source's order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from typing import Any
+
+from moescale.data.cuts import in_parts
+from moescale.data.encode import EncodedChunk, Encoder
+from moescale.data.resources import Resources
+from moescale.data.sources import ReadableChunk, Source
+from moescale.errors import DataError
+
+_worker_encoder: Encoder | None = None
+
+
+def encode(source: Source, *, options: dict[str, Any], resources: Resources) -> Iterator[EncodedChunk]:
+    """Yield the encoded chunks of ``source`` in order, a bounded number of them begun and not yet yielded.
+
+    With one worker everything happens in the calling process. ``options`` are :class:`Encoder`'s arguments.
+    """
+    encoder = Encoder(**options)
+    chunks = in_parts(source.chunks(resources.chunk_bytes), encoder.tokens_of, resources.chunk_bytes)
+    if resources.num_workers == 1:
+        yield from map(encoder, chunks)
+        return
+    pool = ProcessPoolExecutor(
+        resources.num_workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(options,)
+    )
+    begun: deque[Future[EncodedChunk]] = deque()
+    try:
+        for chunk in chunks:
+            begun.append(pool.submit(_encode_in_worker, chunk))
+            if len(begun) >= resources.max_in_flight:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a tokenising process was ended from outside, most often for lack of memory; "
+            "lower memory_gigabytes or num_workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(options: dict[str, Any]) -> None:
+    global _worker_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_encoder = Encoder(**options)
+
+
+def _leave_with_parent() -> None:
+    """A pool's workers hold both ends of its queue and would outlive a parent that was killed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode_in_worker(chunk: ReadableChunk) -> EncodedChunk:
+    assert _worker_encoder is not None
+    return _worker_encoder(chunk)
