@@ -141,6 +141,37 @@ def _swiglu_backward(grad, weight, pre, grad_pre, weighted_act, first, size, row
 
 
 @triton.jit
+def _swiglu_backward_kernel(
+    grad_act, pre, grad_pre, row_weights, grad_weights, F, BLOCK: tl.constexpr, HAS_WEIGHTS: tl.constexpr
+):
+    """The backward of w * down(silu(gate) * up) behind the product d = grad_out @ down[e], one row a program.
+
+    Replaces d by the weighted activation w * act in place, and writes the gradient of the pre-activation and that of
+    the routing weight, sum_f d * act.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(row_weights + row) if HAS_WEIGHTS else 1.0
+    grad_weight = tl.zeros((BLOCK,), tl.float32)
+    for begin in tl.range(0, F, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        inside = column < F
+        grad = tl.load(grad_act + row * F + column, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(pre + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(pre + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        act = silu * up
+        grad_weight += grad * act
+        grad *= weight
+        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+        tl.store(grad_act + row * F + column, (act * weight).to(pre.dtype.element_ty), mask=inside)
+        tl.store(grad_pre + row * 2 * F + column, grad_gate.to(pre.dtype.element_ty), mask=inside)
+        tl.store(grad_pre + row * 2 * F + F + column, (grad * silu).to(pre.dtype.element_ty), mask=inside)
+    if HAS_WEIGHTS:
+        tl.store(grad_weights + row, tl.sum(grad_weight, 0))
+
+
+@triton.jit
 def _gather_kernel(x, row_pair, rows, H, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     """rows[r] = x[token of r]."""
     row = tl.program_id(0).to(tl.int64)
@@ -274,7 +305,7 @@ def multiply_up(
     return pre, act
 
 
-def multiply_down_dgrad(
+def multiply_down_dgrad_fused(
     grad_out: torch.Tensor,
     down: torch.Tensor,
     pre: torch.Tensor,
@@ -318,6 +349,34 @@ def multiply_down_dgrad(
         num_stages=launch.num_stages,
     )
     return grad_pre, weighted_act, parts
+
+
+def multiply_down_dgrad(
+    grad_out: torch.Tensor,
+    down: torch.Tensor,
+    pre: torch.Tensor,
+    ends: torch.Tensor,
+    row_weights: torch.Tensor | None,
+    *,
+    launch: LaunchConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (grad_pre [R, 2F], weighted activation [R, F], gradient [1, R] of the row weights)."""
+    num_rows, ffn = pre.shape[0], pre.shape[1] // 2
+    grad_act = multiply_rows(grad_out, down, ends, transposed=True, kernel="down_dgrad", launch=launch)
+    grad_pre = torch.empty_like(pre)
+    parts = torch.empty((1, num_rows), dtype=torch.float32, device=pre.device)
+    if num_rows:
+        _swiglu_backward_kernel[(num_rows,)](
+            grad_act,
+            pre,
+            grad_pre,
+            parts if row_weights is None else row_weights,
+            parts,
+            ffn,
+            BLOCK=min(2048, triton.next_power_of_2(ffn)),
+            HAS_WEIGHTS=row_weights is not None,
+        )
+    return grad_pre, grad_act, parts
 
 
 def sum_pair_gradients(parts: torch.Tensor, pair_row: torch.Tensor) -> torch.Tensor:
