@@ -6,6 +6,8 @@ The documents are the library's source files as one JSON Lines file of their own
 trained on a part of them. Every run has a process of its own, and the variants take turns; times are medians.
 
 - ``prepare``: moescale.data.prepare, from the JSON Lines file to a corpus on disk.
+- ``prepare_by_tokenizer_alone``: the same without the table of words (moescale/data/words.py), as it works with
+  tokenizers that the table does not understand.
 - ``datasets_map``: load_dataset("json"), a batched map that tokenises and appends the end token, a second batched map
   that concatenates and cuts into sequences (the ``group_texts`` of transformers' language-modelling examples), and
   save_to_disk. It keeps input_ids alone: attention masks and labels, which those examples add, would only slow it.
@@ -31,8 +33,16 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from moescale.data import encode
+from moescale.data.prepare import prepare
+from moescale.data.settings import PrepareSettings
+
 END_TOKEN = "<|end_of_text|>"
-VARIANTS = ("prepare", "datasets_map", "datasets_map_as_in_examples")
+VARIANTS = ("prepare", "prepare_by_tokenizer_alone", "datasets_map", "datasets_map_as_in_examples")
+_WITHOUT_TABLE = "BENCHMARK_WITHOUT_TABLE"
+
+if _WITHOUT_TABLE in os.environ:  # here, because worker processes import this file and inherit nothing else
+    encode.word_encoder = lambda tokenizer, dtype: None
 
 
 def write_documents(path: Path) -> dict[str, int]:
@@ -74,9 +84,6 @@ def train_tokenizer(documents: Path, folder: Path, vocabulary: int) -> None:
 
 
 def run_prepare(documents: Path, tokenizer: Path, folder: Path, sequence_length: int, workers: int) -> dict:
-    from moescale.data.prepare import prepare
-    from moescale.data.settings import PrepareSettings
-
     settings = PrepareSettings(
         source=str(documents),
         tokenizer=str(tokenizer),
@@ -142,7 +149,7 @@ def run_variant(arguments: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         common = (arguments.folder / "documents.jsonl", arguments.folder / "tokenizer", Path(scratch))
         options = {"sequence_length": arguments.sequence_length, "workers": arguments.workers}
-        if arguments.variant == "prepare":
+        if arguments.variant.startswith("prepare"):
             result = run_prepare(*common, **options)
         else:
             as_in_examples = arguments.variant == "datasets_map_as_in_examples"
@@ -157,8 +164,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     environment = os.environ | {"HF_HOME": str(folder / "hub"), "TOKENIZERS_PARALLELISM": "false"}
     for _ in range(arguments.repetitions):
         for variant in VARIANTS:
+            without = {_WITHOUT_TABLE: "1"} if variant == "prepare_by_tokenizer_alone" else {}
             command = [sys.executable, __file__, "--variant", variant, *map(str, flags)]
-            output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+            output = subprocess.run(
+                command, env=environment | without, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout
             runs[variant].append(json.loads(output.splitlines()[-1]))
             print(f"{variant}: {runs[variant][-1]['seconds']:.2f} s", file=sys.stderr)
     return runs
@@ -199,7 +209,7 @@ def main() -> None:
         "workers": arguments.workers,
         "median_seconds": seconds,
         "times_as_fast_as": {
-            variant: seconds[variant] / seconds["prepare"] for variant in VARIANTS if variant != "prepare"
+            variant: seconds[variant] / seconds["prepare"] for variant in VARIANTS if not variant.startswith("prepare")
         },
         "megabytes_of_text_per_second": {
             variant: corpus["text_bytes"] / 1e6 / time_taken for variant, time_taken in seconds.items()

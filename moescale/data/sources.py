@@ -332,7 +332,7 @@ def _table_texts(file: SourceFile, column: str) -> Iterator[str | None]:
 
     try:
         if file.kind == "parquet":
-            table = parquet.ParquetFile(file.path, memory_map=True, pre_buffer=False)
+            table = parquet.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False)
             _check_column(table.schema_arrow, column, file.path)
             batches: Iterable[pyarrow.RecordBatch] = table.iter_batches(batch_size=256, columns=[column])
         else:
