@@ -1,1 +1,424 @@
-"""Every operator's annotation: its named dimensions, once, for planner and runtime alike. Imports no torch."""
+"""Every operator's annotation: its named dims, once, for planner and runtime alike. Imports no torch.
+
+An operator is declared by how its tensors' dims are named, in the order in which it takes and returns them::
+
+    "n h, 2f h -> n 2f"            a linear layer from h to 2f features, on n tokens
+    "n h, e 2f h, e h f -> n h"    routed experts
+
+A number in front of a dim is a factor. Operands that carry no token dim are weights. From the annotation follow
+
+- what a dim may be split over (:func:`splits`): token dims over the data axes, which costs gathering weights and
+  reducing their gradients; the expert dim over ``ep``, which costs sending rows both ways; a weight's feature dim over
+  ``tp``, which costs nothing where it survives to the output and an all-reduce of the output where it is summed away;
+- the bytes an operator moves, and for matrix products the FLOPs (:func:`forward_flops`).
+
+What cannot be read off the annotation is declared beside it: which tensors the backward keeps, FLOPs of operators that
+are no plain products, and the kind of kernel, by which a cluster file tells how fast it runs. :func:`register` adds an
+operator; a layer that lists it (``planner.workload``) is planned like any other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from moescale.errors import ConfigError
+
+Dims = Mapping[str, int]
+"""Sizes by dim name."""
+Kind = Literal["dense_gemm", "grouped_gemm", "attention", "elementwise"]
+TOKEN_DIMS = ("n", "r")
+"""n tokens of a micro-batch; r routed rows, n times the experts each token goes to."""
+EXPERT_DIM = "e"
+_TERM = re.compile(r"(\d*)([a-z]\w*)$")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """The dims of one operand: names and the factors in front of them."""
+
+    terms: tuple[tuple[int, str], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Tensor:
+        """``"n 2f"`` -> n times 2f. Raises ConfigError where a term is no name with an optional factor."""
+        terms = []
+        for word in text.split():
+            match = _TERM.match(word)
+            if match is None:
+                raise ConfigError(f"annotation term '{word}' must be a dim name, with a factor in front or not")
+            terms.append((int(match[1] or 1), match[2]))
+        return cls(tuple(terms))
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(name for _, name in self.terms)
+
+    @property
+    def is_weight(self) -> bool:
+        return not self.names & set(TOKEN_DIMS)
+
+    def size(self, dims: Dims) -> int:
+        """Number of elements."""
+        return math.prod(factor * dims[name] for factor, name in self.terms)
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """The operands and results of an operator."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Annotation:
+        left, arrow, right = text.partition("->")
+        if not arrow:
+            raise ConfigError(f"annotation '{text}' must have the form 'inputs -> outputs'")
+        inputs, outputs = (tuple(Tensor.parse(part) for part in side.split(",")) for side in (left, right))
+        known = frozenset[str]().union(*(tensor.names for tensor in inputs))
+        for tensor in outputs:
+            if tensor.names - known:
+                raise ConfigError(f"annotation '{text}': output dim '{min(tensor.names - known)}' is in no input")
+        return cls(inputs, outputs)
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor in self.inputs if tensor.is_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A tensor that stays in memory from the forward to the backward pass."""
+
+    name: str
+    """Equal names within a layer are one tensor, kept once."""
+    dims: str
+    itemsize: int | None = None
+    """Bytes per element; None: that of the compute dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """What the planner knows of an operator."""
+
+    name: str
+    annotation: str
+    kind: Kind
+    saved: tuple[Saved, ...] = ()
+    flops: Callable[[Dims], float] | None = None
+    """Forward FLOPs; None: those of the product the annotation describes (0 for element-wise operators)."""
+    backward_flops_ratio: float = 2.0
+    """Backward over forward FLOPs: a product needs one product per operand."""
+    backward_bytes_ratio: float = 2.0
+    """Backward over forward bytes moved, for operators limited by memory."""
+
+    @property
+    def parsed(self) -> Annotation:
+        return Annotation.parse(self.annotation)
+
+
+Communication = Literal["gather_weights_reduce_gradients", "all_to_all", "all_reduce_output", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A dim of an operator, a mesh axis that may split it, and the communication that costs."""
+
+    dim: str
+    axis: Literal["dp", "ep", "tp"]
+    communication: Communication
+
+
+def splits(operator: Operator) -> tuple[Split, ...]:
+    """Every dim that a mesh axis may split, by the rules in this module's docstring."""
+    annotation = operator.parsed
+    weights = frozenset[str]().union(*(tensor.names for tensor in annotation.weights))
+    results = frozenset[str]().union(*(tensor.names for tensor in annotation.outputs))
+    found: dict[str, Split] = {}
+    for tensor in annotation.inputs:
+        for _, dim in tensor.terms:
+            if dim in TOKEN_DIMS:
+                cost: Communication = "gather_weights_reduce_gradients" if annotation.weights else "none"
+                found[dim] = Split(dim=dim, axis="dp", communication=cost)
+            elif dim == EXPERT_DIM and dim in weights:
+                found[dim] = Split(dim=dim, axis="ep", communication="all_to_all")
+            elif dim in weights:
+                survives = dim in results
+                found[dim] = Split(dim=dim, axis="tp", communication="none" if survives else "all_reduce_output")
+    return tuple(found.values())
+
+
+def weight_elements(operator: Operator, dims: Dims) -> int:
+    """Parameters of the operator."""
+    return sum(tensor.size(dims) for tensor in operator.parsed.weights)
+
+
+def forward_flops(operator: Operator, dims: Dims) -> float:
+    """FLOPs of the forward pass; of a product 2 for every combination of its dims, of element-wise work 0."""
+    if operator.flops is not None:
+        return operator.flops(dims)
+    if operator.kind == "elementwise":
+        return 0.0
+    activation, weight = operator.parsed.inputs[0], operator.parsed.weights[0]
+    shared = activation.names & weight.names
+    return 2.0 * activation.size(dims) * weight.size(dims) / math.prod(dims[name] for name in shared)
+
+
+def moved_bytes(operator: Operator, dims: Dims, itemsize: int) -> float:
+    """Bytes read and written by the forward pass: every operand and result once."""
+    annotation = operator.parsed
+    return float(sum(tensor.size(dims) for tensor in (*annotation.inputs, *annotation.outputs)) * itemsize)
+
+
+_REGISTRY: dict[str, Operator] = {}
+
+
+def register(operator: Operator) -> Operator:
+    """Make an operator known by its name, and return it. Raises ConfigError for a wrong annotation or a taken name."""
+    parsed = operator.parsed
+    for saved in operator.saved:
+        Tensor.parse(saved.dims)
+    if operator.flops is None and operator.kind != "elementwise" and not parsed.weights:
+        raise ConfigError(f"operator '{operator.name}': needs `flops`, its annotation is no product with a weight")
+    if operator.name in _REGISTRY and _REGISTRY[operator.name] != operator:
+        raise ConfigError(f"operator '{operator.name}' is already registered; choose another name")
+    _REGISTRY[operator.name] = operator
+    return operator
+
+
+def operator(name: str) -> Operator:
+    """The registered operator of that name. Raises ConfigError where there is none."""
+    if name not in _REGISTRY:
+        raise ConfigError(f"operator '{name}' is not registered; known are {', '.join(sorted(_REGISTRY))}")
+    return _REGISTRY[name]
+
+
+# Dims: n tokens, h hidden, a heads, q query-key width of a head, t its part with positions, v value width of a head,
+# u nope + value width, c latent width, d latent width + t, l query latent width, e experts, k experts per token,
+# f expert intermediate size, s shared experts' intermediate size, i dense intermediate size, w vocabulary, x sequence.
+
+
+def _attention_flops(dims: Dims) -> float:
+    """Two products over the causal half of the square, as the model's own count (``model.flops``) has it."""
+    return dims["n"] * dims["a"] * dims["x"] * (dims["q"] + dims["v"])
+
+
+def _expert_flops(dims: Dims) -> float:
+    return 2.0 * dims["n"] * dims["k"] * 3 * dims["h"] * dims["f"]
+
+
+register(
+    Operator(
+        name="attention_norm",
+        annotation="n h, h -> n h",
+        kind="elementwise",
+        saved=(Saved(name="x", dims="n h"), Saved(name="attention_rstd", dims="n", itemsize=4)),
+    )
+)
+register(
+    Operator(
+        name="q_proj",
+        annotation="n h, a q h -> n a q",
+        kind="dense_gemm",
+        saved=(Saved(name="attention_input", dims="n h"),),
+    )
+)
+register(
+    Operator(
+        name="q_down",
+        annotation="n h, l h -> n l",
+        kind="dense_gemm",
+        saved=(Saved(name="attention_input", dims="n h"),),
+    )
+)
+register(
+    Operator(
+        name="q_norm",
+        annotation="n l, l -> n l",
+        kind="elementwise",
+        saved=(Saved(name="q_latent", dims="n l"), Saved(name="q_rstd", dims="n", itemsize=4)),
+    )
+)
+register(
+    Operator(
+        name="q_up",
+        annotation="n l, a q l -> n a q",
+        kind="dense_gemm",
+        saved=(Saved(name="q_latent_normed", dims="n l"),),
+    )
+)
+register(
+    Operator(
+        name="kv_down",
+        annotation="n h, d h -> n d",
+        kind="dense_gemm",
+        saved=(Saved(name="attention_input", dims="n h"),),
+    )
+)
+register(
+    Operator(
+        name="kv_norm",
+        annotation="n c, c -> n c",
+        kind="elementwise",
+        saved=(Saved(name="kv_latent", dims="n d"), Saved(name="kv_rstd", dims="n", itemsize=4)),
+    )
+)
+register(
+    Operator(
+        name="kv_up",
+        annotation="n c, a u c -> n a u",
+        kind="dense_gemm",
+        saved=(Saved(name="kv_latent_normed", dims="n c"),),
+    )
+)
+register(Operator(name="mla_rope", annotation="n a q, n a u, n t -> n a q, n a q", kind="elementwise"))
+register(
+    Operator(
+        name="attention",
+        annotation="n a q, n a q, n a v -> n a v",
+        kind="attention",
+        flops=_attention_flops,
+        backward_flops_ratio=2.0,
+        saved=(
+            Saved(name="q", dims="n a q"),
+            Saved(name="k", dims="n a q"),
+            Saved(name="v", dims="n a v"),
+            Saved(name="mixed", dims="n a v"),
+            Saved(name="log_sum_exp", dims="n a", itemsize=4),
+        ),
+    )
+)
+register(
+    Operator(
+        name="attention_output",
+        annotation="n a v, h a v -> n h",
+        kind="dense_gemm",
+        saved=(Saved(name="mixed", dims="n a v"),),
+    )
+)
+register(
+    Operator(
+        name="feed_forward_norm",
+        annotation="n h, n h, h -> n h, n h",
+        kind="elementwise",
+        saved=(Saved(name="x_middle", dims="n h"), Saved(name="feed_forward_rstd", dims="n", itemsize=4)),
+    )
+)
+register(
+    Operator(
+        name="dense_gate_up",
+        annotation="n h, 2i h -> n 2i",
+        kind="dense_gemm",
+        saved=(Saved(name="feed_forward_input", dims="n h"),),
+    )
+)
+register(
+    Operator(
+        name="dense_swiglu",
+        annotation="n 2i -> n i",
+        kind="elementwise",
+        saved=(Saved(name="dense_gate_up", dims="n 2i"),),
+    )
+)
+register(
+    Operator(
+        name="dense_down",
+        annotation="n i, h i -> n h",
+        kind="dense_gemm",
+        saved=(Saved(name="dense_activation", dims="n i"),),
+    )
+)
+register(
+    Operator(
+        name="router",
+        annotation="n h, e h -> n e",
+        kind="dense_gemm",
+        saved=(
+            Saved(name="feed_forward_input", dims="n h"),
+            Saved(name="router_logits", dims="n e", itemsize=4),
+            Saved(name="topk_ids", dims="n k", itemsize=4),
+            Saved(name="topk_weights", dims="n k", itemsize=4),
+        ),
+    )
+)
+register(
+    Operator(
+        name="experts",
+        annotation="n h, e 2f h, e h f -> n h",
+        kind="grouped_gemm",
+        flops=_expert_flops,
+        saved=(
+            Saved(name="feed_forward_input", dims="n h"),
+            Saved(name="expert_pre_activation", dims="n k 2f"),
+            Saved(name="topk_weights", dims="n k", itemsize=4),
+            Saved(name="row_pair", dims="n k", itemsize=4),
+            Saved(name="pair_row", dims="n k", itemsize=4),
+            Saved(name="expert_ends", dims="e", itemsize=4),
+        ),
+    )
+)
+register(
+    Operator(
+        name="expert_gather_combine",
+        annotation="n h, n k h -> n k h, n h",
+        kind="elementwise",
+        backward_bytes_ratio=1.5,  # rows and gradients are gathered, gradients combined
+    )
+)
+register(
+    Operator(
+        name="shared_gate_up",
+        annotation="n h, 2s h -> n 2s",
+        kind="dense_gemm",
+        saved=(Saved(name="feed_forward_input", dims="n h"),),
+    )
+)
+register(
+    Operator(
+        name="shared_swiglu",
+        annotation="n 2s -> n s",
+        kind="elementwise",
+        saved=(Saved(name="shared_gate_up", dims="n 2s"),),
+    )
+)
+register(
+    Operator(
+        name="shared_down",
+        annotation="n s, h s -> n h",
+        kind="dense_gemm",
+        saved=(Saved(name="shared_activation", dims="n s"),),
+    )
+)
+register(Operator(name="residual", annotation="n h, n h -> n h", kind="elementwise", backward_bytes_ratio=1.0))
+register(
+    Operator(
+        name="embedding",
+        annotation="n h, w h -> n h",
+        kind="elementwise",
+        flops=lambda dims: 0.0,
+    )
+)
+register(
+    Operator(
+        name="final_norm",
+        annotation="n h, h -> n h",
+        kind="elementwise",
+        saved=(Saved(name="x_final", dims="n h"), Saved(name="final_rstd", dims="n", itemsize=4)),
+    )
+)
+register(
+    Operator(
+        name="linear_cross_entropy",
+        annotation="n h, w h -> n",
+        kind="dense_gemm",
+        flops=lambda dims: 2.0 * dims["n"] * dims["h"] * dims["w"],
+        saved=(
+            Saved(name="loss_gradient", dims="n h"),
+            Saved(name="output_weight_gradient", dims="w h", itemsize=4),
+        ),
+    )
+)

@@ -1,0 +1,166 @@
+"""Cluster files: what a GPU and its links can do, as TOML. Every figure says whether it was measured or published.
+
+A file has one table per aspect; ``[sources]`` names, for each field, where its value is from. ``moescale calibrate``
+writes the same format, so correcting the planner's constants needs no change of code.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+import tomllib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moescale.config import fingerprint
+from moescale.errors import ConfigError, nearest
+
+SHIPPED = Path(__file__).parent / "clusters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """An alpha-beta model of what one GPU sends to others."""
+
+    latency_seconds: float
+    """Of one message."""
+    bytes_per_second: float
+    """One direction, per GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """A rate as a function of a size, linear in its logarithm between the points given, constant outside."""
+
+    sizes: tuple[float, ...]
+    flops_per_second: tuple[float, ...]
+
+    def at(self, size: float) -> float:
+        """The rate at ``size``, in FLOP/s."""
+        if size <= self.sizes[0]:
+            return self.flops_per_second[0]
+        if size >= self.sizes[-1]:
+            return self.flops_per_second[-1]
+        right = bisect.bisect_left(self.sizes, size)
+        low, high = self.sizes[right - 1], self.sizes[right]
+        share = math.log(size / low) / math.log(high / low)
+        return self.flops_per_second[right - 1] * (1 - share) + self.flops_per_second[right] * share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """One kind of GPU, and as many of them as a plan asks for."""
+
+    name: str
+    gpu: str
+    gpus_per_node: int
+    memory_bytes: int
+    """Of one GPU, as the driver reports it."""
+    host_memory_bytes: int
+    """Per GPU."""
+    peak_flops_per_second: float
+    """Dense bf16 rate of the data sheet."""
+    sustained_clock: float
+    """Rate under continuous load over that of a short benchmark: power and heat lower the clock."""
+    memory_bytes_per_second: float
+    """Of a copy: bytes read and written."""
+    elementwise_bytes_per_second: float
+    optimizer_bytes_per_second: float
+    launch_seconds: float
+    """Time an operator takes beyond its work, per kernel."""
+    step_overhead_seconds: float
+    """Per step, whatever its size: the last kernels' tail, reading the loss."""
+    allocator_slack: float
+    """Fraction of activations and temporary buffers lost to fragmentation."""
+    context_bytes: int
+    """Taken by the CUDA context and libraries before the first tensor."""
+    dense_gemm: Rates
+    """By FLOPs of one product."""
+    grouped_gemm: Rates
+    """By rows per expert, forward and backward together: the products with what is fused into them."""
+    attention: Rates
+    """By sequence length, forward and backward together."""
+    intra_node: Link
+    inter_node: Link
+    host: Link
+    sources: dict[str, str]
+
+    def fingerprint(self) -> str:
+        """Changes with every figure, not with what is said of its source."""
+        values = dataclasses.asdict(self)
+        values.pop("sources")
+        return fingerprint(values)
+
+
+def load_cluster(name: str) -> Cluster:
+    """Read a shipped cluster by name, or a file by path. Raises ConfigError naming file and field."""
+    path = Path(name)
+    if path.suffix != ".toml":
+        path = SHIPPED / f"{name}.toml"
+        if not path.is_file():
+            known = sorted(p.stem for p in SHIPPED.glob("*.toml"))
+            raise ConfigError(
+                f"cluster '{name}' is not known; use one of {', '.join(known)}, or a .toml file{nearest(name, known)}"
+            )
+    try:
+        document = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--cluster ({path}) cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not TOML ({error})") from None
+    return parse_cluster(document, str(path))
+
+
+def parse_cluster(document: dict[str, Any], path: str) -> Cluster:
+    """Build a cluster from a TOML document; ``path`` names it in errors. Raises ConfigError."""
+    cluster = _parse(Cluster, document, path)
+    for rates in ("dense_gemm", "grouped_gemm", "attention"):
+        table: Rates = getattr(cluster, rates)
+        if not table.sizes or len(table.sizes) != len(table.flops_per_second):
+            raise ConfigError(f"{path}: {rates} needs as many flops_per_second as sizes, and at least one")
+        if list(table.sizes) != sorted(set(table.sizes)):
+            raise ConfigError(f"{path}: {rates}.sizes must increase")
+        if min(table.flops_per_second) <= 0:
+            raise ConfigError(f"{path}: {rates}.flops_per_second must be positive")
+    for field in dataclasses.fields(Cluster):
+        value = getattr(cluster, field.name)
+        optional = field.name in ("allocator_slack", "context_bytes", "launch_seconds", "step_overhead_seconds")
+        if isinstance(value, int | float) and (value < 0 or (value == 0 and not optional)):
+            raise ConfigError(f"{path}: {field.name} ({value}) must be positive")
+    if not 0 < cluster.sustained_clock <= 1:
+        raise ConfigError(f"{path}: sustained_clock ({cluster.sustained_clock}) must be above 0 and at most 1")
+    return cluster
+
+
+def _parse(cls: Any, document: Any, path: str) -> Any:
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: must be a table")
+    types = typing.get_type_hints(cls)
+    for key in document:
+        if key not in types:
+            raise ConfigError(f"{path}: '{key}' is not a field of a cluster file{nearest(key, types)}")
+    values: dict[str, Any] = {}
+    for key, kind in types.items():
+        if key not in document:
+            raise ConfigError(f"{path}: field '{key}' is missing")
+        values[key] = _value(kind, document[key], f"{path}: {key}")
+    return cls(**values)
+
+
+def _value(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _parse(kind, value, path)
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_value(float, item, path) for item in value)
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(f"{path} ({value!r}) must be of type {kind.__name__}")
+    return value

@@ -1,0 +1,165 @@
+"""What a user asks of the planner, and one point of the space it searches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from moescale.config import ModelConfig
+from moescale.errors import ConfigError, nearest
+from moescale.plan import LayerPlan, MeshShape
+
+MomentFormat = Literal["fp32", "bf16", "int8"]
+MasterFormat = Literal["fp32", "bf16_remainder", "stochastic_bf16"]
+GradientFormat = Literal["fp32", "bf16"]
+DECISIONS = (
+    *("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "micro_batch_sequences"),
+    *("dense_recompute", "moe_recompute", "dense_reshard", "moe_reshard"),
+    *("optimizer_state_dtype", "master_weight_format", "gradient_dtype", "offload_optimizer"),
+)
+"""Names under which a decision can be pinned or forbidden."""
+RECOMPUTE_CHOICES = ("none", "experts", "block")
+"""Keep everything; run the experts' up-projection again; run the whole block again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What to plan for."""
+
+    runtime_gpus: int
+    tokens_per_step: int
+    sequence_length: int
+    plan_gpus: int | None = None
+    """GPUs that hold one full copy of the weights; None: whatever is fastest."""
+    memory_limit_bytes: int | None = None
+    """Per GPU, below what the cluster file says."""
+    compute_dtype: Literal["bf16", "fp32"] = "bf16"
+    exact_weights: bool = True
+    """Only master-weight formats that are exactly fp32; False: also bf16 weights with stochastic rounding."""
+    router_imbalance: float = 1.1
+    """Rows of the fullest rank over the mean, where experts are split over ranks."""
+    allow_unsupported: bool = False
+    """Also plans that this version's runtime cannot run (pp, cp, tp)."""
+    pins: Mapping[str, str] = field(default_factory=dict)
+    """Decision -> the value it must have."""
+    forbidden: frozenset[tuple[str, str]] = frozenset()
+    """(decision, value) pairs that are out of the question."""
+
+    def validate(self, config: ModelConfig) -> None:
+        """Raise ConfigError for what no plan could satisfy."""
+        for name in ("runtime_gpus", "tokens_per_step", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"compile.{name} ({getattr(self, name)}) must be at least 1")
+        if self.plan_gpus is not None:
+            if self.plan_gpus < 1:
+                raise ConfigError(f"compile.plan_gpus ({self.plan_gpus}) must be at least 1, or auto")
+            if self.runtime_gpus % self.plan_gpus:
+                raise ConfigError(
+                    f"compile.runtime_gpus ({self.runtime_gpus}) must be a multiple of compile.plan_gpus "
+                    f"({self.plan_gpus}): whole copies of the weights"
+                )
+        if self.sequence_length > config.max_sequence_length:
+            raise ConfigError(
+                f"compile.sequence_length ({self.sequence_length}) must not exceed model.max_sequence_length "
+                f"({config.max_sequence_length})"
+            )
+        if self.tokens_per_step % self.sequence_length:
+            raise ConfigError(
+                f"compile.tokens_per_step ({self.tokens_per_step}) must be a multiple of compile.sequence_length "
+                f"({self.sequence_length})"
+            )
+        if self.memory_limit_bytes is not None and self.memory_limit_bytes <= 0:
+            raise ConfigError(f"compile.memory_limit ({self.memory_limit_bytes} bytes) must be positive")
+        if self.router_imbalance < 1:
+            raise ConfigError(
+                f"compile.router_imbalance ({self.router_imbalance}) must be at least 1, which is balanced"
+            )
+        for name in (*self.pins, *(name for name, _ in self.forbidden)):
+            if name not in DECISIONS:
+                raise ConfigError(
+                    f"'{name}' is no decision of a plan{nearest(name, DECISIONS)}; known are {', '.join(DECISIONS)}"
+                )
+
+    def allows(self, name: str, value: object) -> bool:
+        """Whether pins and prohibitions leave ``value`` for the decision ``name``."""
+        text = decision_text(value)
+        return self.pins.get(name, text) == text and (name, text) not in self.forbidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formats:
+    """How optimizer, master weights and gradients are kept."""
+
+    optimizer_state_dtype: MomentFormat
+    master_weight_format: MasterFormat
+    gradient_dtype: GradientFormat
+    offload_optimizer: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One point of the search space."""
+
+    mesh: MeshShape
+    micro_batch_sequences: int
+    gradient_accumulation_steps: int
+    dense_layers: LayerPlan
+    moe_layers: LayerPlan
+    formats: Formats
+
+    def decisions(self) -> dict[str, Any]:
+        """Every decision by the name under which it can be pinned."""
+        return {
+            **{f.name: getattr(self.mesh, f.name) for f in dataclasses.fields(MeshShape)},
+            "micro_batch_sequences": self.micro_batch_sequences,
+            "dense_recompute": recompute_name(self.dense_layers),
+            "moe_recompute": recompute_name(self.moe_layers),
+            "dense_reshard": self.dense_layers.reshard_after_forward,
+            "moe_reshard": self.moe_layers.reshard_after_forward,
+            **vars(self.formats),
+        }
+
+
+def decision_text(value: object) -> str:
+    """How a value is written in ``--pin name=value``."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def recompute_name(layer: LayerPlan) -> str:
+    """``none``, ``block`` or the names of the operators done again."""
+    return layer.recompute if isinstance(layer.recompute, str) else "+".join(layer.recompute)
+
+
+def layer_plan(recompute: str, reshard: bool) -> LayerPlan:
+    """The inverse of :func:`recompute_name`."""
+    if recompute in ("none", "block"):
+        return LayerPlan(recompute=recompute, reshard_after_forward=reshard)  # type: ignore[arg-type]
+    return LayerPlan(recompute=tuple(recompute.split("+")), reshard_after_forward=reshard)
+
+
+def format_choices(request: PlanRequest) -> list[Formats]:
+    """Every combination of formats the request allows; exact ones first."""
+    masters: tuple[MasterFormat, ...] = get_args(MasterFormat)
+    gradients: tuple[GradientFormat, ...] = get_args(GradientFormat)
+    if request.compute_dtype == "fp32":
+        masters, gradients = ("fp32",), ("fp32",)
+    elif request.exact_weights and "master_weight_format" not in request.pins:
+        masters = ("fp32", "bf16_remainder")
+    return [
+        Formats(
+            optimizer_state_dtype=moments,
+            master_weight_format=master,
+            gradient_dtype=gradient,
+            offload_optimizer=offload,
+        )
+        for offload in (False, True)
+        for gradient in gradients
+        for master in masters
+        for moments in get_args(MomentFormat)
+        if request.allows("optimizer_state_dtype", moments)
+        and request.allows("master_weight_format", master)
+        and request.allows("gradient_dtype", gradient)
+        and request.allows("offload_optimizer", offload)
+    ]

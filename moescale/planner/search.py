@@ -1,0 +1,334 @@
+"""The exact search: of all plans that fit, the one predicted fastest; ties go to the first in a fixed order.
+
+The space is the product of meshes, micro-batches, what each layer kind recomputes and reshards, and formats. Times add
+up from parts that depend on few of these each, so a part is computed once. Meshes and micro-batches are visited in the
+order of a bound: their time with nothing recomputed, nothing gathered twice and no optimizer. Where the bound exceeds
+the best plan found, so does every plan behind it, and the search ends. The result is that of trying every point, which
+a test does.
+
+Order among equals: fewer GPUs per copy first, then smaller pp, tp, cp, ep; larger micro-batches; less recomputation;
+more precise formats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moescale.config import ModelConfig
+from moescale.errors import ConfigError
+from moescale.plan import LayerPlan, MeshShape, ParallelPlan, Prediction
+from moescale.planner.cluster import Cluster
+from moescale.planner.cost import CostModel, StepTime
+from moescale.planner.memory import MemoryModel, PeakMemory
+from moescale.planner.request import (
+    RECOMPUTE_CHOICES,
+    Candidate,
+    Formats,
+    PlanRequest,
+    decision_text,
+    format_choices,
+    layer_plan,
+)
+from moescale.planner.workload import Workload, build_workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """A candidate with what it would cost."""
+
+    candidate: Candidate
+    time: StepTime
+    memory: PeakMemory
+    host_bytes: float
+    supported: bool
+
+    @property
+    def decisions(self) -> dict[str, Any]:
+        return self.candidate.decisions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanResult:
+    """What a search found."""
+
+    request: PlanRequest
+    config: ModelConfig
+    cluster: Cluster
+    limit_bytes: float
+    """Memory a rank may use."""
+    num_candidates: int
+    """Size of the space."""
+    best: Evaluated | None
+    """None where nothing fits."""
+    alternatives: tuple[Evaluated, ...]
+    """The best plan with one decision changed, fitting or not, by time."""
+    near_misses: tuple[Evaluated, ...]
+    """Where nothing fits: the plans that exceed the memory by least, of different meshes."""
+
+    def plan(self) -> ParallelPlan:
+        """The plan for the runtime. Raises ConfigError where nothing fits."""
+        if self.best is None:
+            raise ConfigError(
+                f"no plan fits {self.limit_bytes / 2**30:.1f} GiB per GPU; the nearest exceeds it by "
+                f"{(self.near_misses[0].memory.total - self.limit_bytes) / 2**30:.1f} GiB. See the suggestions"
+            )
+        best, request = self.best, self.request
+        candidate = best.candidate
+        mesh = candidate.mesh
+        return ParallelPlan(
+            model_fingerprint=self.config.fingerprint(),
+            cluster_fingerprint=self.cluster.fingerprint(),
+            plan_gpus=mesh.pp * mesh.dp_shard * mesh.cp * mesh.tp,
+            runtime_gpus=request.runtime_gpus,
+            mesh=mesh,
+            sequence_length=request.sequence_length,
+            tokens_per_step=request.tokens_per_step,
+            micro_batch_sequences=candidate.micro_batch_sequences,
+            gradient_accumulation_steps=candidate.gradient_accumulation_steps,
+            dense_layers=candidate.dense_layers,
+            moe_layers=candidate.moe_layers,
+            compute_dtype=request.compute_dtype,
+            **vars(candidate.formats),
+            prediction=Prediction(
+                step_seconds=best.time.total,
+                tokens_per_second=request.tokens_per_step / best.time.total,
+                breakdown_seconds=best.time.exposed,
+                peak_bytes=round(best.memory.total),
+                breakdown_bytes={name: round(value) for name, value in best.memory.breakdown.items()},
+                peak_moment=best.memory.moment,
+            ),
+            alternatives=tuple(alternative_summary(self, other) for other in self.alternatives),
+        )
+
+
+def compile_plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> PlanResult:
+    """Search the space of ``request``. Raises ConfigError where the request contradicts itself or the model."""
+    request.validate(config)
+    return Search(config, cluster, request).run()
+
+
+class Search:
+    """One search; keeps the cost and memory models."""
+
+    def __init__(
+        self, config: ModelConfig, cluster: Cluster, request: PlanRequest, workload: Workload | None = None
+    ) -> None:
+        self.config = config
+        self.cluster = cluster
+        self.request = request
+        self.workload = workload or build_workload(config)
+        self.cost = CostModel(self.workload, cluster, request)
+        self.memory = MemoryModel(self.workload, cluster, request)
+        self.limit = float(min(cluster.memory_bytes, request.memory_limit_bytes or cluster.memory_bytes))
+
+    def run(self) -> PlanResult:
+        """Visit the space; see the module's docstring."""
+        formats = format_choices(self.request)
+        groups = self._bounded_groups(formats)
+        best: tuple[float, tuple[int, int, int], Candidate] | None = None
+        misses: dict[MeshShape, tuple[float, Candidate]] = {}
+        for bound, order, mesh, sequences, accumulation in groups:
+            if best is not None and bound > best[0]:
+                break
+            for inner, (dense, moe) in enumerate(self.layer_plans(mesh)):
+                for number, choice, time, excess in self._formats(mesh, sequences, accumulation, dense, moe, formats):
+                    if excess > 0:
+                        if best is None and (mesh not in misses or excess < misses[mesh][0]):
+                            misses[mesh] = excess, _candidate(mesh, sequences, accumulation, dense, moe, choice)
+                    elif best is None or (time, (order, inner, number)) < best[:2]:
+                        candidate = _candidate(mesh, sequences, accumulation, dense, moe, choice)
+                        best = time, (order, inner, number), candidate
+        found = self.evaluate(best[2]) if best else None
+        nearest = sorted(misses.values(), key=lambda item: item[0])[:3]
+        return PlanResult(
+            request=self.request,
+            config=self.config,
+            cluster=self.cluster,
+            limit_bytes=self.limit,
+            num_candidates=sum(len(list(self.layer_plans(group[2]))) for group in groups) * len(formats),
+            best=found,
+            alternatives=self._alternatives(found) if found else (),
+            near_misses=() if found else tuple(self.evaluate(candidate) for _, candidate in nearest),
+        )
+
+    def _bounded_groups(self, formats: list[Formats]) -> list[tuple[float, int, MeshShape, int, int]]:
+        """Meshes and micro-batches with a time none of their plans goes below, by that time: (bound, order, ...)."""
+        groups = []
+        free = LayerPlan(reshard_after_forward=False)
+        for mesh in self.meshes():
+            for sequences in self._micro_batches(mesh):
+                accumulation = self._sequences_per_rank(mesh) // sequences
+                bound = min(
+                    (
+                        self.cost.without_optimizer(mesh, sequences, accumulation, free, free, gradient).total
+                        for gradient in {choice.gradient_dtype for choice in formats}
+                    ),
+                    default=0.0,
+                )
+                groups.append((bound, len(groups), mesh, sequences, accumulation))
+        if not groups or not formats or not any(True for _ in self.layer_plans(groups[0][2])):
+            raise ConfigError(self._why_empty())
+        return sorted(groups, key=lambda group: group[:2])
+
+    def _formats(
+        self,
+        mesh: MeshShape,
+        sequences: int,
+        accumulation: int,
+        dense: LayerPlan,
+        moe: LayerPlan,
+        formats: list[Formats],
+    ) -> Iterator[tuple[int, Formats, float, float]]:
+        """Of every format its number, step time, and bytes by which it exceeds the memory (at most 0: it fits)."""
+        for number, choice in enumerate(formats):
+            gradient = choice.gradient_dtype
+            time = self.cost.without_optimizer(mesh, sequences, accumulation, dense, moe, gradient).total
+            time += sum(self.cost.optimizer_seconds(mesh, choice).values())
+            memory = self.memory.transient_bytes(mesh, sequences, dense, moe, gradient)
+            memory += sum(self.memory.persistent(mesh, choice).values())
+            host = self.memory.host_bytes(mesh, choice) - self.cluster.host_memory_bytes
+            yield number, choice, time, max(memory - self.limit, host)
+
+    def layer_plans(self, mesh: MeshShape) -> Iterator[tuple[LayerPlan, LayerPlan]]:
+        """What dense and MoE layers may do on ``mesh``: recomputing, and resharding where weights are sharded."""
+        sharded = mesh.dp_shard * mesh.cp > 1
+        has_moe = self.config.num_moe_layers > 0
+        has_dense = self.config.num_moe_layers < self.config.num_layers
+        for moe in self._choices("moe", RECOMPUTE_CHOICES if has_moe else ("none",), sharded and has_moe):
+            for dense in self._choices("dense", ("none", "block") if has_dense else ("none",), sharded and has_dense):
+                yield dense, moe
+
+    def meshes(self) -> Iterator[MeshShape]:
+        """Every mesh of the request's GPUs that the model's sizes divide into, in the order of preference."""
+        request, config = self.request, self.config
+        units = [request.plan_gpus] if request.plan_gpus else _divisors(request.runtime_gpus)
+        for unit in units:
+            for pp in _divisors(unit) if request.allow_unsupported else (1,):
+                if pp > config.num_layers:
+                    continue
+                for tp in _divisors(unit // pp) if request.allow_unsupported else (1,):
+                    if config.num_heads % tp or config.expert_intermediate_size % tp or tp > self.cluster.gpus_per_node:
+                        continue
+                    for cp in _divisors(unit // pp // tp) if request.allow_unsupported else (1,):
+                        if request.sequence_length % (2 * cp) and cp > 1:
+                            continue
+                        shard = unit // pp // tp // cp
+                        for ep in _divisors(shard * cp) if config.num_moe_layers else (1,):
+                            if (config.num_experts or 1) % ep:
+                                continue
+                            mesh = MeshShape(
+                                pp=pp, dp_replicate=request.runtime_gpus // unit, dp_shard=shard, cp=cp, tp=tp, ep=ep
+                            )
+                            if all(request.allows(name, size) for name, size in vars(mesh).items()):
+                                yield mesh
+
+    def evaluate(self, candidate: Candidate) -> Evaluated:
+        """Time and memory of one candidate, by their parts."""
+        mesh = candidate.mesh
+        return Evaluated(
+            candidate=candidate,
+            time=self.cost.step(candidate),
+            memory=self.memory.peak(candidate),
+            host_bytes=self.memory.host_bytes(mesh, candidate.formats),
+            supported=mesh.pp == mesh.cp == mesh.tp == 1,
+        )
+
+    def _sequences_per_rank(self, mesh: MeshShape) -> int:
+        return self.request.tokens_per_step // self.request.sequence_length // (mesh.dp_replicate * mesh.dp_shard)
+
+    def _micro_batches(self, mesh: MeshShape) -> Iterator[int]:
+        total = self.request.tokens_per_step // self.request.sequence_length
+        if total % (mesh.dp_replicate * mesh.dp_shard):
+            return
+        for sequences in reversed(_divisors(self._sequences_per_rank(mesh))):
+            if self.request.allows("micro_batch_sequences", sequences):
+                yield sequences
+
+    def _choices(self, kind: str, recompute: tuple[str, ...], sharded: bool) -> Iterator[LayerPlan]:
+        for choice in recompute:
+            for reshard in (True, False) if sharded else (True,):
+                if self.request.allows(f"{kind}_recompute", choice) and self.request.allows(f"{kind}_reshard", reshard):
+                    yield layer_plan(choice, reshard)
+
+    def _alternatives(self, best: Evaluated) -> tuple[Evaluated, ...]:
+        """The best plan with one decision changed: its neighbours in the space, pinned or not."""
+        free = dataclasses.replace(self.request, pins={}, forbidden=frozenset(), exact_weights=False, plan_gpus=None)
+        around = Search(self.config, self.cluster, free, self.workload)
+        chosen = best.candidate
+        found = []
+        for mesh in around.meshes():
+            per_rank = around._sequences_per_rank(mesh)
+            whole = around._sequences_per_rank(mesh) * mesh.dp_replicate * mesh.dp_shard * free.sequence_length
+            if whole == free.tokens_per_step and per_rank % chosen.micro_batch_sequences == 0:
+                steps = per_rank // chosen.micro_batch_sequences
+                found.append(dataclasses.replace(chosen, mesh=mesh, gradient_accumulation_steps=steps))
+        for sequences in around._micro_batches(chosen.mesh):
+            steps = around._sequences_per_rank(chosen.mesh) // sequences
+            found.append(
+                dataclasses.replace(chosen, micro_batch_sequences=sequences, gradient_accumulation_steps=steps)
+            )
+        for dense, moe in around.layer_plans(chosen.mesh):
+            found.append(dataclasses.replace(chosen, dense_layers=dense, moe_layers=moe))
+        for formats in format_choices(free):
+            found.append(dataclasses.replace(chosen, formats=formats))
+        mine = best.decisions
+        neighbours = [around.evaluate(other) for other in found if len(_changes(mine, other.decisions())) == 1]
+        return tuple(sorted(neighbours, key=lambda item: item.time.total))
+
+    def _why_empty(self) -> str:
+        request = self.request
+        if request.pins or request.forbidden:
+            pins = ", ".join(f"{name}={value}" for name, value in request.pins.items())
+            bans = ", ".join(f"{name}={value}" for name, value in sorted(request.forbidden))
+            return (
+                f"no plan satisfies the pins ({pins or 'none'}) and prohibitions ({bans or 'none'}) together; drop some"
+            )
+        sequences = request.tokens_per_step // request.sequence_length
+        return (
+            f"compile.tokens_per_step ({request.tokens_per_step}) is {sequences} sequences, which must be divisible by "
+            f"the data-parallel ranks of compile.runtime_gpus ({request.runtime_gpus}); change one of the two"
+        )
+
+
+def alternative_summary(result: PlanResult, other: Evaluated) -> dict[str, Any]:
+    """One decision that lost, with the number that lost it; JSON-able."""
+    assert result.best is not None
+    mine, theirs = result.best.decisions, other.decisions
+    changed = _changes(mine, theirs)
+    excess = other.memory.total - result.limit_bytes
+    return {
+        "decision": changed[0],
+        "value": decision_text(theirs[changed[0]]),
+        "instead_of": decision_text(mine[changed[0]]),
+        "step_seconds": other.time.total,
+        "slower_by": other.time.total / result.best.time.total - 1,
+        "peak_bytes": round(other.memory.total),
+        "exceeds_memory_by_bytes": max(0, round(excess)),
+        "supported": other.supported,
+    }
+
+
+def _changes(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Names of the decisions that differ. Data-parallel sizes follow from the others, unless they alone differ."""
+    changed = [name for name in mine if mine[name] != theirs[name]]
+    return [name for name in changed if name not in ("dp_replicate", "dp_shard")] or changed[-1:]
+
+
+def _candidate(
+    mesh: MeshShape, sequences: int, accumulation: int, dense: LayerPlan, moe: LayerPlan, formats: Formats
+) -> Candidate:
+    return Candidate(
+        mesh=mesh,
+        micro_batch_sequences=sequences,
+        gradient_accumulation_steps=accumulation,
+        dense_layers=dense,
+        moe_layers=moe,
+        formats=formats,
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

@@ -1,0 +1,125 @@
+"""The model as the planner sees it: operators by layer kind, and what follows from their annotations.
+
+Layers of one kind are equal, so a model is three short lists of operators (dense layer, MoE layer, what is outside the
+layers) and two counts. Sizes are those of one rank's micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moescale.config import ModelConfig
+from moescale.operators import Operator, Tensor, operator, weight_elements
+
+_ATTENTION_START = ("attention_norm",)
+_ATTENTION_END = ("kv_down", "kv_norm", "kv_up", "mla_rope", "attention", "attention_output", "feed_forward_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """Operators of a layer, in the order of the forward pass."""
+
+    name: str
+    operators: tuple[Operator, ...]
+    count: int
+    """Layers of this kind in the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model's operators and the sizes of their dims."""
+
+    config: ModelConfig
+    layers: tuple[LayerKind, ...]
+    """The kinds that occur, dense before MoE."""
+    outside: LayerKind
+    """Embedding, final norm and loss."""
+
+    def dims(self, tokens: int, sequence_length: int) -> dict[str, int]:
+        """Dim sizes for a micro-batch of ``tokens`` in sequences of ``sequence_length``."""
+        return model_dims(self.config) | {"n": tokens, "r": tokens * max(1, self.config.top_k), "x": sequence_length}
+
+    def layer_parameters(self, kind: LayerKind) -> tuple[int, int]:
+        """Parameters of one layer: (without routed experts, routed experts)."""
+        dims = self.dims(1, 1)
+        routed = sum(weight_elements(op, dims) for op in kind.operators if op.name == "experts")
+        everything = sum(weight_elements(op, dims) for op in kind.operators)
+        return everything - routed + _biases(self.config), routed
+
+    def outside_parameters(self) -> int:
+        """Parameters outside the layers: embedding, norm, output; one embedding where the two are tied."""
+        dims = self.dims(1, 1)
+        total = sum(weight_elements(op, dims) for op in self.outside.operators)
+        return total - (dims["w"] * dims["h"] if self.config.tie_embeddings else 0)
+
+    def parameters(self) -> int:
+        """All parameters of the model."""
+        layers = sum(kind.count * sum(self.layer_parameters(kind)) for kind in self.layers)
+        return layers + self.outside_parameters()
+
+
+def build_workload(
+    config: ModelConfig, extra: Mapping[str, tuple[str, ...]] | None = None, without: tuple[str, ...] = ()
+) -> Workload:
+    """List the operators of ``config``'s model.
+
+    Args:
+        extra: names of registered operators to append to a layer kind (``dense``, ``moe``, ``outside``): a model with
+            an operator of the user's own.
+        without: names of operators to leave out, those that such an operator replaces.
+    """
+    query = ("q_proj",) if config.q_lora_rank is None else ("q_down", "q_norm", "q_up")
+    attention = (*_ATTENTION_START, *query, *_ATTENTION_END)
+    shared = ("shared_gate_up", "shared_swiglu", "shared_down") if config.num_shared_experts else ()
+    names = {
+        "dense": (*attention, "dense_gate_up", "dense_swiglu", "dense_down", "residual"),
+        "moe": (*attention, "router", "experts", "expert_gather_combine", *shared, "residual"),
+        "outside": ("embedding", "final_norm", "linear_cross_entropy"),
+    }
+    counts = {"dense": config.num_layers - config.num_moe_layers, "moe": config.num_moe_layers, "outside": 1}
+    kinds = {
+        kind: LayerKind(
+            name=kind,
+            operators=tuple(operator(n) for n in (*listed, *(extra or {}).get(kind, ())) if n not in without),
+            count=counts[kind],
+        )
+        for kind, listed in names.items()
+    }
+    layers = tuple(kinds[name] for name in ("dense", "moe") if counts[name])
+    return Workload(config=config, layers=layers, outside=kinds["outside"])
+
+
+def model_dims(config: ModelConfig) -> dict[str, int]:
+    """Sizes of the dims that do not depend on the batch; see the legend in :mod:`moescale.operators`."""
+    return {
+        "h": config.hidden_size,
+        "a": config.num_heads,
+        "q": config.qk_head_dim,
+        "t": config.qk_rope_head_dim,
+        "v": config.v_head_dim,
+        "u": config.qk_nope_head_dim + config.v_head_dim,
+        "c": config.kv_lora_rank,
+        "d": config.kv_lora_rank + config.qk_rope_head_dim,
+        "l": config.q_lora_rank or 0,
+        "e": config.num_experts or 0,
+        "k": config.top_k,
+        "f": config.expert_intermediate_size,
+        "s": config.num_shared_experts * config.expert_intermediate_size,
+        "i": config.dense_intermediate_size,
+        "w": config.vocab_size,
+    }
+
+
+def saved_bytes(kind: LayerKind, dims: Mapping[str, int], itemsize: int, dropped: frozenset[str] = frozenset()) -> int:
+    """Bytes one layer keeps for its backward pass; each named tensor once, those in ``dropped`` not at all."""
+    tensors = {saved.name: saved for op in kind.operators for saved in op.saved if saved.name not in dropped}
+    return sum(Tensor.parse(s.dims).size(dims) * (s.itemsize or itemsize) for s in tensors.values())
+
+
+def _biases(config: ModelConfig) -> int:
+    """Biases of one layer's attention projections, which the annotations leave out for their smallness."""
+    if not config.attention_bias:
+        return 0
+    query = config.q_lora_rank or 0
+    return query + config.kv_lora_rank + config.qk_rope_head_dim + config.hidden_size
