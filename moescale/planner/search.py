@@ -156,7 +156,7 @@ class Search:
 
     def _bounded_groups(self, formats: list[Formats]) -> list[tuple[float, int, MeshShape, int, int]]:
         """Meshes and micro-batches with a time none of their plans goes below, by that time: (bound, order, ...)."""
-        groups = []
+        groups: list[tuple[float, int, MeshShape, int, int]] = []
         free = LayerPlan(reshard_after_forward=False)
         for mesh in self.meshes():
             for sequences in self._micro_batches(mesh):
