@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-from moescale.data.sources import Chunk, LongFile, ReadableChunk, TextRange
+from moescale.data.chunks import Chunk, LongFile, ReadableChunk, TextRange
 
 Encode = Callable[[str], Iterable[int]]
 

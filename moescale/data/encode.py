@@ -12,18 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import tokenizers
 
+from moescale.data.chunks import LineRange, Lines, NotText, ReadableChunk, Rows, TextRange, WholeFiles
 from moescale.data.cuts import parts_of
-from moescale.data.sources import (
-    LineRange,
-    Lines,
-    NotText,
-    ReadableChunk,
-    Rows,
-    TextRange,
-    WholeFiles,
-    looks_binary,
-    open_bytes,
-)
+from moescale.data.readers import looks_binary, open_bytes
 from moescale.data.words import word_encoder
 from moescale.errors import DataError
 

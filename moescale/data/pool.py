@@ -12,10 +12,11 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any
 
+from moescale.data.chunks import ReadableChunk
 from moescale.data.cuts import in_parts
 from moescale.data.encode import EncodedChunk, Encoder
 from moescale.data.resources import Resources
-from moescale.data.sources import ReadableChunk, Source
+from moescale.data.sources import Source
 from moescale.errors import DataError
 
 _worker_encoder: Encoder | None = None
@@ -44,8 +45,8 @@ def encode(source: Source, *, options: dict[str, Any], resources: Resources) -> 
             yield begun.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a tokenising process was ended from outside, most often for lack of memory; "
-            "lower memory_gigabytes or num_workers"
+            "a tokenising process was ended from outside, most often for lack of memory: lower memory_gigabytes or "
+            "num_workers (a script that calls prepare() must do so under `if __name__ == '__main__'`)"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

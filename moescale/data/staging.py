@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moescale.data.sources import staging_folder
 from moescale.errors import DataError
+
+
+def staging_folder(output: Path) -> Path:
+    """The hidden folder beside ``output`` in which it is made."""
+    return output.parent / f".{output.name}.incomplete"
 
 
 @contextmanager

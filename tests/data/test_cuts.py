@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
 from moescale.data import cuts
+from moescale.data.chunks import LongFile, WholeFiles
 from moescale.data.corpus import open_corpus
 from moescale.data.encode import Encoder
 from moescale.data.prepare import prepare
-from moescale.data.sources import LongFile, WholeFiles
 
 
 @pytest.fixture(scope="module")

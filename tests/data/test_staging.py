@@ -15,7 +15,7 @@ import pytest
 
 from moescale.data.corpus import open_corpus
 from moescale.data.prepare import prepare
-from moescale.data.sources import staging_folder
+from moescale.data.staging import staging_folder
 from moescale.errors import DataError
 
 PREPARE = """
