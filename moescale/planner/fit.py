@@ -1,0 +1,141 @@
+"""How many GPUs a model needs, and what more of them bring."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moescale.config import ModelConfig
+from moescale.errors import ConfigError
+from moescale.planner.cluster import Cluster
+from moescale.planner.request import PlanRequest
+from moescale.planner.search import Evaluated, compile_plan
+
+LARGEST = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitPoint:
+    """The best plan on a number of GPUs."""
+
+    gpus: int
+    tokens_per_step: int
+    """The request's, or one sequence per GPU where that is more."""
+    best: Evaluated | None
+    """None: nothing fits."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs together; 0 where nothing fits."""
+        return self.tokens_per_step / self.best.time.total if self.best else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """Answer to: on how few GPUs does it fit, and how does its speed grow."""
+
+    smallest: FitPoint | None
+    """None: not even on the largest number looked at."""
+    points: tuple[FitPoint, ...]
+    """1, 2, 4, ... 1024 GPUs."""
+
+
+def fit_to_gpus(config: ModelConfig, cluster: Cluster, request: PlanRequest, largest: int = LARGEST) -> FitResult:
+    """Plan for 1, 2, 4, ... ``largest`` GPUs and find the smallest number that fits.
+
+    ``runtime_gpus`` and ``plan_gpus`` of the request are ignored; everything else holds. Tokens per step grow where
+    the request's do not give every GPU a whole number of sequences. Raises ConfigError as ``compile_plan`` does.
+    """
+    points = []
+    gpus = 1
+    while gpus <= largest:
+        points.append(_plan(config, cluster, request, gpus))
+        gpus *= 2
+    fitting = [point for point in points if point.best is not None]
+    smallest = fitting[0] if fitting else None
+    for gpus in _between(smallest.gpus, cluster.gpus_per_node) if smallest else ():
+        point = _plan(config, cluster, request, gpus)
+        if point.best is not None:
+            smallest = point
+            break
+    return FitResult(smallest=smallest, points=tuple(points))
+
+
+def _between(fitting: int, gpus_per_node: int) -> Iterator[int]:
+    """Numbers above half of ``fitting``, on which nothing fits, and below it: whole nodes where there are several."""
+    step = 1 if fitting <= gpus_per_node else gpus_per_node
+    yield from range(fitting // 2 + step, fitting, step)
+
+
+def _plan(config: ModelConfig, cluster: Cluster, request: PlanRequest, gpus: int) -> FitPoint:
+    unit = gpus * request.sequence_length
+    tokens = -(-request.tokens_per_step // unit) * unit
+    changed = dataclasses.replace(request, runtime_gpus=gpus, plan_gpus=None, tokens_per_step=tokens)
+    try:
+        best = compile_plan(config, cluster, changed, with_alternatives=False).best
+    except ConfigError:
+        if gpus == 1:  # What contradicts itself on one GPU is the request's fault, on more it may be divisibility.
+            raise
+        best = None
+    return FitPoint(gpus=gpus, tokens_per_step=tokens, best=best)
+
+
+def fit_json(result: FitResult) -> dict[str, Any]:
+    """The result as JSON-able values."""
+    return {
+        "smallest_gpus": result.smallest.gpus if result.smallest else None,
+        "points": [_point_json(point) for point in result.points],
+    }
+
+
+def _point_json(point: FitPoint) -> dict[str, Any]:
+    fields: dict[str, Any] = {"gpus": point.gpus, "tokens_per_step": point.tokens_per_step, "fits": False}
+    if point.best is not None:
+        fields |= {
+            "fits": True,
+            "step_seconds": point.best.time.total,
+            "tokens_per_second": point.tokens_per_second,
+            "peak_bytes": round(point.best.memory.total),
+            "decisions": point.best.decisions,
+        }
+    return fields
+
+
+def fit_text(result: FitResult) -> str:
+    """The result as a table."""
+    table = Table(box=None, header_style="bold")
+    for heading in ("GPUs", "tokens/step", "s/step", "tokens/s", "tokens/s per GPU", "peak GiB", "plan"):
+        table.add_column(heading, justify="left" if heading == "plan" else "right")
+    for point in result.points:
+        table.add_row(str(point.gpus), f"{point.tokens_per_step:,}", *_cells(point))
+    answer = f"fits on {result.smallest.gpus} GPUs" if result.smallest else f"does not fit on {result.points[-1].gpus}"
+    with io.StringIO() as text:
+        console = Console(file=text, width=140, color_system=None)
+        console.print(table)
+        console.print(answer)
+        return text.getvalue().rstrip()
+
+
+def _cells(point: FitPoint) -> tuple[str, ...]:
+    if point.best is None:
+        return "-", "-", "-", "-", "does not fit"
+    decisions = point.best.decisions
+    unit = decisions["pp"] * decisions["dp_shard"] * decisions["cp"] * decisions["tp"]
+    plan = (
+        f"unit of {unit}, ep {decisions['ep']}, micro-batch {decisions['micro_batch_sequences']}, "
+        f"recompute {decisions['moe_recompute']}, moments {decisions['optimizer_state_dtype']}"
+    )
+    speed = point.tokens_per_second
+    return (
+        f"{point.best.time.total:.3f}",
+        f"{speed:,.0f}",
+        f"{speed / point.gpus:,.0f}",
+        f"{point.best.memory.total / 2**30:.1f}",
+        plan,
+    )

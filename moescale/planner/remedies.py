@@ -1,0 +1,103 @@
+"""Where nothing fits: the smallest changes of the request, each alone, that would make a plan fit.
+
+A change is not estimated but planned: the search runs again with the request changed, so a remedy is as sure as a plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from moescale.errors import ConfigError
+from moescale.planner.request import PlanRequest
+from moescale.planner.search import PlanResult, compile_plan
+
+GIBIBYTE = 2**30
+_MAX_GPUS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """One change after which a plan fits."""
+
+    change: str
+    """What to do, in the words of the command line."""
+    step_seconds: float
+    peak_bytes: int
+
+
+def find_remedies(result: PlanResult) -> tuple[Remedy, ...]:
+    """Changes of ``result.request``, none of whose plans fits, that make one fit; the least intrusive first."""
+    found = []
+    for change, requests in _changes(result):
+        for value, request in requests():
+            remedy = _try(result, change.format(value), request)
+            if remedy is not None:
+                found.append(remedy)
+                break
+    return tuple(found)
+
+
+def _try(result: PlanResult, change: str, request: PlanRequest) -> Remedy | None:
+    try:
+        changed = compile_plan(result.config, result.cluster, request, with_alternatives=False)
+    except ConfigError:
+        return None
+    if changed.best is None:
+        return None
+    return Remedy(change=change, step_seconds=changed.best.time.total, peak_bytes=round(changed.best.memory.total))
+
+
+_Requests = Callable[[], Iterator[tuple[str, PlanRequest]]]
+
+
+def _changes(result: PlanResult) -> Iterator[tuple[str, _Requests]]:
+    """Ways to change a request, each with its values from the smallest change on."""
+    request = result.request
+    replace = dataclasses.replace
+    for name, value in request.pins.items():
+        others = {key: kept for key, kept in request.pins.items() if key != name}
+        yield f"drop --pin {name}={value}", _once(replace(request, pins=others))
+    for name, value in sorted(request.forbidden):
+        yield f"drop --forbid {name}={value}", _once(replace(request, forbidden=request.forbidden - {(name, value)}))
+    if request.memory_limit_bytes is not None and request.memory_limit_bytes < result.cluster.memory_bytes:
+        yield (
+            f"raise --memory-limit to the {result.cluster.memory_bytes / 1e9:.0f} GB of a {result.cluster.gpu}",
+            _once(replace(request, memory_limit_bytes=None)),
+        )
+    if request.plan_gpus is not None and request.plan_gpus < request.runtime_gpus:
+        yield "--plan-gpus {}: fewer whole copies of the weights", lambda: _larger_units(request)
+    if request.exact_weights:
+        yield (
+            "--allow-stochastic-rounding: bf16 weights without a master copy",
+            _once(replace(request, exact_weights=False)),
+        )
+    yield "--sequence-length {}", lambda: _shorter_sequences(request)
+    yield "--runtime-gpus {0} --plan-gpus {0}: more GPUs", lambda: _more_gpus(request)
+
+
+def _once(request: PlanRequest) -> _Requests:
+    return lambda: iter([("", request)])
+
+
+def _larger_units(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
+    assert request.plan_gpus is not None
+    for unit in range(request.plan_gpus + 1, request.runtime_gpus + 1):
+        if request.runtime_gpus % unit == 0:
+            yield str(unit), dataclasses.replace(request, plan_gpus=unit)
+
+
+def _shorter_sequences(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
+    length = request.sequence_length
+    while length % 2 == 0 and length > 128:
+        length //= 2
+        yield str(length), dataclasses.replace(request, sequence_length=length)
+
+
+def _more_gpus(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
+    gpus = request.runtime_gpus
+    while gpus * 2 <= _MAX_GPUS:
+        gpus *= 2
+        tokens = max(request.tokens_per_step, gpus * request.sequence_length)
+        yield str(gpus), dataclasses.replace(request, runtime_gpus=gpus, plan_gpus=gpus, tokens_per_step=tokens)
