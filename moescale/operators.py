@@ -30,8 +30,8 @@ from moescale.errors import ConfigError
 Dims = Mapping[str, int]
 """Sizes by dim name."""
 Kind = Literal["dense_gemm", "grouped_gemm", "attention", "elementwise"]
-TOKEN_DIMS = ("n", "r")
-"""n tokens of a micro-batch; r routed rows, n times the experts each token goes to."""
+TOKEN_DIMS = ("n", "r", "b")
+"""n tokens of a micro-batch; r routed rows, n times the experts each token goes to; b sequences."""
 EXPERT_DIM = "e"
 _TERM = re.compile(r"(\d*)([a-z]\w*)$")
 
@@ -199,7 +199,8 @@ def operator(name: str) -> Operator:
 
 # Dims: n tokens, h hidden, a heads, q query-key width of a head, t its part with positions, v value width of a head,
 # u nope + value width, c latent width, d latent width + t, l query latent width, e experts, k experts per token,
-# f expert intermediate size, s shared experts' intermediate size, i dense intermediate size, w vocabulary, x sequence.
+# f expert intermediate size, s shared experts' intermediate size, i dense intermediate size, w vocabulary, x sequence
+# length, b sequences.
 
 
 def _attention_flops(dims: Dims) -> float:
@@ -342,6 +343,7 @@ register(
             Saved(name="router_logits", dims="n e", itemsize=4),
             Saved(name="topk_ids", dims="n k", itemsize=4),
             Saved(name="topk_weights", dims="n k", itemsize=4),
+            Saved(name="tokens_per_sequence_expert", dims="b e", itemsize=4),
         ),
     )
 )

@@ -1,0 +1,121 @@
+"""What the annotations say a layer keeps for its backward, against what autograd keeps of the real model, to the byte.
+
+The model runs on fake tensors with its GPU operators: autograd records what they save without any of them computing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moescale.config import ModelConfig
+from moescale.kernels import _elementwise, router
+from moescale.kernels import experts as experts_module
+from moescale.model import attention as attention_module
+from moescale.model import moe as moe_module
+from moescale.model.rope import rope_tables
+from moescale.model.transformer import Transformer, build_on_meta
+from moescale.planner.workload import build_workload, saved_bytes
+from tiny import tiny_config
+
+SEQUENCES, LENGTH = 2, 64
+CONFIGS = {
+    "plain": tiny_config(hidden_size=64),
+    "low_rank_query": tiny_config(hidden_size=64, q_lora_rank=24),
+    "no_shared_experts": tiny_config(num_shared_experts=0, top_k=3),
+    "published_sizes": tiny_config(
+        hidden_size=2048,
+        num_heads=16,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        dense_intermediate_size=10944,
+        expert_intermediate_size=1408,
+        num_experts=64,
+        num_shared_experts=2,
+        top_k=6,
+    ),
+}
+
+
+@pytest.fixture
+def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the model choose the operators it chooses on a GPU; under fake tensors none of them runs."""
+
+    def triton(*args: Any, **kwargs: Any) -> str:
+        return "triton"
+
+    def cudnn_attention(q, k, v, *, softmax_scale, document_ids):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        result = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=softmax_scale)
+        return result[0].transpose(1, 2)
+
+    for module in (_elementwise, experts_module):
+        monkeypatch.setattr(module, "choose_backend", triton)
+    monkeypatch.setattr(attention_module, "attention", cudnn_attention)
+    monkeypatch.setattr(moe_module, "router_logits", router._router_logits_op)
+
+
+def fake_model(config: ModelConfig) -> Transformer:
+    """The model with parameters on a fake CPU; call it inside a FakeTensorMode."""
+    model = build_on_meta(config, torch.bfloat16)
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+    return model
+
+
+def bytes_kept(run: Callable[[], Any], not_counted: list[torch.Tensor]) -> int:
+    """Bytes of the storages autograd keeps while ``run`` runs, each once."""
+    kept: dict[int, int] = {}
+    known = {tensor.untyped_storage()._cdata for tensor in not_counted}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        # Scalars (random seeds of attention's dropout) are not what fills a GPU.
+        if storage._cdata not in known and tensor.dim() > 0:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    assert result is not None
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("layer", [0, 1], ids=["dense", "moe"])
+def test_a_layer_keeps_exactly_what_its_annotations_say(name: str, layer: int, gpu_operators: None) -> None:
+    config = CONFIGS[name]
+    model = fake_model(config)
+    mode = next(model.parameters()).fake_mode
+    with mode:
+        x = torch.empty(SEQUENCES, LENGTH, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        cos, sin = rope_tables(config, LENGTH, torch.device("cpu"))
+        measured = bytes_kept(lambda: model.layers[layer](x, cos, sin), [cos, sin, *model.parameters()])
+    workload = build_workload(config)
+    dims = workload.dims(SEQUENCES * LENGTH, LENGTH)
+    assert saved_bytes(workload.layers[layer], dims, 2) == measured
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_whole_model_keeps_its_layers_and_what_is_outside(name: str, gpu_operators: None) -> None:
+    config = CONFIGS[name]
+    model = fake_model(config)
+    mode = next(model.parameters()).fake_mode
+    with mode:
+        tokens = torch.empty(SEQUENCES, LENGTH, dtype=torch.int64)
+        tables = 2 * LENGTH * config.qk_rope_head_dim // 2 * 4
+        measured = bytes_kept(lambda: model(tokens, tokens), [tokens, *model.parameters()]) - tables
+    workload = build_workload(config)
+    dims = workload.dims(SEQUENCES * LENGTH, LENGTH)
+    expected = sum(kind.count * saved_bytes(kind, dims, 2) for kind in workload.layers)
+    assert expected + saved_bytes(workload.outside, dims, 2) == measured
