@@ -25,7 +25,7 @@ from moescale.plan import ParallelPlan, load_plan, one_device_plan
 from moescale.report.run_log import RunLog
 from moescale.runtime.checkpoint import Checkpoint, CheckpointStore
 from moescale.runtime.device import choose_device, make_deterministic
-from moescale.runtime.mapping import apply_plan
+from moescale.runtime.mapping import apply_plan, compile_layers, optimizer_format
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
 
@@ -56,6 +56,8 @@ class RunInputs:
     """auto, cpu, cuda or cuda:N."""
     resume: Literal["last", "last-good", "never"] = "last"
     """Continue from the newest checkpoint in output; last-good: skip damaged ones; never: refuse if there are any."""
+    compile: bool | None = None
+    """Compile the layers with torch.compile; default: on a GPU."""
     deterministic: bool = False
     """Ask for bit-identical results where an operator has a faster way that is not."""
 
@@ -107,6 +109,7 @@ def run_command(
             source=source,
             store=store,
             observer=log,
+            optimizer_format=optimizer_format(plan),
             validation=_validation(inputs.data, settings, plan),
             identity={"model": config.fingerprint(), "corpus": corpus.fingerprint},
         )
@@ -190,6 +193,8 @@ def _build(
     dtype = torch.bfloat16 if plan.compute_dtype == "bf16" else torch.float32
     model = build_on_meta(config, dtype).to_empty(device=device)
     apply_plan(model, plan)
+    if inputs.compile or (inputs.compile is None and device.type == "cuda"):
+        compile_layers(model)
     if filled:
         has_weights = any(folder.glob("*.safetensors"))
         if inputs.initialize == "pretrained" or (inputs.initialize == "auto" and has_weights):

@@ -7,6 +7,8 @@ experts stay apart (:class:`RoutedExperts`), so that expert parallelism replaces
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -81,13 +83,16 @@ class RoutedExperts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
         self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
         self.backend = "auto"
+        self.recompute_up = False  # save no pre-activation, compute it again in the backward
         # Buffers to which the backward adds the weights' gradients, set by an optimizer that keeps such.
         self.gate_up_gradient: torch.Tensor | None = None
         self.down_gradient: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """[T, H] -> [T, H]: the sum over the chosen experts, weighted by the router."""
-        return experts(
+    def forward(
+        self, x: torch.Tensor, routing: Routing, beside: Callable[[], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """[T, H] -> [T, H]: the sum over the chosen experts, weighted by the router, plus the result of ``beside``."""
+        out = experts(
             x,
             routing.topk_ids,
             routing.topk_weights,
@@ -97,7 +102,9 @@ class RoutedExperts(nn.Module):
             gate_up_gradient=self.gate_up_gradient,
             down_gradient=self.down_gradient,
             backend=self.backend,
+            recompute_up=self.recompute_up,
         )
+        return out if beside is None else out + beside()
 
 
 class MixtureOfExperts(nn.Module):
@@ -115,7 +122,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: torch.Tensor) -> FeedForwardOutput:
         flat = x.flatten(0, 1)  # [T, H]
         routing = self.router(flat, num_sequences=x.shape[0])
-        hidden = self.experts(flat, routing).view_as(x)
-        if self.shared_experts is not None:
-            hidden = hidden + self.shared_experts(x)
+        # Experts that lie on several ranks compute the shared ones while rows travel.
+        beside = None if self.shared_experts is None else partial(self.shared_experts, flat)
+        hidden = self.experts(flat, routing, beside).view_as(x)
         return FeedForwardOutput(hidden, routing.aux_loss, routing.tokens_per_expert)

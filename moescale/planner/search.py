@@ -81,7 +81,7 @@ class PlanResult:
         return ParallelPlan(
             model_fingerprint=self.config.fingerprint(),
             cluster_fingerprint=self.cluster.fingerprint(),
-            plan_gpus=mesh.pp * mesh.dp_shard * mesh.cp * mesh.tp,
+            plan_gpus=_copy_gpus(mesh),
             runtime_gpus=request.runtime_gpus,
             mesh=mesh,
             sequence_length=request.sequence_length,
@@ -104,10 +104,12 @@ class PlanResult:
         )
 
 
-def compile_plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> PlanResult:
+def compile_plan(
+    config: ModelConfig, cluster: Cluster, request: PlanRequest, *, with_alternatives: bool = True
+) -> PlanResult:
     """Search the space of ``request``. Raises ConfigError where the request contradicts itself or the model."""
     request.validate(config)
-    return Search(config, cluster, request).run()
+    return Search(config, cluster, request).run(with_alternatives=with_alternatives)
 
 
 class Search:
@@ -124,7 +126,7 @@ class Search:
         self.memory = MemoryModel(self.workload, cluster, request)
         self.limit = float(min(cluster.memory_bytes, request.memory_limit_bytes or cluster.memory_bytes))
 
-    def run(self) -> PlanResult:
+    def run(self, *, with_alternatives: bool = True) -> PlanResult:
         """Visit the space; see the module's docstring."""
         formats = format_choices(self.request)
         groups = self._bounded_groups(formats)
@@ -150,7 +152,7 @@ class Search:
             limit_bytes=self.limit,
             num_candidates=sum(len(list(self.layer_plans(group[2]))) for group in groups) * len(formats),
             best=found,
-            alternatives=self._alternatives(found) if found else (),
+            alternatives=self._alternatives(found) if found and with_alternatives else (),
             near_misses=() if found else tuple(self.evaluate(candidate) for _, candidate in nearest),
         )
 
@@ -233,7 +235,7 @@ class Search:
             time=self.cost.step(candidate),
             memory=self.memory.peak(candidate),
             host_bytes=self.memory.host_bytes(mesh, candidate.formats),
-            supported=mesh.pp == mesh.cp == mesh.tp == 1,
+            supported=mesh.pp == mesh.cp == mesh.tp == 1 and not candidate.formats.offload_optimizer,
         )
 
     def _sequences_per_rank(self, mesh: MeshShape) -> int:
@@ -275,7 +277,12 @@ class Search:
         for formats in format_choices(free):
             found.append(dataclasses.replace(chosen, formats=formats))
         mine = best.decisions
-        neighbours = [around.evaluate(other) for other in found if len(_changes(mine, other.decisions())) == 1]
+        unit = _copy_gpus(chosen.mesh)
+        neighbours = []
+        for other in found:
+            changed = _changes(mine, other.decisions())
+            if len(changed) == 1 and (_copy_gpus(other.mesh) == unit or changed == ["dp_shard"]):
+                neighbours.append(around.evaluate(other))
         return tuple(sorted(neighbours, key=lambda item: item.time.total))
 
     def _why_empty(self) -> str:
@@ -315,6 +322,10 @@ def _changes(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Names of the decisions that differ. Data-parallel sizes follow from the others, unless they alone differ."""
     changed = [name for name in mine if mine[name] != theirs[name]]
     return [name for name in changed if name not in ("dp_replicate", "dp_shard")] or changed[-1:]
+
+
+def _copy_gpus(mesh: MeshShape) -> int:
+    return mesh.pp * mesh.dp_shard * mesh.cp * mesh.tp
 
 
 def _candidate(

@@ -1,0 +1,118 @@
+"""``moescale compile``: plan training for a cluster, and say why."""
+
+from __future__ import annotations
+
+import json as json_module
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from moescale.convert.hf_config import read_model_config, resolve_model
+from moescale.errors import ConfigError
+from moescale.plan import save_plan
+from moescale.planner.cluster import load_cluster
+from moescale.planner.explain import explain_html, explain_json, explain_text
+from moescale.planner.fit import fit_json, fit_text, fit_to_gpus
+from moescale.planner.request import PlanRequest
+from moescale.planner.search import compile_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileSettings:
+    """What to plan for, and where the plan goes."""
+
+    model: str
+    """Preset name, local folder or hub name of a Hugging Face DeepSeek-V2 model."""
+    cluster: str = "h100-sxm"
+    """a100-80, h100-sxm, h200, b200, or a cluster file (.toml)."""
+    plan_gpus: str = "auto"
+    """GPUs that hold one full copy of the weights, or auto."""
+    runtime_gpus: int | None = None
+    """GPUs in all, a multiple of plan-gpus; default: plan-gpus."""
+    tokens_per_step: int = 131072
+    """Tokens of one optimizer step, over all GPUs."""
+    sequence_length: int = 2048
+    """Tokens of one sequence."""
+    memory_limit: float | None = None
+    """GiB a GPU may use; default: what the cluster file says."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Compute dtype."""
+    pin: tuple[str, ...] = ()
+    """A decision to fix, as name=value (ep=4, moe_recompute=none, ...); repeatable."""
+    forbid: tuple[str, ...] = ()
+    """A value not to use, as name=value; repeatable."""
+    router_imbalance: float = 1.1
+    """Rows of the fullest rank over the mean, where experts are split over ranks."""
+    allow_stochastic_rounding: bool = False
+    """Also consider bf16 weights with stochastic rounding, without an exact fp32 master."""
+    allow_unsupported: bool = False
+    """Also plans this version cannot run: pipeline, context, tensor parallelism, optimizer states in host memory."""
+    output: Path | None = None
+    """Plan file to write."""
+    html: Path | None = None
+    """Write the explanation as a self-contained HTML page."""
+    fit: bool = False
+    """Instead of one plan: the fewest GPUs on which it fits, and tokens/s from there to 1024 GPUs."""
+
+
+def compile_command(settings: Annotated[CompileSettings, Parameter(name="*")], *, json: bool = False) -> None:
+    """Plan training: will it fit, how fast, with which settings, and why.
+
+    Parameters
+    ----------
+    json
+        Print the plan (or with --fit the table) as JSON on standard output.
+    """
+    config = read_model_config(resolve_model(settings.model, config_only=True))
+    cluster = load_cluster(settings.cluster)
+    request = _request(settings)
+    if settings.fit:
+        answer = fit_to_gpus(config, cluster, request)
+        print(json_module.dumps(fit_json(answer), indent=2) if json else fit_text(answer))
+        return
+    result = compile_plan(config, cluster, request)
+    if settings.html is not None:
+        settings.html.parent.mkdir(parents=True, exist_ok=True)
+        settings.html.write_text(explain_html(result))
+    if json:
+        print(json_module.dumps(explain_json(result), indent=2))
+    else:
+        print(explain_text(result))
+    plan = result.plan()  # an error where nothing fits, after the explanation has said what would
+    if settings.output is not None:
+        save_plan(plan, settings.output)
+        if not json:
+            print(f"\nplan written to {settings.output}")
+
+
+def _request(settings: CompileSettings) -> PlanRequest:
+    plan_gpus = None if settings.plan_gpus == "auto" else _integer(settings.plan_gpus)
+    return PlanRequest(
+        runtime_gpus=settings.runtime_gpus if settings.runtime_gpus is not None else plan_gpus or 1,
+        plan_gpus=plan_gpus,
+        tokens_per_step=settings.tokens_per_step,
+        sequence_length=settings.sequence_length,
+        memory_limit_bytes=None if settings.memory_limit is None else round(settings.memory_limit * 2**30),
+        compute_dtype=settings.precision,
+        exact_weights=not settings.allow_stochastic_rounding,
+        router_imbalance=settings.router_imbalance,
+        allow_unsupported=settings.allow_unsupported,
+        pins=dict(_pair(text, "pin") for text in settings.pin),
+        forbidden=frozenset(_pair(text, "forbid") for text in settings.forbid),
+    )
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"compile.plan_gpus ('{text}') must be a number of GPUs, or auto") from None
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise ConfigError(f"--{option} ('{text}') must have the form name=value, for example ep=4")
+    return name.strip().replace("-", "_"), value.strip().lower()

@@ -1,0 +1,211 @@
+"""A plan's reasons, for a terminal, as JSON and as a self-contained page.
+
+All three say the same: the decisions; where a step's time goes; what fills memory at the peak, and when that is; what
+each alternative decision would cost; and where nothing fits, the nearest misses and the smallest changes that would.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import defaultdict
+from importlib.resources import files
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moescale.planner.remedies import find_remedies
+from moescale.planner.request import decision_text
+from moescale.planner.search import Evaluated, PlanResult, alternative_summary
+
+GIB = 2**30
+SHOWN_ALTERNATIVES = 16
+
+
+def explain_json(result: PlanResult) -> dict[str, Any]:
+    """The plan with its prediction and alternatives; where nothing fits ``near_misses`` and ``suggestions`` instead."""
+    head = {"limit_bytes": round(result.limit_bytes), "num_candidates": result.num_candidates}
+    if result.best is None:
+        misses = [_miss_json(result, miss) for miss in result.near_misses]
+        return {"fits": False, **head, "near_misses": misses, "suggestions": remedy_texts(result)}
+    plan = json.loads(result.plan().to_json())
+    hidden = {name: seconds for name, seconds in result.best.time.hidden.items() if seconds}
+    plan["prediction"]["hidden_seconds"] = hidden
+    return {"fits": True, **head, "supported": result.best.supported, **plan}
+
+
+def explain_text(result: PlanResult) -> str:
+    """Tables for a terminal."""
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=110, highlight=False)
+    if result.best is None:
+        _print_misses(console, result)
+    else:
+        _print_plan(console, result, result.best)
+        _print_time(console, result.best)
+        _print_memory(console, result, result.best)
+        _print_alternatives(console, result)
+    return buffer.getvalue().rstrip()
+
+
+def explain_html(result: PlanResult) -> str:
+    """One page without outside resources: a memory bar, a step timeline, and the tables."""
+    import jinja2
+
+    template = (files("moescale") / "planner" / "page.html").read_text()
+    best = result.best
+    shown = best or result.near_misses[0]
+    return (
+        jinja2.Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            title=f"{result.request.runtime_gpus} x {result.cluster.gpu}",
+            fits=best is not None,
+            decisions={name: decision_text(value) for name, value in shown.decisions.items()},
+            step_seconds=shown.time.total,
+            tokens_per_second=result.request.tokens_per_step / shown.time.total,
+            time_parts=_shares(group_time(shown), shown.time.total),
+            hidden={name: seconds for name, seconds in shown.time.hidden.items() if seconds > 0},
+            memory_parts=_shares(shown.memory.breakdown, max(result.limit_bytes, shown.memory.total)),
+            peak_gib=shown.memory.total / GIB,
+            limit_gib=result.limit_bytes / GIB,
+            limit_percent=100 * result.limit_bytes / max(result.limit_bytes, shown.memory.total),
+            moment=shown.memory.moment,
+            alternatives=[alternative_text(result, other) for other in result.alternatives] if best else [],
+            suggestions=[] if best else remedy_texts(result),
+        )
+    )
+
+
+def group_time(evaluated: Evaluated) -> dict[str, float]:
+    """Exposed seconds of a step, operators gathered into a dozen parts, largest first."""
+    groups = {
+        "experts": ("compute experts", "compute expert_gather_combine"),
+        "shared experts": ("compute shared",),
+        "attention": ("compute attention", "compute mla_rope"),
+        "attention projections": ("compute q_", "compute kv_", "compute attention_output"),
+        "dense layers": ("compute dense",),
+        "router": ("compute router",),
+        "loss and embedding": ("compute linear_cross_entropy", "compute final_norm", "compute embedding"),
+        "norms and residuals": ("compute attention_norm", "compute feed_forward_norm", "compute residual"),
+    }
+    longest_first = sorted(
+        ((prefix, group) for group, prefixes in groups.items() for prefix in prefixes), key=lambda pair: -len(pair[0])
+    )
+    parts: dict[str, float] = defaultdict(float)
+    for name, seconds in evaluated.time.exposed.items():
+        parts[next((group for prefix, group in longest_first if name.startswith(prefix)), name)] += seconds
+    return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def alternative_text(result: PlanResult, other: Evaluated) -> str:
+    """For example ``ep 1 instead of 4: +31%, does not fit by 6.2 GiB``."""
+    summary = alternative_summary(result, other)
+    text = f"{summary['decision']} {summary['value']} instead of {summary['instead_of']}: {summary['slower_by']:+.1%}"
+    if summary["exceeds_memory_by_bytes"]:
+        text += f", does not fit by {summary['exceeds_memory_by_bytes'] / GIB:.1f} GiB"
+    if summary["value"] == "stochastic_bf16":
+        text += ", without exact weights (--allow-stochastic-rounding)"
+    return text if summary["supported"] else text + ", not supported by this version's runtime"
+
+
+def remedy_texts(result: PlanResult) -> list[str]:
+    """Where nothing fits: each change that would make a plan fit, with what it would run like."""
+    return [
+        f"{remedy.change}: {remedy.peak_bytes / GIB:.1f} GiB, {remedy.step_seconds:.3f} s a step"
+        for remedy in find_remedies(result)
+    ]
+
+
+def _print_plan(console: Console, result: PlanResult, best: Evaluated) -> None:
+    request, mesh = result.request, best.candidate.mesh
+    plan = result.plan()
+    rate = request.tokens_per_step / best.time.total
+    console.print(
+        f"{plan.plan_gpus} GPU{'s' if plan.plan_gpus > 1 else ''} hold one copy of the weights, "
+        f"{mesh.dp_replicate} cop{'ies' if mesh.dp_replicate > 1 else 'y'} on {request.runtime_gpus} x "
+        f"{result.cluster.gpu}"
+    )
+    console.print(
+        f"step {best.time.total:.3f} s, {rate:,.0f} tokens/s ({rate / request.runtime_gpus:,.0f} per GPU), "
+        f"peak {best.memory.total / GIB:.1f} of {result.limit_bytes / GIB:.1f} GiB; best of {result.num_candidates:,}"
+    )
+    if not best.supported:
+        console.print("This version's runtime cannot run this plan.")
+    table = Table("decision", "value", title="Plan", title_justify="left")
+    for name, value in best.decisions.items():
+        table.add_row(name, decision_text(value))
+    table.add_row("gradient_accumulation_steps", str(best.candidate.gradient_accumulation_steps))
+    console.print(table)
+
+
+def _print_time(console: Console, best: Evaluated) -> None:
+    table = Table("part", "seconds", "share", title="Step time", title_justify="left")
+    for name, seconds in group_time(best).items():
+        if seconds > 0.0005 * best.time.total:
+            table.add_row(name, f"{seconds:.3f}", f"{seconds / best.time.total:.1%}")
+    for name, seconds in best.time.hidden.items():
+        if seconds > 0:
+            table.add_row(f"{name}, hidden", f"({seconds:.3f})", "")
+    console.print(table)
+
+
+def _print_memory(console: Console, result: PlanResult, best: Evaluated) -> None:
+    title = f"Memory of a rank at the peak, which falls in the {best.memory.moment}"
+    table = Table("class", "GiB", "share of the limit", title=title, title_justify="left")
+    for name, size in best.memory.breakdown.items():
+        if size > 0:
+            table.add_row(name, f"{size / GIB:.2f}", f"{size / result.limit_bytes:.1%}")
+    if best.host_bytes:
+        table.add_row("host: optimizer", f"{best.host_bytes / GIB:.2f}", "")
+    console.print(table)
+
+
+def _print_alternatives(console: Console, result: PlanResult) -> None:
+    console.print("Alternatives")
+    for other in result.alternatives[:SHOWN_ALTERNATIVES]:
+        console.print(f"  {alternative_text(result, other)}")
+    if len(result.alternatives) > SHOWN_ALTERNATIVES:
+        console.print(f"  and {len(result.alternatives) - SHOWN_ALTERNATIVES} slower ones (--json has all)")
+
+
+def _print_misses(console: Console, result: PlanResult) -> None:
+    console.print(f"Nothing fits {result.limit_bytes / GIB:.1f} GiB per GPU. Nearest misses:")
+    for miss in result.near_misses:
+        excess = (miss.memory.total - result.limit_bytes) / GIB
+        decisions = ", ".join(f"{name}={decision_text(value)}" for name, value in miss.decisions.items())
+        console.print(f"  exceeds by {excess:.1f} GiB: {decisions}")
+        largest = sorted(miss.memory.breakdown.items(), key=lambda item: -item[1])[:4]
+        console.print("    largest: " + ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest))
+    console.print("What would fit:")
+    for suggestion in remedy_texts(result) or ["none of the changes tried"]:
+        console.print(f"  {suggestion}")
+
+
+def _miss_json(result: PlanResult, miss: Evaluated) -> dict[str, Any]:
+    return {
+        "decisions": {name: decision_text(value) for name, value in miss.decisions.items()},
+        "peak_bytes": round(miss.memory.total),
+        "exceeds_memory_by_bytes": round(miss.memory.total - result.limit_bytes),
+        "breakdown_bytes": {name: round(size) for name, size in miss.memory.breakdown.items()},
+    }
+
+
+def _shares(parts: dict[str, float], total: float) -> list[dict[str, Any]]:
+    colors = (
+        "#4c78a8",
+        "#f58518",
+        "#54a24b",
+        "#e45756",
+        "#72b7b2",
+        "#b279a2",
+        "#ff9da6",
+        "#9d755d",
+        "#bab0ac",
+        "#eeca3b",
+    )
+    return [
+        {"name": name, "value": value, "percent": 100 * value / total, "color": colors[index % len(colors)]}
+        for index, (name, value) in enumerate(item for item in parts.items() if item[1] > 0)
+    ]
