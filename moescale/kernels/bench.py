@@ -6,7 +6,7 @@ meet the same clocks:
 
 - ``grouped_mm``: PyTorch's grouped product under ``torch.compile`` (which fuses SwiGLU), in the faster of the weight
   layouts [E, out, in] and [E, in, out];
-- ``dense``: the six products alone, all rows through one expert, in cuBLAS: the practical limit;
+- ``dense``: the six products alone, back to back, all rows through one expert, in cuBLAS: the practical limit;
 - ``reference_published``: what the reference published for its kernel, measured on an H100.
 
 Times are those of the GPU: the host queues each run's work ahead, as in a training step. FLOPs are the experts' alone.
@@ -51,12 +51,22 @@ SKEW = 0.7
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One implementation to time: ``forward`` returns the output, ``inputs`` are what gradients are taken for."""
+    """One implementation to time: ``backward`` takes what ``forward`` returned, and returns all gradients."""
 
     backend: str
     forward: Callable[[], torch.Tensor]
-    inputs: tuple[torch.Tensor, ...]
-    grad: torch.Tensor
+    backward: Callable[[torch.Tensor], Any]
+
+
+def differentiated(
+    backend: str, forward: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...], grad: torch.Tensor
+) -> Contender:
+    """Return the contender whose backward is autograd's, for all ``inputs``."""
+    return Contender(
+        backend=backend,
+        forward=forward,
+        backward=lambda out: torch.autograd.grad(out, inputs, grad, retain_graph=True),
+    )
 
 
 def choose_experts(shape: ExpertShape, routing: str, seed: int = 0) -> torch.Tensor:
@@ -87,7 +97,6 @@ def bench_experts(
     for shape in shapes:
         for routing in routings:
             rows += _measure(_mlp_contenders(shape, routing), shape, "mlp", routing)
-            rows.append(_dense_row(shape, routing))
         if (shape.tokens, shape.num_experts) in REFERENCE_PUBLISHED:
             times = REFERENCE_PUBLISHED[shape.tokens, shape.num_experts]
             rows.append(_row(shape, "mlp", "uniform", "reference_published", *times, peak_bytes=None))
@@ -123,9 +132,10 @@ def _mlp_contenders(shape: ExpertShape, routing: str) -> list[Contender]:
     plain = functools.partial(compiled, rows, gate_up.transpose(1, 2), down.transpose(1, 2), ends)
     transposed = functools.partial(compiled, rows, gate_up_t, down_t, ends)
     return [
-        Contender(backend="triton", forward=ours, inputs=(rows, gate_up, down), grad=grad),
-        Contender(backend="grouped_mm[E,out,in]", forward=plain, inputs=(rows, gate_up, down), grad=grad),
-        Contender(backend="grouped_mm[E,in,out]", forward=transposed, inputs=(rows, gate_up_t, down_t), grad=grad),
+        differentiated("triton", ours, (rows, gate_up, down), grad),
+        differentiated("grouped_mm[E,out,in]", plain, (rows, gate_up, down), grad),
+        differentiated("grouped_mm[E,in,out]", transposed, (rows, gate_up_t, down_t), grad),
+        _dense_contender(shape),
     ]
 
 
@@ -145,8 +155,8 @@ def _layer_contenders(shape: ExpertShape, routing: str) -> list[Contender]:
     ours = functools.partial(_layer, *inputs, bias, shape.top_k, "triton")
     peer = functools.partial(torch.compile(_layer, dynamic=False), *inputs, bias, shape.top_k, "grouped_mm")
     return [
-        Contender(backend="triton", forward=ours, inputs=inputs, grad=grad),
-        Contender(backend="grouped_mm", forward=peer, inputs=inputs, grad=grad),
+        differentiated("triton", ours, inputs, grad),
+        differentiated("grouped_mm", peer, inputs, grad),
     ]
 
 
@@ -196,7 +206,7 @@ def _measure(contenders: list[Contender], shape: ExpertShape, scope: str, routin
         for contender in contenders:
             forward_ms = measure_ms(contender.forward, sleep_cycles=SLEEP_CYCLES)
             out = contender.forward()
-            backward = functools.partial(torch.autograd.grad, out, contender.inputs, contender.grad, retain_graph=True)
+            backward = functools.partial(contender.backward, out)
             samples[contender.backend].append((forward_ms, measure_ms(backward, sleep_cycles=SLEEP_CYCLES)))
             del out, backward
     rows = []
@@ -212,25 +222,25 @@ def _peak_bytes(contender: Contender) -> int:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        torch.autograd.grad(contender.forward(), contender.inputs, contender.grad)
+        contender.backward(contender.forward())
         torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
-def _dense_row(shape: ExpertShape, routing: str) -> dict[str, Any]:
-    """The six products with all rows in one expert, each alone."""
+def _dense_contender(shape: ExpertShape) -> Contender:
+    """The six products with all rows in one expert, and nothing between them."""
     hidden, ffn = shape.hidden_size, shape.intermediate_size
-    with torch.no_grad():
-        x, grad, pre, act = (_random(shape.rows, n).detach() for n in (hidden, hidden, 2 * ffn, ffn))
-        gate_up, down = _random(2 * ffn, hidden).detach(), _random(hidden, ffn).detach()
-        forward = (lambda: x @ gate_up.T, lambda: act @ down.T)
-        backward = (lambda: grad @ down, lambda: pre @ gate_up, lambda: pre.T @ x, lambda: grad.T @ act)
-        times = [
-            [sum(measure_ms(product) for product in products) for products in (forward, backward)]
-            for _ in range(ROUNDS)
-        ]
-    forward_ms, backward_ms = (statistics.median(column) for column in zip(*times, strict=True))
-    return _row(shape, "mlp", routing, "dense", forward_ms, backward_ms, peak_bytes=None)
+    x, grad, pre, act = (_random(shape.rows, n).detach() for n in (hidden, hidden, 2 * ffn, ffn))
+    gate_up, down = _random(2 * ffn, hidden, scale=0.02).detach(), _random(hidden, ffn, scale=0.02).detach()
+
+    def forward() -> torch.Tensor:
+        x @ gate_up.T
+        return act @ down.T
+
+    def backward(_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return grad @ down, grad.T @ act, pre.T @ x, pre @ gate_up
+
+    return Contender(backend="dense", forward=forward, backward=backward)
 
 
 def _row(

@@ -168,34 +168,38 @@ def _implementation(backend: str) -> SimpleNamespace:
     return SimpleNamespace(
         combine_rows=unfused.combine_rows,
         gather_rows=unfused.gather_rows,
+        group_rows=unfused.group_rows,
         multiply_down_dgrad=bind(unfused.multiply_down_dgrad, backend=backend),
         multiply_rows=bind(unfused.multiply_rows, backend=backend),
         multiply_up=bind(unfused.multiply_up, backend=backend),
+        order_by_pair=unfused.order_by_pair,
         sort_weights=unfused.sort_weights,
-        sum_pair_gradients=unfused.sum_pair_gradients,
         weight_gradient=bind(unfused.weight_gradient, backend=backend),
-        zero_tail=unfused.zero_tail,
     )
 
 
-def _mlp_forward(ops, rows, gate_up, down, ends, save_pre):
-    pre, act = ops.multiply_up(rows, gate_up, ends, write_pre=save_pre, write_act=True)
-    return ops.multiply_rows(act, down, ends), pre
+def _mlp_forward(ops, rows, gate_up, down, ends, save_pre, *, zero_tail=False):
+    groups = ops.group_rows(ends, rows.shape[0])
+    pre, act = ops.multiply_up(rows, gate_up, groups, write_pre=save_pre, write_act=True)
+    return ops.multiply_rows(act, down, groups, zero_tail=zero_tail), pre
 
 
-def _mlp_backward(ops, grad_rows, rows, pre, gate_up, down, ends, row_weights, gate_up_gradient, down_gradient):
-    """Return the gradients (rows, weight parts, gate_up, down); a weight with a buffer gets an empty gradient."""
+def _mlp_backward(
+    ops, grad_rows, rows, pre, gate_up, down, ends, row_weights, gate_up_gradient, down_gradient, *, zero_tail=False
+):
+    """Return the gradients (rows, row weights, gate_up, down); a weight with a buffer gets an empty gradient."""
+    groups = ops.group_rows(ends, rows.shape[0])
     if pre.numel() == 0:
-        pre, _ = ops.multiply_up(rows, gate_up, ends, write_pre=True, write_act=False)
+        pre, _ = ops.multiply_up(rows, gate_up, groups, write_pre=True, write_act=False)
     gate_up_gradient, down_gradient = (None if b is None else b.data for b in (gate_up_gradient, down_gradient))
-    grad_pre, act, parts = ops.multiply_down_dgrad(grad_rows, down, pre, ends, row_weights)
-    grad_down = ops.weight_gradient(grad_rows, act, ends, buffer=down_gradient)
+    grad_pre, act, grad_weights = ops.multiply_down_dgrad(grad_rows, down, pre, groups, row_weights)
+    grad_down = ops.weight_gradient(grad_rows, act, groups, buffer=down_gradient, kernel="down_wgrad")
     del act
-    grad_gate_up = ops.weight_gradient(grad_pre, rows, ends, buffer=gate_up_gradient)
-    grad_rows = ops.multiply_rows(grad_pre, gate_up, ends, transposed=True)
+    grad_gate_up = ops.weight_gradient(grad_pre, rows, groups, buffer=gate_up_gradient, kernel="up_wgrad")
+    grad_rows = ops.multiply_rows(grad_pre, gate_up, groups, transposed=True, zero_tail=zero_tail, kernel="up_dgrad")
     return (
         grad_rows,
-        parts,
+        grad_weights,
         grad_gate_up if gate_up_gradient is None else rows.new_empty(0),
         grad_down if down_gradient is None else rows.new_empty(0),
     )
@@ -249,7 +253,7 @@ def _experts_backward(
     ops = _implementation(backend)
     top_k = topk_weights.shape[1]
     weights = topk_weights.contiguous()
-    grad_rows, parts, grad_gate_up, grad_down = _mlp_backward(
+    grad_rows, grad_weights, grad_gate_up, grad_down = _mlp_backward(
         ops,
         ops.gather_rows(grad.contiguous(), row_pair, top_k),
         ops.gather_rows(x.contiguous(), row_pair, top_k),
@@ -262,7 +266,7 @@ def _experts_backward(
         down_gradient,
     )
     grad_x = ops.combine_rows(grad_rows, pair_row, top_k)
-    grad_weights = ops.sum_pair_gradients(parts, pair_row).view(topk_weights.shape)
+    grad_weights = ops.order_by_pair(grad_weights, pair_row).view(topk_weights.shape)
     return grad_x, grad_weights, grad_gate_up, grad_down
 
 
@@ -313,9 +317,8 @@ def _expert_mlp(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (result, pre-activation or empty)."""
     ops = _implementation(backend)
-    out, pre = _mlp_forward(ops, rows.contiguous(), gate_up.contiguous(), down.contiguous(), ends, save_pre)
-    ops.zero_tail(out, ends)
-    return out, pre
+    weights = (gate_up.contiguous(), down.contiguous())
+    return _mlp_forward(ops, rows.contiguous(), *weights, ends, save_pre, zero_tail=True)
 
 
 @_expert_mlp.register_fake
@@ -340,9 +343,8 @@ def _expert_mlp_backward(
     buffers = (gate_up_gradient, down_gradient)
     weights = (gate_up.contiguous(), down.contiguous())
     grad_rows, _, grad_gate_up, grad_down = _mlp_backward(
-        ops, grad.contiguous(), rows.contiguous(), pre, *weights, ends, None, *buffers
+        ops, grad.contiguous(), rows.contiguous(), pre, *weights, ends, None, *buffers, zero_tail=True
     )
-    ops.zero_tail(grad_rows, ends)
     return grad_rows, grad_gate_up, grad_down
 
 

@@ -11,20 +11,40 @@ import torch.nn.functional as F
 
 
 def multiply_rows(
-    rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, *, transposed: bool = False, backend: str
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    transposed: bool = False,
+    zero_tail: bool = False,
+    kernel: str = "",
+    backend: str,
 ) -> torch.Tensor:
-    """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N]."""
+    """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N].
+
+    Rows that belong to no expert are left unwritten, or zeroed with ``zero_tail``. ``kernel`` has no meaning here.
+    """
     matrices = weight if transposed else weight.transpose(-2, -1)
     if backend == "grouped_mm":
-        return F.grouped_mm(rows, matrices, offs=ends)
-    out = rows.new_empty((rows.shape[0], matrices.shape[-1]))
-    for matrix, begin, end in _row_ranges(matrices, ends):
-        torch.mm(rows[begin:end], matrix, out=out[begin:end])
+        out = F.grouped_mm(rows, matrices, offs=ends)
+    else:
+        out = rows.new_empty((rows.shape[0], matrices.shape[-1]))
+        for matrix, begin, end in _row_ranges(matrices, ends):
+            torch.mm(rows[begin:end], matrix, out=out[begin:end])
+    if zero_tail:
+        tail = torch.arange(out.shape[0], device=out.device) >= ends[-1]
+        out.masked_fill_(tail.unsqueeze(1), 0)
     return out
 
 
 def weight_gradient(
-    left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor, *, buffer: torch.Tensor | None = None, backend: str
+    left: torch.Tensor,
+    right: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    buffer: torch.Tensor | None = None,
+    kernel: str = "",
+    backend: str,
 ) -> torch.Tensor:
     """Return left[rows of e].T @ right[rows of e] for every expert, [E, M, N], or add it to ``buffer`` in place."""
     if backend == "grouped_mm":
@@ -43,10 +63,9 @@ def _row_ranges(matrices: torch.Tensor, ends: torch.Tensor):
         begin = end
 
 
-def zero_tail(out: torch.Tensor, ends: torch.Tensor) -> None:
-    """Zero the rows of ``out`` [R, N] that belong to no expert, in place."""
-    tail = torch.arange(out.shape[0], device=out.device) >= ends[-1]
-    out.masked_fill_(tail.unsqueeze(1), 0)
+def group_rows(ends: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return what the products need to know of the rows: here the experts' cumulative counts themselves."""
+    return ends
 
 
 def gather_rows(x: torch.Tensor, row_pair: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -91,19 +110,19 @@ def multiply_down_dgrad(
     *,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (grad_pre [R, 2F], weighted activation [R, F], gradient [1, R] of the row weights)."""
+    """Return (grad_pre [R, 2F], weighted activation [R, F], gradient [R] of the row weights)."""
     grad = multiply_rows(grad_out, down, ends, transposed=True, backend=backend).float()
     gate, up = pre.float().chunk(2, dim=-1)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
     act = silu * up
-    parts = (grad * act).sum(1).unsqueeze(0)
+    grad_weights = (grad * act).sum(1)
     if row_weights is not None:
         grad, act = grad * row_weights.unsqueeze(1), act * row_weights.unsqueeze(1)
     grad_pre = torch.cat((grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu), dim=-1)
-    return grad_pre.to(pre.dtype), act.to(pre.dtype), parts
+    return grad_pre.to(pre.dtype), act.to(pre.dtype), grad_weights
 
 
-def sum_pair_gradients(parts: torch.Tensor, pair_row: torch.Tensor) -> torch.Tensor:
-    """Return the gradient [R] of every pair's routing weight from its parts [1, R]."""
-    return parts.sum(0)[pair_row.clamp(min=0)].masked_fill(pair_row < 0, 0)
+def order_by_pair(row_values: torch.Tensor, pair_row: torch.Tensor) -> torch.Tensor:
+    """Return for every pair the value [R] of its sorted row; 0 for a pair without a row."""
+    return row_values[pair_row.clamp(min=0)].masked_fill(pair_row < 0, 0)

@@ -52,15 +52,13 @@ def _grouped_gemm(
 ) -> torch.Tensor:
     if backend == "triton":
         from moescale.kernels import grouped_gemm_triton as triton_gemm
+        from moescale.kernels.row_tiles_triton import group_rows
 
-        out = triton_gemm.multiply_rows(rows.contiguous(), weight.contiguous(), ends)
-        triton_gemm.zero_tail(out, ends)
-        return out
+        groups = group_rows(ends, rows.shape[0])
+        return triton_gemm.multiply_rows(rows.contiguous(), weight.contiguous(), groups, zero_tail=True)
     from moescale.kernels import experts_unfused
 
-    out = experts_unfused.multiply_rows(rows, weight, ends, backend=backend)
-    experts_unfused.zero_tail(out, ends)
-    return out
+    return experts_unfused.multiply_rows(rows, weight, ends, zero_tail=True, backend=backend)
 
 
 @_grouped_gemm.register_fake
@@ -82,15 +80,15 @@ def _grouped_gemm_backward(
     buffer = None if buffer is None else buffer.data
     if backend == "triton":
         from moescale.kernels import grouped_gemm_triton as triton_gemm
+        from moescale.kernels.row_tiles_triton import group_rows
 
-        grad_rows = triton_gemm.multiply_rows(grad, weight, ends, transposed=True, kernel="up_dgrad")
-        triton_gemm.zero_tail(grad_rows, ends)
-        grad_weight = triton_gemm.weight_gradient(grad, rows, ends, buffer=buffer)
+        groups = group_rows(ends, rows.shape[0])
+        grad_rows = triton_gemm.multiply_rows(grad, weight, groups, transposed=True, zero_tail=True, kernel="up_dgrad")
+        grad_weight = triton_gemm.weight_gradient(grad, rows, groups, buffer=buffer)
     else:
         from moescale.kernels import experts_unfused
 
-        grad_rows = experts_unfused.multiply_rows(grad, weight, ends, transposed=True, backend=backend)
-        experts_unfused.zero_tail(grad_rows, ends)
+        grad_rows = experts_unfused.multiply_rows(grad, weight, ends, transposed=True, zero_tail=True, backend=backend)
         grad_weight = experts_unfused.weight_gradient(grad, rows, ends, buffer=buffer, backend=backend)
     return grad_rows, grad_weight if buffer is None else rows.new_empty(0)
 

@@ -18,30 +18,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moescale.kernels.backends import triton_interpreted
 from moescale.kernels.launch import LaunchConfig, find_launch, num_multiprocessors
 from moescale.kernels.ragged_triton import describe_rows, load_rows, store_rows
-
-
-@triton.jit
-def _row_tiles_kernel(ends, tiles, num_experts, max_tiles, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
-    """List the row tiles: tiles[0] = (count, ...), tiles[1 + i] = (expert, first row, rows, row of the tile)."""
-    expert = tl.arange(0, EXPERTS)
-    inside = expert < num_experts
-    end = tl.load(ends + expert, mask=inside, other=0)
-    start = tl.load(ends + expert - 1, mask=inside & (expert > 0), other=0)
-    num_tiles = tl.where(inside, tl.cdiv(end - start, BLOCK_M), 0)
-    last = tl.cumsum(num_tiles, 0)
-    if tl.program_id(0) == 0:
-        tl.store(tiles, tl.sum(num_tiles, 0))
-    index = tl.program_id(0) * 32 + tl.arange(0, 32)
-    owner = tl.sum((last[None, :] <= index[:, None]).to(tl.int32), 1)
-    valid = (owner < num_experts) & (index < max_tiles)
-    first = tl.load(ends + owner - 1, mask=valid & (owner > 0), other=0)
-    rows = tl.load(ends + owner, mask=valid, other=0) - first
-    previous = tl.sum(tl.where(expert[None, :] < owner[:, None], num_tiles[None, :], 0), 1)
-    entry = tiles + 4 * (index + 1)
-    tl.store(entry, owner, mask=valid)
-    tl.store(entry + 1, first, mask=valid)
-    tl.store(entry + 2, rows, mask=valid)
-    tl.store(entry + 3, (index - previous) * BLOCK_M, mask=valid)
+from moescale.kernels.row_tiles_triton import (
+    RowGroups,
+    first_position,
+    half_tile,
+    split_whole_tiles,
+    whole_tile,
+    zero_rows_of_no_expert,
+)
 
 
 @triton.jit
@@ -64,25 +48,16 @@ def split_tile(tile, PARTS: tl.constexpr):
         return split_columns(left) + split_columns(right)
 
 
-@triton.jit
-def row_tile(tiles, tile, num_row_tiles, num_column_tiles, GROUP_M: tl.constexpr):
-    """Return (expert, first row, rows, row of the tile, column tile) of a position in the tile order.
-
-    GROUP_M row tiles are walked together, column by column, so that the programs at work share operands in L2.
-    """
-    group = tile // (GROUP_M * num_column_tiles)
-    group_rows = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
-    within = tile % (GROUP_M * num_column_tiles)
-    entry = tiles + 4 * (1 + group * GROUP_M + within % group_rows)
-    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), within // group_rows
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rows_kernel(
     rows,
+    half_rows,
     weight,
     out,
+    half_out,
+    out_pointer,
     tiles,
+    num_rows,
     N,
     K,
     BLOCK_M: tl.constexpr,
@@ -91,27 +66,58 @@ def _rows_kernel(
     GROUP_M: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
     STORE_SPLITS: tl.constexpr,
+    HALF_TILES: tl.constexpr,
+    ZERO_TAIL: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[r, n] = sum_k rows[r, k] * weight[e][n, k]; TRANSPOSED: weight[e][k, n]."""
-    num_row_tiles = tl.load(tiles)
-    num_column_tiles = tl.cdiv(N, BLOCK_N)
-    total = num_row_tiles * num_column_tiles
-    for tile in tl.range(tl.program_id(0), total, NUM_PROGRAMS, flatten=FLATTEN):
-        expert, first, size, row, column = row_tile(tiles, tile, num_row_tiles, num_column_tiles, GROUP_M)
+    """out[r, n] = sum_k rows[r, k] * weight[e][n, k]; TRANSPOSED: weight[e][k, n].
+
+    ``half_rows`` and ``half_out`` describe the same tensors in blocks of half the height.
+    """
+    # A half tile stored in half the parts takes the same shared memory, and its parts stay within the warps.
+    HALF_STORE_SPLITS: tl.constexpr = (STORE_SPLITS + 1) // 2
+    num_columns = tl.cdiv(N, BLOCK_N)
+    num_whole, num_cut, num_half = split_whole_tiles(tiles, num_columns, NUM_PROGRAMS, HALF_TILES)
+    for position in tl.range(tl.program_id(0), num_whole * num_columns, NUM_PROGRAMS, flatten=FLATTEN):
+        expert, first, size, row, column = whole_tile(tiles, position, num_whole, num_columns, GROUP_M)
+        column = column * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, tl.cdiv(K, BLOCK_K)):
             a = load_rows(rows, first, size, row, k * BLOCK_K)
-            if TRANSPOSED:
-                b = tl.reshape(weight.load([expert, k * BLOCK_K, column * BLOCK_N]), (BLOCK_K, BLOCK_N))
-            else:
-                b = tl.reshape(weight.load([expert, column * BLOCK_N, k * BLOCK_K]), (BLOCK_N, BLOCK_K)).T
+            b = _load_weight(weight, expert, column, k * BLOCK_K, BLOCK_N, BLOCK_K, TRANSPOSED)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        parts = split_tile(acc, STORE_SPLITS)
-        for i in tl.static_range(STORE_SPLITS):
-            store_rows(out, first, size, row, column * BLOCK_N + i * (BLOCK_N // STORE_SPLITS), parts[i])
+        _store_product(out, first, size, row, column, acc, STORE_SPLITS)
+    if HALF_TILES:
+        begin = first_position(num_whole * num_columns, NUM_PROGRAMS)
+        for position in tl.range(begin, num_half * num_columns, NUM_PROGRAMS, flatten=FLATTEN):
+            expert, first, size, row, column = half_tile(tiles, position, num_whole, num_cut, num_columns, BLOCK_M // 2)
+            column = column * BLOCK_N
+            acc = tl.zeros((BLOCK_M // 2, BLOCK_N), tl.float32)
+            for k in tl.range(0, tl.cdiv(K, BLOCK_K)):
+                a = load_rows(half_rows, first, size, row, k * BLOCK_K)
+                b = _load_weight(weight, expert, column, k * BLOCK_K, BLOCK_N, BLOCK_K, TRANSPOSED)
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            _store_product(half_out, first, size, row, column, acc, HALF_STORE_SPLITS)
+    if ZERO_TAIL:
+        zero_rows_of_no_expert(tiles, out_pointer, num_rows, N, NUM_PROGRAMS)
+
+
+@triton.jit
+def _load_weight(weight, expert, column, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Load the block [BLOCK_K, BLOCK_N] of an expert's weight, stored [K, N] if TRANSPOSED, else [N, K]."""
+    if TRANSPOSED:
+        return tl.reshape(weight.load([expert, k, column]), (BLOCK_K, BLOCK_N))
+    else:
+        return tl.reshape(weight.load([expert, column, k]), (BLOCK_N, BLOCK_K)).T
+
+
+@triton.jit
+def _store_product(out, first, size, row, column, acc, STORE_SPLITS: tl.constexpr):
+    parts = split_tile(acc, STORE_SPLITS)
+    for i in tl.static_range(STORE_SPLITS):
+        store_rows(out, first, size, row, column + i * (acc.shape[1] // STORE_SPLITS), parts[i])
 
 
 @triton.jit
@@ -194,30 +200,9 @@ def _store_gradient(out, expert, m, n, tile, ACCUMULATE: tl.constexpr):
         out.store([expert, m, n], block)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _zero_tail_kernel(out, ends, num_experts, num_rows, columns, BLOCK: tl.constexpr):
-    """Zero the rows of ``out`` that belong to no expert: those from ends[-1] on."""
-    begin = tl.load(ends + num_experts - 1).to(tl.int64) * columns
-    end = num_rows.to(tl.int64) * columns
-    for offset in tl.range(begin + tl.program_id(0) * BLOCK, end, tl.num_programs(0) * BLOCK):
-        index = offset + tl.arange(0, BLOCK)
-        tl.store(out + index, tl.zeros((BLOCK,), out.dtype.element_ty), mask=index < end)
-
-
 def matrix_precision(dtype: torch.dtype) -> str:
     """fp32 operands are multiplied exactly, not rounded to tf32; other dtypes have one precision only."""
     return "ieee" if dtype == torch.float32 else "tf32"
-
-
-def row_tiles(ends: torch.Tensor, num_rows: int, block_m: int) -> torch.Tensor:
-    """Return the table of row tiles [1 + tiles, 4] int32 that the row kernels walk; see ``_row_tiles_kernel``."""
-    num_experts = ends.numel()
-    max_tiles = num_rows // block_m + num_experts
-    tiles = torch.empty((max_tiles + 1, 4), dtype=torch.int32, device=ends.device)
-    _row_tiles_kernel[(triton.cdiv(max_tiles, 32),)](
-        ends, tiles, num_experts, max_tiles, BLOCK_M=block_m, EXPERTS=max(64, triton.next_power_of_2(num_experts))
-    )
-    return tiles
 
 
 def num_programs(launch: LaunchConfig, device: torch.device) -> int:
@@ -228,15 +213,17 @@ def num_programs(launch: LaunchConfig, device: torch.device) -> int:
 def multiply_rows(
     rows: torch.Tensor,
     weight: torch.Tensor,
-    ends: torch.Tensor,
+    groups: RowGroups,
     *,
     transposed: bool = False,
+    zero_tail: bool = False,
     kernel: str = "down",
     launch: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N].
 
-    Rows from ``ends[-1]`` on are left unwritten. ``kernel`` names the entry of the launch table.
+    Rows that belong to no expert are left unwritten, or zeroed with ``zero_tail``. ``kernel`` names the entry of the
+    launch table.
     """
     num_rows, k = rows.shape
     num_experts = weight.shape[0]
@@ -249,9 +236,13 @@ def multiply_rows(
     grid = num_programs(launch, rows.device)
     _rows_kernel[(grid,)](
         describe_rows(rows, [block_m, block_k]),
+        describe_rows(rows, [block_m // 2, block_k]),
         TensorDescriptor.from_tensor(weight, [1, block_k, block_n] if transposed else [1, block_n, block_k]),
         describe_rows(out, [block_m, launch.store_n]),
-        row_tiles(ends, num_rows, block_m),
+        describe_rows(out, [block_m // 2, block_n // ((launch.store_splits + 1) // 2)]),
+        out,
+        groups.tiles(block_m, launch.half_tiles),
+        num_rows,
         n,
         k,
         BLOCK_M=block_m,
@@ -260,6 +251,8 @@ def multiply_rows(
         GROUP_M=launch.group_m,
         NUM_PROGRAMS=grid,
         STORE_SPLITS=launch.store_splits,
+        HALF_TILES=launch.half_tiles,
+        ZERO_TAIL=zero_tail,
         TRANSPOSED=transposed,
         FLATTEN=launch.flatten,
         PRECISION=matrix_precision(rows.dtype),
@@ -272,7 +265,7 @@ def multiply_rows(
 def weight_gradient(
     left: torch.Tensor,
     right: torch.Tensor,
-    ends: torch.Tensor,
+    groups: RowGroups,
     *,
     buffer: torch.Tensor | None = None,
     kernel: str = "down_wgrad",
@@ -285,7 +278,7 @@ def weight_gradient(
     """
     num_rows, m = left.shape
     n = right.shape[1]
-    num_experts = ends.numel()
+    num_experts = groups.num_experts
     out = left.new_empty((num_experts, m, n)) if buffer is None else buffer
     if num_rows == 0:
         return out if buffer is not None else out.zero_()
@@ -298,7 +291,7 @@ def weight_gradient(
         describe_rows(left, [block_k, block_m]),
         describe_rows(right, [block_k, block_n]),
         TensorDescriptor.from_tensor(out, [1, block_m, launch.store_n]),
-        ends,
+        groups.ends,
         num_experts,
         m,
         n,
@@ -322,12 +315,3 @@ def _accumulation(buffer: torch.Tensor | None) -> str:
     if buffer is None:
         return "none"
     return "load" if triton_interpreted() else "reduce"
-
-
-def zero_tail(out: torch.Tensor, ends: torch.Tensor) -> None:
-    """Zero the rows of ``out`` [R, N] that belong to no expert, in place."""
-    num_rows, columns = out.shape
-    if num_rows == 0:
-        return
-    grid = (2 * num_multiprocessors(out.device),)
-    _zero_tail_kernel[grid](out, ends, ends.numel(), num_rows, columns, BLOCK=2048)

@@ -29,6 +29,8 @@ class LaunchConfig:
     that the loads of the next tile are in flight while a tile is stored. ``programs_per_sm`` programs share a
     multiprocessor; ``group_m`` row tiles are walked together for reuse in L2. A tile is stored in ``store_splits``
     (1, 2 or 4) parts: fewer columns at a time need less shared memory and fewer registers next to the pipeline.
+    ``half_tiles`` computes nearly empty row tiles, and the last round of tiles, at half the height: see
+    ``row_tiles_triton``; it has no effect on weight gradients.
     """
 
     block_m: int
@@ -40,6 +42,7 @@ class LaunchConfig:
     programs_per_sm: int = 1
     group_m: int = 1
     store_splits: int = 2
+    half_tiles: bool = False
 
     def __post_init__(self) -> None:
         if self.store_splits not in (1, 2, 4):
@@ -122,7 +125,9 @@ def find_launch(
     """Return the launch of ``kernel`` on ``device`` for ``rows`` rows of ``num_experts`` experts, weights [n, k]."""
     if device.type != "cuda":
         # The interpreter: small tiles, so that small tests meet tile edges.
-        return LaunchConfig(block_m=16, block_n=32, block_k=16, num_warps=4, num_stages=1, flatten=False)
+        return LaunchConfig(
+            block_m=16, block_n=32, block_k=16, num_warps=4, num_stages=1, flatten=False, half_tiles=True
+        )
     table = load_tables().get(torch.cuda.get_device_name(device))
     if table is not None and dtype.itemsize == 2:
         launch = table.nearest(kernel, rows, num_experts, n, k)

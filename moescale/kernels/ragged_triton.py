@@ -41,13 +41,6 @@ def store_rows(descriptor, first, size, row, column, block):
 
 
 @triton.jit
-def load_half(descriptor, first, size, row, half, column):
-    """Load gate (half 0) or up (half 1) columns from rows [R, 2, F]: clipped at F, not at 2F."""
-    block = descriptor.load([LIMIT, first + size, LIMIT - size + row, half, column])
-    return tl.reshape(block, (block.shape[2], block.shape[4]))
-
-
-@triton.jit
 def store_half(descriptor, first, size, row, half, column, block):
     """Store gate (half 0) or up (half 1) columns into rows [R, 2, F]: clipped at F, not at 2F."""
     block = tl.reshape(block.to(descriptor.dtype), (1, 1, block.shape[0], 1, block.shape[1]))

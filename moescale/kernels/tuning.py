@@ -89,23 +89,24 @@ def make_call(kernel: str, shape: ExpertShape, ends: torch.Tensor, fill: Callabl
     """Return a function (launch) -> None that runs ``kernel`` once; ``fill(*shape)`` makes its operands."""
     from moescale.kernels import experts_triton as ops
 
+    groups = ops.group_rows(ends, shape.rows)
     rows, experts, hidden, ffn = shape.rows, shape.num_experts, shape.hidden_size, shape.intermediate_size
     if kernel == "up":
         x, weight = fill(rows, hidden), fill(experts, 2 * ffn, hidden)
-        return lambda launch: ops.multiply_up(x, weight, ends, write_pre=True, write_act=True, launch=launch)
+        return lambda launch: ops.multiply_up(x, weight, groups, write_pre=True, write_act=True, launch=launch)
     if kernel == "down":
         x, weight = fill(rows, ffn), fill(experts, hidden, ffn)
-        return lambda launch: ops.multiply_rows(x, weight, ends, launch=launch)
+        return lambda launch: ops.multiply_rows(x, weight, groups, launch=launch)
     if kernel == "up_dgrad":
         x, weight = fill(rows, 2 * ffn), fill(experts, 2 * ffn, hidden)
-        return lambda launch: ops.multiply_rows(x, weight, ends, transposed=True, launch=launch)
+        return lambda launch: ops.multiply_rows(x, weight, groups, transposed=True, kernel=kernel, launch=launch)
     if kernel == "down_dgrad":
         x, weight, pre = fill(rows, hidden), fill(experts, hidden, ffn), fill(rows, 2 * ffn)
         row_weights = torch.rand(rows, device=ends.device)
-        return lambda launch: ops.multiply_down_dgrad(x, weight, pre, ends, row_weights, launch=launch)
+        return lambda launch: ops.multiply_down_dgrad(x, weight, pre, groups, row_weights, launch=launch)
     m, n = product_shape(kernel, shape)
     left, right = fill(rows, m), fill(rows, n)
-    return lambda launch: ops.weight_gradient(left, right, ends, launch=launch)
+    return lambda launch: ops.weight_gradient(left, right, groups, launch=launch)
 
 
 def measure_ms(run: Callable[[], Any], *, warmup: int = 1, runs: int = 5, sleep_cycles: int = SLEEP_CYCLES) -> float:
