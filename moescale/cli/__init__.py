@@ -23,6 +23,7 @@ _COMMANDS = {
     "prepare": "Tokenise text and pack it into sequences.",
     "compile": "Plan parallel training for a cluster: will it fit, how fast, with which settings.",
     "run": "Train a model: start it, or continue the run in the output folder.",
+    "calibrate": "Measure this machine and write a cluster file for compile.",
     "export": "Write a run's weights as a Hugging Face checkpoint.",
 }
 for _name, _help in _COMMANDS.items():

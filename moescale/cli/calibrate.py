@@ -1,0 +1,34 @@
+"""``moescale calibrate``: measure this machine and write a cluster file for ``compile``."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from rich.console import Console
+
+from moescale.planner.cluster import parse_cluster
+
+
+def calibrate_command(output: Path, *, name: str | None = None) -> None:
+    """Measure this machine's GPU, its links too when started with torchrun, and write a cluster file.
+
+    Parameters
+    ----------
+    output
+        Cluster file to write (.toml), for `moescale compile --cluster`.
+    name
+        Name of the cluster; default: the GPU's.
+    """
+    from moescale.runtime.calibrate import calibrate_machine, to_toml
+
+    document = calibrate_machine(Console(stderr=True).print)
+    if document is None:
+        return
+    if name is not None:
+        document["name"] = name
+    text = to_toml(document)
+    parse_cluster(tomllib.loads(text), str(output))  # what we write must be what `compile` reads
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text)
+    print(f"written to {output}")

@@ -1,0 +1,294 @@
+"""Measures this machine for the planner: what ``moescale calibrate`` writes into a cluster file.
+
+Products, experts, attention, element-wise passes and the optimizer run with the kernels that training uses, at sizes
+that span what plans contain; links between GPUs are measured where several processes were started (``torchrun``). Rates
+are those of a short benchmark, and ``sustained_clock`` is what remains of them under continuous load.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moescale.errors import ConfigError
+from moescale.kernels.adamw import AdamWHyperparameters, adamw_update, init_adamw_state
+from moescale.kernels.attention import attention
+from moescale.kernels.expert_order import sort_pairs
+from moescale.kernels.experts import expert_mlp
+from moescale.kernels.rms_norm import rms_norm
+from moescale.model.flops import peak_flops
+from moescale.runtime.device import choose_device
+
+ROWS = 8192
+GEMM_WIDTHS = ((2048, 64), (2048, 512), (2048, 2048), (2048, 6144), (4096, 4096), (8192, 8192))
+"""(in, out) features of dense products on ``ROWS`` rows, by rising FLOPs."""
+EXPERT_TOKENS = (256, 683, 2048, 4096, 8192, 16384)
+EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 64, 6, 2048, 1408
+SEQUENCES = (512, 2048, 8192)
+HEADS, QK_DIM, V_DIM = 16, 192, 128
+SUSTAINED_SECONDS = 15.0
+
+
+def calibrate_machine(say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Measure the first GPU, or under ``torchrun`` each process its own and the links; None on ranks but the first.
+
+    Raises ConfigError without a GPU.
+    """
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    device = choose_device(f"cuda:{local_rank}" if torch.cuda.is_available() else "auto")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return calibrate(device, say)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    try:
+        is_first = dist.get_rank() == 0
+        document = calibrate(device, say if is_first else lambda _: None)
+        return document if is_first else None
+    finally:
+        dist.destroy_process_group()
+
+
+def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure ``device``; returns the document of a cluster file. One to two minutes; ``say`` is told of the progress.
+
+    Raises ConfigError without a GPU.
+    """
+    if device.type != "cuda":
+        raise ConfigError(
+            "calibrate needs a CUDA device; torch sees none. Use a shipped cluster file, or --cluster PATH"
+        )
+    properties = torch.cuda.get_device_properties(device)
+    copy = _copy_rate(device)
+    say(f"copy {copy / 1e12:.2f} TB/s")
+    dense = _dense_rates(device)
+    say(f"dense products {_range(dense[1])}")
+    experts = _expert_rates(device)
+    say(f"experts {_range(experts[1])}")
+    attention_rates = _attention_rates(device)
+    say(f"attention {_range(attention_rates[1])}")
+    clock = _sustained_clock(device)
+    say(f"sustained clock {clock:.3f}")
+    host = _host_rate(device)
+    say(f"host link {host / 1e9:.0f} GB/s")
+    intra, source = _links(device)
+    measured = "measured by moescale calibrate"
+    document: dict[str, Any] = {
+        "name": properties.name.lower().replace(" ", "-"),
+        "gpu": properties.name,
+        "gpus_per_node": max(8, torch.cuda.device_count()),
+        "memory_bytes": properties.total_memory,
+        "host_memory_bytes": _host_memory() // max(1, torch.cuda.device_count()),
+        "peak_flops_per_second": peak_flops(device) or max(dense[1]),
+        "sustained_clock": clock,
+        "memory_bytes_per_second": copy,
+        "elementwise_bytes_per_second": _elementwise_rate(device),
+        "optimizer_bytes_per_second": _optimizer_rate(device),
+        "launch_seconds": _launch_seconds(device),
+        "step_overhead_seconds": 0.01,
+        "allocator_slack": 0.01,
+        "context_bytes": _context_bytes(device),
+        "dense_gemm": {"sizes": dense[0], "flops_per_second": dense[1]},
+        "grouped_gemm": {"sizes": experts[0], "flops_per_second": experts[1]},
+        "attention": {"sizes": attention_rates[0], "flops_per_second": attention_rates[1]},
+        "intra_node": intra,
+        "inter_node": {"latency_seconds": 15e-6, "bytes_per_second": 42e9},
+        "host": {"latency_seconds": 20e-6, "bytes_per_second": host},
+    }
+    assumed = {
+        "inter_node": "assumed: 400 Gb/s per GPU, at 85%",
+        "intra_node": source,
+        "gpus_per_node": "assumed where fewer are visible",
+        "step_overhead_seconds": "assumed",
+        "allocator_slack": "assumed",
+        "peak_flops_per_second": "data sheet where the GPU is known",
+    }
+    document["sources"] = {name: assumed.get(name, measured) for name in document if name not in ("name", "gpu")}
+    return document
+
+
+def to_toml(document: dict[str, Any]) -> str:
+    """The document as TOML: scalars first, then one table per key."""
+    scalars = [f"{key} = {_toml(value)}" for key, value in document.items() if not isinstance(value, dict)]
+    tables = [
+        "\n".join([f"[{key}]", *(f"{name} = {_toml(item)}" for name, item in value.items())])
+        for key, value in document.items()
+        if isinstance(value, dict)
+    ]
+    return "\n".join(scalars) + "\n\n" + "\n\n".join(tables) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _seconds(run: Callable[[], object], repeats: int = 7) -> float:
+    """Median GPU time of one call, after a warm-up, with launches queued ahead."""
+    for _ in range(2):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(2_000_000)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def _copy_rate(device: torch.device) -> float:
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _seconds(lambda: target.copy_(source))
+
+
+def _dense_rates(device: torch.device) -> tuple[list[float], list[float]]:
+    """By FLOPs: the mean rate of a product and of the two of its backward."""
+    sizes, rates = [], []
+    for inputs, outputs in GEMM_WIDTHS:
+        x = torch.randn(ROWS, inputs, device=device).bfloat16()
+        weight = torch.randn(outputs, inputs, device=device).bfloat16()
+        grad = torch.randn(ROWS, outputs, device=device).bfloat16()
+
+        def products(x: torch.Tensor = x, weight: torch.Tensor = weight, grad: torch.Tensor = grad) -> None:
+            torch.mm(x, weight.t())
+            torch.mm(grad, weight)
+            torch.mm(grad.t(), x)
+
+        flops = 2.0 * ROWS * inputs * outputs
+        sizes.append(flops)
+        rates.append(3 * flops / _seconds(products))
+    return sizes, rates
+
+
+def _expert_rates(device: torch.device) -> tuple[list[float], list[float]]:
+    """By rows per expert, forward and backward, gradients added to bf16 buffers as in training."""
+    gate_up, down = (
+        (torch.randn(EXPERTS, *shape, device=device) * 0.02).bfloat16().requires_grad_()
+        for shape in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
+    )
+    buffers = [torch.zeros_like(weight, requires_grad=False) for weight in (gate_up, down)]
+    sizes, rates = [], []
+    for tokens in EXPERT_TOKENS:
+        ids = torch.rand(tokens, EXPERTS, device=device).topk(TOP_K).indices.int()
+        ends = sort_pairs(ids, EXPERTS)[-1]
+        rows = torch.randn(tokens * TOP_K, HIDDEN, device=device).bfloat16().requires_grad_()
+        grad = torch.randn_like(rows)
+
+        def run(rows: torch.Tensor = rows, ends: torch.Tensor = ends, grad: torch.Tensor = grad) -> None:
+            out = expert_mlp(rows, gate_up, down, ends, gate_up_gradient=buffers[0], down_gradient=buffers[1])
+            torch.autograd.grad(out, rows, grad)
+
+        sizes.append(tokens * TOP_K / EXPERTS)
+        rates.append(18.0 * tokens * TOP_K * HIDDEN * INTERMEDIATE / _seconds(run))
+    return sizes, rates
+
+
+def _attention_rates(device: torch.device) -> tuple[list[float], list[float]]:
+    """By sequence length, causal, forward and backward, over the FLOPs of the causal half."""
+    rates = []
+    for length in SEQUENCES:
+        batch = max(1, ROWS // length)
+        q, k = (torch.randn(batch, length, HEADS, QK_DIM, device=device).bfloat16().requires_grad_() for _ in range(2))
+        v = torch.randn(batch, length, HEADS, V_DIM, device=device).bfloat16().requires_grad_()
+        grad = torch.randn(batch, length, HEADS, V_DIM, device=device).bfloat16()
+
+        def run(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v, grad: torch.Tensor = grad) -> None:
+            out = attention(q, k, v, softmax_scale=QK_DIM**-0.5, document_ids=None)
+            torch.autograd.grad(out, (q, k, v), grad)
+
+        rates.append(3.0 * batch * length * HEADS * length * (QK_DIM + V_DIM) / _seconds(run))
+    return [float(length) for length in SEQUENCES], rates
+
+
+def _elementwise_rate(device: torch.device) -> float:
+    x = torch.randn(4 * ROWS, HIDDEN, device=device).bfloat16()
+    weight = torch.ones(HIDDEN, device=device).bfloat16()
+    with torch.no_grad():
+        return 2 * x.nbytes / _seconds(lambda: rms_norm(x, weight, 1e-6))
+
+
+def _optimizer_rate(device: torch.device) -> float:
+    """Bytes per second of the slowest format, 8-bit moments with exact weights."""
+    parameter = torch.randn(2**17, HIDDEN, device=device).bfloat16()
+    gradient, scale = torch.randn_like(parameter), torch.ones((), device=device)
+    state = init_adamw_state(parameter, "int8", "bf16_remainder")
+    hyperparameters = AdamWHyperparameters(
+        learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, num_updates=2
+    )
+    seconds = _seconds(lambda: adamw_update(parameter, gradient, state, hyperparameters, gradient_scale=scale, seed=1))
+    return parameter.numel() * (2 * 2 + 2 + 2 * (2 + 8 / 128 + 2)) / seconds
+
+
+def _launch_seconds(device: torch.device) -> float:
+    """What a kernel takes that has nothing to do, one behind the other."""
+    x = torch.zeros(1, device=device)
+
+    def many() -> None:
+        for _ in range(100):
+            x.add_(1.0)
+
+    return _seconds(many) / 100
+
+
+def _sustained_clock(device: torch.device) -> float:
+    """Rate of a large product after seconds of it, over the rate at the start."""
+    x = torch.randn(8192, 8192, device=device).bfloat16()
+    out = torch.empty_like(x)
+    torch.cuda.synchronize(device)
+    time.sleep(2.0)
+    cold = _seconds(lambda: torch.mm(x, x, out=out), repeats=3)
+    started = time.monotonic()
+    while time.monotonic() - started < SUSTAINED_SECONDS:
+        for _ in range(50):
+            torch.mm(x, x, out=out)
+        torch.cuda.synchronize(device)
+    warm = _seconds(lambda: torch.mm(x, x, out=out), repeats=3)
+    return min(1.0, cold / warm)
+
+
+def _host_rate(device: torch.device) -> float:
+    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(2**28, dtype=torch.uint8, device=device)
+    return host.numel() / _seconds(lambda: target.copy_(host, non_blocking=True))
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _context_bytes(device: torch.device) -> int:
+    """What is taken on the device beyond this process's tensors."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - torch.cuda.memory_reserved(device))
+
+
+def _links(device: torch.device) -> tuple[dict[str, float], str]:
+    """The link between the processes' GPUs: latency of a small all-gather, rate of a large one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return {"latency_seconds": 8e-6, "bytes_per_second": 360e9}, "assumed: NVLink 4, 450 GB/s each way, at 80%"
+    ranks = dist.get_world_size()
+    figures = {}
+    for name, numel in (("small", 1024), ("large", 2**27)):
+        part = torch.empty(numel, dtype=torch.uint8, device=device)
+        whole = torch.empty(numel * ranks, dtype=torch.uint8, device=device)
+        figures[name] = _seconds(lambda part=part, whole=whole: dist.all_gather_into_tensor(whole, part))  # type: ignore[misc]
+    received = 2**27 * (ranks - 1)
+    rate = received / (figures["large"] - figures["small"])
+    return {"latency_seconds": figures["small"], "bytes_per_second": rate}, f"measured over {ranks} GPUs"
+
+
+def _range(rates: list[float]) -> str:
+    return f"{min(rates) / 1e12:.0f} to {max(rates) / 1e12:.0f} TFLOP/s"

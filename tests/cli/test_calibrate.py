@@ -1,0 +1,40 @@
+"""`moescale calibrate` without a GPU, and the format of what it writes."""
+
+import tomllib
+
+import pytest
+import torch
+
+from moescale.cli import main
+from moescale.planner.cluster import load_cluster, parse_cluster
+from moescale.runtime.calibrate import calibrate, to_toml
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can be calibrated")
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["calibrate", "--output", str(tmp_path / "mine.toml")])
+    assert caught.value.code == 2
+    assert "calibrate needs a CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_is_what_compile_reads():
+    cluster = load_cluster("h200")
+    document = {
+        name: {"sizes": list(value.sizes), "flops_per_second": list(value.flops_per_second)}
+        if hasattr(value, "sizes")
+        else vars(value)
+        if hasattr(value, "bytes_per_second")
+        else value
+        for name, value in vars(cluster).items()
+    }
+    assert parse_cluster(tomllib.loads(to_toml(document)), "mine.toml") == cluster
+
+
+@pytest.mark.gpu
+def test_a_calibrated_machine_is_a_cluster_within_its_data_sheet():
+    cluster = parse_cluster(tomllib.loads(to_toml(calibrate(torch.device("cuda", 0), print))), "mine.toml")
+    assert max(cluster.dense_gemm.flops_per_second) < cluster.peak_flops_per_second
+    assert cluster.grouped_gemm.flops_per_second[-1] > cluster.grouped_gemm.flops_per_second[0]
+    assert 0.7 < cluster.sustained_clock <= 1
