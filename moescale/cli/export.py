@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from moescale.convert.checkpoint import export_checkpoint
 from moescale.convert.hf_config import read_model_config
 from moescale.errors import CheckpointError
+from moescale.report.progress import bytes_progress
 from moescale.runtime.checkpoint import CheckpointStore, CheckpointWeights
 
 
@@ -54,16 +55,20 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
     checkpoint = store.last() if settings.step is None else store.at(settings.step)
     if checkpoint is None:
         raise CheckpointError(f"{store.folder}: holds no whole checkpoint; let the run save one first")
-    with CheckpointWeights(checkpoint) as source:
-        export_checkpoint(
+    with CheckpointWeights(checkpoint) as source, bytes_progress("exporting", show=not json) as on_progress:
+        report = export_checkpoint(
             config,
             source,
             settings.output,
             reference=reference,
             dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[settings.dtype],
             max_shard_bytes=int(settings.max_shard_gigabytes * 1e9),
+            on_progress=on_progress,
         )
     if json:
-        print(json_module.dumps({"output": str(settings.output), "step": checkpoint.step, "dtype": settings.dtype}))
-    else:
-        print(f"exported step {checkpoint.step} as {settings.dtype} to {settings.output}")
+        summary = asdict(report) | {"output": str(report.output), "step": checkpoint.step, "dtype": settings.dtype}
+        print(json_module.dumps(summary, indent=2))
+        return
+    print(f"exported step {checkpoint.step} as {settings.dtype} to {settings.output} ({report.num_shards} shards)")
+    for warning in report.warnings:
+        print(f"warning: {warning}")

@@ -107,14 +107,14 @@ def import_checkpoint(
             copy = _overlap(piece, part, parameters[name])
             if copy is not None:
                 wanted.setdefault(stored[piece.key].file, []).append(copy)
-    total = sum(copy.target.numel() for copies in wanted.values() for copy in copies)
+    total = sum(copy.target.nbytes for copies in wanted.values() for copy in copies)
     done = 0
     for file in sorted(wanted):
         copies = wanted[file]
         tensors = read_parts(file, ((copy.key, copy.source) for copy in copies))
         for copy, tensor in zip(copies, tensors, strict=True):
             copy.target.copy_(tensor.view(copy.target.shape))
-            done += copy.target.numel()
+            done += copy.target.nbytes
             if on_progress is not None:
                 on_progress(done, total)
 
