@@ -109,14 +109,25 @@ def _store_swiglu(
 
 @triton.jit
 def _swiglu_backward_kernel(
-    grad_act, pre, grad_pre, row_weights, grad_weights, F, BLOCK: tl.constexpr, HAS_WEIGHTS: tl.constexpr
+    grad_act,
+    pre,
+    grad_pre,
+    row_weights,
+    grad_weights,
+    ends,
+    num_experts,
+    F,
+    BLOCK: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
 ):
     """The backward of w * down(silu(gate) * up) behind the product d = grad_out @ down[e], one row a program.
 
     Replaces d by the weighted activation w * act in place, and writes the gradient of the pre-activation and that of
-    the routing weight, sum_f d * act.
+    the routing weight, sum_f d * act. Rows of no expert hold nothing yet, and are left so.
     """
     row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(ends + num_experts - 1):
+        return
     weight = tl.load(row_weights + row) if HAS_WEIGHTS else 1.0
     grad_weight = tl.zeros((BLOCK,), tl.float32)
     for begin in tl.range(0, F, BLOCK):
@@ -295,6 +306,8 @@ def multiply_down_dgrad(
             grad_pre,
             grad_weights if row_weights is None else row_weights,
             grad_weights,
+            groups.ends,
+            groups.num_experts,
             ffn,
             BLOCK=min(512, triton.next_power_of_2(ffn)),
             HAS_WEIGHTS=row_weights is not None,

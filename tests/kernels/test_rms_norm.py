@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agreement import DEVICE, assert_accurate, randn
+from agreement import assert_accurate, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
