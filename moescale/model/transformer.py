@@ -110,24 +110,42 @@ def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Transformer:
         return Transformer(config).to(dtype)
 
 
-@torch.no_grad()
 def initialize(model: Transformer, seed: int) -> None:
     """Fill every parameter as the published code does: N(0, initializer_std), gains 1, biases 0.
 
     Each parameter draws in fp32 from a generator of its device, seeded by ``seed`` and the parameter's own position,
     so the weights depend on neither dtype nor on how the model is later divided. CPU and GPU draw different numbers.
     """
-    for index, (name, parameter) in enumerate(model.named_parameters()):
-        if name.endswith("norm.weight"):
-            parameter.fill_(1)
-        elif name.endswith(".bias"):
-            parameter.zero_()
-        else:
-            _fill_normal(parameter, model.config.initializer_std, seed * 1_000_003 + index)
+    for position, (name, parameter) in enumerate(model.named_parameters()):
+        index = tuple(slice(0, size) for size in parameter.shape)
+        initialize_part(parameter, name, position, parameter.shape, index, model.config.initializer_std, seed)
 
 
-def _fill_normal(parameter: torch.Tensor, std: float, seed: int) -> None:
-    generator = torch.Generator(parameter.device).manual_seed(seed)
-    # One slice of dim 0 at a time keeps the fp32 copy small beside stacked experts.
-    for part in parameter.unbind(0) if parameter.dim() == 3 else (parameter,):
-        part.copy_(torch.empty(part.shape, device=part.device).normal_(0.0, std, generator=generator))
+@torch.no_grad()
+def initialize_part(
+    part: torch.Tensor,
+    name: str,
+    position: int,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+    std: float,
+    seed: int,
+) -> None:
+    """Fill ``part``, the box ``index`` of the parameter of that name, position and shape, as :func:`initialize` does.
+
+    Draws the whole parameter, matrix by matrix, and keeps the part.
+    """
+    if name.endswith("norm.weight"):
+        part.fill_(1)
+    elif name.endswith(".bias"):
+        part.zero_()
+    else:
+        generator = torch.Generator(part.device).manual_seed(seed * 1_000_003 + position)
+        # One slice of dim 0 at a time keeps the fp32 copy small beside stacked experts.
+        for number in range(index[0].stop) if len(shape) == 3 else (None,):
+            drawn = torch.empty(shape if number is None else shape[1:], device=part.device)
+            drawn.normal_(0.0, std, generator=generator)
+            if number is None:
+                part.copy_(drawn[index])
+            elif number >= index[0].start:
+                part[number - index[0].start].copy_(drawn[index[1:]])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -24,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
 
 from moescale.kernels.backends import KernelInputError, choose_backend, debug_checks_enabled
 from moescale.kernels.expert_order import check_ids, sort_pairs
@@ -266,13 +268,16 @@ class ExpertParallel(nn.Module):
         group: dist.ProcessGroup,
         exchange: Exchange,
         backend: str = "auto",
+        recompute: bool = False,
     ) -> None:
+        """``recompute``: keep only the rows that arrived, and compute the experts again in the backward."""
         super().__init__()
         self.gate_up = gate_up
         self.down = down
         self.group = group
         self.exchange = exchange
         self.backend = backend
+        self.recompute = recompute
 
     @torch.compiler.disable  # the exchange reads counts on the host, and its autograd functions hold a collective
     def forward(
@@ -295,7 +300,10 @@ class ExpertParallel(nn.Module):
         companion = None if beside is None else beside()
         rows = _Reorder.apply(_Arrive.apply(slots, there), row_slot, slot_row)
 
-        rows = expert_mlp(rows, self.gate_up, self.down, ends, backend=self.backend)
+        compute = partial(expert_mlp, backend=self.backend)
+        if self.recompute and torch.is_grad_enabled():
+            compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+        rows = compute(rows, self.gate_up, self.down, ends)
 
         back = _Flight(self.group, order.received, order.sent)
         slots = _Arrive.apply(_Depart.apply(_Reorder.apply(rows, slot_row, row_slot), back), back)
@@ -358,6 +366,7 @@ def shard_experts(
                 group=mesh["ep"].get_group(),
                 exchange=exchange or SplitExchange(),
                 backend=full.backend,
+                recompute="experts" in plan.moe_layers.recompute,
             )
             block.feed_forward.experts = local  # type: ignore[assignment]
             _share(local, mesh, plan.moe_layers.reshard_after_forward, precision or MixedPrecisionPolicy())

@@ -1,33 +1,76 @@
-"""Plan -> PyTorch: what a plan decides, applied to a model. One device so far; other meshes are refused."""
+"""Plan -> PyTorch: what a plan decides, applied to a model on the meta device or with memory already.
+
+Parameters outside the routed experts are sharded over ``dp_shard`` by FSDP2, block by block; routed experts are divided
+over ``ep``, and shared by the ranks of the ``edp`` axis in the same manner; both are replicated over ``dp_replicate``.
+Gradients are summed, not averaged: each rank's loss is its part of the mean over all targets of a step.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from moescale.errors import ConfigError
+from moescale.kernels.router import Routing
+from moescale.model.moe import RoutedExperts
 from moescale.model.transformer import Transformer
-from moescale.plan import ParallelPlan
+from moescale.plan import LayerPlan, ParallelPlan
+from moescale.runtime.expert_parallel import Exchange, ExpertParallel, PaddedExchange, SplitExchange, shard_experts
+from moescale.runtime.meshes import Meshes
 from moescale.runtime.optimizer import OptimizerFormat
 
+RECOMPUTABLE_OPERATORS = ("experts",)
+"""Operators that can be run again by themselves; every other choice is the whole block."""
 
-def apply_plan(model: Transformer, plan: ParallelPlan) -> None:
-    """Set the model's recompute choices by the plan. Raises ConfigError for a plan this runtime cannot run."""
-    model.recompute_layers = frozenset(
-        layer
+
+def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = None) -> None:
+    """Divide the model over ``meshes`` and set what it recomputes, in place; parameter names stay.
+
+    Args:
+        model: best on the meta device, given memory afterwards by ``to_empty``: then no rank ever holds it whole.
+        meshes: from :func:`moescale.runtime.meshes.build_meshes`; None for one device.
+
+    Raises ConfigError for a plan this runtime cannot run.
+    """
+    layer_plans = [
+        plan.moe_layers if model.config.is_moe_layer(layer) else plan.dense_layers
         for layer in range(model.config.num_layers)
-        if (plan.moe_layers if model.config.is_moe_layer(layer) else plan.dense_layers).recompute == "block"
+    ]
+    _check_recompute(plan)
+    model.recompute_layers = frozenset(
+        layer for layer, layer_plan in enumerate(layer_plans) if layer_plan.recompute == "block"
     )
-    if plan.runtime_gpus != 1:
-        raise ConfigError(
-            f"plan.runtime_gpus ({plan.runtime_gpus}) must be 1: this version runs plans of one device; "
-            "compile one with --plan-gpus 1 --runtime-gpus 1"
-        )
+    if meshes is None:
+        if plan.runtime_gpus != 1:
+            raise ConfigError(
+                f"plan.runtime_gpus ({plan.runtime_gpus}) must be 1 where the model is not divided over ranks"
+            )
+    else:
+        _shard(model, plan, meshes, layer_plans)
+    for block, layer_plan in zip(model.layers, layer_plans, strict=True):
+        experts = getattr(block.feed_forward, "experts", None)
+        if "experts" in layer_plan.recompute and isinstance(experts, RoutedExperts):
+            _recompute_experts(experts)
+
+
+def sum_over_replicas_at_the_last(model: nn.Module, *, last: bool) -> None:
+    """Before each micro-batch: let replicas add up their gradients only in the step's last one, for all of them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
 
 
 def compile_layers(model: Transformer) -> None:
     """Compile every block by itself: equal blocks share one compilation, and the first step waits for two."""
     for block in model.layers:
-        block.compile(fullgraph=True)
+        # The exchange between experts is no part of a graph, so a block that holds one is compiled in pieces.
+        divided = isinstance(getattr(block.feed_forward, "experts", None), ExpertParallel)
+        block.compile(fullgraph=not divided)
 
 
 def optimizer_format(plan: ParallelPlan) -> OptimizerFormat:
@@ -36,4 +79,70 @@ def optimizer_format(plan: ParallelPlan) -> OptimizerFormat:
         moments=plan.optimizer_state_dtype,
         master=plan.master_weight_format,
         gradients=torch.bfloat16 if plan.gradient_dtype == "bf16" else torch.float32,
+        offload=plan.offload_optimizer,
     )
+
+
+def choose_exchange(plan: ParallelPlan, device_type: str) -> Exchange:
+    """The exchange of routed rows: without reading counts on the host on GPUs, as long as its slots stay few.
+
+    A padded exchange sends up to ``ep`` times as many slots; two GPUs gain more from an unbroken queue than they lose.
+    """
+    if device_type == "cuda" and plan.mesh.ep == 2:
+        return PaddedExchange(plan.micro_batch_sequences * plan.sequence_length)
+    return SplitExchange()
+
+
+def _check_recompute(plan: ParallelPlan) -> None:
+    for kind in ("dense_layers", "moe_layers"):
+        recompute = getattr(plan, kind).recompute
+        for name in () if isinstance(recompute, str) else recompute:
+            if kind == "dense_layers" or name not in RECOMPUTABLE_OPERATORS:
+                known = "nothing less" if kind == "dense_layers" else ", ".join(RECOMPUTABLE_OPERATORS)
+                raise ConfigError(
+                    f"plan.{kind}.recompute ('{name}') must be none, block, or of these operators: {known}; "
+                    "compile the plan with this version"
+                )
+
+
+def _shard(model: Transformer, plan: ParallelPlan, meshes: Meshes, layer_plans: list[LayerPlan]) -> None:
+    precision = MixedPrecisionPolicy(
+        reduce_dtype=torch.float32 if plan.compute_dtype == "bf16" and plan.gradient_dtype == "fp32" else None,
+        cast_forward_inputs=False,
+    )
+    if plan.mesh.ep > 1:
+        exchange = choose_exchange(plan, meshes.dense.device_type)
+        shard_experts(model, plan, meshes, exchange=exchange, precision=precision)
+    mesh = meshes.dense if plan.mesh.dp_replicate > 1 else meshes.dense["dp_shard"]
+    # Experts that a rank has to itself stay plain parameters.
+    own = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, ExpertParallel) and not isinstance(module, FSDPModule)
+        for parameter in module.parameters()
+    }
+    shard: Any = partial(fully_shard, mesh=mesh, mp_policy=precision, ignored_params=own)
+    for block, layer_plan in zip(model.layers, layer_plans, strict=True):
+        shard(block, reshard_after_forward=layer_plan.reshard_after_forward)
+    # Embedding and output: the backward wants the output at once, and the embedding's weight not at all.
+    shard(model, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _recompute_experts(experts: RoutedExperts) -> None:
+    """Keep less of the routed experts; what runs beside them is not run again."""
+    if isinstance(experts, RoutedExperts):  # the operator itself can do without the pre-activation
+        experts.recompute_up = True
+        return
+    forward = experts.forward
+
+    def recomputed(x: torch.Tensor, routing: Routing, beside: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return forward(x, routing, beside)
+        out = checkpoint(forward, x, routing, use_reentrant=False, preserve_rng_state=False)
+        return out if beside is None else out + beside()
+
+    experts.forward = recomputed  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from moescale.model.transformer import ModelOutput, Transformer
+from moescale.runtime.ranks import Ranks
 
 
 class MicroBatches:
@@ -59,6 +60,16 @@ class MicroBatches:
         else:  # the first time compiles and tunes, which a recording must not
             self._seen = shape
             self._run(tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True), None)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """After a step's last micro-batch: make the sums those of all ranks. A collective, one reduction."""
+        if ranks.size == 1:
+            return
+        values = torch.cat([self.loss_sum.view(1), self.aux_loss.view(1), self.expert_rows.flatten()]).double()
+        ranks.sum(values)
+        self.loss_sum.copy_(values[0])
+        self.aux_loss.copy_(values[1])
+        self.expert_rows.copy_(values[2:].view_as(self.expert_rows))
 
     def forget_recording(self) -> None:
         """Give back the memory of the recorded graph."""

@@ -1,5 +1,6 @@
 """AdamW over a model's parameters, with gradients accumulated as the plan says.
 
+Every rank updates the part of each parameter that it holds, and rounds as one device would that holds it all.
 Parameters are kept in the compute dtype; what stands beside them (master weights, moments, in which formats) is the
 plan's choice and :mod:`moescale.kernels.adamw`'s work. The gradient of each micro-batch of a bf16 parameter is added to
 a buffer as soon as autograd has produced it: in fp32, so that no sum is rounded to bf16, or in bf16 where the plan says
@@ -9,10 +10,11 @@ so. For fp32 parameters autograd accumulates in place.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from moescale.errors import CheckpointError
 from moescale.kernels.adamw import (
@@ -26,6 +28,8 @@ from moescale.kernels.adamw import (
     set_master_weight,
 )
 from moescale.model.moe import RoutedExperts
+from moescale.runtime.layout import Part, local_tensor, whole
+from moescale.runtime.ranks import ONE_RANK, Ranks
 from moescale.runtime.settings import TrainSettings
 
 
@@ -37,34 +41,45 @@ class OptimizerFormat:
     master: MasterFormat = "fp32"
     gradients: torch.dtype = torch.float32
     """Dtype in which gradients of bf16 parameters are accumulated."""
+    offload: bool = False
+    """Keep the state in host memory; it visits the device tensor by tensor in a step."""
 
 
 class AdamW:
-    """Optimizer state and update of a set of named parameters."""
+    """Optimizer state and update of a set of named parameters, of which this rank may hold a part each."""
 
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
         settings: TrainSettings,
         format: OptimizerFormat = OptimizerFormat(),  # noqa: B008 - frozen
+        *,
+        parts: Mapping[str, Part] | None = None,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
+        """``parts``: what of each parameter this rank holds, from :func:`moescale.runtime.layout.find_parts`."""
         self.settings = settings
         self.format = format
+        self.ranks = ranks
         self.parameters = dict(named_parameters)
+        self.parts = parts or {name: whole(parameter.shape) for name, parameter in self.parameters.items()}
+        self.weights = {name: local_tensor(parameter) for name, parameter in self.parameters.items()}
+        """This rank's part of every parameter, in the parameter's own memory."""
         self.states: dict[str, AdamWState] = {}
         self._gradients: dict[str, torch.Tensor] = {}
         self.num_updates = 0
         for name, parameter in self.parameters.items():
-            self.states[name] = init_adamw_state(parameter.detach(), format.moments, format.master)
+            state = init_adamw_state(self.weights[name], format.moments, format.master)
+            self.states[name] = _on_host(state, self.weights[name]) if format.offload else state
             if parameter.dtype != torch.float32:
                 self._accumulate_in_buffer(name, parameter)
 
     def _accumulate_in_buffer(self, name: str, parameter: torch.nn.Parameter) -> None:
-        self._gradients[name] = torch.zeros_like(parameter, dtype=self.format.gradients)
+        self._gradients[name] = torch.zeros_like(self.weights[name], dtype=self.format.gradients)
 
         def add_to_buffer(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:  # None where the backward has added to the buffer itself
-                self._gradients[name].add_(parameter.grad)
+                self._gradients[name].add_(local_tensor(parameter.grad))
                 parameter.grad = None
 
         parameter.register_post_accumulate_grad_hook(add_to_buffer)
@@ -72,24 +87,28 @@ class AdamW:
     def accumulate_in_experts(self, model: torch.nn.Module) -> None:
         """Have the routed experts of ``model`` add their weight gradients to the buffers inside the product itself."""
         for prefix, module in model.named_modules():
-            if isinstance(module, RoutedExperts):
+            if isinstance(module, RoutedExperts) and not isinstance(module.gate_up, DTensor):
                 module.gate_up_gradient = self._gradients.get(f"{prefix}.gate_up")
                 module.down_gradient = self._gradients.get(f"{prefix}.down")
 
     def gradient(self, name: str) -> torch.Tensor:
-        """The gradient accumulated so far, with the parameter's shape; zeros where nothing has reached it."""
+        """The gradient accumulated so far for this rank's part of a parameter; zeros where nothing has reached it."""
         if name in self._gradients:
             return self._gradients[name]
         parameter = self.parameters[name]
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        return parameter.grad
+        return local_tensor(parameter.grad)
 
     def gradient_norm(self) -> torch.Tensor:
-        """L2 norm over all gradients: fp32 scalar on their device."""
-        gradients = [self.gradient(name) for name in self.parameters]
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        return torch.linalg.vector_norm(torch.stack(list(norms)))
+        """L2 norm over all gradients of all ranks: fp32 scalar on their device. A collective, one reduction."""
+        gradients = [self.gradient(name) for name in self.parameters if self.parts[name].is_first_copy]
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else ()
+        if self.ranks.size == 1:
+            return torch.linalg.vector_norm(torch.stack(list(norms)))
+        device = next(iter(self.weights.values())).device
+        squares = torch.stack([*norms, torch.zeros((), device=device)]).square().sum()
+        return self.ranks.sum(squares).sqrt()
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_norm: torch.Tensor) -> None:
@@ -98,25 +117,33 @@ class AdamW:
         if self.settings.gradient_clip:
             scale = (self.settings.gradient_clip / (gradient_norm + 1e-6)).clamp(max=1.0)
         self.num_updates += 1
-        for name, parameter in self.parameters.items():
+        for name, weight in self.weights.items():
             hyperparameters = AdamWHyperparameters(
                 learning_rate=learning_rate,
                 beta1=self.settings.beta1,
                 beta2=self.settings.beta2,
                 eps=self.settings.eps,
-                weight_decay=self.settings.weight_decay if parameter.dim() > 1 else 0.0,
+                weight_decay=self.settings.weight_decay if weight.dim() > 1 else 0.0,
                 num_updates=self.num_updates,
             )
             # Rounding must repeat on a resumed run: its seed is made of the step and the parameter's name.
             seed = zlib.crc32(f"{self.settings.seed}/{self.num_updates}/{name}".encode())
-            adamw_update(
-                parameter.detach(),
-                self.gradient(name),
-                self.states[name],
-                hyperparameters,
-                gradient_scale=scale,
-                seed=seed,
-            )
+            kept = self.states[name]
+            state = _on_device(kept, weight) if self.format.offload else kept
+            for piece, gradient, piece_state, first_index in _runs(
+                weight, self.gradient(name), state, self.parts[name]
+            ):
+                adamw_update(
+                    piece,
+                    gradient,
+                    piece_state,
+                    hyperparameters,
+                    gradient_scale=scale,
+                    seed=seed,
+                    first_index=first_index,
+                )
+            if self.format.offload:
+                _copy_state(state, kept)
         self.zero_gradients()
 
     def zero_gradients(self) -> None:
@@ -128,30 +155,83 @@ class AdamW:
                 parameter.grad = None
 
     def master(self, name: str) -> torch.Tensor:
-        """The fp32 weight of a parameter; a copy unless it is kept as such."""
-        return master_weight(self.parameters[name], self.states[name])
+        """The fp32 weight of this rank's part of a parameter; a copy unless it is kept as such."""
+        weight, state = self.weights[name], self.states[name]
+        return master_weight(weight, _on_device(state, weight) if self.format.offload else state)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything a checkpoint must hold, as ``KIND.NAME``.
+        """Everything a checkpoint must hold, as ``KIND.NAME``; of each this rank's part.
 
         Kinds: ``weights`` (the fp32 master, or the bf16 parameter where there is none), and of
         :class:`~moescale.kernels.adamw.AdamWState` those there are: remainder, moments and their scales.
         """
         tensors = {}
-        for name, parameter in self.parameters.items():
+        for name, weight in self.weights.items():
             state = self.states[name]
-            tensors[f"weights.{name}"] = parameter.detach() if state.master is None else state.master
+            tensors[f"weights.{name}"] = weight if state.master is None else state.master
             for kind, tensor in state.tensors().items():
                 if kind != "master":
                     tensors[f"{kind}.{name}"] = tensor
         return tensors
+
+    def tensor_parts(self) -> dict[str, Part]:
+        """Which parts the :meth:`tensors` are. Blocks of the 8-bit format run along rows, which no rank cuts."""
+        parts = {}
+        for key, tensor in self.tensors().items():
+            part = self.parts[key.partition(".")[2]]
+            width = tensor.shape[-1]
+            if width != part.index[-1].stop - part.index[-1].start:  # scales of blocks, in whole rows
+                assert part.index[-1] == slice(0, part.shape[-1])
+                part = replace(part, shape=(*part.shape[:-1], width), index=(*part.index[:-1], slice(0, width)))
+            parts[key] = part
+        return parts
 
     def finish_load(self, num_updates: int) -> None:
         """Called after :meth:`tensors` were overwritten: set the update count, refresh the parameters."""
         if num_updates < 0:
             raise CheckpointError(f"optimizer update count ({num_updates}) must not be negative")
         self.num_updates = num_updates
-        for name, parameter in self.parameters.items():
+        for name, weight in self.weights.items():
             state = self.states[name]
             if state.master is not None:
-                set_master_weight(parameter.detach(), state, state.master)
+                set_master_weight(weight, state, state.master)
+
+
+def _runs(
+    weight: torch.Tensor, gradient: torch.Tensor, state: AdamWState, part: Part
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, AdamWState, int]]:
+    """The part as runs of elements that follow each other in the whole tensor, with the index of each one's first.
+
+    One run, unless rows of stacked experts are divided: then one per expert.
+    """
+    if part.is_contiguous:
+        yield weight, gradient.contiguous(), state, part.first_index
+        return
+    assert weight.dim() == 3
+    for number in range(weight.shape[0]):
+        expert = part.index[0].start + number
+        run = replace(part, index=(slice(expert, expert + 1), *part.index[1:]))
+        pieces = {name: tensor[number] for name, tensor in state.tensors().items()}
+        yield weight[number], gradient[number].contiguous(), replace(state, **pieces), run.first_index
+
+
+def _on_host(state: AdamWState, weight: torch.Tensor) -> AdamWState:
+    """``state`` in (pinned) host memory; a master that is the parameter itself stays where it is."""
+    pin = weight.device.type == "cuda"
+    moved = {
+        name: tensor if tensor.data_ptr() == weight.data_ptr() else tensor.cpu().pin_memory() if pin else tensor.cpu()
+        for name, tensor in state.tensors().items()
+    }
+    return replace(state, **moved)
+
+
+def _on_device(state: AdamWState, weight: torch.Tensor) -> AdamWState:
+    moved = {name: tensor.to(weight.device, non_blocking=True) for name, tensor in state.tensors().items()}
+    return replace(state, **moved)
+
+
+def _copy_state(source: AdamWState, target: AdamWState) -> None:
+    for name, tensor in source.tensors().items():
+        kept = target.tensors()[name]
+        if kept is not tensor:
+            kept.copy_(tensor, non_blocking=True)

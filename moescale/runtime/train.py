@@ -1,8 +1,9 @@
 """The training loop: steps of accumulated micro-batches, validation, checkpoints, resuming and stopping.
 
 One step: every micro-batch contributes ``sum of its token losses / target tokens of the whole step`` plus
-``aux_loss_alpha * auxiliary loss / number of micro-batches``, so neither term depends on how a step is cut up. The
-host waits for the device once a step, when the loss is read.
+``aux_loss_alpha * auxiliary loss / number of micro-batches``, both counted over all ranks, so neither term depends on
+how a step is cut up or divided. The host waits for the device once a step, when the loss is read. What a rank decides
+from time, signals or numbers, all ranks decide alike: they meet in the same collectives to the end.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from types import FrameType
 from typing import Any, Protocol
@@ -22,8 +23,11 @@ from moescale.model.transformer import Transformer
 from moescale.report.metrics import Observer, StepMetrics, TrainSummary
 from moescale.runtime import checkpoint as checkpoints
 from moescale.runtime.checkpoint import CheckpointStore
+from moescale.runtime.layout import Part
+from moescale.runtime.mapping import sum_over_replicas_at_the_last
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
+from moescale.runtime.ranks import ONE_RANK, Ranks
 from moescale.runtime.settings import TrainSettings, learning_rate_at
 
 
@@ -65,8 +69,14 @@ class Trainer:
         optimizer_format: OptimizerFormat = OptimizerFormat(),  # noqa: B008 - frozen
         validation: Callable[[], Iterable[Batch]] | None = None,
         identity: dict[str, str] | None = None,
+        ranks: Ranks = ONE_RANK,
+        parts: Mapping[str, Part] | None = None,
     ) -> None:
-        """``identity`` (fingerprints of model and the like) is saved, and a checkpoint with another one refused."""
+        """``identity`` (fingerprints of model and the like) is saved, and a checkpoint with another one refused.
+
+        On several ranks ``model`` is divided over them (:func:`moescale.runtime.mapping.apply_plan`), ``parts`` says
+        how, and ``source`` and ``validation`` hand out this rank's share of equally many micro-batches.
+        """
         self.model = model
         self.settings = settings
         self.total_steps = total_steps
@@ -75,9 +85,10 @@ class Trainer:
         self.observer = observer
         self.validation = validation
         self.identity = identity or {}
-        self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format)
+        self.ranks = ranks
+        self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
         self.optimizer.accumulate_in_experts(model)
-        self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs)
+        self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs and ranks.size == 1)
         self.device = next(model.parameters()).device
         self.step = 0
         self.skipped_steps = 0
@@ -153,11 +164,19 @@ class Trainer:
     def _train_step(self, batches: Sequence[Batch]) -> StepMetrics:
         started = time.monotonic()
         # The whole step's targets are counted on the host, where the batches already are.
-        num_targets = sum(int((batch.targets >= 0).sum()) for batch in batches)
+        num_targets, num_tokens, num_micro_batches = self.ranks.sum_on_host(
+            [
+                sum(int((batch.targets >= 0).sum()) for batch in batches),
+                sum(batch.tokens.numel() for batch in batches),
+                len(batches),
+            ]
+        )
         sums = self.micro_batches
-        sums.start_step(num_targets=num_targets, num_micro_batches=len(batches))
-        for batch in batches:
+        sums.start_step(num_targets=num_targets, num_micro_batches=num_micro_batches)
+        for number, batch in enumerate(batches, start=1):
+            sum_over_replicas_at_the_last(self.model, last=number == len(batches))
             sums.run(batch.tokens, batch.targets, self._document_ids(batch))
+        sums.add_up(self.ranks)
         gradient_norm = self.optimizer.gradient_norm()
         mean_loss, norm = (sums.loss_sum / max(1, num_targets)).item(), gradient_norm.item()
         learning_rate = learning_rate_at(self.settings, self.step, self.total_steps)
@@ -174,10 +193,10 @@ class Trainer:
         return StepMetrics(
             step=self.step,
             loss=mean_loss,
-            aux_loss=sums.aux_loss.item() / len(batches) / num_moe_layers,
+            aux_loss=sums.aux_loss.item() / num_micro_batches / num_moe_layers,
             learning_rate=learning_rate,
             gradient_norm=norm,
-            tokens=sum(batch.tokens.numel() for batch in batches),
+            tokens=num_tokens,
             step_seconds=time.monotonic() - started,
             peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
             expert_load=_relative_load(sums.expert_rows),
@@ -194,7 +213,8 @@ class Trainer:
         if self.settings.skip_nonfinite:
             self.skipped_steps += 1
             return
-        sequences = [int(number) for batch in batches for number in batch.sequence_ids]
+        mine = [int(number) for batch in batches for number in batch.sequence_ids]
+        sequences = [number for part in self.ranks.gather(mine) for number in part]
         raise NonFiniteLossError(
             f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step's sequences are "
             f"{_abridged(sequences)}. Nothing was saved over the last good checkpoint. Look at them, lower "
@@ -207,18 +227,20 @@ class Trainer:
         if self.validation is None:
             return
         self.model.eval()
-        loss_sum, num_targets = 0.0, 0
+        loss_sum, num_targets = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in self.validation():
             output = self.model(
                 batch.tokens.to(self.device),
                 targets=batch.targets.to(self.device),
                 document_ids=self._document_ids(batch),
             )
-            loss_sum += output.loss_sum.item()
+            loss_sum += output.loss_sum
             num_targets += int((batch.targets >= 0).sum())
         self.model.train()
+        self.ranks.sum(loss_sum)
+        (num_targets,) = self.ranks.sum_on_host([num_targets])
         if num_targets:
-            self._validation_loss = loss_sum / num_targets
+            self._validation_loss = loss_sum.item() / num_targets
             self.observer.on_validation(self.step, self._validation_loss)
 
     def _save(self) -> None:

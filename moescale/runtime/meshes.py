@@ -1,0 +1,61 @@
+"""Device meshes of a plan: one for parameters that every rank of a scale unit shards, one for routed experts.
+
+Both lay the same ranks out in the same order, with neighbours in the innermost axis:
+
+    dense    [dp_replicate, dp_shard]
+    experts  [dp_replicate, edp, ep]     edp = dp_shard / ep: ranks that hold the same experts
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moescale.errors import ConfigError
+from moescale.plan import ParallelPlan
+from moescale.runtime.ranks import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meshes:
+    """The meshes of a plan, from one rank's place in them."""
+
+    dense: DeviceMesh
+    """Axes dp_replicate, dp_shard."""
+    experts: DeviceMesh
+    """Axes dp_replicate, edp, ep."""
+
+
+def check_runnable(plan: ParallelPlan, ranks: Ranks) -> None:
+    """Raise ConfigError unless this runtime has every axis of the plan, and ``ranks`` are as many as it wants."""
+    for axis in ("pp", "cp", "tp"):
+        size = getattr(plan.mesh, axis)
+        if size != 1:
+            raise ConfigError(
+                f"plan.mesh.{axis} ({size}) must be 1: this version runs the axes dp_replicate, dp_shard and ep; "
+                f"compile the plan with {axis} 1"
+            )
+    if plan.runtime_gpus != ranks.size:
+        raise ConfigError(
+            f"plan.runtime_gpus ({plan.runtime_gpus}) must equal the number of processes ({ranks.size}); "
+            f"start it with `torchrun --nproc-per-node {plan.runtime_gpus}`, or compile a plan with "
+            f"--runtime-gpus {ranks.size}"
+        )
+
+
+def build_meshes(plan: ParallelPlan, ranks: Ranks, device_type: str) -> Meshes | None:
+    """Build the meshes of ``plan``; a collective. None for a plan of one device, which needs none."""
+    check_runnable(plan, ranks)
+    if ranks.size == 1:
+        return None
+    mesh = plan.mesh
+    edp = mesh.dp_shard // mesh.ep
+    return Meshes(
+        dense=init_device_mesh(
+            device_type, (mesh.dp_replicate, mesh.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
+        ),
+        experts=init_device_mesh(
+            device_type, (mesh.dp_replicate, edp, mesh.ep), mesh_dim_names=("dp_replicate", "edp", "ep")
+        ),
+    )

@@ -1,0 +1,53 @@
+"""A model in place: built, divided by a plan over the ranks, and filled with weights. What every run begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moescale.config import ModelConfig
+from moescale.convert.checkpoint import import_checkpoint
+from moescale.model.transformer import Transformer, build_on_meta, initialize_part
+from moescale.plan import ParallelPlan
+from moescale.runtime.layout import Part, find_parts, local_tensor
+from moescale.runtime.mapping import apply_plan
+from moescale.runtime.meshes import build_meshes
+from moescale.runtime.ranks import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedModel:
+    """A model divided by a plan; its memory is there, its weights are whatever filled it last."""
+
+    model: Transformer
+    parts: Mapping[str, Part]
+    """What of each parameter this rank holds."""
+
+    def initialize(self, seed: int) -> None:
+        """Fill with random weights, the same whatever the plan (on one kind of device)."""
+        std = self.model.config.initializer_std
+        for position, (name, parameter) in enumerate(self.model.named_parameters()):
+            part = self.parts[name]
+            initialize_part(local_tensor(parameter), name, position, part.shape, part.index, std, seed)
+
+    def import_weights(self, folder: Path) -> None:
+        """Fill from a Hugging Face folder; every rank reads what it needs. Raises CheckpointError."""
+        tensors = {name: local_tensor(parameter) for name, parameter in self.model.named_parameters()}
+        index = {name: part.index for name, part in self.parts.items()}
+        import_checkpoint(folder, self.model.config, tensors, parts=index)
+
+
+def place_model(config: ModelConfig, plan: ParallelPlan, ranks: Ranks, device: torch.device) -> PlacedModel:
+    """Build the model and divide it over ``ranks`` before it is given memory: no rank ever holds more than its parts.
+
+    A collective. Raises ConfigError where the plan does not fit the model or the number of ranks.
+    """
+    plan.check_model(config)
+    meshes = build_meshes(plan, ranks, device.type)
+    model = build_on_meta(config, torch.bfloat16 if plan.compute_dtype == "bf16" else torch.float32)
+    apply_plan(model, plan, meshes)
+    model.to_empty(device=device)
+    return PlacedModel(model=model, parts=find_parts(model, meshes))

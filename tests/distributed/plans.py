@@ -1,0 +1,141 @@
+"""Plans, data and trainers of the distributed tests: the same training run, in any layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moescale.config import ModelConfig
+from moescale.plan import LayerPlan, MeshShape, ParallelPlan
+from moescale.runtime.checkpoint import CheckpointStore
+from moescale.runtime.mapping import optimizer_format
+from moescale.runtime.ranks import current_ranks
+from moescale.runtime.session import place_model
+from moescale.runtime.settings import TrainSettings
+from moescale.runtime.train import Trainer
+from tiny import tiny_config
+
+SEQUENCES_PER_STEP = 8
+SEQUENCE_LENGTH = 16
+
+
+def make_plan(config: ModelConfig, *, accumulation: int = 1, recompute: Any = "none", reshard: bool = True, **fields):
+    """A plan of eight sequences a step for ``tiny_config``; mesh axes and formats by keyword."""
+    axes = {name: fields.pop(name) for name in ("dp_replicate", "dp_shard", "ep") if name in fields}
+    mesh = MeshShape(**axes)
+    ranks = mesh.dp_replicate * mesh.dp_shard
+    dense = recompute if isinstance(recompute, str) else "none"
+    formats = dict(
+        compute_dtype="fp32", optimizer_state_dtype="fp32", master_weight_format="fp32", gradient_dtype="fp32"
+    )
+    return ParallelPlan(
+        model_fingerprint=config.fingerprint(),
+        cluster_fingerprint="",
+        plan_gpus=mesh.dp_shard,
+        runtime_gpus=ranks,
+        mesh=mesh,
+        sequence_length=SEQUENCE_LENGTH,
+        tokens_per_step=SEQUENCES_PER_STEP * SEQUENCE_LENGTH,
+        micro_batch_sequences=SEQUENCES_PER_STEP // ranks // accumulation,
+        gradient_accumulation_steps=accumulation,
+        dense_layers=LayerPlan(recompute=dense, reshard_after_forward=reshard),
+        moe_layers=LayerPlan(recompute=recompute, reshard_after_forward=reshard),
+        **(formats | fields),
+    )
+
+
+@dataclass(frozen=True)
+class SyntheticBatch:
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    sequence_ids: torch.Tensor
+    document_starts: torch.Tensor | None = None
+
+
+class SyntheticSteps:
+    """Eight sequences a step, drawn from the step's number; this rank's share of them. Remembers whom it handed out."""
+
+    def __init__(self, plan: ParallelPlan, vocabulary: int, one_token: bool = False) -> None:
+        self.plan, self.vocabulary, self.one_token = plan, vocabulary, one_token
+        self.ranks = current_ranks()
+        self.position = 0
+        self.seen: list[list[int]] = []
+
+    def __iter__(self):
+        while True:
+            generator = torch.Generator().manual_seed(self.position)
+            shape = (SEQUENCES_PER_STEP, SEQUENCE_LENGTH)
+            tokens = torch.randint(self.vocabulary, shape, generator=generator)
+            if self.one_token:
+                tokens = torch.full(shape, self.position % self.vocabulary)
+            targets = torch.randint(self.vocabulary, shape, generator=generator)
+            targets[3, 5:] = -100  # so that ranks and micro-batches have unequal numbers of targets
+            targets[7] = -100
+            ids = torch.arange(SEQUENCES_PER_STEP) + SEQUENCES_PER_STEP * self.position
+            self.position += 1
+            share = SEQUENCES_PER_STEP // self.ranks.size
+            mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+            self.seen.append(ids[mine].tolist())
+            parts = (part[mine].split(self.plan.micro_batch_sequences) for part in (tokens, targets, ids))
+            yield [SyntheticBatch(*part) for part in zip(*parts, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+@dataclass
+class Recorder:
+    losses: list[float] = field(default_factory=list)
+    saves: list[int] = field(default_factory=list)
+    metrics: list[Any] = field(default_factory=list)
+    after_step: Any = None
+
+    def on_resume(self, step, path):
+        pass
+
+    def on_step(self, metrics):
+        self.losses.append(metrics.loss)
+        self.metrics.append(metrics)
+        if self.after_step:
+            self.after_step(metrics)
+
+    def on_validation(self, step, loss):
+        pass
+
+    def on_checkpoint(self, step, path, seconds):
+        self.saves.append(step)
+
+
+def make_trainer(
+    folder: Path,
+    *,
+    total_steps: int = 20,
+    model: dict[str, Any] | None = None,
+    one_token: bool = False,
+    settings: dict[str, Any] | None = None,
+    **plan_fields: Any,
+) -> Trainer:
+    """A trainer of the tiny model by a plan, on the ranks of the process group or alone."""
+    config = tiny_config(**(model or {}))
+    plan = make_plan(config, **plan_fields)
+    ranks = current_ranks()
+    placed = place_model(config, plan, ranks, torch.device("cpu"))
+    placed.initialize(seed=0)
+    return Trainer(
+        model=placed.model,
+        settings=TrainSettings(**({"learning_rate": 3e-3, "warmup_steps": 2} | (settings or {}))),
+        total_steps=total_steps,
+        source=SyntheticSteps(plan, config.vocab_size, one_token),
+        store=CheckpointStore(folder, keep=3),
+        observer=Recorder(),
+        optimizer_format=optimizer_format(plan),
+        identity={"model": config.fingerprint()},
+        ranks=ranks,
+        parts=placed.parts,
+    )
