@@ -6,23 +6,21 @@ Compute. A product takes ``FLOPs / rate``, the rate read from the cluster file's
 routed experts by rows per expert, attention by sequence length), element-wise work ``bytes / bandwidth``; all at the
 clock that lasts under load, and each kernel a launch more.
 
-Communication. Ring collectives (Thakur et al. 2005): an all-gather or reduce-scatter of B bytes over p ranks moves
-``(p - 1) / p * B`` per rank within a node, and between N nodes ``(N - 1) / N * B`` through the node's links together;
-the slower of the two counts. An all-to-all sends each rank's rows directly, those for other nodes over the rank's own link.
-Weights are gathered beside the compute of the layer before (FSDP's prefetch), gradients reduced beside the backward of
-the next; rows travel beside the shared experts. Only what compute does not cover is exposed.
+Communication (:mod:`moescale.planner.links`). Weights are gathered beside the compute of the layer before (FSDP's
+prefetch), gradients reduced beside the backward of the next; rows travel beside the shared experts; replicas are summed
+beside the last backward. Only what compute does not cover is exposed.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moescale.operators import Operator, forward_flops, moved_bytes
 from moescale.plan import LayerPlan, MeshShape
-from moescale.planner.cluster import Cluster, Link
+from moescale.planner.cluster import Cluster
+from moescale.planner.links import all_to_all_seconds, link_of, ring_seconds
 from moescale.planner.request import Candidate, Formats, PlanRequest
 from moescale.planner.workload import LayerKind, Workload
 
@@ -56,6 +54,47 @@ class _LayerTime:
     recompute: float
 
 
+@dataclass(kw_only=True)
+class _Pass:
+    """One layer kind's forward or backward: its compute, and how much of that no communication runs beside yet."""
+
+    count: float
+    """Layers."""
+    compute: dict[str, float]
+    """Seconds by operator, of one layer."""
+    recompute: float = 0.0
+    free: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.free = sum(self.compute.values()) + self.recompute
+
+
+@dataclass(kw_only=True)
+class _Ledger:
+    """Adds up a micro-batch. A second of compute hides a second of communication once: what one axis has used is gone.
+
+    Without that rule a faster operator could make a plan slower, by hiding less on several axes at a time.
+    """
+
+    exposed: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    hidden: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    free_backward: float = 0.0
+
+    def add_compute(self, *passes: _Pass) -> None:
+        for part in passes:
+            for name, seconds in part.compute.items():
+                self.exposed[f"compute {name}"] += part.count * seconds
+            if part.recompute:
+                self.exposed["recompute"] += part.count * part.recompute
+
+    def communicate(self, axis: str, part: _Pass, seconds: float, beside: float) -> None:
+        """Account ``seconds`` per layer, of which up to ``beside`` can run beside compute."""
+        covered = min(seconds, beside, part.free)
+        part.free -= covered
+        self.exposed[f"communication {axis}"] += part.count * (seconds - covered)
+        self.hidden[f"communication {axis}"] += part.count * covered
+
+
 class CostModel:
     """Times of candidates for one model, cluster and request; partial results are kept."""
 
@@ -85,17 +124,16 @@ class CostModel:
         self, mesh: MeshShape, sequences: int, accumulation: int, dense: LayerPlan, moe: LayerPlan, gradient: str
     ) -> StepTime:
         """Forward, backward and communication of all micro-batches."""
-        exposed, hidden = self._micro_batch(mesh, sequences, dense, moe, gradient)
-        total = {name: seconds * accumulation for name, seconds in exposed.items()}
-        covered = {name: seconds * accumulation for name, seconds in hidden.items()}
+        micro_batch = self._micro_batch(mesh, sequences, dense, moe, gradient)
+        total = {name: seconds * accumulation for name, seconds in micro_batch.exposed.items()}
+        covered = {name: seconds * accumulation for name, seconds in micro_batch.hidden.items()}
         if mesh.pp > 1:
             # The first and last stages idle while a micro-batch passes the others (1F1B, Narayanan et al. 2021).
-            total["pipeline bubble"] = (mesh.pp - 1) * sum(exposed.values())
-        if mesh.dp_replicate > 1:
+            total["pipeline bubble"] = (mesh.pp - 1) * sum(micro_batch.exposed.values())
+        if mesh.dp_replicate > 1:  # beside what the last micro-batch's backward leaves free
             seconds = self._replicate_seconds(mesh, gradient)
-            last_backward = sum(value for name, value in exposed.items() if name.startswith("compute")) * 2 / 3
-            total["communication dp_replicate"] = max(0.0, seconds - last_backward)
-            covered["communication dp_replicate"] = min(seconds, last_backward)
+            total["communication dp_replicate"] = max(0.0, seconds - micro_batch.free_backward)
+            covered["communication dp_replicate"] = min(seconds, micro_batch.free_backward)
         total["step overhead"] = self.cluster.step_overhead_seconds
         return StepTime(exposed=total, hidden=covered)
 
@@ -123,26 +161,24 @@ class CostModel:
 
     def _micro_batch_uncached(
         self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        exposed: defaultdict[str, float] = defaultdict(float)
-        hidden: defaultdict[str, float] = defaultdict(float)
+    ) -> _Ledger:
+        """Forward and backward of one micro-batch on one rank."""
+        ledger = _Ledger()
         for kind in (*self.workload.layers, self.workload.outside):
             plan = {"dense": dense, "moe": moe}.get(kind.name, LayerPlan(reshard_after_forward=False))
             # A stage has its share of the layers; the loss comes on top of one of them.
             count = kind.count if kind is self.workload.outside else kind.count / mesh.pp
             time = self._layer_time(kind.name, mesh.tp, mesh.cp, mesh.ep, sequences, plan.recompute)
-            forward, backward = sum(time.forward.values()), sum(time.backward.values()) + time.recompute
-            for part in (time.forward, time.backward):
-                for name, seconds in part.items():
-                    exposed[f"compute {name}"] += count * seconds
-            if time.recompute:
-                exposed["recompute"] += count * time.recompute
-            self._add_sharding(kind, mesh, plan, gradient, count, forward, backward, exposed, hidden)
+            forward = _Pass(count=count, compute=time.forward)
+            backward = _Pass(count=count, compute=time.backward, recompute=time.recompute)
+            ledger.add_compute(forward, backward)
             if kind.name == "moe" and mesh.ep > 1:
-                self._add_experts(time, mesh, sequences, plan, count, exposed, hidden)
+                self._add_experts(ledger, forward, backward, mesh, sequences, plan)
             if kind is not self.workload.outside:
-                self._add_unsupported_axes(mesh, sequences, count, time, exposed, hidden)
-        return dict(exposed), dict(hidden)
+                self._add_unsupported_axes(ledger, forward, backward, mesh, sequences)
+            self._add_sharding(ledger, forward, backward, kind, mesh, plan, gradient)
+            ledger.free_backward += count * backward.free
+        return ledger
 
     def _layer_time_uncached(
         self, kind: str, tp: int, cp: int, ep: int, sequences: int, recompute: str | tuple[str, ...]
@@ -197,100 +233,77 @@ class CostModel:
 
     def _add_sharding(
         self,
+        ledger: _Ledger,
+        forward: _Pass,
+        backward: _Pass,
         kind: LayerKind,
         mesh: MeshShape,
         plan: LayerPlan,
         gradient: str,
-        count: float,
-        forward: float,
-        backward: float,
-        exposed: dict[str, float],
-        hidden: dict[str, float],
     ) -> None:
-        ranks = mesh.dp_shard * mesh.cp
+        """Gather a layer's weights ahead of each pass, reduce its gradients behind the backward."""
+        ranks, stride = mesh.dp_shard * mesh.cp, mesh.tp
         if ranks == 1:
             return
         dense, routed = self._layer_bytes(kind, mesh)
-        ratio = DTYPE_BYTES[gradient] / self.itemsize
-        stride = mesh.tp
-        gather = self.ring_seconds(dense, ranks, stride) + self.ring_seconds(routed, ranks // mesh.ep, stride * mesh.ep)
-        reduce = self.ring_seconds(dense * ratio, ranks, stride)
-        reduce += self.ring_seconds(routed * ratio, ranks // mesh.ep, stride * mesh.ep)
+
+        def collective(scale: float) -> float:
+            replicas_of_experts = ranks // mesh.ep
+            return ring_seconds(self.cluster, dense * scale, ranks, stride) + ring_seconds(
+                self.cluster, routed * scale, replicas_of_experts, stride * mesh.ep
+            )
+
+        gather, reduce = collective(1.0), collective(DTYPE_BYTES[gradient] / self.itemsize)
+        ledger.communicate("dp_shard", forward, gather, forward.free)
         behind = gather + reduce if plan.reshard_after_forward else reduce
-        for seconds, cover in ((gather, forward), (behind, backward)):
-            exposed["communication dp_shard"] += count * max(0.0, seconds - cover)
-            hidden["communication dp_shard"] += count * min(seconds, cover)
+        ledger.communicate("dp_shard", backward, behind, backward.free)
 
     def _add_experts(
-        self,
-        time: _LayerTime,
-        mesh: MeshShape,
-        sequences: int,
-        plan: LayerPlan,
-        count: float,
-        exposed: dict[str, float],
-        hidden: dict[str, float],
+        self, ledger: _Ledger, forward: _Pass, backward: _Pass, mesh: MeshShape, sequences: int, plan: LayerPlan
     ) -> None:
+        """Send rows to their experts and back, beside the shared experts; once more where the block is run again."""
         tokens = sequences * self.request.sequence_length // mesh.cp
-        dims = self.workload.dims(tokens, 1)
+        dims = self.workload.dims(tokens, self.request.sequence_length)
         sent = dims["n"] * dims["k"] * dims["h"] * self.itemsize * self.request.router_imbalance
-        both_ways = 2 * self.all_to_all_seconds(sent, mesh.ep, mesh.tp)
-        passes = [time.forward, time.backward] + ([time.forward] if plan.recompute == "block" else [])
-        for part in passes:
-            beside = sum(seconds for name, seconds in part.items() if name.startswith("shared"))
-            exposed["communication ep"] += count * max(0.0, both_ways - beside)
-            hidden["communication ep"] += count * min(both_ways, beside)
+        both_ways = 2 * all_to_all_seconds(self.cluster, sent, mesh.ep, mesh.tp)
+        shared_forward, shared_backward = (_seconds_of(part.compute, "shared") for part in (forward, backward))
+        ledger.communicate("ep", forward, both_ways, shared_forward)
+        ledger.communicate("ep", backward, both_ways, shared_backward)
+        if plan.recompute == "block":
+            ledger.communicate("ep", backward, both_ways, shared_forward)
 
     def _add_unsupported_axes(
-        self,
-        mesh: MeshShape,
-        sequences: int,
-        count: float,
-        time: _LayerTime,
-        exposed: dict[str, float],
-        hidden: dict[str, float],
+        self, ledger: _Ledger, forward: _Pass, backward: _Pass, mesh: MeshShape, sequences: int
     ) -> None:
         tokens = sequences * self.request.sequence_length // mesh.cp
         config = self.workload.config
         activations = tokens * config.hidden_size * self.itemsize
         if mesh.tp > 1:  # all-reduce behind attention and feed-forward, in both passes
-            exposed["communication tp"] += count * 4 * 2 * self.ring_seconds(activations, mesh.tp, 1)
+            reduce = 2 * 2 * ring_seconds(self.cluster, activations, mesh.tp, 1)
+            ledger.communicate("tp", forward, reduce, 0.0)
+            ledger.communicate("tp", backward, reduce, 0.0)
         if mesh.cp > 1:  # keys and values travel around the ring beside attention (Liu et al. 2023)
             width = config.num_heads * (config.qk_head_dim + config.v_head_dim)
-            seconds = 3 * (mesh.cp - 1) * tokens * width * self.itemsize / self._link(mesh.cp, mesh.tp).bytes_per_second
-            cover = time.forward["attention"] + time.backward["attention"]
-            exposed["communication cp"] += count * max(0.0, seconds - cover)
-            hidden["communication cp"] += count * min(seconds, cover)
+            link = link_of(self.cluster, mesh.cp, mesh.tp)
+            once = (mesh.cp - 1) * (tokens * width * self.itemsize / link.bytes_per_second + link.latency_seconds)
+            ledger.communicate("cp", forward, once, _seconds_of(forward.compute, "attention"))
+            ledger.communicate("cp", backward, 2 * once, _seconds_of(backward.compute, "attention"))
         if mesh.pp > 1:
-            link = self._link(mesh.pp, mesh.tp * mesh.cp * mesh.dp_shard)
-            hops = 2 * (activations / link.bytes_per_second + link.latency_seconds)
-            exposed["communication pp"] += hops * count / max(1, self.workload.config.num_layers)
+            link = link_of(self.cluster, mesh.pp, mesh.tp * mesh.cp * mesh.dp_shard)
+            hop = activations / link.bytes_per_second + link.latency_seconds
+            share = mesh.pp / config.num_layers  # of one hop per stage, for each of the stage's layers
+            ledger.communicate("pp", forward, hop * share, 0.0)
+            ledger.communicate("pp", backward, hop * share, 0.0)
 
     def _replicate_seconds(self, mesh: MeshShape, gradient: str) -> float:
         """All-reduce of this rank's gradient shard over the replicas: once a step."""
         shard = self.rank_parameters(mesh) * DTYPE_BYTES[gradient]
-        return 2 * self.ring_seconds(shard, mesh.dp_replicate, mesh.pp * mesh.tp * mesh.cp * mesh.dp_shard)
+        stride = mesh.pp * mesh.tp * mesh.cp * mesh.dp_shard
+        return 2 * ring_seconds(self.cluster, shard, mesh.dp_replicate, stride)
 
-    def ring_seconds(self, num_bytes: float, ranks: int, stride: int) -> float:
-        """All-gather or reduce-scatter to or from ``num_bytes`` over ``ranks`` whose numbers are ``stride`` apart."""
-        if ranks == 1 or num_bytes == 0:
-            return 0.0
-        cluster = self.cluster
-        per_node = max(1, min(ranks, cluster.gpus_per_node // stride))
-        nodes = math.ceil(ranks / per_node)
-        latency = math.ceil(math.log2(ranks)) * self._link(ranks, stride).latency_seconds
-        inside = (ranks - 1) / ranks * num_bytes / cluster.intra_node.bytes_per_second if per_node > 1 else 0.0
-        between = (nodes - 1) / nodes * num_bytes / (per_node * cluster.inter_node.bytes_per_second)
-        return max(inside, between) + latency
 
-    def all_to_all_seconds(self, num_bytes: float, ranks: int, stride: int) -> float:
-        """Each rank sends ``num_bytes``, equal parts to all ``ranks`` (one of them itself)."""
-        cluster = self.cluster
-        per_node = max(1, min(ranks, cluster.gpus_per_node // stride))
-        inside = (per_node - 1) / ranks * num_bytes / cluster.intra_node.bytes_per_second
-        between = (ranks - per_node) / ranks * num_bytes / cluster.inter_node.bytes_per_second
-        return max(inside, between) + self._link(ranks, stride).latency_seconds
-
-    def _link(self, ranks: int, stride: int) -> Link:
-        inside = ranks * stride <= self.cluster.gpus_per_node
-        return self.cluster.intra_node if inside else self.cluster.inter_node
+def _seconds_of(compute: dict[str, float], prefix: str) -> float:
+    """Compute of the operators of a pass that communication of a kind can run beside."""
+    if prefix == "attention":
+        return compute["attention"]
+    return sum(seconds for name, seconds in compute.items() if name.startswith(prefix))
