@@ -1,0 +1,291 @@
+"""The search against a naive enumerator written here, and the ways in which a plan may never get worse."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any, get_args
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moescale.config import ModelConfig
+from moescale.errors import ConfigError
+from moescale.plan import LayerPlan, MeshShape, ParallelPlan
+from moescale.planner.cluster import Cluster, Link, load_cluster
+from moescale.planner.cost import CostModel
+from moescale.planner.memory import MemoryModel
+from moescale.planner.request import (
+    Candidate,
+    Formats,
+    GradientFormat,
+    MasterFormat,
+    MomentFormat,
+    PlanRequest,
+    decision_text,
+)
+from moescale.planner.search import PlanResult, compile_plan
+from moescale.planner.workload import build_workload
+from tiny import tiny_config
+
+H100 = load_cluster("h100-sxm")
+SLOW = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+Point = tuple[float, float, Candidate]
+"""Step seconds, bytes by which it exceeds the limit, and what it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    config: ModelConfig
+    cluster: Cluster
+    request: PlanRequest
+
+    def solve(self, **cluster_changes: Any) -> PlanResult:
+        cluster = dataclasses.replace(self.cluster, **cluster_changes)
+        return compile_plan(self.config, cluster, self.request, with_alternatives=False)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    experts = draw(st.sampled_from([None, 2, 4, 6]))
+    config = tiny_config(
+        num_layers=draw(st.integers(1, 4)),
+        num_experts=experts,
+        top_k=2,
+        first_moe_layer=draw(st.integers(0, 2)),
+        num_shared_experts=draw(st.integers(0, 1)),
+        hidden_size=draw(st.sampled_from([32, 512])),
+        vocab_size=draw(st.sampled_from([96, 4096])),
+    )
+    gpus = draw(st.sampled_from([1, 2, 3, 4]))
+    units = [unit for unit in range(1, gpus + 1) if gpus % unit == 0]
+    sequences = gpus * draw(st.sampled_from([1, 2, 4]))
+    length = draw(st.sampled_from([32, 128]))
+    # Two decisions at least are pinned, or the naive enumeration takes minutes.
+    choices = {
+        "gradient_dtype": get_args(GradientFormat),
+        "optimizer_state_dtype": get_args(MomentFormat),
+        "master_weight_format": get_args(MasterFormat)[:2],
+        "moe_recompute": ("none", "block"),
+        "micro_batch_sequences": ("1", "2"),
+    }
+    names = draw(st.lists(st.sampled_from(sorted(choices)), min_size=2, max_size=3, unique=True))
+    pins = {name: draw(st.sampled_from(choices[name])) for name in names}
+    request = PlanRequest(
+        runtime_gpus=gpus,
+        plan_gpus=draw(st.sampled_from([None, *units])),
+        tokens_per_step=sequences * length,
+        sequence_length=length,
+        router_imbalance=draw(st.sampled_from([1.0, 1.3])),
+        exact_weights=draw(st.booleans()),
+        allow_unsupported=draw(st.booleans()) and gpus <= 4,
+        pins=pins,
+        forbidden=frozenset(draw(st.sets(st.sampled_from([("ep", "2"), ("dense_recompute", "block")])))),
+    )
+    link = st.builds(
+        Link,
+        latency_seconds=st.sampled_from([1e-6, 1e-4]),
+        bytes_per_second=st.sampled_from([1e8, 1e10, 1e12]),
+    )
+    cluster = dataclasses.replace(
+        H100,
+        gpus_per_node=draw(st.sampled_from([1, 2, 4])),
+        intra_node=draw(link),
+        inter_node=draw(link),
+        host=draw(link),
+        context_bytes=0,
+        launch_seconds=draw(st.sampled_from([0.0, 2e-6])),
+    )
+    problem = Problem(config, cluster, request)
+    peaks = sorted(
+        MemoryModel(build_workload(config), cluster, request).peak(c).total for c in every_candidate(problem)
+    )
+    if not peaks:
+        return problem
+    limit = peaks[draw(st.integers(0, len(peaks) - 1))] * draw(st.sampled_from([0.9, 1.0, 1.1]))
+    return dataclasses.replace(problem, cluster=dataclasses.replace(cluster, memory_bytes=max(1, round(limit))))
+
+
+def every_candidate(problem: Problem) -> list[Candidate]:
+    """The whole space, by trying every combination of numbers and keeping those that the rules allow."""
+    config, cluster, request = problem.config, problem.cluster, problem.request
+    gpus = range(1, request.runtime_gpus + 1)
+    has_moe, has_dense = config.num_moe_layers > 0, config.num_moe_layers < config.num_layers
+    found = []
+    for pp, replicate, shard, cp, tp, ep in itertools.product(gpus, repeat=6):
+        mesh = MeshShape(pp=pp, dp_replicate=replicate, dp_shard=shard, cp=cp, tp=tp, ep=ep)
+        unit = pp * shard * cp * tp
+        sequences, rest = divmod(request.tokens_per_step // request.sequence_length, replicate * shard)
+        if (
+            unit * replicate != request.runtime_gpus
+            or (request.plan_gpus is not None and unit != request.plan_gpus)
+            or (not request.allow_unsupported and pp * cp * tp > 1)
+            or (pp > config.num_layers or config.num_heads % tp or config.expert_intermediate_size % tp)
+            or (tp > cluster.gpus_per_node or (cp > 1 and request.sequence_length % (2 * cp)))
+            or ((shard * cp) % ep or (not has_moe and ep > 1) or (config.num_experts or 1) % ep)
+            or rest
+        ):
+            continue
+        denses = layer_plans(("none", "block"), shard * cp > 1) if has_dense else [LayerPlan()]
+        moes = layer_plans(("none", ("experts",), "block"), shard * cp > 1) if has_moe else [LayerPlan()]
+        for micro, dense, moe, formats in itertools.product(range(1, sequences + 1), denses, moes, every_format()):
+            if sequences % micro:
+                continue
+            candidate = Candidate(
+                mesh=mesh,
+                micro_batch_sequences=micro,
+                gradient_accumulation_steps=sequences // micro,
+                dense_layers=dense,
+                moe_layers=moe,
+                formats=formats,
+            )
+            if allowed(candidate, request):
+                found.append(candidate)
+    return found
+
+
+def layer_plans(recompute: tuple[Any, ...], sharded: bool) -> list[LayerPlan]:
+    reshards = (True, False) if sharded else (True,)
+    return [LayerPlan(recompute=again, reshard_after_forward=reshard) for again in recompute for reshard in reshards]
+
+
+def every_format() -> list[Formats]:
+    return [
+        Formats(
+            optimizer_state_dtype=moments,
+            master_weight_format=master,
+            gradient_dtype=gradient,
+            offload_optimizer=offload,
+        )
+        for moments, master, gradient, offload in itertools.product(
+            get_args(MomentFormat), get_args(MasterFormat), get_args(GradientFormat), (False, True)
+        )
+    ]
+
+
+def allowed(candidate: Candidate, request: PlanRequest) -> bool:
+    if request.exact_weights and candidate.formats.master_weight_format == "stochastic_bf16":
+        return False
+    if candidate.formats.offload_optimizer and not request.allow_unsupported:
+        return False
+    texts = {name: decision_text(value) for name, value in candidate.decisions().items()}
+    return all(texts[name] == value for name, value in request.pins.items()) and not any(
+        texts[name] == value for name, value in request.forbidden
+    )
+
+
+def brute_force(problem: Problem) -> list[Point]:
+    workload = build_workload(problem.config)
+    cost = CostModel(workload, problem.cluster, problem.request)
+    memory = MemoryModel(workload, problem.cluster, problem.request)
+    points = []
+    for candidate in every_candidate(problem):
+        host = memory.host_bytes(candidate.mesh, candidate.formats) - problem.cluster.host_memory_bytes
+        excess = max(memory.peak(candidate).total - problem.cluster.memory_bytes, host)
+        points.append((cost.step(candidate).total, excess, candidate))
+    return points
+
+
+@SLOW
+@given(problems())
+def test_the_plan_is_that_of_trying_every_combination(problem: Problem) -> None:
+    points = brute_force(problem)
+    if not points:
+        with pytest.raises(ConfigError, match="divisible|together"):
+            problem.solve()
+        return
+    result = problem.solve()
+    fitting = [point for point in points if point[1] <= 0]
+    assert result.num_candidates == len(points)
+    if not fitting:
+        assert result.best is None
+        smallest = min(excess for _, excess, _ in points)
+        assert result.near_misses[0].memory.total - result.limit_bytes == pytest.approx(smallest, abs=1)
+        return
+    assert result.best is not None
+    fastest = min(time for time, _, _ in fitting)
+    assert result.best.time.total == pytest.approx(fastest, rel=1e-12)
+    assert result.best.candidate in [candidate for time, _, candidate in fitting if time <= fastest * (1 + 1e-12)]
+
+
+def seconds(result: PlanResult) -> float:
+    return result.best.time.total if result.best else float("inf")
+
+
+@settings(SLOW, max_examples=80)
+@given(problems(), st.sampled_from(["memory", "intra", "inter", "grouped", "dense", "attention", "bandwidth"]))
+def test_more_memory_faster_links_and_kernels_never_give_a_slower_plan(problem: Problem, what: str) -> None:
+    cluster = problem.cluster
+    try:
+        before = problem.solve()
+    except ConfigError:
+        return
+
+    def faster(name: str) -> dict[str, Any]:
+        rates = getattr(cluster, name)
+        return {name: dataclasses.replace(rates, flops_per_second=tuple(2 * rate for rate in rates.flops_per_second))}
+
+    def quicker(link: Link) -> Link:
+        return Link(latency_seconds=link.latency_seconds / 2, bytes_per_second=link.bytes_per_second * 2)
+
+    changes = {
+        "memory": {"memory_bytes": cluster.memory_bytes * 2},
+        "intra": {"intra_node": quicker(cluster.intra_node)},
+        "inter": {"inter_node": quicker(cluster.inter_node)},
+        "grouped": faster("grouped_gemm"),
+        "dense": faster("dense_gemm"),
+        "attention": faster("attention"),
+        "bandwidth": {"elementwise_bytes_per_second": cluster.elementwise_bytes_per_second * 2},
+    }[what]
+    assert seconds(problem.solve(**changes)) <= seconds(before) * (1 + 1e-12)
+
+
+REFERENCE = PlanRequest(
+    runtime_gpus=8, plan_gpus=4, tokens_per_step=131072, sequence_length=2048, memory_limit_bytes=64 * 10**9
+)
+
+
+def coder_v2_lite() -> ModelConfig:
+    from moescale.convert.hf_config import read_model_config
+
+    return read_model_config("deepseek-coder-v2-lite")
+
+
+def test_the_reference_command_gets_a_plan_the_runtime_can_read() -> None:
+    result = compile_plan(coder_v2_lite(), H100, REFERENCE)
+    plan = result.plan()
+    assert plan.plan_gpus == 4 and plan.mesh.dp_replicate == 2
+    assert plan.prediction is not None
+    assert plan.prediction.peak_bytes <= 64e9
+    assert plan.prediction.tokens_per_second == pytest.approx(131072 / plan.prediction.step_seconds)
+    assert sum(plan.prediction.breakdown_seconds.values()) == pytest.approx(plan.prediction.step_seconds)
+    assert sum(plan.prediction.breakdown_bytes.values()) == pytest.approx(plan.prediction.peak_bytes, abs=100)
+    assert ParallelPlan.from_json(plan.to_json()) == plan
+    plan.check_model(coder_v2_lite())
+
+
+def test_equal_requests_give_equal_plans() -> None:
+    first, second = (compile_plan(coder_v2_lite(), H100, REFERENCE).plan() for _ in range(2))
+    assert first == second
+
+
+def test_every_alternative_differs_in_one_decision_and_says_what_it_costs() -> None:
+    plan = compile_plan(coder_v2_lite(), H100, REFERENCE).plan()
+    assert {"ep", "gradient_dtype", "moe_recompute", "micro_batch_sequences"} <= {
+        alternative["decision"] for alternative in plan.alternatives
+    }
+    for alternative in plan.alternatives:
+        assert alternative["value"] != alternative["instead_of"]
+        slower = alternative["slower_by"] >= -1e-9
+        assert slower or alternative["exceeds_memory_by_bytes"] > 0 or not alternative["supported"] or (
+            alternative["decision"] in ("master_weight_format", "dp_shard")
+        )  # fmt: skip
+
+
+def test_where_nothing_fits_the_plan_is_refused_and_the_nearest_miss_named() -> None:
+    request = dataclasses.replace(REFERENCE, runtime_gpus=1, plan_gpus=1)
+    result = compile_plan(coder_v2_lite(), H100, request)
+    assert result.best is None
+    with pytest.raises(ConfigError, match=r"no plan fits 59\.6 GiB per GPU; the nearest exceeds it by \d+\.\d GiB"):
+        result.plan()
