@@ -1,0 +1,168 @@
+"""Loss curves of every optimizer format against fp32 AdamW in a plain transformers loop: same data, same start.
+
+    python benchmarks/loss_curves.py --output loss_curves.json
+
+A small model of the same architecture learns the sources of Python's standard library for a few hundred steps. The
+reference is transformers' DeepseekV2ForCausalLM in fp32 with torch's AdamW; its runs from other random weights show how
+much two good runs differ. Every format starts from the reference's weights and sees the same batches; what is compared
+is the mean loss of the last 50 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import get_args
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM
+
+from moescale.config import ModelConfig
+from moescale.convert.checkpoint import ModelWeights, export_checkpoint
+from moescale.convert.hf_config import read_model_config, to_hf_config
+from moescale.kernels.adamw import MasterFormat, MomentFormat
+from moescale.model.transformer import Transformer, build_on_meta, initialize
+from moescale.runtime.micro_batch import MicroBatches
+from moescale.runtime.optimizer import AdamW, OptimizerFormat
+from moescale.runtime.settings import TrainSettings, learning_rate_at
+
+VOCABULARY, LENGTH, SEQUENCES = 4096, 256, 32
+LAST = 50
+
+
+def tokenize() -> torch.Tensor:
+    """The standard library as one row of token ids."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")) + sorted(
+        Path(sysconfig.get_paths()["stdlib"]).glob("[a-k]*/*.py")
+    )
+    texts = [path.read_text(errors="ignore") for path in files]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    rows = [encoding.ids + [0] for encoding in tokenizer.encode_batch(texts)]
+    return torch.tensor(list(itertools.chain.from_iterable(rows)))
+
+
+def batches(tokens: torch.Tensor, steps: int, device: torch.device) -> list[torch.Tensor]:
+    """The same for every run: sequences in a seeded order."""
+    sequences = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.cat([torch.randperm(len(sequences), generator=generator) for _ in range(steps)])
+    return [sequences[order[i * SEQUENCES : (i + 1) * SEQUENCES]].to(device) for i in range(steps)]
+
+
+def start_model(config: ModelConfig, seed: int, device: torch.device) -> Transformer:
+    model = build_on_meta(config, torch.float32).to_empty(device=device)
+    initialize(model, seed)
+    return model
+
+
+def train_reference(model: Transformer, settings: TrainSettings, data: list[torch.Tensor]) -> list[float]:
+    """transformers and torch.optim.AdamW, all fp32, from ``model``'s weights."""
+    device = next(model.parameters()).device
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(to_hf_config(model.config, "float32")))
+        weights = ModelWeights(dict(model.named_parameters()))
+        export_checkpoint(model.config, weights, folder / "out", reference=folder, dtype=torch.float32)
+        theirs = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32).to(device)
+    decayed = [p for p in theirs.parameters() if p.dim() > 1]
+    others = [p for p in theirs.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.eps)
+    losses = []
+    for step, tokens in enumerate(data):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(settings, step, len(data))
+        loss = theirs(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), settings.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def train_ours(
+    model: Transformer, settings: TrainSettings, data: list[torch.Tensor], format: OptimizerFormat
+) -> list[float]:
+    """Weights in bf16 and what ``format`` keeps beside them, two micro-batches a step."""
+    model = model.bfloat16()
+    optimizer = AdamW(model.named_parameters(), settings, format)
+    optimizer.accumulate_in_experts(model)
+    runner = MicroBatches(model, capture=True)
+    losses = []
+    for step, tokens in enumerate(data):
+        targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], dim=1)
+        num_targets = targets.numel() - len(targets)
+        runner.start_step(num_targets=num_targets, num_micro_batches=2)
+        for part in range(2):
+            half = slice(part * SEQUENCES // 2, (part + 1) * SEQUENCES // 2)
+            runner.run(tokens[half], targets[half], None)
+        losses.append(runner.loss_sum.item() / num_targets)
+        optimizer.step(learning_rate_at(settings, step, len(data)), optimizer.gradient_norm())
+    return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # transformers computes no auxiliary loss, so neither side has one.
+    config = dataclasses.replace(
+        read_model_config("tiny"), vocab_size=VOCABULARY, hidden_size=256, num_layers=6, aux_loss_alpha=0.0
+    )
+    settings = TrainSettings(learning_rate=2e-3, warmup_steps=20)
+    data = batches(tokenize(), arguments.steps, device)
+    reference = [train_reference(start_model(config, seed, device), settings, data) for seed in range(arguments.seeds)]
+    finals = [statistics.mean(losses[-LAST:]) for losses in reference]
+    noise = max(finals) - min(finals)
+    rows = []
+    for moments, master in itertools.product(get_args(MomentFormat), get_args(MasterFormat)):
+        gradients = torch.bfloat16 if master == "stochastic_bf16" else torch.float32
+        for dtype in dict.fromkeys((gradients, torch.bfloat16)):
+            format = OptimizerFormat(moments=moments, master=master, gradients=dtype)
+            losses = train_ours(start_model(config, 0, device), settings, data, format)
+            final = statistics.mean(losses[-LAST:])
+            rows.append(
+                {
+                    "moments": moments,
+                    "master": master,
+                    "gradients": str(dtype).removeprefix("torch."),
+                    "final_loss": final,
+                    "difference": final - finals[0],
+                    "within_noise": abs(final - finals[0]) <= noise,
+                    "losses": [round(loss, 4) for loss in losses[::10]],
+                }
+            )
+            assert math.isfinite(final)
+            print({key: value for key, value in rows[-1].items() if key != "losses"}, flush=True)
+    result = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "versions": {"torch": torch.__version__},
+        "steps": arguments.steps,
+        "reference_final_losses": finals,
+        "run_to_run_noise": noise,
+        "reference_losses": [[round(loss, 4) for loss in losses[::10]] for losses in reference],
+        "formats": rows,
+    }
+    print(json.dumps({key: result[key] for key in ("reference_final_losses", "run_to_run_noise")}))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
