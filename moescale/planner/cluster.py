@@ -130,6 +130,12 @@ def parse_cluster(document: dict[str, Any], path: str) -> Cluster:
         optional = field.name in ("allocator_slack", "context_bytes", "launch_seconds", "step_overhead_seconds")
         if isinstance(value, int | float) and (value < 0 or (value == 0 and not optional)):
             raise ConfigError(f"{path}: {field.name} ({value}) must be positive")
+    for name in ("intra_node", "inter_node", "host"):
+        link: Link = getattr(cluster, name)
+        if link.bytes_per_second <= 0 or link.latency_seconds < 0:
+            raise ConfigError(
+                f"{path}: {name}.bytes_per_second ({link.bytes_per_second}) must be positive, latency too"
+            )
     if not 0 < cluster.sustained_clock <= 1:
         raise ConfigError(f"{path}: sustained_clock ({cluster.sustained_clock}) must be above 0 and at most 1")
     return cluster

@@ -114,7 +114,9 @@ def fit_text(result: FitResult) -> str:
         table.add_column(heading, justify="left" if heading == "plan" else "right")
     for point in result.points:
         table.add_row(str(point.gpus), f"{point.tokens_per_step:,}", *_cells(point))
-    answer = f"fits on {result.smallest.gpus} GPUs" if result.smallest else f"does not fit on {result.points[-1].gpus}"
+    answer = (
+        f"fits on {result.smallest.gpus} GPUs" if result.smallest else f"does not fit on {result.points[-1].gpus} GPUs"
+    )
     with io.StringIO() as text:
         console = Console(file=text, width=140, color_system=None)
         console.print(table)

@@ -161,6 +161,8 @@ class Search:
         groups: list[tuple[float, int, MeshShape, int, int]] = []
         free = LayerPlan(reshard_after_forward=False)
         for mesh in self.meshes():
+            if not any(True for _ in self.layer_plans(mesh)):
+                continue
             for sequences in self._micro_batches(mesh):
                 accumulation = self._sequences_per_rank(mesh) // sequences
                 bound = min(
@@ -171,7 +173,7 @@ class Search:
                     default=0.0,
                 )
                 groups.append((bound, len(groups), mesh, sequences, accumulation))
-        if not groups or not formats or not any(True for _ in self.layer_plans(groups[0][2])):
+        if not groups or not formats:
             raise ConfigError(self._why_empty())
         return sorted(groups, key=lambda group: group[:2])
 

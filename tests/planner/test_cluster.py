@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from moescale.errors import ConfigError
+from moescale.planner.cluster import SHIPPED, Cluster, Rates, load_cluster, parse_cluster
+
+NAMES = ("a100-80", "b200", "h100-sxm", "h200")
+
+
+def document() -> dict:
+    return tomllib.loads((SHIPPED / "h100-sxm.toml").read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_of_a_shipped_file_says_where_it_is_from(name: str) -> None:
+    cluster = load_cluster(name)
+    described = {field.name for field in dataclasses.fields(Cluster)} - {"name", "gpu", "gpus_per_node", "sources"}
+    assert set(cluster.sources) == described
+    assert all(
+        source.startswith(("data sheet", "measured", "derived", "assumed")) for source in cluster.sources.values()
+    )
+
+
+def test_there_are_no_other_shipped_files() -> None:
+    assert sorted(path.stem for path in SHIPPED.glob("*.toml")) == list(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_kernel_is_faster_than_the_data_sheet(name: str) -> None:
+    cluster = load_cluster(name)
+    for rates in (cluster.dense_gemm, cluster.grouped_gemm, cluster.attention):
+        assert max(rates.flops_per_second) < cluster.peak_flops_per_second
+
+
+def test_rates_are_linear_in_the_logarithm_and_constant_outside() -> None:
+    rates = Rates(sizes=(10.0, 1000.0), flops_per_second=(1.0, 3.0))
+    assert [rates.at(size) for size in (1, 10, 1000, 1e6)] == [1.0, 1.0, 3.0, 3.0]
+    assert rates.at(100) == pytest.approx(2.0)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"cluster 'h100-smx' is not known; .*did you mean 'h100-sxm'"):
+        load_cluster("h100-smx")
+
+
+def test_a_file_that_is_not_there_or_no_toml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_cluster(str(tmp_path / "none.toml"))
+    (tmp_path / "bad.toml").write_text("name = ")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load_cluster(str(tmp_path / "bad.toml"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"memory_byte": 1}, "'memory_byte' is not a field of a cluster file.*memory_bytes"),
+        ({"memory_bytes": -1}, r"memory_bytes \(-1\) must be positive"),
+        ({"memory_bytes": "80 GB"}, r"memory_bytes \('80 GB'\) must be of type int"),
+        ({"sustained_clock": 1.5}, r"sustained_clock \(1.5\) must be above 0 and at most 1"),
+        ({"attention": {"sizes": [1.0], "flops_per_second": []}}, "attention needs as many"),
+        ({"attention": {"sizes": [2.0, 1.0], "flops_per_second": [1.0, 1.0]}}, "attention.sizes must increase"),
+        ({"attention": {"sizes": [1.0], "flops_per_second": [0.0]}}, "attention.flops_per_second must be positive"),
+        ({"host": {"latency_seconds": 1e-6}}, "host: field 'bytes_per_second' is missing"),
+        ({"host": {"latency_seconds": 1e-6, "bytes_per_second": 0}}, "host.bytes_per_second .* must be positive"),
+    ],
+)
+def test_a_wrong_figure_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"my.toml: {message}"):
+        parse_cluster(document() | change, "my.toml")
+
+
+def test_a_missing_field_is_named() -> None:
+    incomplete = document()
+    del incomplete["launch_seconds"]
+    with pytest.raises(ConfigError, match="field 'launch_seconds' is missing"):
+        parse_cluster(incomplete, "my.toml")
+
+
+def test_the_fingerprint_follows_the_figures_and_not_their_sources() -> None:
+    cluster = load_cluster("h200")
+    assert dataclasses.replace(cluster, sources={}).fingerprint() == cluster.fingerprint()
+    assert dataclasses.replace(cluster, launch_seconds=1e-6).fingerprint() != cluster.fingerprint()

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from moescale.errors import ConfigError
+from moescale.planner.cluster import load_cluster
+from moescale.planner.request import PlanRequest, format_choices, layer_plan, recompute_name
+from moescale.planner.search import compile_plan
+from tiny import tiny_config
+
+REQUEST = PlanRequest(runtime_gpus=4, tokens_per_step=4096, sequence_length=256)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runtime_gpus": 0}, r"compile.runtime_gpus \(0\) must be at least 1"),
+        ({"plan_gpus": 0}, r"compile.plan_gpus \(0\) must be at least 1, or auto"),
+        ({"plan_gpus": 3}, r"compile.runtime_gpus \(4\) must be a multiple of compile.plan_gpus \(3\)"),
+        (
+            {"sequence_length": 512},
+            r"compile.sequence_length \(512\) must not exceed model.max_sequence_length \(256\)",
+        ),
+        ({"tokens_per_step": 1000}, r"compile.tokens_per_step \(1000\) must be a multiple of .*\(256\)"),
+        ({"tokens_per_step": 256}, r"compile.tokens_per_step \(256\) is 1 sequences, which must be divisible"),
+        ({"memory_limit_bytes": -5}, r"compile.memory_limit \(-5 bytes\) must be positive"),
+        ({"router_imbalance": 0.5}, r"compile.router_imbalance \(0.5\) must be at least 1"),
+        ({"pins": {"epp": "2"}}, "'epp' is no decision of a plan, did you mean 'ep'|'epp' is no decision of a plan"),
+        ({"forbidden": frozenset({("mesh", "1")})}, "'mesh' is no decision of a plan"),
+        ({"pins": {"ep": "3"}}, r"no plan satisfies the pins \(ep=3\)"),
+        ({"pins": {"ep": "2"}, "forbidden": frozenset({("ep", "2")})}, r"no plan satisfies the pins \(ep=2\) and"),
+    ],
+)
+def test_nonsense_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compile_plan(tiny_config(), load_cluster("h100-sxm"), dataclasses.replace(REQUEST, **change))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ep", "2"),
+        ("dp_replicate", "2"),
+        ("micro_batch_sequences", "2"),
+        ("moe_recompute", "block"),
+        ("moe_recompute", "experts"),
+        ("dense_reshard", "false"),
+        ("optimizer_state_dtype", "fp32"),
+        ("master_weight_format", "stochastic_bf16"),
+        ("gradient_dtype", "fp32"),
+    ],
+)
+def test_a_pinned_decision_is_kept_and_a_forbidden_one_avoided(name: str, value: str) -> None:
+    cluster, config = load_cluster("h100-sxm"), tiny_config()
+    pinned = compile_plan(config, cluster, dataclasses.replace(REQUEST, pins={name: value})).best
+    assert pinned is not None and str(pinned.decisions[name]).lower() == value
+    forbidden = frozenset({(name, value)})
+    free = compile_plan(config, cluster, dataclasses.replace(REQUEST, forbidden=forbidden)).best
+    assert free is not None and str(free.decisions[name]).lower() != value
+
+
+def test_axes_the_runtime_lacks_are_only_offered_where_asked_for() -> None:
+    cluster, config = load_cluster("h100-sxm"), tiny_config()
+    with pytest.raises(ConfigError, match="pp=2"):
+        compile_plan(config, cluster, dataclasses.replace(REQUEST, pins={"pp": "2"}))
+    result = compile_plan(config, cluster, dataclasses.replace(REQUEST, pins={"pp": "2"}, allow_unsupported=True))
+    assert result.best is not None and not result.best.supported
+
+
+def test_inexact_weights_are_only_used_where_allowed() -> None:
+    assert {choice.master_weight_format for choice in format_choices(REQUEST)} == {"fp32", "bf16_remainder"}
+    inexact = dataclasses.replace(REQUEST, exact_weights=False)
+    assert "stochastic_bf16" in {choice.master_weight_format for choice in format_choices(inexact)}
+    fp32 = dataclasses.replace(REQUEST, compute_dtype="fp32")
+    assert {(choice.master_weight_format, choice.gradient_dtype) for choice in format_choices(fp32)} == {
+        ("fp32", "fp32")
+    }
+
+
+@pytest.mark.parametrize("name", ["none", "block", "experts", "experts+router"])
+def test_recompute_choices_have_one_name(name: str) -> None:
+    assert recompute_name(layer_plan(name, True)) == name
