@@ -1,17 +1,19 @@
-"""Checkpoints of a run: safetensors files and JSON, never pickle; atomic, checksummed, newest ones kept.
+"""Checkpoints of a run: safetensors files and JSON, never pickle; checksummed, and independent of who wrote them.
 
-A checkpoint is the folder ``checkpoints/step-00000090``: ``state.json`` (step, data position, settings, and for every
-file its size and SHA-256) and ``tensors-*.safetensors``. It is written under a temporary name, synced and renamed, so a
-folder with the final name is whole; ``last`` is simply the highest step.
+A checkpoint is the folder ``checkpoints/step-00000090``. Its ``state.json`` holds step, data position and settings, the
+shape of every tensor, and for every file its size, its SHA-256 and the boxes of tensors in it; the files
+``tensors-RANK-NUMBER.safetensors`` hold those boxes. A folder with the final name is whole: it was written under a
+temporary name, synced and renamed (:mod:`moescale.runtime.checkpoint_writer`). ``last`` is simply the highest step. Any
+rank of any later layout reads the boxes that overlap its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +21,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from moescale.errors import CheckpointError
 from moescale.kernels.adamw import join_master
+from moescale.runtime.layout import Part, whole
+from moescale.runtime.ranks import ONE_RANK, Ranks
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE_FILE = "state.json"
-MAX_FILE_BYTES = 4 * 2**30
 WEIGHTS_PREFIX = "weights."
 REMAINDER_PREFIX = "remainder."
 _PREFIX = "step-"
@@ -80,44 +82,14 @@ class CheckpointStore:
             return checkpoint
         return None
 
-    def save(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Checkpoint:
-        """Write checkpoint ``step`` atomically, then drop the oldest beyond ``keep``.
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` is, or will be."""
+        return self.folder / f"{_PREFIX}{step:08d}"
 
-        Args:
-            state: JSON-able; comes back unchanged from :func:`load`.
-            tensors: any device; each is copied to the host on its own file's turn.
-        """
-        final = self.folder / f"{_PREFIX}{step:08d}"
-        temporary = self.folder / f".writing-{final.name}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".writing-*"):
-            shutil.rmtree(leftover)
-        temporary.mkdir()
-        try:
-            files = {}
-            for number, group in enumerate(_by_size(tensors)):
-                path = temporary / f"tensors-{number:04d}.safetensors"
-                save_file({name: tensors[name].detach().cpu().contiguous() for name in group}, path)
-                _sync(path)
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path), "tensors": group}
-            document = {"format": FORMAT_VERSION, "step": step, "files": files, "state": dict(state)}
-            state_path = temporary / STATE_FILE
-            state_path.write_text(json.dumps({"sha256": document_digest(document), "content": document}, indent=1))
-            _sync(state_path)
-            _sync(temporary)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            _sync(self.folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(
-                f"{final}: could not be written ({error}); earlier checkpoints are untouched. "
-                "Free space or choose another --output"
-            ) from error
+    def drop_oldest(self) -> None:
+        """Remove all but the newest ``keep``."""
         for old in self.list()[: -self.keep]:
             shutil.rmtree(old.path)
-        return Checkpoint(path=final, step=step)
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -126,41 +98,99 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Copy a checkpoint into ``tensors`` (same names and shapes, any device) and return its state.
+def load(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, torch.Tensor],
+    parts: Mapping[str, Part] | None = None,
+    ranks: Ranks = ONE_RANK,
+) -> dict[str, Any]:
+    """Copy a checkpoint into ``tensors`` (same names, any device) and return its state. A collective.
 
-    Every file's size and checksum, and every name and shape, are checked before the first tensor is touched.
+    Args:
+        tensors: all of the checkpoint's; with ``parts``, of each only this rank's part.
+
+    Every file's size and checksum (each by one of the ranks), and every name and shape, are checked before the first
+    tensor is touched. Raises CheckpointError, the same on every rank.
     """
     document = _read_document(checkpoint.path)
-    stored = {name for entry in document["files"].values() for name in entry["tensors"]}
+    parts = parts or {name: whole(tensor.shape) for name, tensor in tensors.items()}
+    stored = document["tensors"].keys()
     for problem, names in (("lacks", tensors.keys() - stored), ("has an unknown", stored - tensors.keys())):
         if names:
             raise CheckpointError(f"{checkpoint.path}: {problem} tensor '{min(names)}' ({len(names)} in all)")
-    for name, entry in document["files"].items():
-        _verify(checkpoint.path / name, entry)
-    for file_name in document["files"]:
-        with safe_open(checkpoint.path / file_name, framework="pt") as file:
-            for name in file.keys():
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != tuple(tensors[name].shape):
-                    raise CheckpointError(
-                        f"{checkpoint.path / file_name}: tensor '{name}' has shape {shape}, "
-                        f"the model wants {tuple(tensors[name].shape)}"
-                    )
-    for name, tensor in read_tensors(checkpoint):
-        tensors[name].copy_(tensor)
+    verify(checkpoint, ranks)
+    for name, part in parts.items():
+        shape = tuple(document["tensors"][name])
+        if shape != part.shape:
+            raise CheckpointError(f"{checkpoint.path}: tensor '{name}' has shape {shape}, the model wants {part.shape}")
+    with StoredTensors(checkpoint) as source:
+        for name, tensor in tensors.items():
+            source.copy(name, parts[name].index, tensor)
     return document["state"]
 
 
-def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a checkpoint with its name, one at a time, on the CPU."""
-    for file_name in _read_document(checkpoint.path)["files"]:
-        try:
-            with safe_open(checkpoint.path / file_name, framework="pt") as file:
-                for name in file.keys():
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{checkpoint.path / file_name}: cannot be read ({error})") from error
+class StoredTensors:
+    """The tensors of a checkpoint, of which any box can be read; a context manager. Checksums are not looked at."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.path = checkpoint.path
+        document = _read_document(checkpoint.path)
+        self.shapes = {name: tuple(shape) for name, shape in document["tensors"].items()}
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self._boxes: dict[str, list[tuple[str, tuple[slice, ...]]]] = {name: [] for name in self.shapes}
+        for file_name, entry in document["files"].items():
+            for name, box in entry["boxes"].items():
+                self._boxes[name].append((file_name, tuple(slice(start, stop) for start, stop in box)))
+        for name, boxes in self._boxes.items():
+            stored = sum(math.prod(bounds.stop - bounds.start for bounds in index) for _, index in boxes)
+            if stored != math.prod(self.shapes[name]):
+                raise CheckpointError(
+                    f"{self.path / STATE_FILE}: the files hold {stored} of the {math.prod(self.shapes[name])} elements "
+                    f"of tensor '{name}'; resume from another checkpoint"
+                )
+
+    def __enter__(self) -> StoredTensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def dtype(self, name: str) -> torch.dtype:
+        file_name, _ = self._boxes[name][0]
+        dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16}
+        return dtypes[self._open(file_name).get_slice(name).get_dtype()]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+        """The box ``index`` (explicit bounds) of a tensor, on the CPU."""
+        tensor = torch.empty([bounds.stop - bounds.start for bounds in index], dtype=self.dtype(name))
+        self.copy(name, index, tensor)
+        return tensor
+
+    def copy(self, name: str, index: tuple[slice, ...], target: torch.Tensor) -> None:
+        """Copy the box ``index`` of a tensor into ``target`` of its shape, converted to its dtype and device."""
+        for file_name, stored in self._boxes[name]:
+            starts = [max(a.start, b.start) for a, b in zip(stored, index, strict=True)]
+            stops = [min(a.stop, b.stop) for a, b in zip(stored, index, strict=True)]
+            if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
+                continue
+            inside, outside = (
+                tuple(slice(x - b.start, y - b.start) for x, y, b in zip(starts, stops, box, strict=True))
+                for box in (stored, index)
+            )
+            try:
+                target[outside].copy_(self._open(file_name).get_slice(name)[inside])
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self.path / file_name}: cannot be read ({error})") from error
+
+    def _open(self, file_name: str) -> Any:
+        if file_name not in self._files:
+            path = self.path / file_name
+            try:
+                self._files[file_name] = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: cannot be read ({error}); resume from another checkpoint") from error
+        return self._files[file_name]
 
 
 class CheckpointWeights:
@@ -171,47 +201,49 @@ class CheckpointWeights:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         verify(checkpoint)
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        for file_name in _read_document(checkpoint.path)["files"]:
-            file = self._stack.enter_context(safe_open(checkpoint.path / file_name, framework="pt"))
-            self._files |= dict.fromkeys(file.keys(), file)
+        self._stored = StoredTensors(checkpoint)
 
     def __enter__(self) -> CheckpointWeights:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, *error: object) -> None:
+        self._stored.__exit__(*error)
 
     def names(self) -> list[str]:
-        return [key.removeprefix(WEIGHTS_PREFIX) for key in self._files if key.startswith(WEIGHTS_PREFIX)]
+        return [key.removeprefix(WEIGHTS_PREFIX) for key in self._stored.shapes if key.startswith(WEIGHTS_PREFIX)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[WEIGHTS_PREFIX + name].get_slice(WEIGHTS_PREFIX + name).get_shape())
+        return self._stored.shapes[WEIGHTS_PREFIX + name]
 
     def dtype(self, name: str) -> torch.dtype:
         """What :meth:`read` returns: fp32 where the run kept fp32 weights in any form, else bf16."""
-        if REMAINDER_PREFIX + name in self._files:
+        if REMAINDER_PREFIX + name in self._stored.shapes:
             return torch.float32
-        stored = self._files[WEIGHTS_PREFIX + name].get_slice(WEIGHTS_PREFIX + name).get_dtype()
-        return {"F32": torch.float32, "BF16": torch.bfloat16}[stored]
+        return self._stored.dtype(WEIGHTS_PREFIX + name)
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """The tensor, or with ``index`` its slice of dim 0."""
-        weight = self._read(WEIGHTS_PREFIX + name, index)
-        if REMAINDER_PREFIX + name not in self._files:
-            return weight
-        return join_master(weight, self._read(REMAINDER_PREFIX + name, index))
+        box = tuple(slice(0, size) for size in self.shape(name))
+        if index is not None:
+            box = (slice(index, index + 1), *box[1:])
+        weight = self._stored.read(WEIGHTS_PREFIX + name, box)
+        if REMAINDER_PREFIX + name in self._stored.shapes:
+            weight = join_master(weight, self._stored.read(REMAINDER_PREFIX + name, box))
+        return weight if index is None else weight[0]
 
-    def _read(self, key: str, index: int | None) -> torch.Tensor:
-        stored = self._files[key].get_slice(key)
-        return stored[:] if index is None else stored[index]
 
+def verify(checkpoint: Checkpoint, ranks: Ranks = ONE_RANK) -> None:
+    """Check every file's size and checksum, each on one of the ranks; raises CheckpointError naming the first bad one.
 
-def verify(checkpoint: Checkpoint) -> None:
-    """Check every file's size and checksum; raises CheckpointError naming the first bad one."""
-    for name, entry in _read_document(checkpoint.path)["files"].items():
-        _verify(checkpoint.path / name, entry)
+    A collective; all ranks raise the same.
+    """
+    problem = None
+    for number, (name, entry) in enumerate(_read_document(checkpoint.path)["files"].items()):
+        if number % ranks.size == ranks.rank and problem is None:
+            problem = _problem_of(checkpoint.path / name, entry)
+    problem = next((text for text in ranks.gather(problem) if text is not None), None)
+    if problem is not None:
+        raise CheckpointError(problem)
 
 
 def _read_document(folder: Path) -> dict[str, Any]:
@@ -231,42 +263,23 @@ def _read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _verify(path: Path, entry: Mapping[str, Any]) -> None:
+def _problem_of(path: Path, entry: Mapping[str, Any]) -> str | None:
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing; resume from another checkpoint")
-    if path.stat().st_size != entry["bytes"]:
-        raise CheckpointError(
-            f"{path}: has {path.stat().st_size} bytes, {entry['bytes']} were written; resume from another checkpoint"
-        )
-    if _sha256(path) != entry["sha256"]:
-        raise CheckpointError(f"{path}: checksum differs, the file is damaged; resume from another checkpoint")
-
-
-def _by_size(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
-    group: list[str] = []
-    size = 0
-    for name, tensor in tensors.items():
-        if group and size + tensor.nbytes > MAX_FILE_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += tensor.nbytes
-    if group:
-        yield group
+        return f"{path}: missing; resume from another checkpoint"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"{path}: has {size} bytes, {entry['bytes']} were written; resume from another checkpoint"
+    if file_digest(path) != entry["sha256"]:
+        return f"{path}: checksum differs, the file is damaged; resume from another checkpoint"
+    return None
 
 
 def document_digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON document, whatever its white space."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

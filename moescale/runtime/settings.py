@@ -45,6 +45,8 @@ class TrainSettings:
     """Minutes between checkpoints, besides checkpoint_every; 0: off."""
     keep_checkpoints: int = 2
     """Checkpoints kept, newest first."""
+    background_checkpoints: bool = True
+    """Write checkpoints beside the training, from a copy in host memory; where that does not fit, training waits."""
     cuda_graphs: bool = True
     """On a GPU, record a micro-batch once and replay it, so that the host's work does not hold it up."""
     skip_nonfinite: bool = False

@@ -12,6 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import FrameType
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from moescale.model.transformer import Transformer
 from moescale.report.metrics import Observer, StepMetrics, TrainSummary
 from moescale.runtime import checkpoint as checkpoints
 from moescale.runtime.checkpoint import CheckpointStore
+from moescale.runtime.checkpoint_writer import CheckpointWriter
 from moescale.runtime.layout import Part
 from moescale.runtime.mapping import sum_over_replicas_at_the_last
 from moescale.runtime.micro_batch import MicroBatches
@@ -71,21 +73,25 @@ class Trainer:
         identity: dict[str, str] | None = None,
         ranks: Ranks = ONE_RANK,
         parts: Mapping[str, Part] | None = None,
+        plan: dict[str, Any] | None = None,
     ) -> None:
         """``identity`` (fingerprints of model and the like) is saved, and a checkpoint with another one refused.
 
         On several ranks ``model`` is divided over them (:func:`moescale.runtime.mapping.apply_plan`), ``parts`` says
-        how, and ``source`` and ``validation`` hand out this rank's share of equally many micro-batches.
+        how, and ``source`` and ``validation`` hand out this rank's share of equally many micro-batches. ``plan`` is
+        kept in checkpoints for the reader.
         """
         self.model = model
         self.settings = settings
         self.total_steps = total_steps
         self.source = source
         self.store = store
+        self.writer = CheckpointWriter(store, ranks, in_background=settings.background_checkpoints)
         self.observer = observer
         self.validation = validation
         self.identity = identity or {}
         self.ranks = ranks
+        self.plan = plan
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
         self.optimizer.accumulate_in_experts(model)
         self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs and ranks.size == 1)
@@ -94,6 +100,7 @@ class Trainer:
         self.skipped_steps = 0
         self._last_loss: float | None = None
         self._validation_loss: float | None = None
+        self._save_seconds = 0.0
 
     def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Continue from ``checkpoint``: weights, optimizer, data position, random state and counters."""
@@ -106,7 +113,7 @@ class Trainer:
                 )
         # Weights come last: after they are in, nothing may fail.
         self.source.load_state_dict(stored["source"])
-        state = checkpoints.load(checkpoint, self.optimizer.tensors())
+        state = checkpoints.load(checkpoint, self.optimizer.tensors(), self.optimizer.tensor_parts(), self.ranks)
         self.optimizer.finish_load(state["num_updates"])
         torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["cpu_random_state"])), dtype=torch.uint8))
         if self.device.type == "cuda" and state["cuda_random_state"] is not None:
@@ -125,7 +132,7 @@ class Trainer:
         started, first_step, tokens = time.monotonic(), self.step, 0
         last_saved_step, last_saved_time = self.step if self.step else None, time.monotonic()
         steps = iter(self.source)
-        with _StopRequest() as stop:
+        with _StopRequest() as stop, self._finishing_checkpoints():
             while self.step < self.total_steps:
                 metrics = self._train_step(next(steps))
                 tokens += metrics.tokens
@@ -134,13 +141,19 @@ class Trainer:
                     self._validate()
                 minutes = (time.monotonic() - last_saved_time) / 60
                 by_time = 0 < self.settings.checkpoint_minutes <= minutes
-                if self._due(self.settings.checkpoint_every) or by_time or stop.signal_name:
+                stop_asked, minutes_over, still_writing = self.ranks.sum_on_host(
+                    [bool(stop.signal_name), by_time, self.writer.is_pending and not self.writer.is_written]
+                )
+                if self.writer.is_pending and not still_writing:
+                    self._commit()
+                if self._due(self.settings.checkpoint_every) or minutes_over or stop_asked:
                     self._save()
                     last_saved_step, last_saved_time = self.step, time.monotonic()
-                if stop.signal_name and self.step < self.total_steps:
+                if stop_asked and self.step < self.total_steps:
+                    self._commit()
                     raise Preempted(
-                        f"stopped by {stop.signal_name} after step {self.step} of {self.total_steps}; the state is "
-                        f"saved in {self.store.folder}, the same command resumes"
+                        f"stopped by {self._name_of_signal(stop)} after step {self.step} of {self.total_steps}; the "
+                        f"state is saved in {self.store.folder}, the same command resumes"
                     )
             if self.validation is not None and not self._due(self.settings.validation_every):
                 self._validate()
@@ -157,6 +170,21 @@ class Trainer:
             resumed_from_step=first_step or None,
             checkpoint=str(last.path) if last else None,
         )
+
+    @contextmanager
+    def _finishing_checkpoints(self) -> Iterator[None]:
+        """Commit a checkpoint under way also where the loop ends by an error, if all ranks come to know of that."""
+        try:
+            yield
+        except BaseException as error:
+            if self.writer.is_pending and (self.ranks.size == 1 or isinstance(error, NonFiniteLossError)):
+                self._commit()
+            raise
+        if self.writer.is_pending:
+            self._commit()
+
+    def _name_of_signal(self, stop: _StopRequest) -> str:
+        return next(name for name in self.ranks.gather(stop.signal_name) if name)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -244,6 +272,9 @@ class Trainer:
             self.observer.on_validation(self.step, self._validation_loss)
 
     def _save(self) -> None:
+        """Begin the checkpoint of this step; one still under way is finished first."""
+        if self.writer.is_pending:
+            self._commit()
         started = time.monotonic()
         cuda_state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state = {
@@ -253,12 +284,19 @@ class Trainer:
             "source": self.source.state_dict(),
             "identity": self.identity,
             "settings": asdict(self.settings),
+            "plan": self.plan,
             "total_steps": self.total_steps,
             "cpu_random_state": bytes(torch.get_rng_state().tolist()).hex(),
             "cuda_random_state": bytes(cuda_state.tolist()).hex() if cuda_state is not None else None,
         }
-        checkpoint = self.store.save(self.step, state, self.optimizer.tensors())
-        self.observer.on_checkpoint(self.step, checkpoint.path, time.monotonic() - started)
+        self.writer.begin(self.step, state, self.optimizer.tensors(), self.optimizer.tensor_parts())
+        self._save_seconds = time.monotonic() - started
+
+    def _commit(self) -> None:
+        started = time.monotonic()
+        checkpoint = self.writer.commit()
+        seconds = self._save_seconds + time.monotonic() - started
+        self.observer.on_checkpoint(checkpoint.step, checkpoint.path, seconds)
 
 
 class _StopRequest:

@@ -41,7 +41,7 @@ def losses(output: Path) -> list[float]:
 
 def final_weights(output: Path) -> bytes:
     folder = max((output / "checkpoints").glob("step-*"))
-    return (folder / "tensors-0000.safetensors").read_bytes()
+    return (folder / "tensors-00000-0000.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,9 @@ import torch
 
 from moescale.errors import CheckpointError
 from moescale.runtime import checkpoint as checkpoints
+from moescale.runtime import checkpoint_writer
 from moescale.runtime.checkpoint import CheckpointStore, CheckpointWeights, load, read_state
+from moescale.runtime.checkpoint_writer import CheckpointWriter
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -19,9 +21,9 @@ def empty_like(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "MAX_FILE_BYTES", 100)  # two tensors to a file
+    monkeypatch.setattr(checkpoint_writer, "MAX_FILE_BYTES", 100)  # two tensors to a file
     saved = tensors()
-    checkpoint = CheckpointStore(tmp_path, keep=2).save(7, {"position": [1, 2]}, saved)
+    checkpoint = CheckpointWriter(CheckpointStore(tmp_path, keep=2)).save(7, {"position": [1, 2]}, saved)
     assert len(list(checkpoint.path.glob("*.safetensors"))) == 2
     loaded = empty_like(saved)
     assert load(checkpoint, loaded) == {"position": [1, 2]} == read_state(checkpoint)
@@ -31,7 +33,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path, monkeypatch):
 def test_only_the_newest_are_kept_and_the_last_is_the_highest_step(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     for step in (1, 2, 10):
-        store.save(step, {}, tensors())
+        CheckpointWriter(store).save(step, {}, tensors())
     assert [checkpoint.step for checkpoint in store.list()] == [2, 10]
     assert store.last().step == 10
     assert store.at(2).step == 2
@@ -45,16 +47,16 @@ def test_leftovers_of_an_interrupted_write_do_not_count_and_are_cleared(tmp_path
     (tmp_path / ".writing-step-00000003" / "state.json").write_text("{}")
     (tmp_path / "step-00000004").mkdir()
     assert store.last() is None
-    store.save(5, {}, tensors())
+    CheckpointWriter(store).save(5, {}, tensors())
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip a high bit", "flip a low bit", "remove"])
-@pytest.mark.parametrize("file_name", ["tensors-0000.safetensors", "state.json"])
+@pytest.mark.parametrize("file_name", ["tensors-00000-0000.safetensors", "state.json"])
 def test_every_kind_of_damage_is_named_and_nothing_is_loaded(tmp_path, damage, file_name):
     store = CheckpointStore(tmp_path, keep=3)
-    store.save(1, {}, tensors())
-    checkpoint = store.save(2, {}, tensors())
+    CheckpointWriter(store).save(1, {}, tensors())
+    checkpoint = CheckpointWriter(store).save(2, {}, tensors())
     path = checkpoint.path / file_name
     content = bytearray(path.read_bytes())
     if damage == "truncate":
@@ -72,7 +74,7 @@ def test_every_kind_of_damage_is_named_and_nothing_is_loaded(tmp_path, damage, f
 
 
 def test_another_models_checkpoint_is_refused_before_anything_is_copied(tmp_path):
-    checkpoint = CheckpointStore(tmp_path, keep=1).save(1, {}, tensors())
+    checkpoint = CheckpointWriter(CheckpointStore(tmp_path, keep=1)).save(1, {}, tensors())
     with pytest.raises(CheckpointError, match="lacks tensor 'weights.c'"):
         load(checkpoint, empty_like(tensors()) | {"weights.c": torch.zeros(1)})
     fewer = empty_like(tensors())
@@ -86,17 +88,17 @@ def test_another_models_checkpoint_is_refused_before_anything_is_copied(tmp_path
 
 
 def test_a_newer_format_is_refused(tmp_path):
-    checkpoint = CheckpointStore(tmp_path, keep=1).save(1, {}, tensors())
+    checkpoint = CheckpointWriter(CheckpointStore(tmp_path, keep=1)).save(1, {}, tensors())
     path = checkpoint.path / "state.json"
     document = json.loads(path.read_text())["content"] | {"format": 99}
     path.write_text(json.dumps({"sha256": checkpoints.document_digest(document), "content": document}))
-    with pytest.raises(CheckpointError, match=r"format \(99\) must be 1"):
+    with pytest.raises(CheckpointError, match=r"format \(99\) must be 2"):
         read_state(checkpoint)
 
 
 def test_weights_are_read_by_slice(tmp_path):
     saved = tensors()
-    checkpoint = CheckpointStore(tmp_path, keep=1).save(1, {}, saved)
+    checkpoint = CheckpointWriter(CheckpointStore(tmp_path, keep=1)).save(1, {}, saved)
     with CheckpointWeights(checkpoint) as weights:
         assert sorted(weights.names()) == ["a", "b"]
         assert weights.shape("a") == (4, 3)

@@ -1,0 +1,222 @@
+"""Writing a checkpoint from all ranks: atomically, and beside the training where host memory allows.
+
+A checkpoint is begun and committed by collectives, and in between written by every rank for itself: its own parts, of
+those that several ranks hold only the first copy. Training stands still while they are copied to the host; a thread
+writes them, and the checkpoint gets its final name at the first commit after all ranks have written. What is killed
+before leaves a ``.writing-*`` folder, which nothing reads and the next write removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from moescale.errors import CheckpointError
+from moescale.runtime.checkpoint import (
+    FORMAT_VERSION,
+    STATE_FILE,
+    Checkpoint,
+    CheckpointStore,
+    document_digest,
+    file_digest,
+)
+from moescale.runtime.layout import Part, whole
+from moescale.runtime.ranks import ONE_RANK, Ranks
+
+MAX_FILE_BYTES = 4 * 2**30
+HOST_MEMORY_SHARE = 0.8
+"""How much of the available host memory a checkpoint's copies may take; beyond it, training waits for the files."""
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of ``store`` from all of ``ranks``, one at a time."""
+
+    def __init__(self, store: CheckpointStore, ranks: Ranks = ONE_RANK, *, in_background: bool = True) -> None:
+        self.store = store
+        self.ranks = ranks
+        self.in_background = in_background
+        self._pending: _Pending | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint was begun and not yet committed; the same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's files of the pending checkpoint are on disk, or have failed to get there."""
+        return self._pending is not None and not self._pending.thread.is_alive()
+
+    def begin(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+        parts: Mapping[str, Part] | None = None,
+    ) -> None:
+        """Begin the checkpoint of ``step``; the tensors may change as soon as this returns. A collective.
+
+        Args:
+            state: JSON-able; comes back unchanged when loaded. The first rank's counts.
+            tensors: any device; with ``parts``, of each only this rank's part.
+        """
+        assert self._pending is None, "commit the checkpoint before"
+        folder = self.store.folder / f".writing-{self.store.path_of(step).name}"
+        self._all_agree(step, self._make_folder(folder) if self.ranks.is_first else None)
+        parts = parts or {name: whole(tensor.shape) for name, tensor in tensors.items()}
+        mine = {name: tensor for name, tensor in tensors.items() if parts[name].is_first_copy and tensor.numel()}
+        document = {
+            "format": FORMAT_VERSION,
+            "step": step,
+            "tensors": {name: list(part.shape) for name, part in parts.items()},
+            "state": dict(state),
+        }
+        pending = _Pending(step, folder, json.dumps(document))
+        size = sum(tensor.nbytes for tensor in mine.values())
+        if self.in_background and size < HOST_MEMORY_SHARE * _available_host_bytes():
+            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in mine.items()}
+            pending.start(lambda: _write_parts(folder, self.ranks.rank, copies, parts))
+        else:
+            pending.start(lambda: _write_parts(folder, self.ranks.rank, mine, parts))
+            pending.thread.join()
+        self._pending = pending
+
+    def commit(self) -> Checkpoint:
+        """Wait until all ranks have written, and give the checkpoint its name. A collective.
+
+        Raises CheckpointError, on all ranks, where one could not write; earlier checkpoints are untouched.
+        """
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        pending.thread.join()
+        reports = self.ranks.gather((pending.error, pending.files))
+        problem = next((f"rank {rank}: {error}" for rank, (error, _) in enumerate(reports) if error), None)
+        if problem is None and self.ranks.is_first:
+            files = {name: entry for _, entries in reports for name, entry in entries.items()}
+            problem = _text_of_error(lambda: self._name(pending, files))
+        elif self.ranks.is_first:
+            shutil.rmtree(pending.folder, ignore_errors=True)
+        self._all_agree(pending.step, problem)
+        return Checkpoint(path=self.store.path_of(pending.step), step=pending.step)
+
+    def save(
+        self, step: int, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], **options: Any
+    ) -> Checkpoint:
+        """:meth:`begin` and :meth:`commit` in one."""
+        self.begin(step, state, tensors, **options)
+        return self.commit()
+
+    def _make_folder(self, folder: Path) -> str | None:
+        def make() -> None:
+            self.store.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.store.folder.glob(".writing-*"):
+                shutil.rmtree(leftover)
+            folder.mkdir()
+
+        return _text_of_error(make)
+
+    def _name(self, pending: _Pending, files: Mapping[str, Any]) -> None:
+        document = json.loads(pending.document) | {"files": files}
+        path = pending.folder / STATE_FILE
+        path.write_text(json.dumps({"sha256": document_digest(document), "content": document}, indent=1))
+        _sync(path)
+        _sync(pending.folder)
+        final = self.store.path_of(pending.step)
+        if final.exists():  # the same step again, after resuming from an earlier one
+            replaced = final.with_name(f".writing-replaced-{final.name}")
+            final.rename(replaced)
+            pending.folder.rename(final)
+            shutil.rmtree(replaced)
+        else:
+            pending.folder.rename(final)
+        _sync(self.store.folder)
+        self.store.drop_oldest()
+
+    def _all_agree(self, step: int, problem: str | None) -> None:
+        problem = next((text for text in self.ranks.gather(problem) if text), None)
+        if problem is not None:
+            raise CheckpointError(
+                f"{self.store.path_of(step)}: could not be written ({problem}); earlier checkpoints are untouched. "
+                "Free space or choose another --output"
+            )
+
+
+class _Pending:
+    """A checkpoint under way on this rank."""
+
+    def __init__(self, step: int, folder: Path, document: str) -> None:
+        self.step = step
+        self.folder = folder
+        self.document = document
+        self.files: dict[str, Any] = {}
+        self.error: str | None = None
+
+    def start(self, write: Callable[[], dict[str, Any]]) -> None:
+        def run() -> None:
+            try:
+                self.files = write()
+            except (OSError, SafetensorError) as error:
+                self.error = str(error)
+
+        # Not a daemon: a process that ends in peace lets the write end first.
+        self.thread = threading.Thread(target=run, name="moescale-checkpoint")
+        self.thread.start()
+
+
+def _write_parts(
+    folder: Path, rank: int, tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Part]
+) -> dict[str, Any]:
+    files = {}
+    for number, group in enumerate(_by_size(tensors)):
+        path = folder / f"tensors-{rank:05d}-{number:04d}.safetensors"
+        save_file({name: tensors[name].detach().cpu().contiguous() for name in group}, path)
+        _sync(path)
+        boxes = {name: [[bounds.start, bounds.stop] for bounds in parts[name].index] for name in group}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path), "boxes": boxes}
+    return files
+
+
+def _by_size(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if group and size + tensor.nbytes > MAX_FILE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += tensor.nbytes
+    if group:
+        yield group
+
+
+def _available_host_bytes() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), float("inf"))
+
+
+def _text_of_error(action: Callable[[], None]) -> str | None:
+    try:
+        action()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
