@@ -106,13 +106,11 @@ def load_tables() -> dict[str, LaunchTable]:
     return tables
 
 
-def default_launch(kernel: str, capability: tuple[int, int], dtype: torch.dtype) -> LaunchConfig:
+def default_launch(capability: tuple[int, int], dtype: torch.dtype) -> LaunchConfig:
     """Return a launch that compiles and runs decently on an architecture for which no table is shipped."""
     if dtype.itemsize == 4:
         return LaunchConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2, flatten=False)
     if capability >= (9, 0):
-        if kernel == "down_dgrad":  # its epilogue holds gate, up and three results beside the accumulator
-            return LaunchConfig(block_m=128, block_n=128, block_k=64, num_stages=4)
         return LaunchConfig(block_m=128, block_n=256, block_k=64, num_stages=4)
     # Without the tensor copy engine, addresses cost registers; consumer Ampere and Ada have 100 KiB of shared memory.
     return LaunchConfig(block_m=128, block_n=128, block_k=32, num_stages=3)
@@ -133,7 +131,7 @@ def find_launch(
         launch = table.nearest(kernel, rows, num_experts, n, k)
         if launch is not None:
             return launch
-    return default_launch(kernel, torch.cuda.get_device_capability(device), dtype)
+    return default_launch(torch.cuda.get_device_capability(device), dtype)
 
 
 @functools.cache

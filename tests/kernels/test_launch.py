@@ -48,7 +48,7 @@ def test_a_gpu_without_a_table_gets_the_default_of_its_architecture(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     device = torch.device("cuda:7")
     found = find_launch("up", device, torch.bfloat16, 1000, 8, 256, 128)
-    assert found == default_launch("up", (8, 0), torch.bfloat16)
+    assert found == default_launch((8, 0), torch.bfloat16)
     # two operands, all stages, in the 164 KiB of shared memory of an A100
     assert 2 * found.block_k * (found.block_m + found.block_n) * found.num_stages < 164 * 1024
 
