@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moescale.cli import main
+from moescale.plan import load_plan
+
+REFERENCE = (
+    "compile --model deepseek-ai/DeepSeek-Coder-V2-Lite-Base --cluster h100-sxm --plan-gpus 4 --runtime-gpus 8 "
+    "--tokens-per-step 131072 --sequence-length 2048 --memory-limit 64"
+).split()
+
+
+def compile_(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments])
+    assert stopped.value.code == 0
+
+
+def test_json_has_the_plan_its_prediction_and_its_alternatives(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    compile_(*REFERENCE, "--output", str(tmp_path / "plan.json"), "--json")
+    document = json.loads(capsys.readouterr().out)
+    prediction = document["prediction"]
+    assert prediction["step_seconds"] == pytest.approx(131072 / prediction["tokens_per_second"])
+    assert sum(prediction["breakdown_seconds"].values()) == pytest.approx(prediction["step_seconds"])
+    assert sum(prediction["breakdown_bytes"].values()) == pytest.approx(prediction["peak_bytes"], abs=100)
+    assert document["alternatives"]
+    plan = load_plan(tmp_path / "plan.json")
+    assert plan.prediction is not None and plan.prediction.step_seconds == prediction["step_seconds"]
+    assert (plan.plan_gpus, plan.runtime_gpus, plan.tokens_per_step) == (4, 8, 131072)
+
+
+def test_text_names_decisions_time_memory_and_alternatives(capsys: pytest.CaptureFixture[str]) -> None:
+    compile_(*REFERENCE)
+    text = capsys.readouterr().out
+    for part in ("Plan", "Step time", "experts", "optimizer", "activations moe", "micro_batch_sequences", "instead of"):
+        assert part in text
+
+
+def test_the_page_needs_nothing_from_outside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compile_(*REFERENCE, "--html", str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    assert "<html" in page and "micro_batch_sequences" in page
+    assert not any(outside in page for outside in ('src="http', 'href="http', "@import", "<link"))
+
+
+def test_where_nothing_fits_the_nearest_misses_and_remedies_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    one_gpu = "compile --model deepseek-coder-v2-lite --cluster a100-80 --plan-gpus 1 --json".split()
+    with pytest.raises(SystemExit) as stopped:
+        main(one_gpu)
+    assert stopped.value.code == 2
+    streams = capsys.readouterr()
+    document = json.loads(streams.out)
+    assert document["fits"] is False
+    assert document["near_misses"][0]["exceeds_memory_by_bytes"] > 0
+    assert any("--runtime-gpus 2" in suggestion for suggestion in document["suggestions"])
+    assert "no plan fits" in streams.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cluster", "h100"], "cluster 'h100' is not known"),
+        (["--plan-gpus", "many"], "must be a number of GPUs, or auto"),
+        (["--plan-gpus", "3", "--runtime-gpus", "8"], "must be a multiple"),
+        (["--pin", "ep"], "must have the form name=value"),
+        (["--pin", "epp=4"], "'epp' is no decision of a plan"),
+        (["--memory-limit", "-3"], "must be positive"),
+        (["--sequence-length", "1000000"], "must not exceed model.max_sequence_length"),
+    ],
+)
+def test_nonsense_is_refused_with_exit_status_2(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["compile", "--model", "tiny", *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_fit_tells_the_smallest_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    compile_(*"compile --model tiny --cluster h200 --sequence-length 256 --fit --json".split())
+    document = json.loads(capsys.readouterr().out)
+    assert document["smallest_gpus"] == 1
+    assert [point["gpus"] for point in document["points"]] == [2**power for power in range(11)]
+
+
+def test_compile_imports_no_torch_and_stays_under_300_mb() -> None:
+    program = (
+        "import atexit, resource, sys; from moescale.cli import main;"
+        "tell = lambda: print('torch' in sys.modules, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024);"
+        "atexit.register(tell); main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *REFERENCE], capture_output=True, text=True, check=True)
+    imported, megabytes = done.stdout.split()[-2:]
+    assert imported == "False"
+    assert int(megabytes) < 300
