@@ -25,6 +25,7 @@ _COMMANDS = {
     "run": "Train a model: start it, or continue the run in the output folder.",
     "calibrate": "Measure this machine and write a cluster file for compile.",
     "export": "Write a run's weights as a Hugging Face checkpoint.",
+    "bench": "Measure the kernels beside their peers on this GPU, or tune them for it.",
 }
 for _name, _help in _COMMANDS.items():
     app.command(f"moescale.cli.{_name}:{_name}_command", name=_name, help=_help)
@@ -50,9 +51,13 @@ def _with_config(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit status: 0 done, 2 bad input, 3 loss not finite, 75 stopped and resumable, 130 interrupted."""
+    """Entry point. Exit status: 0 done, 2 bad input, 3 loss not finite, 70 a rank failed, 75 stopped and resumable,
+    130 interrupted.
+    """
+    if arguments is not None:
+        sys.argv[1:] = arguments  # what a command on several ranks starts itself again with
     try:
-        app.meta(arguments if arguments is not None else sys.argv[1:], exit_on_error=False)
+        app.meta(sys.argv[1:], exit_on_error=False)
     except CycloptsError:  # Already printed.
         sys.exit(MoescaleError.exit_status)
     except MoescaleError as error:

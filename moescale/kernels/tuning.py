@@ -65,11 +65,12 @@ def product_shape(kernel: str, shape: ExpertShape) -> tuple[int, int]:
 
 def candidate_launches(kernel: str) -> tuple[LaunchConfig, ...]:
     """Return the launches to try for ``kernel``: large tiles alone on a multiprocessor, or two smaller ones."""
-    alone = [(128, 256, 64, stages, 8, 1) for stages in (3, 4)] + [(256, 128, 64, stages, 8, 1) for stages in (3, 4)]
-    paired = [(128, 128, 64, 2, 4, 2), (128, 128, 32, 4, 4, 2), (64, 256, 64, 2, 4, 2), (64, 256, 32, 4, 4, 2)]
-    flatten = (True,) if kernel.endswith("wgrad") else (True, False)
-    if kernel == "down_dgrad":
-        alone = [(128, 128, 64, stages, 8, 1) for stages in (4, 5)] + [(128, 256, 64, 3, 8, 1)]
+    # block_m, block_n, block_k, num_stages, num_warps, programs_per_sm, store_splits
+    alone = [(128, 256, 64, 3, 8, 1, 2), (128, 256, 64, 4, 8, 1, 2), (256, 128, 64, 4, 8, 1, 2)]
+    paired = [(128, 128, 64, 3, 4, 2, 2), (128, 128, 64, 3, 4, 2, 4), (128, 128, 32, 6, 4, 2, 2)]
+    weight_gradient = kernel.endswith("wgrad")
+    halves = (False,) if weight_gradient else (False, True)
+    groups = (1, 4, 8) if weight_gradient else (1, 4)
     return tuple(
         LaunchConfig(
             block_m=m,
@@ -78,10 +79,11 @@ def candidate_launches(kernel: str) -> tuple[LaunchConfig, ...]:
             num_stages=stages,
             num_warps=warps,
             programs_per_sm=programs,
-            flatten=flat,
             store_splits=splits,
+            group_m=group,
+            half_tiles=half,
         )
-        for (m, n, k, stages, warps, programs), splits, flat in itertools.product(alone + paired, (2, 4), flatten)
+        for (m, n, k, stages, warps, programs, splits), group, half in itertools.product(alone + paired, groups, halves)
     )
 
 
