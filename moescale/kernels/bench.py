@@ -51,11 +51,13 @@ SKEW = 0.7
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One implementation to time: ``backward`` takes what ``forward`` returned, and returns all gradients."""
+    """One implementation to time. ``backward(out, retain)`` returns all gradients of what ``forward`` returned; it can
+    be called again if it was told to retain what the forward saved.
+    """
 
     backend: str
     forward: Callable[[], torch.Tensor]
-    backward: Callable[[torch.Tensor], Any]
+    backward: Callable[[torch.Tensor, bool], Any]
 
 
 def differentiated(
@@ -65,7 +67,7 @@ def differentiated(
     return Contender(
         backend=backend,
         forward=forward,
-        backward=lambda out: torch.autograd.grad(out, inputs, grad, retain_graph=True),
+        backward=lambda out, retain: torch.autograd.grad(out, inputs, grad, retain_graph=retain),
     )
 
 
@@ -110,10 +112,11 @@ def describe_machine() -> dict[str, Any]:
     """Return what every result file states: commit, GPU, versions and date."""
     import triton
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"commit": commit or None, "gpu": torch.cuda.get_device_name(), "versions": versions, "date": date}
+    commit = head.stdout.strip() if head.returncode == 0 else None
+    return {"commit": commit, "gpu": torch.cuda.get_device_name(), "versions": versions, "date": date}
 
 
 def _random(*size: int, scale: float = 1.0) -> torch.Tensor:
@@ -206,7 +209,7 @@ def _measure(contenders: list[Contender], shape: ExpertShape, scope: str, routin
         for contender in contenders:
             forward_ms = measure_ms(contender.forward, sleep_cycles=SLEEP_CYCLES)
             out = contender.forward()
-            backward = functools.partial(contender.backward, out)
+            backward = functools.partial(contender.backward, out, True)
             samples[contender.backend].append((forward_ms, measure_ms(backward, sleep_cycles=SLEEP_CYCLES)))
             del out, backward
     rows = []
@@ -222,7 +225,7 @@ def _peak_bytes(contender: Contender) -> int:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        contender.backward(contender.forward())
+        contender.backward(contender.forward(), False)
         torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
@@ -237,7 +240,7 @@ def _dense_contender(shape: ExpertShape) -> Contender:
         x @ gate_up.T
         return act @ down.T
 
-    def backward(_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(_out: torch.Tensor, _retain: bool) -> tuple[torch.Tensor, ...]:
         return grad @ down, grad.T @ act, pre.T @ x, pre @ gate_up
 
     return Contender(backend="dense", forward=forward, backward=backward)

@@ -232,3 +232,33 @@ def test_bf16_error_is_at_most_twice_that_of_plain_torch(tokens, top_k, num_expe
     for o, p, r in zip(ours, plain, reference, strict=True):
         assert o.isfinite().all()
         assert (o - r).norm() <= 2 * (p - r).norm() + 1e-4 * r.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_buffers", [False, True])
+def test_repeated_runs_are_bit_identical_and_never_synchronise(with_buffers):
+    ids, inputs = make_inputs(700, 6, 64, 512, 176)
+    ids = ids.cuda()
+    half = [t.detach().cuda().to(torch.float32 if i == 1 else torch.bfloat16) for i, t in enumerate(inputs)]
+    half = [t.requires_grad_(not with_buffers or i < 2) for i, t in enumerate(half)]
+    buffers = {}
+    if with_buffers:
+        buffers = {
+            f"{name}_gradient": torch.zeros_like(w) for name, w in zip(("gate_up", "down"), half[2:], strict=True)
+        }
+    grad = torch.randn(700, 512, device="cuda").bfloat16()
+
+    def results() -> list[torch.Tensor]:
+        for buffer in buffers.values():
+            buffer.zero_()
+        y = experts(half[0], ids, *half[1:], backend="triton", **buffers)
+        gradients = torch.autograd.grad(y, [t for t in half if t.requires_grad], grad)
+        return [y.detach(), *gradients, *(buffer.clone() for buffer in buffers.values())]
+
+    first = results()  # compiles, which may synchronise
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runs = [results() for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(first, run, strict=True))
