@@ -1,6 +1,7 @@
 """Times the operators around the experts, and whole blocks, on one GPU: ours beside torch.compile and transformers.
 
     python benchmarks/layer.py --output benchmarks/results/h200/layer.json [--sections elementwise,mla,...]
+                               [--merge benchmarks/results/h200/experts.json]
 
 Shapes are DeepSeek-Coder-V2-Lite's at 4 x 2,048 tokens in bf16. Times are medians with device events; every operator's
 bytes are what it must read and write once, as a share of what a device-to-device copy moves in the same run.
@@ -334,7 +335,7 @@ def compare_layers(rows: list[dict], kind: str) -> None:
         )
 
     layer = our_layer(kind)
-    for name, module in {"moescale": torch.compile(layer), "moescale eager": layer}.items():
+    for name, module in {"triton": torch.compile(layer), "triton, eager": layer}.items():
         if kind == "mla":
             measure(name, layer, lambda module=module: (module(x, cos, sin),))
         else:
@@ -360,7 +361,7 @@ def cross_entropy(rows: list[dict]) -> None:
         return (F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum"),)
 
     variants = {
-        "moescale": lambda: (linear_cross_entropy(hidden, weight, targets),),
+        "triton": lambda: (linear_cross_entropy(hidden, weight, targets),),
         "materialised": materialised,
         "materialised, compiled": torch.compile(materialised),
     }
@@ -386,9 +387,9 @@ def environment() -> dict[str, object]:
     import transformers
     import triton
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True)
     return {
-        "commit": commit or None,
+        "commit": head.stdout.strip() if head.returncode == 0 else None,
         "gpu": torch.cuda.get_device_name(),
         "versions": {
             "torch": torch.__version__,
@@ -397,6 +398,31 @@ def environment() -> dict[str, object]:
         },
         "date": datetime.date.today().isoformat(),
     }
+
+
+def merge_into(path: Path, rows: list[dict], commit: object) -> None:
+    """Put the rows of whole blocks into the result of ``moescale bench experts``, in place of older ones."""
+    document = json.loads(path.read_text())
+    merged = []
+    for row in rows:
+        if row["scope"] in ("mla", "cross_entropy", "decoder_layer") and "error" not in row:
+            routed = row["scope"] == "decoder_layer"
+            merged.append(
+                {
+                    "scope": row["scope"],
+                    "tokens": row["tokens"],
+                    "num_experts": CONFIG.num_experts if routed else None,
+                    "top_k": CONFIG.top_k if routed else None,
+                    "routing": "random router" if routed else None,
+                    "backend": row["backend"],
+                    **{name: round(row[name], 4) for name in ("forward_ms", "backward_ms", "tflops")},
+                    "peak_bytes": row["peak_bytes"],
+                    "commit": commit,
+                }
+            )
+    replaced = {row["scope"] for row in merged}
+    document["rows"] = [row for row in document["rows"] if row["scope"] not in replaced] + merged
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def print_table(rows: list[dict]) -> None:
@@ -413,6 +439,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--merge", type=Path, help="result of `moescale bench experts` to put the blocks' rows into")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict] = []
@@ -423,7 +450,10 @@ def main() -> None:
             traceback.print_exc()
         torch.cuda.empty_cache()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(environment() | {"rows": rows}, indent=1) + "\n")
+    machine = environment()
+    arguments.output.write_text(json.dumps(machine | {"rows": rows}, indent=1) + "\n")
+    if arguments.merge is not None:
+        merge_into(arguments.merge, rows, machine["commit"])
     print_table(rows)
 
 
