@@ -74,12 +74,13 @@ class Trainer:
         ranks: Ranks = ONE_RANK,
         parts: Mapping[str, Part] | None = None,
         plan: dict[str, Any] | None = None,
+        on_progress: Callable[[int, str], None] = lambda step, phase: None,
     ) -> None:
         """``identity`` (fingerprints of model and the like) is saved, and a checkpoint with another one refused.
 
         On several ranks ``model`` is divided over them (:func:`moescale.runtime.mapping.apply_plan`), ``parts`` says
         how, and ``source`` and ``validation`` hand out this rank's share of equally many micro-batches. ``plan`` is
-        kept in checkpoints for the reader.
+        kept in checkpoints for the reader; ``on_progress`` hears of steps done and of the phase that begins.
         """
         self.model = model
         self.settings = settings
@@ -92,6 +93,7 @@ class Trainer:
         self.identity = identity or {}
         self.ranks = ranks
         self.plan = plan
+        self.on_progress = on_progress
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
         self.optimizer.accumulate_in_experts(model)
         self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs and ranks.size == 1)
@@ -134,6 +136,7 @@ class Trainer:
         steps = iter(self.source)
         with _StopRequest() as stop, self._finishing_checkpoints():
             while self.step < self.total_steps:
+                self.on_progress(self.step, "waiting for data")
                 metrics = self._train_step(next(steps))
                 tokens += metrics.tokens
                 self.observer.on_step(metrics)
@@ -202,8 +205,10 @@ class Trainer:
         sums = self.micro_batches
         sums.start_step(num_targets=num_targets, num_micro_batches=num_micro_batches)
         for number, batch in enumerate(batches, start=1):
+            self.on_progress(self.step, f"micro-batch {number}")
             sum_over_replicas_at_the_last(self.model, last=number == len(batches))
             sums.run(batch.tokens, batch.targets, self._document_ids(batch))
+        self.on_progress(self.step, "gradient norm and update")
         sums.add_up(self.ranks)
         gradient_norm = self.optimizer.gradient_norm()
         mean_loss, norm = (sums.loss_sum / max(1, num_targets)).item(), gradient_norm.item()
@@ -257,6 +262,7 @@ class Trainer:
         self.model.eval()
         loss_sum, num_targets = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in self.validation():
+            self.on_progress(self.step, "validation")
             output = self.model(
                 batch.tokens.to(self.device),
                 targets=batch.targets.to(self.device),
@@ -275,6 +281,7 @@ class Trainer:
         """Begin the checkpoint of this step; one still under way is finished first."""
         if self.writer.is_pending:
             self._commit()
+        self.on_progress(self.step, "checkpoint")
         started = time.monotonic()
         cuda_state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state = {
@@ -293,6 +300,7 @@ class Trainer:
         self._save_seconds = time.monotonic() - started
 
     def _commit(self) -> None:
+        self.on_progress(self.step, "commit of a checkpoint")
         started = time.monotonic()
         checkpoint = self.writer.commit()
         seconds = self._save_seconds + time.monotonic() - started

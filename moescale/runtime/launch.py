@@ -1,0 +1,163 @@
+"""How a run gets its ranks: as one of the processes that torchrun started, or by starting local ones itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moescale.runtime.ranks import ONE_RANK, Ranks, current_ranks
+from moescale.runtime.watchdog import FAILED_PREFIX, RankFailure, Watchdog
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Of the back ends themselves; the watchdog is there long before."""
+GRACE_SECONDS = 30.0
+"""How long the other local ranks may take to tell what they saw, after one has ended badly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Membership:
+    """A process's place in a run."""
+
+    ranks: Ranks
+    device: torch.device
+    watchdog: Watchdog | None
+
+    def progress(self, step: int, phase: str) -> None:
+        """Tell the watchdog, if there is one, that ``step`` steps are done and ``phase`` begins."""
+        if self.watchdog is not None:
+            self.watchdog.progress(step, phase)
+
+
+def was_launched() -> bool:
+    """Whether this process is one of several that torchrun, or :func:`run_local_ranks`, has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def join_ranks(device: torch.device, *, hang_seconds: float = 600.0) -> Iterator[Membership]:
+    """Join the other processes of the run, or be alone; what fails between ranks is raised as RankFailure.
+
+    Args:
+        device: its type counts; on CUDA each process takes the GPU of its local rank.
+        hang_seconds: a run without progress for so long is ended, naming the rank to blame.
+    """
+    if not was_launched():
+        yield Membership(ranks=ONE_RANK, device=device, watchdog=None)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # Numbers that the hosts exchange go by gloo, past the accelerators' queues.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    ranks = current_ranks()
+    store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
+    watchdog = Watchdog(ranks, store, hang_seconds=hang_seconds)
+    watchdog.start()
+    try:
+        yield Membership(ranks=ranks, device=device, watchdog=watchdog)
+        ranks.gather(None)  # the first rank holds the watchdogs' store, so nobody goes before all are done
+    except BaseException as error:
+        if isinstance(error, Exception) and _is_of_a_collective(error):
+            verdict = watchdog.diagnose(str(error))
+            watchdog.stop(left=f"{FAILED_PREFIX}{verdict}")
+            raise RankFailure(verdict) from error
+        watchdog.stop(left=f"{type(error).__name__}: {error}")
+        raise
+    watchdog.stop()
+    dist.destroy_process_group()
+
+
+def _is_of_a_collective(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, dist.DistError) or any(
+        f"torch{os.sep}distributed" in frame.filename or frame.name in ("arrive", "depart") for frame in frames
+    )
+
+
+def run_local_ranks(count: int, arguments: Sequence[str], logs: Path) -> int:
+    """Run ``moescale`` with ``arguments`` as ``count`` local processes, and return the run's exit status.
+
+    The first rank has this process's terminal, the others write to ``logs/rank-N.log``. A signal to stop goes on to
+    every rank. Where one ends badly, the others get GRACE_SECONDS to tell what they saw, then they are killed.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    with ExitStack() as files:
+        processes = []
+        for rank in range(count):
+            output = None if rank == 0 else files.enter_context((logs / f"rank-{rank}.log").open("a"))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "moescale", *arguments],
+                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=output,
+                    stderr=output,
+                    # Ctrl-C reaches the terminal's whole group: the ranks get it from here only, once.
+                    start_new_session=True,
+                )
+            )
+        with _passing_on_signals(processes):
+            _wait(processes)
+    return _status([process.returncode for process in processes])
+
+
+def _wait(processes: list[subprocess.Popen]) -> None:
+    failed_at: float | None = None
+    while any(process.poll() is None for process in processes):
+        if failed_at is None and any(process.returncode for process in processes):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
+            for process in processes:
+                process.kill()
+        time.sleep(0.02)
+
+
+def _status(codes: list[int]) -> int:
+    """Of the run, from its ranks': a rank's own reason says more than the others' that someone has left."""
+    for rank, code in enumerate(codes):
+        if code < 0:
+            print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+            return RankFailure.exit_status
+    return next((code for code in codes if code not in (0, RankFailure.exit_status)), max(codes))
+
+
+@contextmanager
+def _passing_on_signals(processes: list[subprocess.Popen]) -> Iterator[None]:
+    def pass_on(number: int, _frame: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
