@@ -51,7 +51,7 @@ def _with_config(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit status: 0 done, 2 bad input, 3 loss not finite, 70 a rank failed, 75 stopped and resumable,
+    """Entry point. Exit status: 0 done, 2 bad input, 3 loss not finite, 4 a rank failed, 75 stopped and resumable,
     130 interrupted.
     """
     if arguments is not None:

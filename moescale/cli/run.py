@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json as json_module
 import math
+import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,18 +16,20 @@ from cyclopts import Parameter
 
 from moescale import __version__
 from moescale.config import ModelConfig
-from moescale.convert.checkpoint import import_checkpoint
 from moescale.convert.hf_config import read_model_config, resolve_model
 from moescale.data.corpus import Corpus, open_corpus
 from moescale.data.loader import Loader, validation_batches
 from moescale.errors import CheckpointError, ConfigError
 from moescale.model.flops import flops_per_token, peak_flops
-from moescale.model.transformer import Transformer, build_on_meta, initialize
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
+from moescale.report.metrics import Observer, SilentObserver, TrainSummary
 from moescale.report.run_log import RunLog
 from moescale.runtime.checkpoint import Checkpoint, CheckpointStore
 from moescale.runtime.device import choose_device, make_deterministic
-from moescale.runtime.mapping import apply_plan, compile_layers, optimizer_format
+from moescale.runtime.launch import Membership, join_ranks, run_local_ranks, was_launched
+from moescale.runtime.mapping import compile_layers, optimizer_format
+from moescale.runtime.ranks import Ranks
+from moescale.runtime.session import PlacedModel, place_model
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
 
@@ -58,6 +62,8 @@ class RunInputs:
     """Continue from the newest checkpoint in output; last-good: skip damaged ones; never: refuse if there are any."""
     compile: bool | None = None
     """Compile the layers with torch.compile; default: on a GPU."""
+    hang_seconds: float = 600.0
+    """On several ranks: seconds without progress after which the run ends, naming the rank that hangs."""
     deterministic: bool = False
     """Ask for bit-identical results where an operator has a faster way that is not."""
 
@@ -81,45 +87,105 @@ def run_command(
     device = choose_device(inputs.device)
     plan = _plan(inputs, config, corpus, device)
     _check_corpus(config, corpus, plan)
+    if plan.runtime_gpus > 1 and not was_launched():
+        _check_gpus(plan, device)
+        raise SystemExit(run_local_ranks(plan.runtime_gpus, sys.argv[1:], inputs.output / "logs"))
     if inputs.deterministic:
         make_deterministic()
+    with join_ranks(device, hang_seconds=inputs.hang_seconds) as member:
+        summary = _train(inputs, settings, folder, config, corpus, plan, member, show_progress=not json)
+    if json and member.ranks.is_first:
+        print(json_module.dumps(asdict(summary), indent=2))
+
+
+def _check_gpus(plan: ParallelPlan, device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.device_count() < plan.runtime_gpus:
+        raise ConfigError(
+            f"plan.runtime_gpus ({plan.runtime_gpus}) exceeds this machine's {torch.cuda.device_count()} GPUs; start "
+            "it on all machines with torchrun, or compile a plan for fewer"
+        )
+
+
+def _train(
+    inputs: RunInputs,
+    settings: TrainSettings,
+    folder: Path,
+    config: ModelConfig,
+    corpus: Corpus,
+    plan: ParallelPlan,
+    member: Membership,
+    *,
+    show_progress: bool,
+) -> TrainSummary:
+    """One rank's part of the run; only the first one shows and writes what is written once."""
+    ranks, device = member.ranks, member.device
+    member.progress(0, "building the model")
     store = CheckpointStore(inputs.output / "checkpoints", settings.keep_checkpoints)
     checkpoint = _checkpoint_to_resume(store, inputs.resume)
-    model = _build(folder, config, plan, device, inputs, settings, filled=checkpoint is None)
-    sequences_per_step = plan.tokens_per_step // plan.sequence_length
-    total_steps = settings.steps or max(1, corpus.num_sequences // sequences_per_step)
+    placed = place_model(config, plan, ranks, device)
+    if inputs.compile or (inputs.compile is None and device.type == "cuda"):
+        compile_layers(placed.model)
+    if checkpoint is None:
+        _fill(placed, folder, inputs, settings)
+    total_steps = settings.steps or max(1, corpus.num_sequences // plan.sequences_per_step)
     source = Loader(
         corpus,
-        sequences_per_step=sequences_per_step,
+        sequences_per_step=plan.sequences_per_step,
         micro_batch_sequences=plan.micro_batch_sequences,
         seed=settings.seed,
+        rank=ranks.rank,
+        world_size=ranks.size,
     )
-    inputs.output.mkdir(parents=True, exist_ok=True)
-    with RunLog(
-        inputs.output,
-        total_steps=total_steps,
-        flops_per_token=flops_per_token(config, plan.sequence_length),
-        peak_flops=peak_flops(device),
-        show_progress=not json,
-    ) as log:
+    with ExitStack() as stack:
+        observer: Observer = SilentObserver()
+        log = None
+        if ranks.is_first:
+            inputs.output.mkdir(parents=True, exist_ok=True)
+            log = RunLog(
+                inputs.output,
+                total_steps=total_steps,
+                flops_per_token=flops_per_token(config, plan.sequence_length),
+                peak_flops=(peak_flops(device) or 0) * ranks.size or None,
+                show_progress=show_progress,
+            )
+            observer = stack.enter_context(log)
         trainer = Trainer(
-            model=model,
+            model=placed.model,
             settings=settings,
             total_steps=total_steps,
             source=source,
             store=store,
-            observer=log,
+            observer=observer,
             optimizer_format=optimizer_format(plan),
-            validation=_validation(inputs.data, settings, plan),
+            validation=_validation(inputs.data, settings, plan, ranks),
             identity={"model": config.fingerprint(), "corpus": corpus.fingerprint},
+            ranks=ranks,
+            parts=placed.parts,
+            plan=json_module.loads(plan.to_json()),
+            on_progress=member.progress,
         )
         if checkpoint is not None:
             trainer.resume(checkpoint)
-        _write_run_file(inputs, folder, plan, settings)
-        summary = trainer.train()
-        log.finish(summary)
-    if json:
-        print(json_module.dumps(asdict(summary), indent=2))
+        if ranks.is_first:
+            _write_run_file(inputs, folder, plan, settings)
+        try:
+            summary = trainer.train()
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(plan, device, trainer.step) from error
+        if log is not None:
+            log.finish(summary)
+    return summary
+
+
+def _out_of_memory(plan: ParallelPlan, device: torch.device, step: int) -> ConfigError:
+    """Planned against actual memory, and what to try."""
+    peak = torch.cuda.max_memory_allocated(device)
+    text = f"step {step + 1}: out of memory on {device}, {peak / 2**30:.1f} GiB allocated at the peak"
+    if plan.prediction is not None:
+        classes = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in plan.prediction.breakdown_bytes.items())
+        text += f"; the plan predicted {plan.prediction.peak_bytes / 2**30:.1f} GiB ({classes})"
+    limit = 0.95 * torch.cuda.get_device_properties(device).total_memory / 2**30
+    return ConfigError(f"{text}. Compile with --memory-limit {limit:.0f}, or --pin micro_batch_sequences=1")
 
 
 def _plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: torch.device) -> ParallelPlan:
@@ -181,30 +247,16 @@ def _checkpoint_to_resume(store: CheckpointStore, resume: str) -> Checkpoint | N
     return last
 
 
-def _build(
-    folder: Path,
-    config: ModelConfig,
-    plan: ParallelPlan,
-    device: torch.device,
-    inputs: RunInputs,
-    settings: TrainSettings,
-    filled: bool,
-) -> Transformer:
-    dtype = torch.bfloat16 if plan.compute_dtype == "bf16" else torch.float32
-    model = build_on_meta(config, dtype).to_empty(device=device)
-    apply_plan(model, plan)
-    if inputs.compile or (inputs.compile is None and device.type == "cuda"):
-        compile_layers(model)
-    if filled:
-        has_weights = any(folder.glob("*.safetensors"))
-        if inputs.initialize == "pretrained" or (inputs.initialize == "auto" and has_weights):
-            import_checkpoint(folder, config, dict(model.named_parameters()))
-        else:
-            initialize(model, settings.seed)
-    return model
+def _fill(placed: PlacedModel, folder: Path, inputs: RunInputs, settings: TrainSettings) -> None:
+    """The weights a run starts from."""
+    has_weights = any(folder.glob("*.safetensors"))
+    if inputs.initialize == "pretrained" or (inputs.initialize == "auto" and has_weights):
+        placed.import_weights(folder)
+    else:
+        placed.initialize(settings.seed)
 
 
-def _validation(data: Path, settings: TrainSettings, plan: ParallelPlan) -> Any:
+def _validation(data: Path, settings: TrainSettings, plan: ParallelPlan, ranks: Ranks) -> Any:
     corpus = open_corpus(data, split="validation", missing_ok=True)
     if corpus is None:
         if settings.validation_every:
@@ -218,8 +270,8 @@ def _validation(data: Path, settings: TrainSettings, plan: ParallelPlan) -> Any:
         return validation_batches(
             corpus,
             micro_batch_sequences=plan.micro_batch_sequences,
-            rank=0,
-            world_size=1,
+            rank=ranks.rank,
+            world_size=ranks.size,
             limit=settings.validation_sequences,
         )
 

@@ -46,6 +46,18 @@ class Observer(Protocol):
     def on_checkpoint(self, step: int, path: Path, seconds: float) -> None: ...
 
 
+class SilentObserver:
+    """Hears everything and shows nothing: what every rank but the first has."""
+
+    def on_resume(self, step: int, path: Path) -> None: ...
+
+    def on_step(self, metrics: StepMetrics) -> None: ...
+
+    def on_validation(self, step: int, loss: float) -> None: ...
+
+    def on_checkpoint(self, step: int, path: Path, seconds: float) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSummary:
     """How a run ended."""

@@ -1,0 +1,121 @@
+"""`moescale run` on several CPU ranks that it starts itself: same losses, resumable anywhere, failures named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moescale.convert.hf_config import read_model_config
+from moescale.plan import MeshShape, ParallelPlan, one_device_plan, save_plan
+
+STEPS = 12
+
+
+def write_plan(path: Path, model_folder: Path, *, ranks: int, **mesh: int) -> Path:
+    """8 sequences of 64 tokens a step, one sequence a micro-batch."""
+    plan = one_device_plan(
+        read_model_config(model_folder),
+        sequence_length=64,
+        micro_batch_sequences=1,
+        gradient_accumulation_steps=8,
+        compute_dtype="fp32",
+    )
+    shape = MeshShape(**mesh)
+    plan = dataclasses.replace(
+        plan,
+        mesh=shape,
+        plan_gpus=shape.dp_shard,
+        runtime_gpus=ranks,
+        gradient_accumulation_steps=8 // ranks,
+    )
+    assert isinstance(plan, ParallelPlan)
+    save_plan(plan, path)
+    return path
+
+
+def command(model: Path, corpus: Path, plan: Path, output: Path, *more: object) -> list[str]:
+    options = ("--model", model, "--data", corpus, "--plan", plan, "--output", output, "--device", "cpu")
+    rate = ("--learning-rate", 3e-3, "--json")
+    return [sys.executable, "-m", "moescale", "run", *map(str, (*options, *rate, *more))]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def losses(output: Path) -> list[float]:
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, model_folder, stdlib_corpus) -> list[float]:
+    folder = tmp_path_factory.mktemp("one")
+    plan = write_plan(folder / "plan.json", model_folder, ranks=1)
+    done = run(command(model_folder, stdlib_corpus, plan, folder / "run", "--steps", STEPS))
+    assert done.returncode == 0, done.stderr
+    return losses(folder / "run")
+
+
+def test_two_ranks_with_divided_experts_give_the_losses_of_one(tmp_path, model_folder, stdlib_corpus, one_rank):
+    plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2, ep=2)
+    done = run(command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--steps", STEPS))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == STEPS
+    assert losses(tmp_path / "run") == pytest.approx(one_rank, rel=1e-4)
+
+
+def test_a_stopped_run_of_two_ranks_continues_on_one(tmp_path, model_folder, stdlib_corpus, one_rank):
+    two = write_plan(tmp_path / "two.json", model_folder, ranks=2, dp_shard=2)
+    one = write_plan(tmp_path / "one.json", model_folder, ranks=1)
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(model_folder, stdlib_corpus, two, output, "--steps", STEPS),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    wait_for_step(process, output, 3)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    done = run(command(model_folder, stdlib_corpus, one, output, "--steps", STEPS))
+    assert done.returncode == 0, done.stderr
+    assert losses(output) == pytest.approx(one_rank, rel=1e-4)
+
+
+def test_a_killed_rank_ends_the_run_and_is_named(tmp_path, model_folder, stdlib_corpus):
+    plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2)
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(model_folder, stdlib_corpus, plan, output, "--steps", 100_000),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(process, output, 2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert "rank 1 was ended by SIGKILL" in errors
+
+
+def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "metrics.jsonl").is_file() and len(losses(output)) >= step:
+            return
+        time.sleep(0.02)
+    process.kill()
+    pytest.fail(f"step {step} was not reached: {process.communicate()[1]!r}")
