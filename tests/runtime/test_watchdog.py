@@ -1,0 +1,110 @@
+"""A rank that hangs, leaves or dies is named with its step and what it was at, by every other rank."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gloo_ranks import GlooRanks
+from moescale.runtime.ranks import current_ranks
+from moescale.runtime.watchdog import FAILED_PREFIX, Watchdog
+
+
+@pytest.fixture(scope="module")
+def three_ranks():
+    group = GlooRanks(3)
+    yield group
+    group.close()
+
+
+def watch(name: str, verdicts: list[str], *, hang_seconds=60.0, lost_seconds=60.0) -> Watchdog:
+    watchdog = Watchdog(
+        current_ranks(),
+        dist.PrefixStore(name, dist.distributed_c10d._get_default_store()),
+        hang_seconds=hang_seconds,
+        lost_seconds=lost_seconds,
+        interval_seconds=0.1,
+        leave=verdicts.append,
+    )
+    watchdog.start()
+    return watchdog
+
+
+def hang_on_rank_1() -> list[str]:
+    verdicts: list[str] = []
+    watchdog = watch("hang", verdicts, hang_seconds=1.5)
+    watchdog.progress(6, "micro-batch 2")
+    if current_ranks().rank == 1:
+        time.sleep(3)
+    dist.all_reduce(torch.zeros(1))
+    watchdog.stop()
+    return verdicts
+
+
+def test_a_rank_that_hangs_is_named_by_all_with_the_collective_they_wait_in(three_ranks):
+    for rank, verdicts in enumerate(three_ranks.run(hang_on_rank_1)):
+        assert verdicts, f"rank {rank} noticed nothing"
+        assert f"rank {rank} of 3, step 7 (micro-batch 2), " in verdicts[0]
+        assert "rank 1 hangs; last seen in step 7 (micro-batch 2), " in verdicts[0]
+        if rank != 1:
+            assert "in the collective all_reduce: rank 1 hangs" in verdicts[0]
+
+
+def lose_rank_2() -> list[str]:
+    verdicts: list[str] = []
+    watchdog = watch("lose", verdicts, lost_seconds=1.0)
+    watchdog.progress(3, "micro-batch 1")
+    if current_ranks().rank == 2:
+        time.sleep(0.5)
+        watchdog._stopped.set()  # as if it were killed: its beats end
+    deadline = time.monotonic() + 20
+    while not verdicts and time.monotonic() < deadline and current_ranks().rank != 2:
+        time.sleep(0.05)
+    watchdog.stop()
+    dist.barrier()
+    return verdicts
+
+
+def test_a_rank_whose_beats_end_is_named_with_where_it_was_last(three_ranks):
+    first, second, lost = three_ranks.run(lose_rank_2)
+    assert lost == []
+    for verdicts in (first, second):
+        assert "rank 2 died or is out of reach; last seen in step 4 (micro-batch 1)" in verdicts[0]
+
+
+def diagnose_a_rank_that_left() -> str:
+    watchdog = watch("left", [], lost_seconds=10.0)
+    rank = current_ranks().rank
+    if rank == 0:
+        watchdog.stop(left="DataError: the corpus has changed")
+    elif rank == 1:
+        watchdog.stop(left=f"{FAILED_PREFIX}rank 0 is gone")  # itself a victim, and not to blame
+    dist.barrier()
+    text = watchdog.diagnose("Connection closed by peer\nmore") if rank == 2 else ""
+    watchdog.stop()
+    dist.barrier()
+    return text
+
+
+def test_a_collective_that_failed_is_explained_by_the_rank_that_left_first_and_why(three_ranks):
+    text = three_ranks.run(diagnose_a_rank_that_left)[2]
+    assert "rank 0 has left: DataError: the corpus has changed" in text
+    assert "[Connection closed by peer]" in text
+
+
+def quiet_run() -> list[str]:
+    verdicts: list[str] = []
+    watchdog = watch("quiet", verdicts, hang_seconds=1.0, lost_seconds=1.0)
+    for step in range(20):
+        watchdog.progress(step, "micro-batch 1")
+        dist.barrier()
+        time.sleep(0.1)
+    watchdog.stop()
+    return verdicts
+
+
+def test_a_run_that_gets_on_is_left_alone(three_ranks):
+    assert three_ranks.run(quiet_run) == [[], [], []]
