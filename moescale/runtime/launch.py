@@ -42,8 +42,8 @@ class Membership:
 
 
 def was_launched() -> bool:
-    """Whether this process is one of several that torchrun, or :func:`run_local_ranks`, has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether this process is one of those that torchrun, or :func:`run_local_ranks`, has started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moescale.errors import ConfigError
@@ -45,9 +46,9 @@ def check_runnable(plan: ParallelPlan, ranks: Ranks) -> None:
 
 
 def build_meshes(plan: ParallelPlan, ranks: Ranks, device_type: str) -> Meshes | None:
-    """Build the meshes of ``plan``; a collective. None for a plan of one device, which needs none."""
+    """Build the meshes of ``plan``; a collective. None where there is no process group, so one device."""
     check_runnable(plan, ranks)
-    if ranks.size == 1:
+    if not dist.is_initialized():
         return None
     mesh = plan.mesh
     edp = mesh.dp_shard // mesh.ep

@@ -166,6 +166,8 @@ class Watchdog:
 
     def _read(self) -> None:
         others = [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
+        if not others:
+            return
         for rank, text in zip(others, self._store.multi_get([f"beat/{rank}" for rank in others]), strict=True):
             beat = Beat(**json.loads(text))
             known = self._seen.get(rank)
