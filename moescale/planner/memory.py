@@ -1,11 +1,16 @@
 """Peak memory of a plan per rank, by class, and the moment of the step at which it falls.
 
-What lives through the step: weights, gradient buffers, optimizer state. On top of it, the largest of
+What lives through the step: weights, gradient buffers, optimizer state. On top of it, the largest of three moments, in
+all of which FSDP2 keeps the weights outside the layers gathered:
 
-- **loss**: activations of every layer, the loss's gradients and a chunk of logits;
-- **backward**: activations of every layer and the temporary buffers of the last layer's backward, which starts while
-  nothing has been given back yet;
-- **optimizer**: nothing more (states are updated in place, in one pass).
+- **loss**: every layer's activations, the gradients that the loss computes with it, and a chunk of logits;
+- **gradient of the loss**: the same without logits, with the output weight's gradient rounded beside its fp32 sum and
+  the last layer's weights on their way;
+- **backward of the last layers**: the second to last of them, with the activations of all but the last; gathered are
+  its weights and those of the layer before, and there are its own gradients and what the last layer's are being
+  reduced from. Earlier layers find less, for every layer gives back what it kept.
+
+The optimizer adds nothing: states are updated in place.
 """
 
 from __future__ import annotations
@@ -84,27 +89,93 @@ class MemoryModel:
     def _transient_uncached(
         self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str
     ) -> tuple[dict[str, float], str]:
+        moments = self.moments(mesh, sequences, dense, moe, gradient)
+        moment, breakdown = max(moments.items(), key=lambda item: sum(item[1].values()))
+        breakdown["allocator slack"] = sum(breakdown.values()) * self.cluster.allocator_slack
+        return breakdown, moment
+
+    def moments(
+        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str
+    ) -> dict[str, dict[str, float]]:
+        """What lives beside weights, gradients and states, at every moment that can be the peak, by class."""
         tokens = sequences * self.request.sequence_length // mesh.cp
         dims = self.workload.dims(tokens, self.request.sequence_length)
         plans = {"dense": dense, "moe": moe}
-        breakdown: dict[str, float] = {}
         # The first pipeline stage holds the activations of as many micro-batches as there are stages: of pp times
         # 1 / pp of the layers, so of all of them.
-        for kind in self.workload.layers:
-            kept = self._kept_bytes(kind, plans[kind.name], dims, mesh)
-            breakdown[f"activations {kind.name}"] = kind.count * kept
-        outside = saved_bytes(self.workload.outside, dims, self.itemsize) / mesh.tp
-        logits = min(tokens, LOGIT_CHUNK_TOKENS) * dims["w"] * self.itemsize / mesh.tp
-        at_loss = {"loss": outside, "temporary buffers": logits}
-        at_backward = {"temporary buffers": self._backward_bytes(plans, dims, mesh)}
-        moment, extra = max(
-            (("loss", at_loss), ("backward of the last layer", at_backward)), key=lambda pair: sum(pair[1].values())
-        )
-        breakdown |= extra
-        breakdown["communication"] = self._communication_bytes(plans, mesh, gradient)
-        loose = sum(breakdown.values())
-        breakdown["allocator slack"] = loose * self.cluster.allocator_slack
-        return breakdown, moment
+        kept = {
+            f"activations {kind.name}": kind.count * self._kept_bytes(kind, plans[kind.name], dims, mesh)
+            for kind in self.workload.layers
+        }
+        gathered = self._gathered_bytes(plans, mesh)
+        moments = {
+            "loss": kept | self._at_loss(dims, mesh) | {"communication": gathered},
+            "gradient of the loss": kept | self._at_loss_gradient(plans, dims, mesh, gathered),
+            "backward of the last layers": self._at_backward(kept, plans, dims, mesh, gradient, gathered),
+        }
+        if mesh.dp_replicate > 1 and self._accumulates(mesh, sequences):
+            share = self._parameters / (mesh.pp * mesh.tp * mesh.dp_shard * mesh.cp)
+            for breakdown in moments.values():
+                breakdown["sums for replicas"] = share * DTYPE_BYTES[gradient]
+        return moments
+
+    def _at_loss(self, dims: dict[str, int], mesh: MeshShape) -> dict[str, float]:
+        logits = min(dims["n"], LOGIT_CHUNK_TOKENS) * dims["w"] * self.itemsize / mesh.tp
+        return {"loss": self._loss_bytes(dims, mesh), "inside operators": logits}
+
+    def _at_loss_gradient(
+        self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape, gathered: float
+    ) -> dict[str, float]:
+        last = self._last_kind()
+        ahead = self._layer_gathered_bytes(last, mesh) if plans[last.name].reshard_after_forward else 0.0
+        return {
+            "loss": self._loss_bytes(dims, mesh),
+            "temporary buffers": self._output_gradient_bytes(mesh) + dims["n"] * dims["h"] * self.itemsize,
+            "communication": gathered + ahead,
+        }
+
+    def _at_backward(
+        self,
+        kept: dict[str, float],
+        plans: dict[str, LayerPlan],
+        dims: dict[str, int],
+        mesh: MeshShape,
+        gradient: str,
+        gathered: float,
+    ) -> dict[str, float]:
+        kind = self._last_kind()
+        plan = plans[kind.name]
+        activations = dict(kept)
+        if kind.count > 1:
+            activations[f"activations {kind.name}"] -= kept[f"activations {kind.name}"] / kind.count
+        again = self._full_layer_bytes(kind, dims, mesh) if recompute_name(plan) == "block" else 0.0
+        in_flight = 4 * dims["n"] * dims["h"] * self.itemsize
+        layer = self._layer_gathered_bytes(kind, mesh)
+        communication = gathered + (2 * layer if plan.reshard_after_forward else 0.0)
+        if layer:
+            communication += layer + layer * DTYPE_BYTES[gradient] / self.itemsize + self._output_gradient_bytes(mesh)
+        return activations | {
+            "temporary buffers": again + in_flight,
+            "inside operators": self._operator_buffers(plans, dims, mesh),
+            "communication": communication,
+        }
+
+    def _accumulates(self, mesh: MeshShape, sequences: int) -> bool:
+        """Whether a step has several micro-batches: their gradients are summed before replicas add theirs."""
+        request = self.request
+        return request.tokens_per_step > request.sequence_length * sequences * mesh.dp_replicate * mesh.dp_shard
+
+    def _last_kind(self) -> LayerKind:
+        config = self.workload.config
+        name = "moe" if config.is_moe_layer(config.num_layers - 1) else "dense"
+        return next(kind for kind in self.workload.layers if kind.name == name)
+
+    def _loss_bytes(self, dims: dict[str, int], mesh: MeshShape) -> float:
+        return saved_bytes(self.workload.outside, dims, self.itemsize) / mesh.tp
+
+    def _output_gradient_bytes(self, mesh: MeshShape) -> float:
+        config = self.workload.config
+        return config.vocab_size * config.hidden_size * self.itemsize / mesh.tp
 
     def _kept_bytes(self, kind: LayerKind, plan: LayerPlan, dims: dict[str, int], mesh: MeshShape) -> float:
         """What one layer keeps from its forward to its backward."""
@@ -112,6 +183,12 @@ class MemoryModel:
         if name == "block":
             return dims["n"] * dims["h"] * self.itemsize
         dropped = frozenset({"expert_pre_activation"}) if "experts" in name.split("+") else frozenset()
+        return self._full_layer_bytes(kind, dims, mesh, dropped)
+
+    def _full_layer_bytes(
+        self, kind: LayerKind, dims: dict[str, int], mesh: MeshShape, dropped: frozenset[str] = frozenset()
+    ) -> float:
+        """What one layer keeps where its block is not recomputed."""
         kept = saved_bytes(kind, dims, self.itemsize, dropped) / mesh.tp
         if kind.name == "moe" and mesh.ep > 1:
             kept += self._exchange_bytes(dims)
@@ -122,8 +199,8 @@ class MemoryModel:
         rows = dims["n"] * dims["k"] * dims["h"] * self.itemsize
         return rows * (1 + self.request.router_imbalance)
 
-    def _backward_bytes(self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape) -> float:
-        """Buffers of the largest backward among the layer kinds, its recomputed activations included."""
+    def _operator_buffers(self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape) -> float:
+        """Largest buffers that an operator's backward makes and gives back before it returns."""
         largest = 0.0
         for kind in self.workload.layers:
             if kind.name == "moe":
@@ -134,27 +211,27 @@ class MemoryModel:
                     size += rows * 2 * dims["f"] * self.itemsize / mesh.tp
             else:
                 size = dims["n"] * 5 * dims["i"] * self.itemsize / mesh.tp
-            if recompute_name(plans[kind.name]) == "block":
-                size += saved_bytes(kind, dims, self.itemsize) / mesh.tp
-                if kind.name == "moe" and mesh.ep > 1:
-                    size += self._exchange_bytes(dims)
             largest = max(largest, size)
         return largest
 
-    def _communication_bytes(self, plans: dict[str, LayerPlan], mesh: MeshShape, gradient: str) -> float:
-        """Gathered weights and unreduced gradients where weights are sharded."""
+    def _layer_gathered_bytes(self, kind: LayerKind, mesh: MeshShape) -> float:
+        """A layer's weights as a rank gathers them; 0 for what no other rank holds.
+
+        FSDP2 keeps a gathered copy also of weights that are only replicated, not sharded.
+        """
         ranks = mesh.dp_shard * mesh.cp
-        if ranks == 1:
+        if ranks * mesh.dp_replicate == 1:
+            return 0.0
+        dense, routed = self._layer_parameters[kind.name]
+        shared = ranks * mesh.dp_replicate > mesh.ep
+        return (dense + (routed / mesh.ep if shared else 0.0)) * self.itemsize / mesh.tp
+
+    def _gathered_bytes(self, plans: dict[str, LayerPlan], mesh: MeshShape) -> float:
+        """Weights that stay gathered from their forward to their backward: those outside layers, and as planned."""
+        if mesh.dp_shard * mesh.cp * mesh.dp_replicate == 1:
             return 0.0
         gathered = self._outside_parameters * self.itemsize / mesh.tp
-        largest = 0.0
         for kind in self.workload.layers:
-            dense, routed = self._layer_parameters[kind.name]
-            edp = ranks // mesh.ep
-            layer = (dense + (routed / mesh.ep if edp > 1 else 0.0)) / mesh.tp
-            if plans[kind.name].reshard_after_forward:
-                largest = max(largest, layer)
-            else:
-                gathered += kind.count / mesh.pp * layer * self.itemsize
-        # The layer at work and the one gathered ahead; the gradients of one, in their own and in the reduced dtype.
-        return gathered + largest * (2 * self.itemsize + self.itemsize + DTYPE_BYTES[gradient])
+            if not plans[kind.name].reshard_after_forward:
+                gathered += kind.count / mesh.pp * self._layer_gathered_bytes(kind, mesh)
+        return gathered
