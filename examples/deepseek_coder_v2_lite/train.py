@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import time
 from pathlib import Path
 
 from moescale.cli import main as moescale
+
+WAIT_SECONDS = 120
 
 
 def parse() -> argparse.Namespace:
@@ -53,15 +57,36 @@ def run_arguments(flags: argparse.Namespace) -> list[str]:
     ]
 
 
+def call(arguments: list[str]) -> None:
+    """Run a moescale command; leave with its status unless it succeeded."""
+    try:
+        moescale(arguments)
+    except SystemExit as left:
+        if left.code:
+            raise
+
+
+def wait_for_plan(path: Path) -> None:
+    """On ranks but the first: until the first one has written the plan."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            sys.exit(f"{path}: not written by rank 0 within {WAIT_SECONDS} s; see its output")
+        time.sleep(0.2)
+
+
 def main() -> None:
     flags = parse()
+    plan = Path(flags.plan_path)
     if flags.run_mode == "compile":
-        moescale(compile_arguments(flags))
+        call(compile_arguments(flags))
         return
     # The reference compiles on the first run where no plan is there yet; so does this, on the first rank only.
-    if not Path(flags.plan_path).is_file() and os.environ.get("RANK", "0") == "0":
-        moescale(compile_arguments(flags))
-    moescale(run_arguments(flags))
+    if os.environ.get("RANK", "0") != "0":
+        wait_for_plan(plan)
+    elif not plan.is_file():
+        call(compile_arguments(flags))
+    call(run_arguments(flags))
 
 
 if __name__ == "__main__":

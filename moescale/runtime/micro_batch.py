@@ -71,10 +71,6 @@ class MicroBatches:
         self.aux_loss.copy_(values[1])
         self.expert_rows.copy_(values[2:].view_as(self.expert_rows))
 
-    def forget_recording(self) -> None:
-        """Give back the memory of the recorded graph."""
-        self._graph = self._graph_inputs = self._seen = None
-
     def _run(self, tokens: torch.Tensor, targets: torch.Tensor, document_ids: torch.Tensor | None) -> None:
         output: ModelOutput = self.model(tokens, targets=targets, document_ids=document_ids)
         assert output.loss_sum is not None

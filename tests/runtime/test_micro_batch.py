@@ -1,0 +1,74 @@
+"""Sums of a step's micro-batches; on a GPU, that a recorded micro-batch does what the plain one does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from moescale.model.transformer import Transformer, build_on_meta, initialize
+from moescale.runtime.micro_batch import MicroBatches
+from moescale.runtime.optimizer import AdamW, OptimizerFormat
+from moescale.runtime.settings import TrainSettings
+
+SHAPE = (2, 32)
+
+
+def batches(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(96, SHAPE, generator=generator) for _ in range(number)]
+    return [(t, torch.cat([t[:, 1:], torch.full((SHAPE[0], 1), -100)], dim=1)) for t in tokens]
+
+
+def build(device: str, dtype: torch.dtype, *, capture: bool) -> tuple[Transformer, AdamW, MicroBatches]:
+    # Sizes that the GPU kernels take: multiples of 8.
+    model = build_on_meta(tiny_config(), dtype).to_empty(device=device)
+    initialize(model, 0)
+    optimizer = AdamW(model.named_parameters(), TrainSettings(), OptimizerFormat(master="bf16_remainder"))
+    optimizer.accumulate_in_experts(model)
+    return model, optimizer, MicroBatches(model, capture=capture)
+
+
+def test_sums_are_those_of_all_micro_batches_and_start_anew_each_step():
+    _, _, runner = build("cpu", torch.float32, capture=False)
+    first, second = batches(2)
+    for parts in ([first], [second], [first, second]):
+        runner.start_step(num_targets=62 * len(parts), num_micro_batches=len(parts))
+        for tokens, targets in parts:
+            runner.run(tokens, targets, None)
+        losses = [float(runner.loss_sum), float(runner.aux_loss)]
+        if len(parts) == 1:
+            alone = [a + b for a, b in zip(alone, losses, strict=True)] if parts[0] is second else losses
+    assert losses == pytest.approx(alone, rel=1e-6)
+    assert runner.expert_rows.sum(-1).tolist() == [2 * 64 * 2] * 2  # two micro-batches of 64 tokens, top-2, per layer
+
+
+@pytest.mark.gpu
+def test_a_recorded_micro_batch_gives_the_losses_and_gradients_of_the_plain_one():
+    results = []
+    for capture in (False, True):
+        _, optimizer, runner = build("cuda", torch.bfloat16, capture=capture)
+        runner.start_step(num_targets=5 * 62, num_micro_batches=5)
+        for tokens, targets in batches(5):
+            runner.run(tokens.pin_memory(), targets.pin_memory(), None)
+        torch.cuda.synchronize()
+        gradients = {name: optimizer.gradient(name).clone() for name in optimizer.parameters}
+        results.append((runner.loss_sum.clone(), runner.expert_rows.clone(), gradients))
+    (plain_loss, plain_rows, plain), (loss, rows, recorded) = results
+    torch.testing.assert_close(loss, plain_loss)
+    assert torch.equal(rows, plain_rows)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recorded[name], gradient, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_only_what_a_graph_can_hold_is_recorded():
+    _, _, runner = build("cuda", torch.float32, capture=True)
+    assert not runner.capture  # fp32 gradients have no fixed address
+    _, _, runner = build("cuda", torch.bfloat16, capture=True)
+    runner.start_step(num_targets=62, num_micro_batches=2)
+    ((tokens, targets),) = batches(1)
+    documents = torch.zeros(SHAPE, dtype=torch.int32, device="cuda")
+    for _ in range(3):
+        runner.run(tokens, targets, documents)
+    assert runner._graph is None
