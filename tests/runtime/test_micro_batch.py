@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_config
 
 from moescale.model.transformer import Transformer, build_on_meta, initialize
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.settings import TrainSettings
+from tiny import tiny_config
 
 SHAPE = (2, 32)
 
@@ -32,14 +32,13 @@ def build(device: str, dtype: torch.dtype, *, capture: bool) -> tuple[Transforme
 def test_sums_are_those_of_all_micro_batches_and_start_anew_each_step():
     _, _, runner = build("cpu", torch.float32, capture=False)
     first, second = batches(2)
+    sums = []
     for parts in ([first], [second], [first, second]):
         runner.start_step(num_targets=62 * len(parts), num_micro_batches=len(parts))
         for tokens, targets in parts:
             runner.run(tokens, targets, None)
-        losses = [float(runner.loss_sum), float(runner.aux_loss)]
-        if len(parts) == 1:
-            alone = [a + b for a, b in zip(alone, losses, strict=True)] if parts[0] is second else losses
-    assert losses == pytest.approx(alone, rel=1e-6)
+        sums.append([float(runner.loss_sum), float(runner.aux_loss)])
+    assert sums[2] == pytest.approx([a + b for a, b in zip(sums[0], sums[1], strict=True)], rel=1e-6)
     assert runner.expert_rows.sum(-1).tolist() == [2 * 64 * 2] * 2  # two micro-batches of 64 tokens, top-2, per layer
 
 
