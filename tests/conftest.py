@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Kernels then run in Triton's interpreter. It is asked for when a kernel is defined, so before any test runs.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # tests run in parallel processes; bit-equality must not depend on the thread count
 
 END_TOKEN = "<|end_of_text|>"

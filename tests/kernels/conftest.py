@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read when a kernel is defined, which is when an operator first runs it: after collection.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
