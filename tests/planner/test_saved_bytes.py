@@ -14,10 +14,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moescale.config import ModelConfig
-from moescale.kernels import _elementwise, router
-from moescale.kernels import experts as experts_module
-from moescale.model import attention as attention_module
-from moescale.model import moe as moe_module
 from moescale.model.rope import rope_tables
 from moescale.model.transformer import Transformer, build_on_meta
 from moescale.planner.workload import build_workload, saved_bytes
@@ -42,24 +38,6 @@ CONFIGS = {
         top_k=6,
     ),
 }
-
-
-@pytest.fixture
-def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the model choose the operators it chooses on a GPU; under fake tensors none of them runs."""
-
-    def triton(*args: Any, **kwargs: Any) -> str:
-        return "triton"
-
-    def cudnn_attention(q, k, v, *, softmax_scale, document_ids):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        result = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=softmax_scale)
-        return result[0].transpose(1, 2)
-
-    for module in (_elementwise, experts_module):
-        monkeypatch.setattr(module, "choose_backend", triton)
-    monkeypatch.setattr(attention_module, "attention", cudnn_attention)
-    monkeypatch.setattr(moe_module, "router_logits", router._router_logits_op)
 
 
 def fake_model(config: ModelConfig) -> Transformer:
