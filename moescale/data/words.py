@@ -25,14 +25,22 @@ import tokenizers
 
 _TABLE_WORDS = 200_000
 _LONGEST_WORD = 128
+_SHORT_PIECE = 16
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """What the byte-level stage splits by (Radford et al. 2019) where its ``use_regex`` is set."""
 _SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_CASE_FOLDED_TO_ASCII = "\u017f\u212a"
 _HARD_CASES = (
     "def f(x):\n\treturn  x+1  # it's they'LL 12345 3.14e-7\r\n\r\n   \n \t \n'quoted' \"text\" [0]\u00a0\u3000é ñandú"
     " naïve Ωμέγα Привет שלום 漢字かな한글 “curly” — … €5 ½ x²\x1c\x85\n    if a>=b:  c[i]= {'k':v}  \n\n\n end   "
 )
+_PLAIN_TEXT = (
+    "def read(path, mode):\n    # whatever is there, as it is\n"
+    "    return [line.strip() for line in open(path, mode)]\n\n"
+    "Nothing in this sentence but words, spaces and a few marks; most of what is written looks like that.\n"
+)
+"""A stage that leaves this in long pieces (one for digits alone, say) does not yet give pieces that repeat."""
+
+Cut = Callable[[str], list[str]]
 
 
 class _Unsupported(Exception):
@@ -45,17 +53,15 @@ class WordEncoder:
     def __init__(self, tokenizer: tokenizers.Tokenizer, dtype: np.dtype) -> None:
         """Raise _Unsupported for a tokenizer that is not understood; see :func:`word_encoder`."""
         description = json.loads(tokenizer.to_str())
-        splits, remaining = _stages(description)
-        self._cuts = [_cut_by(pattern) for pattern in splits]
+        self._cuts, remaining = _cuts_and_remaining(_stages(description))
         self._table = _WordTable(tokenizer.model, tokenizers.pre_tokenizers.Sequence(remaining), dtype)
         self._dtype = dtype
-        added = [re.escape(token["content"]) for token in description["added_tokens"] if token["content"]]
-        unsafe = f"[^{_ranges(_stable_characters())}]"
-        self._is_beyond = re.compile("|".join([unsafe, *added])).search
+        self._find_unstable = re.compile(f"[^{_ranges(_stable_characters())}]").search
+        self._find_added = _any_of([token["content"] for token in description["added_tokens"]]).search
 
     def __call__(self, text: str) -> np.ndarray | None:
         """Return the tokens of ``text`` [tokens], or None where the tokenizer itself must be asked."""
-        if self._is_beyond(text):
+        if self._find_unstable(text) or self._find_added(text):
             return None
         pieces = [text]
         for cut in self._cuts:
@@ -95,8 +101,8 @@ class _WordTable(dict[str, bytes]):
         return content
 
 
-def _stages(description: dict) -> tuple[list[str], list[tokenizers.pre_tokenizers.PreTokenizer]]:
-    """Return the patterns of the leading stages, for Python's ``re``, and the stages that remain for the library."""
+def _stages(description: dict) -> list[str]:
+    """Return the patterns by which a tokenizer splits before the byte level, in its own spelling."""
     normalizer = description["normalizer"]
     if normalizer is not None and normalizer != {"type": "Sequence", "normalizers": []}:
         raise _Unsupported("normalizer")
@@ -107,25 +113,28 @@ def _stages(description: dict) -> tuple[list[str], list[tokenizers.pre_tokenizer
     stages = stages["pretokenizers"] if stages.get("type") == "Sequence" else [stages]
     if not stages or stages[-1].get("type") != "ByteLevel" or stages[-1]["add_prefix_space"]:
         raise _Unsupported("byte level")
-    patterns: list[str] = []
-    remaining: list[tokenizers.pre_tokenizers.PreTokenizer] = []
-    for stage in stages[:-1]:
-        pattern = _stage_pattern(stage)
-        try:
-            if remaining:
-                raise _Unsupported("a stage after one that is left to the library")
-            patterns.append(translated(pattern))
-        except _Unsupported:
-            remaining.append(tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"))
-    if stages[-1].get("use_regex", True):
-        if remaining:
-            remaining.append(tokenizers.pre_tokenizers.Split(tokenizers.Regex(_GPT2_PATTERN), "isolated"))
-        else:
-            patterns.append(translated(_GPT2_PATTERN))
-    if not patterns:
+    patterns = [_stage_pattern(stage) for stage in stages[:-1]]
+    return [*patterns, _GPT2_PATTERN] if stages[-1].get("use_regex", True) else patterns
+
+
+def _cuts_and_remaining(patterns: list[str]) -> tuple[list[Cut], list[tokenizers.pre_tokenizers.PreTokenizer]]:
+    """Take leading stages until they leave short pieces, which repeat; the library keeps the others.
+
+    How many are taken decides the speed alone: a piece is put through the remaining stages when it comes up first.
+    """
+    cuts: list[Cut] = []
+    pieces = [_PLAIN_TEXT]
+    for pattern in patterns:
+        if sum(len(piece) for piece in pieces if len(piece) > _SHORT_PIECE) < len(_PLAIN_TEXT) / 4:
+            break
+        cuts.append(_cut_by(translated(pattern), pieces))
+        pieces = [part for piece in pieces for part in cuts[-1](piece)]
+    if not cuts:
         raise _Unsupported("no stage to cut by")
-    remaining.append(tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    return patterns, remaining
+    remaining = [
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns[len(cuts) :]
+    ]
+    return cuts, [*remaining, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
 
 
 def _stage_pattern(stage: dict) -> str:
@@ -191,19 +200,29 @@ def translated(pattern: str) -> str:
     return "".join(result)
 
 
-def _cut_by(pattern: str) -> Callable[[str], list[str]]:
+def _cut_by(pattern: str, sample: list[str]) -> Cut:
     """Return a function that cuts a text into the matches of ``pattern`` and what lies between them."""
     find = re.compile(pattern).findall
     split = re.compile(f"({pattern})").split
 
-    def cut(text: str) -> list[str]:
-        matches = find(text)
-        # Most patterns leave nothing between, and finding is a third faster than splitting.
-        if sum(map(len, matches)) == len(text):
-            return matches
+    def cut_with_gaps(text: str) -> list[str]:
         return [part for part in split(text) if part]
 
-    return cut
+    def cut(text: str) -> list[str]:
+        matches = find(text)
+        return matches if sum(map(len, matches)) == len(text) else cut_with_gaps(text)
+
+    # Finding is a third faster than splitting where matches leave nothing between them, as most patterns' do.
+    return cut if all(sum(map(len, find(text))) == len(text) for text in sample) else cut_with_gaps
+
+
+def _any_of(texts: list[str]) -> re.Pattern[str]:
+    """Return a pattern that finds any of ``texts``; hundreds that begin alike cost little more than one."""
+    by_beginning: dict[str, list[str]] = {}
+    for text in filter(None, texts):
+        by_beginning.setdefault(text[:2], []).append(re.escape(text[2:]))
+    branches = [f"{re.escape(beginning)}(?:{'|'.join(ends)})" for beginning, ends in by_beginning.items()]
+    return re.compile("|".join(branches) or r"(?!)")
 
 
 @cache
@@ -214,7 +233,6 @@ def _stable_characters() -> frozenset[int]:
         for code in range(0x10000)
         if (category := unicodedata.category(chr(code))) == unicodedata.ucd_3_2_0.category(chr(code))
         and category not in ("Cn", "Co", "Cs")
-        and chr(code) not in _CASE_FOLDED_TO_ASCII
     )
 
 

@@ -92,6 +92,14 @@ def test_an_interrupted_call_leaves_no_corpus_and_no_process(tmp_path, large_sou
     assert not any("large" in path.read_text(errors="ignore") for path in output.iterdir())
 
 
+def test_what_a_killed_call_left_does_not_get_into_the_corpus(settings, tmp_path, lines_file):
+    staging = staging_folder(tmp_path / "output")
+    (staging / "folder").mkdir(parents=True)
+    (staging / "train-00007.bin").write_bytes(b"left over")
+    output = prepare(settings(lines_file), progress=False).output
+    assert sorted(path.name for path in output.iterdir()) == ["manifest.json", "source.jsonl", "train-00000.bin"]
+
+
 def test_two_calls_at_once_do_not_mix(settings, tmp_path, lines_file):
     staging = staging_folder(tmp_path / "output")
     staging.mkdir()

@@ -25,6 +25,10 @@ GPT4O = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+DEEPSEEK_V2_LETTERS = (  # the published class lists more alphabets in the same way
+    "\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01c4-\u0293\u0391-\u03a1\u03a3-\u03f5\u03f7-\u0481"
+    "\u048a-\u052f\u0531-\u0556\u1e00-\u1f15\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U0001e900-\U0001e943]+"
+)
 DEEPSEEK_V3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,13 +50,12 @@ STAGES = {
     "llama3": [*isolated(LLAMA3), byte_level()],
     "gpt4o": [*isolated(GPT4O), byte_level()],
     "deepseek v2": [
-        *isolated(
-            r"[\r\n]",
-            r"\s?[A-Za-zµÀ-ÖØ-öø-ƺΑ-ΡΣ-ώА-ҁ]+",
-            r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-            r"\s+$",
-            "[一-龥ࠀ-一가-퟿]+",
-        ),
+        *isolated(r"[\r\n]", DEEPSEEK_V2_LETTERS, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+"),
+        pre_tokenizers.Digits(individual_digits=True),
+        byte_level(),
+    ],
+    "deepseek coder": [
+        *isolated(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+"),
         pre_tokenizers.Digits(individual_digits=True),
         byte_level(),
     ],
@@ -89,6 +92,17 @@ def test_tokens_of_sources_are_the_tokenizers_own(tokenizers_by_name, stdlib_sou
     for path in sorted(stdlib_sources.iterdir()):
         text = path.read_text(encoding="utf-8")
         assert encoder(text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    "name, stages", [("gpt2", 1), ("starcoder", 2), ("llama3", 1), ("deepseek v2", 2), ("deepseek v3", 3)]
+)
+def test_stages_are_taken_until_pieces_are_short(tokenizers_by_name, stdlib_sources, name, stages):
+    encoder = encoder_of(tokenizers_by_name[name])
+    assert len(encoder._cuts) == stages
+    for path in sorted(stdlib_sources.iterdir()):
+        encoder(path.read_text(encoding="utf-8"))
+    assert sum(map(len, encoder._table)) / len(encoder._table) < 12
 
 
 FRAGMENTS = [
@@ -167,7 +181,7 @@ def test_digits_are_the_characters_that_the_digits_stage_isolates():
 
     text = "".join(map(chr, sorted(words._stable_characters())))
     pieces = [piece for piece, _ in pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str(text)]
-    assert pieces == words._cut_by(words.translated(r"\p{N}"))(text)
+    assert pieces == words._cut_by(words.translated(r"\p{N}"), [text])(text)
     assert re.fullmatch(words.translated(r"\p{N}"), "5")
 
 
@@ -217,6 +231,14 @@ def test_tokenizers_of_other_kinds_are_left_alone(stdlib_sources, change):
     tokenizer = make_tokenizer(STAGES["gpt2"], stdlib_sources)
     change(tokenizer)
     assert encoder_of(tokenizer) is None
+
+
+def test_any_of_hundreds_of_added_tokens_is_found():
+    find = words._any_of([f"<|place holder {number}|>" for number in range(800)] + ["<think>", "[X]"]).search
+    assert find("a <|place holder 799|> b").group() == "<|place holder 799|>"
+    assert find("a [X] b").group() == "[X]"
+    assert find("<|place holder 800> <think [X <|") is None
+    assert words._any_of([]).search("anything") is None
 
 
 def test_a_disagreement_on_the_hard_cases_leaves_the_tokenizer_alone(tokenizers_by_name, monkeypatch):
