@@ -113,7 +113,7 @@ def check_export(export: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     output: Path = arguments.output
     shutil.rmtree(output, ignore_errors=True)

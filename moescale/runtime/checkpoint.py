@@ -29,6 +29,7 @@ from moescale.runtime.ranks import ONE_RANK, Ranks
 
 FORMAT_VERSION = 2
 STATE_FILE = "state.json"
+MAX_MAPPED_BYTES = 2**26
 WEIGHTS_PREFIX = "weights."
 REMAINDER_PREFIX = "remainder."
 _PREFIX = "step-"
@@ -138,6 +139,7 @@ class StoredTensors:
         self.shapes = {name: tuple(shape) for name, shape in document["tensors"].items()}
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
+        self._mapped_bytes = 0
         self._boxes: dict[str, list[tuple[str, tuple[slice, ...]]]] = {name: [] for name in self.shapes}
         for file_name, entry in document["files"].items():
             for name, box in entry["boxes"].items():
@@ -179,9 +181,19 @@ class StoredTensors:
                 for box in (stored, index)
             )
             try:
-                target[outside].copy_(self._open(file_name).get_slice(name)[inside])
+                part = self._open(file_name).get_slice(name)[inside]
+                target[outside].copy_(part)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self.path / file_name}: cannot be read ({error})") from error
+            self._release_after(part.nbytes)
+
+    def _release_after(self, num_bytes: int) -> None:
+        """Close the files once in a while: pages read through a mapping count as this process's memory until then."""
+        self._mapped_bytes += num_bytes
+        if self._mapped_bytes > MAX_MAPPED_BYTES:
+            self._stack.close()
+            self._files.clear()
+            self._mapped_bytes = 0
 
     def _open(self, file_name: str) -> Any:
         if file_name not in self._files:
@@ -259,7 +271,10 @@ def _read_document(folder: Path) -> dict[str, Any]:
     if not intact:
         raise CheckpointError(f"{path}: checksum differs, the file is damaged; resume from another checkpoint")
     if document.get("format") != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format ({document.get('format')}) must be {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path}: format ({document.get('format')}) must be {FORMAT_VERSION}: another version of moescale wrote "
+            "it; export it with that version, or start a new --output"
+        )
     return document
 
 
