@@ -111,6 +111,18 @@ def build(config: ModelConfig, plan: ParallelPlan, compiled: bool) -> tuple[Trai
     return trainer, model
 
 
+def forward_backward_seconds(trainer: Trainer, batches: list[RandomBatch]) -> float:
+    """Seconds of a step's micro-batches alone, gradients added up, without norm and update."""
+    num_targets = sum(int((batch.targets >= 0).sum()) for batch in batches)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    trainer.micro_batches.start_step(num_targets=num_targets, num_micro_batches=len(batches))
+    for batch in batches:
+        trainer.micro_batches.run(batch.tokens, batch.targets, None)
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def profile(trainer: Trainer, batches: list[RandomBatch], path: Path) -> None:
     """GPU time by kernel over one short step, as a table with totals and shares."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
@@ -174,6 +186,7 @@ def main() -> None:
     seconds = [metrics.step_seconds for metrics in measured]
     mean = statistics.mean(seconds)
     rate = plan.tokens_per_step / mean
+    without_update = statistics.mean(forward_backward_seconds(trainer, source.step()) for _ in range(3))
     result = {
         "model": arguments.model,
         "layers": config.num_layers,
@@ -182,6 +195,7 @@ def main() -> None:
         "tokens_per_second": rate,
         "step_seconds": mean,
         "step_seconds_each": seconds,
+        "forward_backward_tokens_per_second": plan.tokens_per_step / without_update,
         "mfu": rate * flops_per_token(config, plan.sequence_length) / (peak_flops(torch.device("cuda")) or 1),
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "reserved_bytes": torch.cuda.max_memory_reserved(),

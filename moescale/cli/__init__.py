@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -54,6 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit status: 0 done, 2 bad input, 3 loss not finite, 4 a rank failed, 75 stopped and resumable,
     130 interrupted.
     """
+    # Read by torch when a command imports it: without, pieces of 16 B parameters leave holes of gigabytes.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if arguments is not None:
         sys.argv[1:] = arguments  # what a command on several ranks starts itself again with
     try:

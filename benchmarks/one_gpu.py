@@ -1,0 +1,137 @@
+"""The 16B model on one GPU as a user runs it: prepare, compile, run; then what one would run instead, beside it.
+
+    python benchmarks/one_gpu.py --cluster h200 --output step.json
+
+Random weights of the public configuration, the sources of Python's standard library as text, and no setting beyond the
+sequence length and the tokens of a step: micro-batch, recomputation and formats are the plan's. The figures are those of
+the run's own ``metrics.jsonl``, optimizer included, after two steps of warming up. The run is killed after the last
+measured step, before it writes 94 GB of checkpoint, and started a second time for the time to the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+WARM_UP_STEPS = 2
+
+
+def moescale(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "moescale", *map(str, arguments)]
+
+
+def prepare_corpus(folder: Path, sequence_length: int) -> Path:
+    """The standard library's sources under a tokenizer trained on them."""
+    sources = Path(sysconfig.get_paths()["stdlib"])
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=32000,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(path) for path in sorted(sources.glob("*.py"))], trainer)
+    (folder / "tokenizer").mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    options = ("--sequence-length", sequence_length, "--end-token", "<|end|>", "--json")
+    where = ("--source", sources, "--tokenizer", folder / "tokenizer", "--output", folder / "corpus")
+    subprocess.run(moescale("prepare", *where, *options), check=True, stdout=subprocess.DEVNULL)
+    return folder / "corpus"
+
+
+def run_until(step: int, output: Path, *options: object) -> tuple[list[dict[str, Any]], float]:
+    """Start the run, and kill it after ``step`` steps; returns their records and the seconds to the end of the first."""
+    started, to_first = time.monotonic(), float("nan")
+    command = moescale("run", *options, "--output", output, "--steps", 1000, "--json")
+    with (output.parent / f"{output.name}.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    metrics = output / "metrics.jsonl"
+    records: list[dict[str, Any]] = []
+    while process.poll() is None and len(records) < step:
+        time.sleep(0.1)
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        if records and to_first != to_first:
+            to_first = time.monotonic() - started
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if len(records) < step:
+        sys.exit((output.parent / f"{output.name}.log").read_text()[-4000:])
+    return records[:step], to_first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deepseek-coder-v2-lite")
+    parser.add_argument("--cluster", default="h200")
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--tokens-per-step", type=int, default=131072)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--pin", action="append", default=[], help="a decision of the plan to fix, as name=value")
+    parser.add_argument("--no-baseline", action="store_true")
+    parser.add_argument("--no-second-start", action="store_true")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = prepare_corpus(folder, arguments.sequence_length)
+        plan_file = folder / "plan.json"
+        shape = ("--sequence-length", arguments.sequence_length, "--tokens-per-step", arguments.tokens_per_step)
+        pins = [word for pin in arguments.pin for word in ("--pin", pin)]
+        compile_command = ("compile", "--model", arguments.model, "--cluster", arguments.cluster, "--plan-gpus", 1)
+        subprocess.run(moescale(*compile_command, *shape, *pins, "--output", plan_file), check=True)
+        options = ("--model", arguments.model, "--data", corpus, "--plan", plan_file, "--initialize", "random")
+        records, first_start = run_until(arguments.steps + WARM_UP_STEPS, folder / "first", *options)
+        second_start = None
+        if not arguments.no_second_start:
+            _, second_start = run_until(1, folder / "second", *options)
+        plan = json.loads(plan_file.read_text())
+    measured = records[WARM_UP_STEPS:]
+    seconds = statistics.mean(record["step_seconds"] for record in measured)
+    result = {
+        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+        "model": arguments.model,
+        "tokens_per_second": arguments.tokens_per_step / seconds,
+        "step_seconds": seconds,
+        "step_seconds_each": [record["step_seconds"] for record in measured],
+        "mfu": measured[-1].get("mfu"),
+        "peak_bytes": max(record["peak_bytes"] for record in measured),
+        "seconds_from_command_to_first_step_done": {"first": first_start, "second": second_start},
+        "losses": [record["loss"] for record in measured],
+        "plan": plan,
+        "baseline_tokens_per_second": None,
+    }
+    if not arguments.no_baseline:
+        script = Path(__file__).with_name("step_transformers.py")
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            result["baseline"] = json.loads(done.stdout[done.stdout.index("{") :])
+            result["baseline_tokens_per_second"] = result["baseline"]["tokens_per_second"]
+        else:
+            print(done.stderr[-2000:], file=sys.stderr)
+    print(json.dumps({key: value for key, value in result.items() if key != "plan"}, indent=1))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
