@@ -418,9 +418,6 @@ register(
         annotation="n h, w h -> n",
         kind="dense_gemm",
         flops=lambda dims: 2.0 * dims["n"] * dims["h"] * dims["w"],
-        saved=(
-            Saved(name="loss_gradient", dims="n h"),
-            Saved(name="output_weight_gradient", dims="w h", itemsize=4),
-        ),
+        saved=(Saved(name="loss_gradient", dims="n h"), Saved(name="output_weight_gradient", dims="w h")),
     )
 )

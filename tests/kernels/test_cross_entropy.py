@@ -103,13 +103,25 @@ def test_the_operator_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(materialised(hidden, weight, targets), (hidden, weight)))
 
 
+@pytest.mark.parametrize("tokens, most", [(100, 4), (1000, 4), (20, 2), (1, 1)])
+def test_the_weight_gradient_is_rounded_at_most_four_times(tokens: int, most: int, monkeypatch) -> None:
+    products = []
+    accumulate = cross_entropy._accumulate_product
+    monkeypatch.setattr(
+        cross_entropy, "_accumulate_product", lambda *args, **kwargs: products.append(accumulate(*args, **kwargs))
+    )
+    hidden, weight, targets = make(tokens, 8, 23)
+    linear_cross_entropy(hidden, weight, targets).backward()
+    assert len(products) == most
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.parametrize("size", [(300, 256, 10001), (2048, 512, 4096), (1, 64, 102400)])
 def test_bf16_error_is_at_most_twice_plain_torch(size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     from moescale.kernels import _cross_entropy_triton
 
-    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 1024)
+    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 512)
     monkeypatch.setattr(_cross_entropy_triton, "BLOCK_VOCABULARY", 4096)
     hidden, weight, targets = make(*size, dtype=torch.bfloat16)
 
