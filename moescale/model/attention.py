@@ -13,7 +13,7 @@ from torch import nn
 from moescale.config import ModelConfig
 from moescale.kernels.attention import attention
 from moescale.kernels.mla_rope import mla_rope
-from moescale.kernels.rms_norm import rms_norm
+from moescale.kernels.rms_norm import add_rms_norm, rms_norm
 from moescale.model.rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -30,6 +30,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the norm of ``x + residual``, and that sum, in one pass."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LatentAttention(nn.Module):

@@ -50,8 +50,9 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, document_ids: torch.Tensor | None = None
     ) -> FeedForwardOutput:
-        x = x + self.attention(self.attention_norm(x), cos, sin, document_ids)
-        output = self.feed_forward(self.feed_forward_norm(x))
+        attended = self.attention(self.attention_norm(x), cos, sin, document_ids)
+        normed, x = self.feed_forward_norm.after_adding(attended, x)
+        output = self.feed_forward(normed)
         return FeedForwardOutput(x + output.hidden, output.aux_loss, output.tokens_per_expert)
 
 
