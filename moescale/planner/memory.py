@@ -1,11 +1,13 @@
 """Peak memory of a plan per rank, by class, and the moment of the step at which it falls.
 
-What lives through the step: weights, gradient buffers, optimizer state. On top of it, the largest of three moments, in
+What lives through the step: weights, gradient buffers, optimizer state. On top of it, the largest of these moments, in
 all of which FSDP2 keeps the weights outside the layers gathered:
 
 - **loss**: every layer's activations, the gradients that the loss computes with it, and a chunk of logits;
-- **gradient of the loss**: the same without logits, with the output weight's gradient rounded beside its fp32 sum and
-  the last layer's weights on their way;
+- **gradient of the loss**: the same without logits, with the output weight's gradient beside what it is multiplied from
+  and the last layer's weights on their way;
+- **gradient of the last combination**, where experts lie on several ranks: every layer's activations, and the
+  gradients of the rows that came back, twice in fp32;
 - **backward of the last layers**: the second to last of them, with the activations of all but the last; gathered are
   its weights and those of the layer before, and there are its own gradients and what the last layer's are being
   reduced from. Earlier layers find less, for every layer gives back what it kept.
@@ -24,8 +26,8 @@ from moescale.planner.cost import DTYPE_BYTES, MASTER_BYTES, MOMENT_BYTES
 from moescale.planner.request import Candidate, Formats, PlanRequest, recompute_name
 from moescale.planner.workload import LayerKind, Workload, saved_bytes
 
-LOGIT_CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at one time (``kernels.cross_entropy``)."""
+LOGIT_CHUNK_TOKENS, MOST_LOGIT_CHUNKS = 2048, 4
+"""Logits exist for so many tokens at one time, or for a quarter of them (``kernels.cross_entropy.chunk_tokens``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,9 @@ class MemoryModel:
             "gradient of the loss": kept | self._at_loss_gradient(plans, dims, mesh, gathered),
             "backward of the last layers": self._at_backward(kept, plans, dims, mesh, gradient, gathered),
         }
+        if mesh.ep > 1:
+            at_combination = self._at_combination_gradient(plans, dims, mesh, gathered)
+            moments["gradient of the last combination"] = kept | at_combination
         if mesh.dp_replicate > 1 and self._accumulates(mesh, sequences):
             share = self._parameters / (mesh.pp * mesh.tp * mesh.dp_shard * mesh.cp)
             for breakdown in moments.values():
@@ -120,7 +125,8 @@ class MemoryModel:
         return moments
 
     def _at_loss(self, dims: dict[str, int], mesh: MeshShape) -> dict[str, float]:
-        logits = min(dims["n"], LOGIT_CHUNK_TOKENS) * dims["w"] * self.itemsize / mesh.tp
+        tokens = min(dims["n"], max(LOGIT_CHUNK_TOKENS, -(-dims["n"] // MOST_LOGIT_CHUNKS)))
+        logits = tokens * dims["w"] * self.itemsize / mesh.tp
         return {"loss": self._loss_bytes(dims, mesh), "inside operators": logits}
 
     def _at_loss_gradient(
@@ -132,6 +138,19 @@ class MemoryModel:
             "loss": self._loss_bytes(dims, mesh),
             "temporary buffers": self._output_gradient_bytes(mesh) + dims["n"] * dims["h"] * self.itemsize,
             "communication": gathered + ahead,
+        }
+
+    def _at_combination_gradient(
+        self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape, gathered: float
+    ) -> dict[str, float]:
+        last = self._last_kind()
+        plan = plans[last.name]
+        again = self._full_layer_bytes(last, dims, mesh) if recompute_name(plan) == "block" else 0.0
+        ahead = self._layer_gathered_bytes(last, mesh) if plan.reshard_after_forward else 0.0
+        hidden = dims["n"] * dims["h"] * self.itemsize
+        return {
+            "temporary buffers": again + 2 * dims["n"] * dims["k"] * dims["h"] * 4 + 3 * hidden,
+            "communication": gathered + ahead + self._output_gradient_bytes(mesh),
         }
 
     def _at_backward(
