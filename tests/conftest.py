@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sysconfig
 from pathlib import Path
 
@@ -14,6 +15,9 @@ if not torch.cuda.is_available():
     # Kernels then run in Triton's interpreter. It is asked for when a kernel is defined, so before any test runs.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # tests run in parallel processes; bit-equality must not depend on the thread count
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send and must survive.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 END_TOKEN = "<|end_of_text|>"
 

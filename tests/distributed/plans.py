@@ -56,7 +56,7 @@ class SyntheticBatch:
 
 
 class SyntheticSteps:
-    """Eight sequences a step, drawn from the step's number; this rank's share of them. Remembers whom it handed out."""
+    """A step's sequences, drawn from its number; this rank's share of them. Remembers which ones it handed out."""
 
     def __init__(self, plan: ParallelPlan, vocabulary: int, one_token: bool = False) -> None:
         self.plan, self.vocabulary, self.one_token = plan, vocabulary, one_token
@@ -67,16 +67,17 @@ class SyntheticSteps:
     def __iter__(self):
         while True:
             generator = torch.Generator().manual_seed(self.position)
-            shape = (SEQUENCES_PER_STEP, SEQUENCE_LENGTH)
+            number = self.plan.sequences_per_step
+            shape = (number, SEQUENCE_LENGTH)
             tokens = torch.randint(self.vocabulary, shape, generator=generator)
             if self.one_token:
                 tokens = torch.full(shape, self.position % self.vocabulary)
             targets = torch.randint(self.vocabulary, shape, generator=generator)
             targets[3, 5:] = -100  # so that ranks and micro-batches have unequal numbers of targets
             targets[7] = -100
-            ids = torch.arange(SEQUENCES_PER_STEP) + SEQUENCES_PER_STEP * self.position
+            ids = torch.arange(number) + number * self.position
             self.position += 1
-            share = SEQUENCES_PER_STEP // self.ranks.size
+            share = number // self.ranks.size
             mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
             self.seen.append(ids[mine].tolist())
             parts = (part[mine].split(self.plan.micro_batch_sequences) for part in (tokens, targets, ids))
@@ -119,14 +120,23 @@ def make_trainer(
     model: dict[str, Any] | None = None,
     one_token: bool = False,
     settings: dict[str, Any] | None = None,
+    plan: ParallelPlan | None = None,
+    round_weights: bool = False,
     **plan_fields: Any,
 ) -> Trainer:
-    """A trainer of the tiny model by a plan, on the ranks of the process group or alone."""
+    """A trainer of the tiny model by ``plan`` or one of ``plan_fields``, on the ranks of the process group or alone.
+
+    ``round_weights`` makes the initial weights those of a bf16 model, whatever the compute dtype.
+    """
     config = tiny_config(**(model or {}))
-    plan = make_plan(config, **plan_fields)
+    plan = plan or make_plan(config, **plan_fields)
     ranks = current_ranks()
     placed = place_model(config, plan, ranks, torch.device("cpu"))
     placed.initialize(seed=0)
+    if round_weights:
+        with torch.no_grad():
+            for weight in placed.model.parameters():
+                weight.copy_(weight.bfloat16())
     return Trainer(
         model=placed.model,
         settings=TrainSettings(**({"learning_rate": 3e-3, "warmup_steps": 2} | (settings or {}))),

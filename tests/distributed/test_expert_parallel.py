@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from gloo_ranks import GlooRanks
 from moescale.kernels.backends import KernelInputError
 from moescale.kernels.experts import experts
 from moescale.kernels.router import Routing
@@ -279,12 +277,8 @@ def test_padded_exchange_refuses_more_tokens_than_it_has_room_for() -> None:
 
 
 def run_ranks(world_size, function, *args) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (world_size, os.path.join(folder, "store"), function, args), nprocs=world_size)
-
-
-def _enter(rank, world_size, path, function, args) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
-    function(*args)
-    dist.destroy_process_group()
+    ranks = GlooRanks(world_size)
+    try:
+        ranks.run(function, *args)
+    finally:
+        ranks.close()
