@@ -32,6 +32,7 @@ test-all: check
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu tests
+	PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/kernels/memcheck.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -61,6 +61,23 @@ def test_a_recorded_micro_batch_gives_the_losses_and_gradients_of_the_plain_one(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_forward_and_backward_never_wait_for_the_gpu(with_documents):
+    _, _, runner = build("cuda", torch.bfloat16, capture=False)
+    inputs = [(tokens.cuda(), targets.cuda()) for tokens, targets in batches(3)]
+    documents = torch.zeros(SHAPE, dtype=torch.int32, device="cuda") if with_documents else None
+    runner.start_step(num_targets=62 * 3, num_micro_batches=3)
+    runner.run(*inputs[0], documents)  # compiles, which may synchronise
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for tokens, targets in inputs[1:]:
+            runner.run(tokens, targets, documents)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert runner.loss_sum.item() > 0
+
+
+@pytest.mark.gpu
 def test_only_what_a_graph_can_hold_is_recorded():
     _, _, runner = build("cuda", torch.float32, capture=True)
     assert not runner.capture  # fp32 gradients have no fixed address

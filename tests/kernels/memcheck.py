@@ -1,0 +1,100 @@
+"""Every operator once on small, awkward shapes, forward and backward: what compute-sanitizer's memcheck watches.
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernels/memcheck.py
+
+Row counts around the tile edges, empty experts, one token, sizes that fill no tile. Results are judged by the tests.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor its own allocation, so that its end is an end
+
+import torch
+
+from moescale.kernels.adamw import AdamWHyperparameters, adamw_update, init_adamw_state
+from moescale.kernels.cross_entropy import linear_cross_entropy
+from moescale.kernels.experts import experts
+from moescale.kernels.mla_rope import mla_rope
+from moescale.kernels.rms_norm import add_rms_norm, rms_norm
+from moescale.kernels.router import route, router_logits
+from moescale.kernels.swiglu import swiglu
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+
+
+def backward(*results: torch.Tensor) -> None:
+    sum((result.float().sum() for result in results), torch.zeros((), device="cuda")).backward()
+
+
+def check_experts() -> None:
+    for tokens, top_k, num_experts in ((1, 1, 1), (5, 2, 7), (127, 1, 4), (129, 2, 4), (300, 8, 64)):
+        for hidden, ffn in ((64, 24), (72, 264)):
+            chosen_among = max(top_k, num_experts - 1)  # the last expert stays empty where it can
+            ids = torch.rand(tokens, chosen_among, device="cuda").topk(top_k).indices.int()
+            weights = randn(tokens, top_k, dtype=torch.float32)
+            backward(experts(randn(tokens, hidden), ids, weights, randn(num_experts, 2 * ffn, hidden),
+                             randn(num_experts, hidden, ffn), backend="triton"))  # fmt: skip
+
+
+def check_router() -> None:
+    for tokens, num_experts, top_k, groups in ((1, 8, 2, 1), (33, 64, 6, 1), (130, 160, 6, 8)):
+        logits = router_logits(randn(tokens, 64), randn(num_experts, 64))
+        routing = route(
+            logits,
+            top_k=top_k,
+            group_limited=groups > 1,
+            num_groups=groups,
+            top_k_groups=min(3, groups),
+            normalize_topk=False,
+            routed_scaling_factor=1.0,
+            num_sequences=1,
+            backend="triton",
+        )
+        backward(routing.topk_weights, routing.aux_loss)
+
+
+def check_elementwise() -> None:
+    for rows, width in ((1, 8), (37, 72), (130, 2048)):
+        backward(rms_norm(randn(rows, width), randn(width), 1e-6, backend="triton"))
+        backward(*add_rms_norm(randn(rows, width), randn(rows, width), randn(width), 1e-6, backend="triton"))
+        backward(swiglu(randn(rows, 2 * width), backend="triton"))
+    for batch, length, heads, nope, rope, value in ((1, 3, 1, 16, 8, 16), (2, 77, 5, 24, 10, 40)):
+        angles = torch.randn(length, rope // 2, device="cuda")
+        q = randn(batch, length, heads, nope + rope)
+        kv = randn(batch, length, heads, nope + value)
+        backward(*mla_rope(q, kv, randn(batch, length, rope), angles.cos(), angles.sin(), backend="triton"))
+
+
+def check_cross_entropy() -> None:
+    for tokens, hidden, vocabulary in ((1, 64, 1000), (77, 64, 10001)):
+        targets = torch.randint(vocabulary, (tokens,), device="cuda")
+        targets[::3] = -100
+        backward(linear_cross_entropy(randn(tokens, hidden), randn(vocabulary, hidden), targets))
+
+
+def check_adamw() -> None:
+    for moments in ("fp32", "bf16", "int8"):
+        for master in ("fp32", "bf16_remainder", "stochastic_bf16"):
+            for shape in ((1,), (3, 72), (5, 130, 129)):
+                weight, gradient = (torch.randn(shape, device="cuda").bfloat16() for _ in range(2))
+                state = init_adamw_state(weight, moments, master)
+                settings = AdamWHyperparameters(
+                    learning_rate=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, num_updates=1
+                )
+                adamw_update(weight, gradient, state, settings, gradient_scale=torch.ones((), device="cuda"), seed=1)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for check in (check_experts, check_router, check_elementwise, check_cross_entropy, check_adamw):
+        check()
+        torch.cuda.synchronize()
+        print(f"{check.__name__} done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
