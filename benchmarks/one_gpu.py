@@ -3,8 +3,8 @@
     python benchmarks/one_gpu.py --cluster h200 --output step.json
 
 Random weights of the public configuration, the sources of Python's standard library as text, and no setting beyond the
-sequence length and the tokens of a step: micro-batch, recomputation and formats are the plan's. The figures are those of
-the run's own ``metrics.jsonl``, optimizer included, after two steps of warming up. The run is killed after the last
+sequence length and the tokens of a step: micro-batch, recomputation and formats are the plan's. The figures are the
+run's own in ``metrics.jsonl``, optimizer included, after two steps of warming up. The run is killed after the last
 measured step, before it writes 94 GB of checkpoint, and started a second time for the time to the first step.
 """
 
@@ -55,7 +55,7 @@ def prepare_corpus(folder: Path, sequence_length: int) -> Path:
 
 
 def run_until(step: int, output: Path, *options: object) -> tuple[list[dict[str, Any]], float]:
-    """Start the run, and kill it after ``step`` steps; returns their records and the seconds to the end of the first."""
+    """Start the run and kill it after ``step`` steps; returns their records and the seconds to the end of the first."""
     started, to_first = time.monotonic(), float("nan")
     command = moescale("run", *options, "--output", output, "--steps", 1000, "--json")
     with (output.parent / f"{output.name}.log").open("w") as log:
@@ -105,7 +105,9 @@ def main() -> None:
     measured = records[WARM_UP_STEPS:]
     seconds = statistics.mean(record["step_seconds"] for record in measured)
     result = {
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
         "gpu": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},

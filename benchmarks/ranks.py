@@ -1,16 +1,17 @@
-"""Train a small MoE on the GPUs at hand by one plan: losses, step time, memory, and host synchronisations.
+"""Train four of DeepSeek-Coder-V2-Lite's layers on the GPUs at hand by one plan: losses, step time, memory.
 
     torchrun --nproc-per-node 2 benchmarks/ranks.py --dp-shard 2 --ep 2 [--check-synchronisation]
     torchrun --nproc-per-node 1 benchmarks/ranks.py               # the distributed path at one rank
     python benchmarks/ranks.py                                    # the plain path
 
 Losses are those of the same data whatever the plan. ``--check-synchronisation`` makes any wait of the host for the
-GPU in forward and backward, from the fourth step on, an error.
+GPU in forward and backward, from the fourth step on, an error. ``--output`` adds a line of JSON to a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -23,27 +24,27 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("tests", 
 import plans  # noqa: E402
 from moescale.runtime import session  # noqa: E402
 from moescale.runtime.checkpoint import CheckpointStore  # noqa: E402
-from moescale.runtime.launch import Membership, join_ranks  # noqa: E402
-from moescale.runtime.mapping import optimizer_format  # noqa: E402
+from moescale.runtime.launch import Membership, join_ranks, was_launched  # noqa: E402
+from moescale.runtime.mapping import compile_layers, optimizer_format  # noqa: E402
 from moescale.runtime.settings import TrainSettings  # noqa: E402
 from moescale.runtime.train import Trainer  # noqa: E402
 from tiny import tiny_config  # noqa: E402
 
 SIZES = dict(
     vocab_size=32000,
-    hidden_size=1024,
-    num_layers=8,
-    num_heads=8,
-    kv_lora_rank=256,
+    hidden_size=2048,
+    num_layers=4,
+    num_heads=16,
+    kv_lora_rank=512,
     qk_nope_head_dim=128,
     qk_rope_head_dim=64,
     v_head_dim=128,
-    dense_intermediate_size=4096,
-    expert_intermediate_size=704,
-    num_experts=32,
+    dense_intermediate_size=10944,
+    expert_intermediate_size=1408,
+    num_experts=64,
     num_shared_experts=2,
     top_k=6,
-    max_sequence_length=1024,
+    max_sequence_length=2048,
 )
 
 
@@ -53,6 +54,8 @@ def main() -> None:
         parser.add_argument(f"--{axis}", type=int, default=1)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--check-synchronisation", action="store_true")
+    parser.add_argument("--eager", action="store_true", help="do not compile the layers")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     with join_ranks(torch.device("cuda")) as member:
         train(arguments, member)
@@ -65,6 +68,8 @@ def train(arguments: argparse.Namespace, member: Membership) -> None:
     plan = plans.make_plan(config, compute_dtype="bf16", **axes)
     placed = session.place_model(config, plan, member.ranks, member.device)
     placed.initialize(seed=0)
+    if not arguments.eager:
+        compile_layers(placed.model)
     trainer = Trainer(
         model=placed.model,
         settings=TrainSettings(learning_rate=1e-3, warmup_steps=2, cuda_graphs=False),
@@ -82,10 +87,26 @@ def train(arguments: argparse.Namespace, member: Membership) -> None:
         refuse_synchronisation(trainer)
     trainer.train()
     if member.ranks.is_first:
-        times = [metrics.step_seconds for metrics in trainer.observer.metrics[4:]]
-        losses = ", ".join(f"{loss:.4f}" for loss in trainer.observer.losses[::5])
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        print(f"{axes}: {1e3 * statistics.median(times):.1f} ms a step, {peak:.2f} GiB; losses {losses}", flush=True)
+        report(arguments, axes, trainer.observer)
+
+
+def report(arguments: argparse.Namespace, axes: dict[str, int], recorder: plans.Recorder) -> None:
+    times = [metrics.step_seconds for metrics in recorder.metrics[4:]]
+    row = {
+        "path": "distributed" if was_launched() else "plain",
+        **axes,
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "compiled": not arguments.eager,
+        "synchronisation": "refused in forward and backward" if arguments.check_synchronisation else "not checked",
+        "step_milliseconds": round(1e3 * statistics.median(times), 2),
+        "peak_gib_first_rank": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "losses": [round(loss, 5) for loss in recorder.losses[::5]],
+    }
+    print(json.dumps(row), flush=True)
+    if arguments.output:
+        with arguments.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def refuse_synchronisation(trainer: Trainer) -> None:
