@@ -16,12 +16,15 @@ import itertools
 import json
 import math
 import statistics
+import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
@@ -130,38 +133,45 @@ def main() -> None:
     reference = [train_reference(start_model(config, seed, device), settings, data) for seed in range(arguments.seeds)]
     finals = [statistics.mean(losses[-LAST:]) for losses in reference]
     noise = max(finals) - min(finals)
-    rows = []
-    for moments, master in itertools.product(get_args(MomentFormat), get_args(MasterFormat)):
-        gradients = torch.bfloat16 if master == "stochastic_bf16" else torch.float32
-        for dtype in dict.fromkeys((gradients, torch.bfloat16)):
-            format = OptimizerFormat(moments=moments, master=master, gradients=dtype)
-            losses = train_ours(start_model(config, 0, device), settings, data, format)
-            final = statistics.mean(losses[-LAST:])
-            rows.append(
-                {
-                    "moments": moments,
-                    "master": master,
-                    "gradients": str(dtype).removeprefix("torch."),
-                    "final_loss": final,
-                    "difference": final - finals[0],
-                    "within_noise": abs(final - finals[0]) <= noise,
-                    "losses": [round(loss, 4) for loss in losses[::10]],
-                }
-            )
-            assert math.isfinite(final)
-            print({key: value for key, value in rows[-1].items() if key != "losses"}, flush=True)
     result = {
+        "commit": head_commit(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "versions": {"torch": torch.__version__},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "steps": arguments.steps,
         "reference_final_losses": finals,
         "run_to_run_noise": noise,
         "reference_losses": [[round(loss, 4) for loss in losses[::10]] for losses in reference],
-        "formats": rows,
+        "formats": [],
     }
-    print(json.dumps({key: result[key] for key in ("reference_final_losses", "run_to_run_noise")}))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: result[key] for key in ("reference_final_losses", "run_to_run_noise")}), flush=True)
+    for format in formats():
+        losses = train_ours(start_model(config, 0, device), settings, data, format)
+        final = statistics.mean(losses[-LAST:])
+        assert math.isfinite(final)
+        row = {
+            "moments": format.moments,
+            "master": format.master,
+            "gradients": str(format.gradients).removeprefix("torch."),
+            "final_loss": final,
+            "difference": final - finals[0],
+            "within_noise": abs(final - finals[0]) <= noise,
+        }
+        print(json.dumps(row), flush=True)
+        result["formats"].append(row | {"losses": [round(loss, 4) for loss in losses[::10]]})
+        if arguments.output:
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def formats() -> Iterator[OptimizerFormat]:
+    """Every format that a plan can name."""
+    for moments, master in itertools.product(get_args(MomentFormat), get_args(MasterFormat)):
+        for gradients in (torch.float32, torch.bfloat16):
+            yield OptimizerFormat(moments=moments, master=master, gradients=gradients)
+
+
+def head_commit() -> str | None:
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return head.stdout.strip() or None
 
 
 if __name__ == "__main__":
