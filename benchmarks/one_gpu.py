@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--tokens-per-step", type=int, default=131072)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--data", type=Path, help="a corpus prepared before; default: the standard library's sources")
     parser.add_argument("--pin", action="append", default=[], help="a decision of the plan to fix, as name=value")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--no-second-start", action="store_true")
@@ -90,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus = prepare_corpus(folder, arguments.sequence_length)
+        corpus = arguments.data or prepare_corpus(folder, arguments.sequence_length)
         plan_file = folder / "plan.json"
         shape = ("--sequence-length", arguments.sequence_length, "--tokens-per-step", arguments.tokens_per_step)
         pins = [word for pin in arguments.pin for word in ("--pin", pin)]

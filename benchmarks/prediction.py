@@ -4,7 +4,7 @@
     python benchmarks/prediction.py --cluster h200 --predict-again prediction.json # anywhere: another cluster file
 
 Every case is a request to the planner with some decisions pinned; what it compiles is trained with random tokens by the
-trainer, kernels and formats of ``moescale run``. The first step compiles and warms up, the mean of the others counts.
+trainer, kernels and formats of ``moescale run``. Half a step compiles and warms up, the mean of the next steps counts.
 Which cases may be used to correct the cluster file, and which only to check it, is fixed below, before any is run.
 ``measured_peak_bytes`` is what the device holds at the end, which the allocator never gives back during a run.
 """
@@ -176,7 +176,7 @@ def run_case(
     for block in model.layers:
         block.compile(fullgraph=True)
     source = RandomSteps(plan, config.vocab_size)
-    trainer._train_step(source.step())
+    trainer._train_step(source.step(max(2, plan.gradient_accumulation_steps // 2)))
     warm = time.perf_counter()
     measured = [trainer._train_step(source.step()) for _ in range(steps)]
     free, total = torch.cuda.mem_get_info()

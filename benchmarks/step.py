@@ -140,7 +140,7 @@ def profile(trainer: Trainer, batches: list[RandomBatch], path: Path) -> None:
             busy += event.device_time_total
     rows = sorted(totals.items(), key=lambda item: -item[1][0])
     lines = [f"{len(batches)} micro-batches and one update: {(end - start) / 1e3:.1f} ms, GPU busy {busy / 1e3:.1f} ms"]
-    lines += [f"{milliseconds:9.2f} ms {count:6d} x  {name[:150]}" for name, (milliseconds, count) in rows[:70]]
+    lines += [f"{milliseconds:9.2f} ms {count:6d} x  {name[:150]}" for name, (milliseconds, count) in rows[:110]]
     kernels = sorted((e for e in recorded.events() if e.device_type == on_gpu), key=lambda e: e.time_range.start)
     gaps = sorted(
         ((b.time_range.start - a.time_range.end) / 1e3, a.name[:60], b.name[:60])
@@ -148,7 +148,7 @@ def profile(trainer: Trainer, batches: list[RandomBatch], path: Path) -> None:
         if b.time_range.start > a.time_range.end
     )
     lines.append(f"gaps: {sum(gap for gap, *_ in gaps):.1f} ms in all; the longest, with the kernels around them:")
-    lines += [f"{gap:9.2f} ms  {before}  ->  {after}" for gap, before, after in reversed(gaps[-40:])]
+    lines += [f"{gap:9.2f} ms  {before}  ->  {after}" for gap, before, after in reversed(gaps[-12:])]
     path.write_text("\n".join(lines) + "\n")
 
 

@@ -120,7 +120,8 @@ class PaddedExchange:
         slot_pair = row_pair[torch.where(rows < ends, rows, num_pairs)]
 
         # The rank of a sorted row: how many ranks' rows end at or before it.
-        rank = torch.searchsorted(ends.flatten(), pairs.pair_row, right=True, out_int32=True).clamp(max=ranks - 1)
+        rank_ends = ends.flatten().contiguous()
+        rank = torch.searchsorted(rank_ends, pairs.pair_row, right=True, out_int32=True).clamp(max=ranks - 1)
         pair_slot = rank * capacity + pairs.pair_row - begins.flatten()[rank]
         received_ends = pairs.received.cumsum(1, dtype=torch.int32)
         places = place.expand(ranks, capacity).contiguous()

