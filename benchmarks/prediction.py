@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
+import itertools
 import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -165,10 +166,6 @@ def run_case(
     config = read_model_config(MODEL)
     if layers:
         config = dataclasses.replace(config, num_layers=layers)
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     trainer, model = build(config, plan, compiled=False)
     if case.skewed:
@@ -270,55 +267,83 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="of the first case")
     parser.add_argument("--predict-again", type=Path, help="a result whose predictions to replace")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--one-case", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    started = time.monotonic()
-    if arguments.predict_again:
-        document = json.loads(arguments.predict_again.read_text())
-        cases = {case.name: case for case in CASES}
-        for row in document["rows"]:
-            case = cases[row["name"]]
-            plan = ParallelPlan.from_json(json.dumps(row["plan"]))
-            pins = predict_pins(plan)
-            again = compile_plan(
-                read_model_config(MODEL),
-                load_cluster(arguments.cluster),
-                dataclasses.replace(case.request(plan.tokens_per_step), pins=pins, exact_weights=False),
-            ).plan()
-            row.update(row_of(case, again))
-    else:
-        numbers = [int(number) for number in arguments.cases.split(",")] if arguments.cases else range(len(CASES))
-        document = {
-            "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout[
-                :7
-            ],
-            "date": datetime.now(UTC).date().isoformat(),
-            "gpu": torch.cuda.get_device_name(),
-            "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-            "model": MODEL,
-            "rows": [],
-        }
-        for number in numbers:
-            if time.monotonic() - started > arguments.seconds:
-                break
-            case = CASES[number]
-            plan = compile_case(case, arguments.cluster, arguments.layers, arguments.tokens_per_step)
-            row = row_of(case, plan)
-            try:
-                profile_path = arguments.profile if number == numbers[0] else None
-                row |= run_case(case, plan, arguments.layers, arguments.steps, profile_path)
-            except torch.OutOfMemoryError as error:
-                row |= {"out_of_memory": True, "error": str(error)[:200]}
-            except Exception as error:  # the other cases are still worth their time
-                row |= {"error": f"{type(error).__name__}: {error}"[:300]}
-            document["rows"].append(row)
-            print_table([row])
-            if arguments.output:
-                arguments.output.write_text(json.dumps(document | summary(document["rows"]), indent=1) + "\n")
+    if arguments.one_case is not None:
+        run_one(arguments)
+        return
+    document = predicted_again(arguments) if arguments.predict_again else measured(arguments)
     document |= summary(document["rows"])
     print_table(document["rows"])
     print(json.dumps({key: value for key, value in document.items() if key not in ("rows", "versions")}, indent=1))
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the cases, each in a process of its own; the next one imports torch and compiles its plan meanwhile."""
+    numbers = [int(number) for number in arguments.cases.split(",")] if arguments.cases else list(range(len(CASES)))
+    document: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "model": MODEL, "rows": []}
+    started = time.monotonic()
+    waiting = _start_process(arguments, numbers[0], arguments.profile)
+    for number, following in itertools.zip_longest(numbers, numbers[1:]):
+        process = waiting
+        if following is not None:
+            waiting = _start_process(arguments, following, None)
+        late = time.monotonic() - started > arguments.seconds
+        output, _ = process.communicate("" if late else "go\n")
+        lines = [line for line in output.splitlines() if line.startswith("{")]
+        if late:
+            continue
+        row = json.loads(lines[-1]) if lines else {"name": CASES[number].name, "error": output[-300:]}
+        document |= row.pop("machine", {})
+        document["rows"].append(row)
+        print_table([row])
+        if arguments.output:
+            arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def _start_process(arguments: argparse.Namespace, number: int, profile_path: Path | None) -> subprocess.Popen:
+    options = ["--one-case", number, "--cluster", arguments.cluster, "--steps", arguments.steps]
+    options += ["--tokens-per-step", arguments.tokens_per_step]
+    options += ["--layers", arguments.layers] if arguments.layers else []
+    options += ["--profile", profile_path] if profile_path else []
+    command = [sys.executable, __file__, *map(str, options)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_one(arguments: argparse.Namespace) -> None:
+    """Compile a case's plan, wait for the word on standard input, run it, and print its row as JSON."""
+    case = CASES[arguments.one_case]
+    plan = compile_case(case, arguments.cluster, arguments.layers, arguments.tokens_per_step)
+    row = row_of(case, plan)
+    if sys.stdin.readline().strip() != "go":
+        return
+    try:
+        row |= run_case(case, plan, arguments.layers, arguments.steps, arguments.profile)
+    except torch.OutOfMemoryError as error:
+        row |= {"out_of_memory": True, "error": str(error)[:300]}
+    row["machine"] = {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+    }
+    print(json.dumps(row), flush=True)
+
+
+def predicted_again(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same plans and measurements, with what the planner now says of the plans."""
+    document = json.loads(arguments.predict_again.read_text())
+    cases = {case.name: case for case in CASES}
+    for row in document["rows"]:
+        case = cases[row["name"]]
+        plan = ParallelPlan.from_json(json.dumps(row["plan"]))
+        request = case.request(plan.tokens_per_step)
+        request = dataclasses.replace(request, pins=predict_pins(plan), exact_weights=False)
+        row.update(
+            row_of(case, compile_plan(read_model_config(MODEL), load_cluster(arguments.cluster), request).plan())
+        )
+    return document
 
 
 def predict_pins(plan: ParallelPlan) -> dict[str, str]:

@@ -28,6 +28,7 @@ from moescale.runtime.launch import Membership, join_ranks, was_launched  # noqa
 from moescale.runtime.mapping import compile_layers, optimizer_format  # noqa: E402
 from moescale.runtime.settings import TrainSettings  # noqa: E402
 from moescale.runtime.train import Trainer  # noqa: E402
+from synchronisation import synchronisation_refused  # noqa: E402
 from tiny import tiny_config  # noqa: E402
 
 SIZES = dict(
@@ -116,11 +117,8 @@ def refuse_synchronisation(trainer: Trainer) -> None:
         if trainer.step < 3:  # compilation and tuning may wait
             return run(tokens, targets, document_ids)
         tokens, targets = tokens.to(trainer.device), targets.to(trainer.device)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with synchronisation_refused():
             run(tokens, targets, document_ids)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     trainer.micro_batches.run = checked
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moescale.kernels.backends import KernelInputError
 from moescale.kernels.experts import expert_mlp, experts, experts_reference
+from synchronisation import synchronisation_refused
 
 BACKENDS = ["torch", "grouped_mm", "triton"]  # on the CPU, Triton runs in its interpreter (conftest.py)
 
@@ -256,9 +257,6 @@ def test_repeated_runs_are_bit_identical_and_never_synchronise(with_buffers):
         return [y.detach(), *gradients, *(buffer.clone() for buffer in buffers.values())]
 
     first = results()  # compiles, which may synchronise
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisation_refused():
         runs = [results() for _ in range(3)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for run in runs for a, b in zip(first, run, strict=True))

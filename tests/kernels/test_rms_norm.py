@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from moescale.kernels.backends import KernelInputError
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
+from synchronisation import synchronisation_refused
 
 EPS = 1e-6
 
@@ -75,10 +76,7 @@ def test_bf16_error_is_at_most_twice_plain_torch(shape: tuple[int, ...]) -> None
 def test_repeated_runs_are_bit_identical_and_never_synchronise() -> None:
     x, weight = randn(4099, 2048, dtype=torch.bfloat16), randn(2048, dtype=torch.bfloat16, seed=1)
     rms_norm(x, weight, EPS)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisation_refused():
         runs = [torch.autograd.grad(rms_norm(x, weight, EPS).sum(), (x, weight)) for _ in range(3)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
     assert x.is_cuda

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moescale.kernels.backends import KernelInputError
 from moescale.kernels.router import Routing, route, router_logits
+from synchronisation import synchronisation_refused
 
 GREEDY = {"top_k": 3, "group_limited": False, "normalize_topk": False, "routed_scaling_factor": 2.5}
 GROUPED = GREEDY | {"group_limited": True, "num_groups": 4, "top_k_groups": 2}
@@ -166,11 +167,8 @@ def test_large_inputs_agree_repeat_exactly_and_never_synchronise(settings: dict)
         loss = (routing.topk_weights * direction).sum() + routing.aux_loss
         return [*routing, *torch.autograd.grad(loss, logits)]
 
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisation_refused():
         runs = [once() for _ in range(3)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 

@@ -9,6 +9,7 @@ from moescale.model.transformer import Transformer, build_on_meta, initialize
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.settings import TrainSettings
+from synchronisation import synchronisation_refused
 from tiny import tiny_config
 
 SHAPE = (2, 32)
@@ -68,12 +69,9 @@ def test_forward_and_backward_never_wait_for_the_gpu(with_documents):
     documents = torch.zeros(SHAPE, dtype=torch.int32, device="cuda") if with_documents else None
     runner.start_step(num_targets=62 * 3, num_micro_batches=3)
     runner.run(*inputs[0], documents)  # compiles, which may synchronise
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisation_refused():
         for tokens, targets in inputs[1:]:
             runner.run(tokens, targets, documents)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert runner.loss_sum.item() > 0
 
 
