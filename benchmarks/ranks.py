@@ -6,12 +6,14 @@
 
 Losses are those of the same data whatever the plan. ``--check-synchronisation`` makes any wait of the host for the
 GPU in forward and backward, from the fourth step on, an error. ``--output`` adds a line of JSON to a file.
+``--device cpu`` takes a small model in fp32 instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -48,6 +50,20 @@ SIZES = dict(
     max_sequence_length=2048,
 )
 
+SMALL_SIZES = SIZES | dict(
+    vocab_size=4096,
+    hidden_size=256,
+    num_heads=4,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    dense_intermediate_size=1024,
+    expert_intermediate_size=128,
+    num_experts=16,
+    max_sequence_length=128,
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,21 +71,24 @@ def main() -> None:
         parser.add_argument(f"--{axis}", type=int, default=1)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--check-synchronisation", action="store_true")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    with join_ranks(torch.device("cuda")) as member:
+    with join_ranks(torch.device(arguments.device)) as member:
         train(arguments, member)
 
 
 def train(arguments: argparse.Namespace, member: Membership) -> None:
-    plans.SEQUENCE_LENGTH = SIZES["max_sequence_length"]
-    config = tiny_config(**SIZES)
+    on_gpu = member.device.type == "cuda"
+    sizes = SIZES if on_gpu else SMALL_SIZES
+    plans.SEQUENCE_LENGTH = sizes["max_sequence_length"]
+    config = tiny_config(**sizes)
     axes = {name: getattr(arguments, name) for name in ("dp_shard", "dp_replicate", "ep")}
-    plan = plans.make_plan(config, compute_dtype="bf16", **axes)
+    plan = plans.make_plan(config, compute_dtype="bf16" if on_gpu else "fp32", **axes)
     placed = session.place_model(config, plan, member.ranks, member.device)
     placed.initialize(seed=0)
-    if not arguments.eager:
+    if on_gpu and not arguments.eager:
         compile_layers(placed.model)
     trainer = Trainer(
         model=placed.model,
@@ -92,16 +111,17 @@ def train(arguments: argparse.Namespace, member: Membership) -> None:
 
 
 def report(arguments: argparse.Namespace, axes: dict[str, int], recorder: plans.Recorder) -> None:
-    times = [metrics.step_seconds for metrics in recorder.metrics[4:]]
+    on_gpu = arguments.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row = {
         "path": "distributed" if was_launched() else "plain",
         **axes,
-        "gpu": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "torch": torch.__version__,
-        "compiled": not arguments.eager,
+        "compiled": on_gpu and not arguments.eager,
         "synchronisation": "refused in forward and backward" if arguments.check_synchronisation else "not checked",
-        "step_milliseconds": round(1e3 * statistics.median(times), 2),
-        "peak_gib_first_rank": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "step_milliseconds": round(1e3 * statistics.median(m.step_seconds for m in recorder.metrics[4:]), 2),
+        "peak_gib_first_rank": round(peak / 2**30, 3),
         "losses": [round(loss, 5) for loss in recorder.losses[::5]],
     }
     print(json.dumps(row), flush=True)

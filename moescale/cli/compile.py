@@ -73,6 +73,8 @@ def compile_command(settings: Annotated[CompileSettings, Parameter(name="*")], *
         print(json_module.dumps(fit_json(answer), indent=2) if json else fit_text(answer))
         return
     result = compile_plan(config, cluster, request)
+    if settings.output is not None and result.best is not None:
+        save_plan(result.plan(), settings.output)
     if settings.html is not None:
         settings.html.parent.mkdir(parents=True, exist_ok=True)
         settings.html.write_text(explain_html(result))
@@ -80,11 +82,9 @@ def compile_command(settings: Annotated[CompileSettings, Parameter(name="*")], *
         print(json_module.dumps(explain_json(result), indent=2))
     else:
         print(explain_text(result))
-    plan = result.plan()  # an error where nothing fits, after the explanation has said what would
-    if settings.output is not None:
-        save_plan(plan, settings.output)
-        if not json:
-            print(f"\nplan written to {settings.output}")
+    result.plan()  # an error where nothing fits, after the explanation has said what would
+    if settings.output is not None and not json:
+        print(f"\nplan written to {settings.output}")
 
 
 def _request(settings: CompileSettings) -> PlanRequest:

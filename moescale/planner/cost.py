@@ -177,6 +177,7 @@ class CostModel:
             if kind is not self.workload.outside:
                 self._add_unsupported_axes(ledger, forward, backward, mesh, sequences)
             self._add_sharding(ledger, forward, backward, kind, mesh, plan, gradient)
+            self._add_passes_over_weights(ledger, count, kind, mesh, plan, gradient)
             ledger.free_backward += count * backward.free
         return ledger
 
@@ -257,6 +258,33 @@ class CostModel:
         ledger.communicate("dp_shard", forward, gather, forward.free)
         behind = gather + reduce if plan.reshard_after_forward else reduce
         ledger.communicate("dp_shard", backward, behind, backward.free)
+
+    def _add_passes_over_weights(
+        self, ledger: _Ledger, count: float, kind: LayerKind, mesh: MeshShape, plan: LayerPlan, gradient: str
+    ) -> None:
+        """Add the micro-batch's gradients to their buffers; copy weights out of what FSDP2 gathered, gradients into it.
+
+        Undivided experts add to bf16 buffers inside the product, which their measured rate contains. Of FSDP2's copies,
+        those that its collectives start from and end in are the compute stream's work (``foreach_all_gather_copy_out``,
+        ``foreach_reduce`` in torch.distributed.fsdp).
+        """
+        size, gradient_size = self.itemsize, DTYPE_BYTES[gradient]
+        dense, routed = (part / size for part in self._layer_bytes(kind, mesh))
+        ranks = mesh.dp_shard * mesh.cp
+        if ranks * mesh.dp_replicate == 1:
+            inside = 2 * size if self.request.compute_dtype == "bf16" else -size  # fp32: autograd reads them again
+            added = dense * (size + 2 * gradient_size) + routed * (2 * gradient_size - inside)
+            copied = 0.0
+        else:
+            expert_shards = ranks // mesh.ep
+            own_experts = expert_shards * mesh.dp_replicate == 1
+            added = dense / ranks * 3 * gradient_size
+            added += routed * (size + 2 * gradient_size) if own_experts else routed / expert_shards * 3 * gradient_size
+            passes = 2 if plan.reshard_after_forward else 1
+            copied = (dense + (0.0 if own_experts else routed)) * (passes * 2 * size + size + gradient_size)
+        ledger.exposed["gradient accumulation"] += count * added / self.cluster.memory_bytes_per_second
+        if copied:
+            ledger.exposed["sharding copies"] += count * copied / self.cluster.memory_bytes_per_second
 
     def _add_experts(
         self, ledger: _Ledger, forward: _Pass, backward: _Pass, mesh: MeshShape, sequences: int, plan: LayerPlan
