@@ -80,10 +80,9 @@ def main() -> None:
         figures = (f"{work / 1e12:.1f}", f"{work / milliseconds / 1e9:.0f}", f"{least:.1f}") if work else ("", "", "")
         print(f"| {name} | {milliseconds:.1f} | {' | '.join(figures)} | {milliseconds - least:.1f} |")
     measured = step["step_seconds"] * 1e3 / micro_batches
-    print(f"| lower clock under lasting load (the rest) | {measured - total:.1f} | | | | {measured - total:.1f} |")
-    print(
-        f"| **sum: the step measured, of {micro_batches}** | {measured:.1f} | | | {ideal:.1f} | {measured - ideal:.1f} |"
-    )
+    rest, lost = measured - total, measured - ideal
+    print(f"| lower clock under lasting load (the rest) | {rest:.1f} | | | | {rest:.1f} |")
+    print(f"| **sum: the step measured, of {micro_batches}** | {measured:.1f} | | | {ideal:.1f} | {lost:.1f} |")
     print(f"\n{tokens / measured * 1e3:.0f} tokens/s; at the rate {tokens / ideal * 1e3:.0f}")
 
 
