@@ -48,7 +48,7 @@ class CompileSettings:
     allow_stochastic_rounding: bool = False
     """Also consider bf16 weights with stochastic rounding, without an exact fp32 master."""
     allow_unsupported: bool = False
-    """Also plans this version cannot run: pipeline, context, tensor parallelism, optimizer states in host memory."""
+    """Also plans this version cannot run: pipeline, context and tensor parallelism."""
     output: Path | None = None
     """Plan file to write."""
     html: Path | None = None

@@ -12,7 +12,7 @@ all of which FSDP2 keeps the weights outside the layers gathered:
   its weights and those of the layer before, and there are its own gradients and what the last layer's are being
   reduced from. Earlier layers find less, for every layer gives back what it kept.
 
-The optimizer adds nothing: states are updated in place.
+The optimizer updates states in place; only those kept in host memory visit the device for it (**update**).
 """
 
 from __future__ import annotations
@@ -61,17 +61,18 @@ class MemoryModel:
             candidate.mesh, candidate.micro_batch_sequences, candidate.dense_layers, candidate.moe_layers,
             candidate.formats.gradient_dtype,
         )  # fmt: skip
+        at_update = self.update_bytes(candidate.mesh, candidate.formats)
+        if at_update > sum(transient.values()):
+            transient, moment = {"states from the host": at_update}, "update"
         return PeakMemory(breakdown=self.persistent(candidate.mesh, candidate.formats) | transient, moment=moment)
 
     def persistent(self, mesh: MeshShape, formats: Formats) -> dict[str, float]:
         """Weights, gradients and optimizer state of one rank."""
         share = self._parameters / (mesh.pp * mesh.tp * mesh.dp_shard * mesh.cp)
-        master = 0.0 if self.request.compute_dtype == "fp32" else MASTER_BYTES[formats.master_weight_format]
-        on_gpu = 0.0 if formats.offload_optimizer else 1.0
         return {
             "weights": share * self.itemsize,
             "gradients": share * DTYPE_BYTES[formats.gradient_dtype],
-            "optimizer": share * (MOMENT_BYTES[formats.optimizer_state_dtype] + master) * on_gpu,
+            "optimizer": 0.0 if formats.offload_optimizer else share * self._state_bytes(formats),
             "context": float(self.cluster.context_bytes),
         }
 
@@ -80,13 +81,29 @@ class MemoryModel:
         if not formats.offload_optimizer:
             return 0.0
         share = self._parameters / (mesh.pp * mesh.tp * mesh.dp_shard * mesh.cp)
-        return share * (MOMENT_BYTES[formats.optimizer_state_dtype] + MASTER_BYTES[formats.master_weight_format])
+        return share * self._state_bytes(formats)
 
-    def transient_bytes(
-        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str
-    ) -> float:
-        """Everything at the peak that is not :meth:`persistent`."""
-        return sum(self.transient(mesh, sequences, dense, moe, gradient)[0].values())
+    def update_bytes(self, mesh: MeshShape, formats: Formats) -> float:
+        """Offloaded states visit the device tensor by tensor: those of the largest parameter that this rank holds."""
+        if not formats.offload_optimizer:
+            return 0.0
+        config, ranks = self.workload.config, mesh.dp_shard * mesh.cp
+        largest = config.vocab_size * config.hidden_size / (mesh.tp * ranks)
+        if config.num_moe_layers:
+            gate_up = 2 * config.expert_intermediate_size * config.hidden_size * (config.num_experts or 0)
+            largest = max(largest, gate_up / (mesh.tp * ranks))
+        return largest * self._state_bytes(formats)
+
+    def _state_bytes(self, formats: Formats) -> float:
+        """Bytes of optimizer state of one weight; a weight in fp32 is its own master."""
+        master = 0.0 if self.request.compute_dtype == "fp32" else MASTER_BYTES[formats.master_weight_format]
+        return MOMENT_BYTES[formats.optimizer_state_dtype] + master
+
+    def total_bytes(self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, formats: Formats) -> float:
+        """The peak of :meth:`peak`, without its classes."""
+        transient, _ = self.transient(mesh, sequences, dense, moe, formats.gradient_dtype)
+        at_update = self.update_bytes(mesh, formats)
+        return max(sum(transient.values()), at_update) + sum(self.persistent(mesh, formats).values())
 
     def _transient_uncached(
         self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str

@@ -41,7 +41,7 @@ class PlanRequest:
     router_imbalance: float = 1.1
     """Rows of the fullest rank over the mean, where experts are split over ranks."""
     allow_unsupported: bool = False
-    """Also plans that this version's runtime cannot run (pp, cp, tp, states in host memory)."""
+    """Also plans that this version's runtime cannot run (pp, cp, tp)."""
     pins: Mapping[str, str] = field(default_factory=dict)
     """Decision -> the value it must have."""
     forbidden: frozenset[tuple[str, str]] = frozenset()
@@ -154,7 +154,7 @@ def format_choices(request: PlanRequest) -> list[Formats]:
             gradient_dtype=gradient,
             offload_optimizer=offload,
         )
-        for offload in ((False, True) if request.allow_unsupported else (False,))
+        for offload in (False, True)
         for gradient in gradients
         for master in masters
         for moments in get_args(MomentFormat)

@@ -191,8 +191,7 @@ class Search:
             gradient = choice.gradient_dtype
             time = self.cost.without_optimizer(mesh, sequences, accumulation, dense, moe, gradient).total
             time += sum(self.cost.optimizer_seconds(mesh, choice).values())
-            memory = self.memory.transient_bytes(mesh, sequences, dense, moe, gradient)
-            memory += sum(self.memory.persistent(mesh, choice).values())
+            memory = self.memory.total_bytes(mesh, sequences, dense, moe, choice)
             host = self.memory.host_bytes(mesh, choice) - self.cluster.host_memory_bytes
             yield number, choice, time, max(memory - self.limit, host)
 
@@ -237,7 +236,7 @@ class Search:
             time=self.cost.step(candidate),
             memory=self.memory.peak(candidate),
             host_bytes=self.memory.host_bytes(mesh, candidate.formats),
-            supported=mesh.pp == mesh.cp == mesh.tp == 1 and not candidate.formats.offload_optimizer,
+            supported=mesh.pp == mesh.cp == mesh.tp == 1,
         )
 
     def _sequences_per_rank(self, mesh: MeshShape) -> int:

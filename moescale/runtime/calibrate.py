@@ -91,7 +91,7 @@ def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any
         "optimizer_bytes_per_second": _optimizer_rate(device),
         "launch_seconds": _launch_seconds(device),
         "step_overhead_seconds": 0.01,
-        "allocator_slack": 0.01,
+        "allocator_slack": 0.04,
         "context_bytes": _context_bytes(device),
         "dense_gemm": {"sizes": dense[0], "flops_per_second": dense[1]},
         "grouped_gemm": {"sizes": experts[0], "flops_per_second": experts[1]},
@@ -105,7 +105,7 @@ def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any
         "intra_node": source,
         "gpus_per_node": "assumed where fewer are visible",
         "step_overhead_seconds": "assumed",
-        "allocator_slack": "assumed",
+        "allocator_slack": "assumed: as on an H200",
         "peak_flops_per_second": "data sheet where the GPU is known",
     }
     document["sources"] = {name: assumed.get(name, measured) for name in document if name not in ("name", "gpu")}

@@ -29,6 +29,7 @@ from moescale.runtime.checkpoint import (
     document_digest,
     file_digest,
 )
+from moescale.runtime.device import available_host_bytes
 from moescale.runtime.layout import Part, whole
 from moescale.runtime.ranks import ONE_RANK, Ranks
 
@@ -82,7 +83,7 @@ class CheckpointWriter:
         }
         pending = _Pending(step, folder, json.dumps(document))
         size = sum(tensor.nbytes for tensor in mine.values())
-        if self.in_background and size < HOST_MEMORY_SHARE * _available_host_bytes():
+        if self.in_background and size < HOST_MEMORY_SHARE * available_host_bytes():
             copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in mine.items()}
             pending.start(lambda: _write_parts(folder, self.ranks.rank, copies, parts))
         else:
@@ -196,14 +197,6 @@ def _by_size(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
         size += tensor.nbytes
     if group:
         yield group
-
-
-def _available_host_bytes() -> float:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return float("inf")
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), float("inf"))
 
 
 def _text_of_error(action: Callable[[], None]) -> str | None:

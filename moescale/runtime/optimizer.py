@@ -9,6 +9,7 @@ so. For fp32 parameters autograd accumulates in place.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.distributed.tensor import DTensor
 
-from moescale.errors import CheckpointError
+from moescale.errors import CheckpointError, ConfigError
 from moescale.kernels.adamw import (
     AdamWHyperparameters,
     AdamWState,
@@ -28,6 +29,7 @@ from moescale.kernels.adamw import (
     set_master_weight,
 )
 from moescale.model.moe import RoutedExperts
+from moescale.runtime.device import available_host_bytes
 from moescale.runtime.layout import Part, local_tensor, whole
 from moescale.runtime.ranks import ONE_RANK, Ranks
 from moescale.runtime.settings import TrainSettings
@@ -68,11 +70,27 @@ class AdamW:
         self.states: dict[str, AdamWState] = {}
         self._gradients: dict[str, torch.Tensor] = {}
         self.num_updates = 0
+        if format.offload:
+            self._check_host_memory()
         for name, parameter in self.parameters.items():
             state = init_adamw_state(self.weights[name], format.moments, format.master)
             self.states[name] = _on_host(state, self.weights[name]) if format.offload else state
             if parameter.dtype != torch.float32:
                 self._accumulate_in_buffer(name, parameter)
+
+    def _check_host_memory(self) -> None:
+        """Raise ConfigError where the states of this machine's ranks need more host memory than there is."""
+        on_meta = (torch.empty_like(weight, device="meta") for weight in self.weights.values())
+        states = (init_adamw_state(weight, self.format.moments, self.format.master) for weight in on_meta)
+        size = sum(tensor.nbytes for state in states for tensor in state.tensors().values())
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        available = available_host_bytes()
+        if size * local_ranks > available:
+            raise ConfigError(
+                f"plan.offload_optimizer: states of {size * local_ranks / 2**30:.1f} GiB (ranks on this host: "
+                f"{local_ranks}) exceed the {available / 2**30:.1f} GiB of memory it has left; compile with --forbid "
+                "offload_optimizer=true, or with this host's memory per GPU in the cluster file (host_memory_bytes)"
+            )
 
     def _accumulate_in_buffer(self, name: str, parameter: torch.nn.Parameter) -> None:
         self._gradients[name] = torch.zeros_like(self.weights[name], dtype=self.format.gradients)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import datasets
 import numpy as np
 import pytest
 
@@ -12,6 +11,8 @@ from moescale.data.corpus import open_corpus
 from moescale.data.loader import Loader
 from moescale.data.prepare import prepare
 from moescale.errors import DataError
+
+datasets = pytest.importorskip("datasets", reason="of the extra `hub`")
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
-import datasets
 import huggingface_hub
 import pytest
 
 from moescale.data.corpus import open_corpus
 from moescale.data.prepare import prepare
 from moescale.errors import DataError
+
+datasets = pytest.importorskip("datasets", reason="of the extra `hub`")
 
 
 @pytest.fixture

@@ -167,8 +167,6 @@ def every_format() -> list[Formats]:
 def allowed(candidate: Candidate, request: PlanRequest) -> bool:
     if request.exact_weights and candidate.formats.master_weight_format == "stochastic_bf16":
         return False
-    if candidate.formats.offload_optimizer and not request.allow_unsupported:
-        return False
     texts = {name: decision_text(value) for name, value in candidate.decisions().items()}
     return all(texts[name] == value for name, value in request.pins.items()) and not any(
         texts[name] == value for name, value in request.forbidden

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from moescale.runtime.optimizer import AdamW
+from moescale.errors import ConfigError
+from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.settings import TrainSettings
 
 
@@ -63,3 +64,12 @@ def test_a_parameter_that_no_gradient_reached_counts_as_zero():
     assert optimizer.gradient_norm().item() == pytest.approx(30**0.5)
     optimizer.step(0.1, optimizer.gradient_norm())
     assert torch.equal(named["norm"], before)
+
+
+def test_states_that_the_host_has_no_room_for_are_refused_before_any_is_made(monkeypatch):
+    monkeypatch.setattr("moescale.runtime.optimizer.available_host_bytes", lambda: 300.0)
+    offloaded = OptimizerFormat(offload=True)
+    with pytest.raises(ConfigError, match=r"plan.offload_optimizer: .*ranks on this host: 1.*--forbid"):
+        AdamW(parameters(torch.bfloat16).items(), TrainSettings(), offloaded)
+    monkeypatch.setattr("moescale.runtime.optimizer.available_host_bytes", lambda: 37 * 12.0)  # 37 weights
+    AdamW(parameters(torch.bfloat16).items(), TrainSettings(), offloaded)
