@@ -178,6 +178,25 @@ def _combine_kernel(
 
 
 @triton.jit
+def _combine_backward_kernel(
+    grad_out, rows, row_pair, weights, grad_rows, row_values, H, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """grad_rows[r] = weights[pair of r] * grad_out[token of r]; row_values[r] = rows[r] . grad_out[token of r]."""
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.load(row_pair + row).to(tl.int64)
+    token = pair // TOP_K
+    weight = tl.load(weights + pair)
+    products = tl.zeros((BLOCK,), tl.float32)
+    for begin in tl.range(0, H, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        inside = column < H
+        grad = tl.load(grad_out + token * H + column, mask=inside, other=0.0).to(tl.float32)
+        products += grad * tl.load(rows + row * H + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_rows + row * H + column, (grad * weight).to(grad_rows.dtype.element_ty), mask=inside)
+    tl.store(row_values + row, tl.sum(products))
+
+
+@triton.jit
 def _row_weights_kernel(weights, row_pair, row_weights, num_rows, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
@@ -186,10 +205,10 @@ def _row_weights_kernel(weights, row_pair, row_weights, num_rows, BLOCK: tl.cons
 
 
 @triton.jit
-def _pair_values_kernel(row_values, pair_row, pair_values, num_rows, BLOCK: tl.constexpr):
+def _pair_values_kernel(row_values, pair_row, pair_values, num_pairs, BLOCK: tl.constexpr):
     """pair_values[p] = the value of the row of pair p; 0 for a pair without a row."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = pair < num_rows
+    inside = pair < num_pairs
     row = tl.load(pair_row + pair, mask=inside, other=-1)
     tl.store(pair_values + pair, tl.load(row_values + row, mask=row >= 0, other=0.0), mask=inside)
 
@@ -223,6 +242,23 @@ def combine_rows(
             HAS_WEIGHTS=weights is not None,
         )
     return out
+
+
+def combine_rows_backward(
+    grad_out: torch.Tensor, rows: torch.Tensor, row_pair: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of the combined rows [R, H], and [R] fp32 of the weight that each was multiplied by.
+
+    ``row_pair`` [R] may name a pair several times, for rows that nothing reads.
+    """
+    (num_rows, hidden), top_k = rows.shape, weights.shape[1]
+    grad_rows, row_values = torch.empty_like(rows), torch.empty(num_rows, dtype=torch.float32, device=rows.device)
+    if num_rows:
+        block = min(2048, triton.next_power_of_2(hidden))
+        _combine_backward_kernel[(num_rows,)](
+            grad_out, rows, row_pair, weights, grad_rows, row_values, hidden, TOP_K=top_k, BLOCK=block
+        )
+    return grad_rows, row_values
 
 
 def sort_weights(weights: torch.Tensor, row_pair: torch.Tensor) -> torch.Tensor:
@@ -317,7 +353,7 @@ def multiply_down_dgrad(
 
 def order_by_pair(row_values: torch.Tensor, pair_row: torch.Tensor) -> torch.Tensor:
     """Return for every pair the value [R] fp32 of its sorted row; 0 for a pair without a row."""
-    values = torch.empty_like(row_values)
+    values = row_values.new_empty(pair_row.numel())
     if values.numel():
         _pair_values_kernel[(triton.cdiv(values.numel(), 1024),)](
             row_values, pair_row, values, values.numel(), BLOCK=1024
@@ -327,6 +363,7 @@ def order_by_pair(row_values: torch.Tensor, pair_row: torch.Tensor) -> torch.Ten
 
 __all__ = [
     "combine_rows",
+    "combine_rows_backward",
     "gather_rows",
     "group_rows",
     "multiply_down_dgrad",

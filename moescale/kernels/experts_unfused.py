@@ -82,6 +82,14 @@ def combine_rows(
     return (pairs if weights is None else pairs * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
 
 
+def combine_rows_backward(
+    grad_out: torch.Tensor, rows: torch.Tensor, row_pair: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of the combined rows [R, H], and [R] fp32 of the weight that each was multiplied by."""
+    grad = grad_out[row_pair // weights.shape[1]].float()
+    return (grad * weights.reshape(-1, 1)[row_pair]).to(rows.dtype), (grad * rows).sum(1)
+
+
 def sort_weights(weights: torch.Tensor, row_pair: torch.Tensor) -> torch.Tensor:
     """Return the routing weight [R] of every sorted row."""
     return weights.reshape(-1)[row_pair]

@@ -7,7 +7,8 @@ all of which FSDP2 keeps the weights outside the layers gathered:
 - **gradient of the loss**: the same without logits, with the output weight's gradient beside what it is multiplied from
   and the last layer's weights on their way;
 - **gradient of the last combination**, where experts lie on several ranks: every layer's activations, and the
-  gradients of the rows that came back, twice in fp32;
+  gradients of the rows that came back, those that travel, and those that arrive; **gradient of the last experts**: of
+  rows two of the three, and the experts' weight gradients, and the pre-activation where it is computed again;
 - **backward of the last layers**: the second to last of them, with the activations of all but the last; gathered are
   its weights and those of the layer before, and there are its own gradients and what the last layer's are being
   reduced from. Earlier layers find less, for every layer gives back what it kept.
@@ -133,8 +134,9 @@ class MemoryModel:
             "backward of the last layers": self._at_backward(kept, plans, dims, mesh, gradient, gathered),
         }
         if mesh.ep > 1:
-            at_combination = self._at_combination_gradient(plans, dims, mesh, gathered)
-            moments["gradient of the last combination"] = kept | at_combination
+            moments |= {
+                name: kept | parts for name, parts in self._in_divided_experts(plans, dims, mesh, gathered).items()
+            }
         if mesh.dp_replicate > 1 and self._accumulates(mesh, sequences):
             share = self._parameters / (mesh.pp * mesh.tp * mesh.dp_shard * mesh.cp)
             for breakdown in moments.values():
@@ -157,17 +159,30 @@ class MemoryModel:
             "communication": gathered + ahead,
         }
 
-    def _at_combination_gradient(
+    def _in_divided_experts(
         self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape, gathered: float
-    ) -> dict[str, float]:
+    ) -> dict[str, dict[str, float]]:
+        """The two moments in the backward of the last layer's experts."""
         last = self._last_kind()
         plan = plans[last.name]
         again = self._full_layer_bytes(last, dims, mesh) if recompute_name(plan) == "block" else 0.0
-        ahead = self._layer_gathered_bytes(last, mesh) if plan.reshard_after_forward else 0.0
         hidden = dims["n"] * dims["h"] * self.itemsize
+        rows = dims["k"] * hidden
+        ahead = self._layer_gathered_bytes(last, mesh) if plan.reshard_after_forward else 0.0
+        communication = gathered + ahead + self._output_gradient_bytes(mesh)
+        _, routed = self._layer_parameters[last.name]
+        in_experts = 2 * rows + routed * self.itemsize / (mesh.tp * mesh.ep)
+        if "experts" in recompute_name(plan).split("+"):
+            in_experts += dims["n"] * dims["k"] * 2 * dims["f"] * self.itemsize / mesh.tp
         return {
-            "temporary buffers": again + 2 * dims["n"] * dims["k"] * dims["h"] * 4 + 3 * hidden,
-            "communication": gathered + ahead + self._output_gradient_bytes(mesh),
+            "gradient of the last combination": {
+                "temporary buffers": again + 3 * hidden + 3 * rows,
+                "communication": communication,
+            },
+            "gradient of the last experts": {
+                "temporary buffers": again + 3 * hidden + in_experts,
+                "communication": communication,
+            },
         }
 
     def _at_backward(

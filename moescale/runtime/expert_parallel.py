@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -197,7 +197,8 @@ class _FillSlots(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _combine_rows(ctx.backend)(grad.contiguous(), ctx.order.pair_slot, ctx.top_k), None, None, None
+        grad_x = _row_operators(ctx.backend).combine_rows(grad.contiguous(), ctx.order.pair_slot, ctx.top_k)
+        return grad_x, None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -205,21 +206,21 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, slots: torch.Tensor, weights: torch.Tensor, order: SlotOrder, backend: str) -> torch.Tensor:
+        weights = weights.contiguous()
         ctx.save_for_backward(slots, weights)
-        ctx.order = order
-        return _combine_rows(backend)(slots, order.pair_slot, weights.shape[1], weights.contiguous())
+        ctx.order, ctx.backend = order, backend
+        return _row_operators(backend).combine_rows(slots, order.pair_slot, weights.shape[1], weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         slots, weights = ctx.saved_tensors
-        order, top_k = ctx.order, weights.shape[1]
-        grad_slots = _take(grad, order.slot_pair // top_k).float()
-        products = (grad_slots * slots).sum(1, keepdim=True)
-        grad_weights = _take(products, order.pair_slot.clamp(min=0)).view_as(weights)
-        grad_weights = grad_weights.masked_fill((order.pair_slot < 0).view_as(weights), 0)
-        grad_slots *= _take(weights.reshape(-1, 1), order.slot_pair)
-        return grad_slots.to(slots.dtype), grad_weights, None, None
+        if grad.shape[0] == 0:  # a rank without tokens sends slots all the same
+            return torch.zeros_like(slots), torch.zeros_like(weights), None, None
+        operators = _row_operators(ctx.backend)
+        order = ctx.order
+        grad_slots, values = operators.combine_rows_backward(grad.contiguous(), slots, order.slot_pair, weights)
+        return grad_slots, operators.order_by_pair(values, order.pair_slot).view_as(weights), None, None
 
 
 class _Reorder(torch.autograd.Function):
@@ -243,14 +244,15 @@ def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return rows.index_select(0, index)
 
 
-def _combine_rows(backend: str) -> Callable[..., torch.Tensor]:
+def _row_operators(backend: str) -> Any:
+    """The module with the back end's operators on rows."""
     if backend == "triton":
         from moescale.kernels import experts_triton
 
-        return experts_triton.combine_rows
+        return experts_triton
     from moescale.kernels import experts_unfused
 
-    return experts_unfused.combine_rows
+    return experts_unfused
 
 
 class ExpertParallel(nn.Module):

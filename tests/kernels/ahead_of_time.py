@@ -67,6 +67,7 @@ def call_every_operator() -> None:
         _rms_norm_triton,
         _router_triton,
         _swiglu_triton,
+        experts_triton,
     )
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -91,6 +92,13 @@ def call_every_operator() -> None:
     for write_gradient in (False, True):
         _cross_entropy_triton.softmax_losses(empty(4, 102400), targets, -100, write_gradient)
     _cross_entropy_triton.scaled(empty(64, 2048, dtype=fp32), empty(dtype=fp32), torch.bfloat16)
+    rows, pairs, weights = empty(12, 2048), empty(12, dtype=int32), empty(2, 6, dtype=fp32)
+    experts_triton.gather_rows(x, pairs, 6)
+    experts_triton.combine_rows(rows, pairs, 6, weights)
+    experts_triton.combine_rows(rows, pairs, 6)
+    experts_triton.combine_rows_backward(x, rows, pairs, weights)
+    experts_triton.sort_weights(weights, pairs)
+    experts_triton.order_by_pair(empty(12, dtype=fp32), pairs)
 
 
 def main() -> None:

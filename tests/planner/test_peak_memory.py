@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,12 +78,21 @@ def fake_runtime(gpu_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
         sizes = (ids.numel(), ids.numel(), num_experts)
         return tuple(ids.new_empty(size, dtype=torch.int32) for size in sizes)
 
-    def combine_rows(backend: str) -> Callable[..., torch.Tensor]:
-        return lambda rows, pair_row, top_k, weights=None: rows.new_empty((pair_row.numel() // top_k, rows.shape[1]))
+    def combine_rows(rows: torch.Tensor, pair_row: torch.Tensor, top_k: int, weights: Any = None) -> torch.Tensor:
+        return rows.new_empty((pair_row.numel() // top_k, rows.shape[1]))
 
+    def combine_rows_backward(grad: torch.Tensor, rows: torch.Tensor, row_pair: Any, weights: Any) -> Any:
+        return torch.empty_like(rows), rows.new_empty(rows.shape[0], dtype=torch.float32)
+
+    def order_by_pair(values: torch.Tensor, pair_row: torch.Tensor) -> torch.Tensor:
+        return values.new_empty(pair_row.numel())
+
+    operators = SimpleNamespace(
+        combine_rows=combine_rows, combine_rows_backward=combine_rows_backward, order_by_pair=order_by_pair
+    )
     monkeypatch.setattr(expert_parallel, "choose_backend", lambda *args: "triton")
     monkeypatch.setattr(expert_parallel, "sort_pairs", sort_pairs)
-    monkeypatch.setattr(expert_parallel, "_combine_rows", combine_rows)
+    monkeypatch.setattr(expert_parallel, "_row_operators", lambda backend: operators)
     monkeypatch.setattr(expert_parallel.SplitExchange, "lay_out", lay_out)
     monkeypatch.setattr(mapping, "choose_exchange", lambda *args: expert_parallel.SplitExchange())
 
