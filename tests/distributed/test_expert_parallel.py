@@ -89,6 +89,7 @@ def check_case(
     beside: bool = False,
     dtype: torch.dtype = torch.float32,
     tolerance: float = RELATIVE_ERROR,
+    backend: str = "auto",
 ) -> None:
     """On every rank: the whole problem on one device, then this rank's part of it."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -116,7 +117,7 @@ def check_case(
 
     local = {name: torch.nn.Parameter(leaf[part[name]].clone()) for name, leaf in leaves.items()}
     exchange = SplitExchange() if exchange_name == "split" else PaddedExchange(max(tokens))
-    layer = ExpertParallel(local["gate_up"], local["down"], group=dist.group.WORLD, exchange=exchange)
+    layer = ExpertParallel(local["gate_up"], local["down"], group=dist.group.WORLD, exchange=exchange, backend=backend)
     routing = make_routing(ids[mine], local["topk_weights"])
     actual = layer(local["x"], routing, (lambda: local["x"].tanh()) if beside else None)
     actual.backward(grad[mine])
@@ -140,6 +141,17 @@ def check_cases(exchange_name: str) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_compute_what_one_device_computes(ranks: int, exchange: str) -> None:
     run_ranks(ranks, check_cases, exchange)
+
+
+def check_triton_cases(exchange_name: str) -> None:
+    for case in CASES:
+        check_case(case, exchange_name, backend="triton")
+
+
+@pytest.mark.parametrize("exchange", ["padded", pytest.param("split", marks=pytest.mark.slow)])
+def test_the_gpus_operators_compute_it_too(exchange: str) -> None:
+    """In Triton's interpreter."""
+    run_ranks(2, check_triton_cases, exchange)
 
 
 def check_order_of_work() -> None:
