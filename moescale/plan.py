@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,6 +133,15 @@ class ParallelPlan:
                 f"{path}: format ({document.get('format')}) must be {PLAN_FORMAT}; compile it again with this version"
             )
         return _parse(cls, document, "plan")
+
+
+def expert_shard_dim(shape: Sequence[int], shards: int) -> int:
+    """Which dim of a rank's experts [E / ep, rows, columns] its data-parallel shards divide.
+
+    The experts themselves where they divide, else their rows; where neither does, experts, of which the last ranks then
+    have fewer.
+    """
+    return next((dim for dim in (0, 1) if shape[dim] % shards == 0), 0)
 
 
 def one_device_plan(

@@ -22,6 +22,7 @@ from moescale.plan import LayerPlan, MeshShape
 from moescale.planner.cluster import Cluster
 from moescale.planner.links import all_to_all_seconds, link_of, ring_seconds
 from moescale.planner.request import Candidate, Formats, PlanRequest
+from moescale.planner.shares import expert_padding, rank_parameters
 from moescale.planner.workload import LayerKind, Workload
 
 KERNELS_PER_OPERATOR = {"dense_gemm": (1, 2), "grouped_gemm": (5, 8), "attention": (1, 3), "elementwise": (1, 1)}
@@ -104,7 +105,6 @@ class CostModel:
         self.request = request
         self.itemsize = DTYPE_BYTES[request.compute_dtype]
         self._kinds = {kind.name: kind for kind in (*workload.layers, workload.outside)}
-        self._parameters = workload.parameters()
         self._layer_parameters = {kind.name: workload.layer_parameters(kind) for kind in workload.layers}
         self._outside_parameters = workload.outside_parameters()
         self._micro_batch = functools.cache(self._micro_batch_uncached)
@@ -156,8 +156,8 @@ class CostModel:
         return 0.0 if self.request.compute_dtype == "fp32" else MASTER_BYTES[formats.master_weight_format]
 
     def rank_parameters(self, mesh: MeshShape) -> float:
-        """Weights whose state one rank keeps: an equal share of the model."""
-        return self._parameters / (mesh.pp * mesh.tp * mesh.dp_shard * mesh.cp)
+        """Weights whose state the fullest rank keeps."""
+        return rank_parameters(self.workload, mesh)
 
     def _micro_batch_uncached(
         self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str
@@ -230,7 +230,8 @@ class CostModel:
         if kind is self.workload.outside:
             return self._outside_parameters * self.itemsize / mesh.tp, 0.0
         dense, routed = self._layer_parameters[kind.name]
-        return dense * self.itemsize / mesh.tp, routed * self.itemsize / (mesh.tp * mesh.ep)
+        padded = routed * expert_padding(self.workload.config, mesh)
+        return dense * self.itemsize / mesh.tp, padded * self.itemsize / (mesh.tp * mesh.ep)
 
     def _add_sharding(
         self,

@@ -25,6 +25,7 @@ from moescale.plan import LayerPlan, MeshShape
 from moescale.planner.cluster import Cluster
 from moescale.planner.cost import DTYPE_BYTES, MASTER_BYTES, MOMENT_BYTES
 from moescale.planner.request import Candidate, Formats, PlanRequest, recompute_name
+from moescale.planner.shares import expert_padding, gate_up_padding, rank_parameters
 from moescale.planner.workload import LayerKind, Workload, saved_bytes
 
 LOGIT_CHUNK_TOKENS, MOST_LOGIT_CHUNKS = 2048, 4
@@ -51,7 +52,6 @@ class MemoryModel:
         self.cluster = cluster
         self.request = request
         self.itemsize = DTYPE_BYTES[request.compute_dtype]
-        self._parameters = workload.parameters()
         self._layer_parameters = {kind.name: workload.layer_parameters(kind) for kind in workload.layers}
         self._outside_parameters = workload.outside_parameters()
         self.transient = functools.cache(self._transient_uncached)
@@ -69,7 +69,7 @@ class MemoryModel:
 
     def persistent(self, mesh: MeshShape, formats: Formats) -> dict[str, float]:
         """Weights, gradients and optimizer state of one rank."""
-        share = self._parameters / (mesh.pp * mesh.tp * mesh.dp_shard * mesh.cp)
+        share = rank_parameters(self.workload, mesh)
         return {
             "weights": share * self.itemsize,
             "gradients": share * DTYPE_BYTES[formats.gradient_dtype],
@@ -81,7 +81,7 @@ class MemoryModel:
         """Host memory of one rank's offloaded states."""
         if not formats.offload_optimizer:
             return 0.0
-        share = self._parameters / (mesh.pp * mesh.tp * mesh.dp_shard * mesh.cp)
+        share = rank_parameters(self.workload, mesh)
         return share * self._state_bytes(formats)
 
     def update_bytes(self, mesh: MeshShape, formats: Formats) -> float:
@@ -92,7 +92,7 @@ class MemoryModel:
         largest = config.vocab_size * config.hidden_size / (mesh.tp * ranks)
         if config.num_moe_layers:
             gate_up = 2 * config.expert_intermediate_size * config.hidden_size * (config.num_experts or 0)
-            largest = max(largest, gate_up / (mesh.tp * ranks))
+            largest = max(largest, gate_up * gate_up_padding(config, mesh) / (mesh.tp * ranks))
         return largest * self._state_bytes(formats)
 
     def _state_bytes(self, formats: Formats) -> float:
@@ -138,7 +138,7 @@ class MemoryModel:
                 name: kept | parts for name, parts in self._in_divided_experts(plans, dims, mesh, gathered).items()
             }
         if mesh.dp_replicate > 1 and self._accumulates(mesh, sequences):
-            share = self._parameters / (mesh.pp * mesh.tp * mesh.dp_shard * mesh.cp)
+            share = rank_parameters(self.workload, mesh)
             for breakdown in moments.values():
                 breakdown["sums for replicas"] = share * DTYPE_BYTES[gradient]
         return moments
@@ -275,7 +275,8 @@ class MemoryModel:
             return 0.0
         dense, routed = self._layer_parameters[kind.name]
         shared = ranks * mesh.dp_replicate > mesh.ep
-        return (dense + (routed / mesh.ep if shared else 0.0)) * self.itemsize / mesh.tp
+        gathered = routed * expert_padding(self.workload.config, mesh) / mesh.ep if shared else 0.0
+        return (dense + gathered) * self.itemsize / mesh.tp
 
     def _gathered_bytes(self, plans: dict[str, LayerPlan], mesh: MeshShape) -> float:
         """Weights that stay gathered from their forward to their backward: those outside layers, and as planned."""

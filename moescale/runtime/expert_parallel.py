@@ -33,7 +33,7 @@ from moescale.kernels.experts import expert_mlp
 from moescale.kernels.router import Routing
 from moescale.model.moe import MixtureOfExperts
 from moescale.model.transformer import Transformer
-from moescale.plan import ParallelPlan
+from moescale.plan import ParallelPlan, expert_shard_dim
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -388,15 +388,10 @@ def _share(experts: ExpertParallel, mesh: DeviceMesh, reshard: bool, precision: 
         experts,
         mesh=mesh["dp_replicate", "edp"] if replicas > 1 else mesh["edp"],
         reshard_after_forward=reshard,
-        shard_placement_fn=lambda weight: Shard(_shard_dimension(weight, shards)),
+        shard_placement_fn=lambda weight: Shard(expert_shard_dim(weight.shape, shards)),
         mp_policy=precision,
     )
     assert isinstance(experts, FSDPModule)
     # Every rank's loss is already its part of the mean over all tokens of the step.
     experts.set_gradient_divide_factor(1.0)
     experts.set_force_sum_reduction_for_comms(True)
-
-
-def _shard_dimension(weight: torch.Tensor, shards: int) -> int:
-    """The first dimension that divides: local experts, else their rows; uneven experts, padded, if neither does."""
-    return next((dim for dim in (0, 1) if weight.shape[dim] % shards == 0), 0)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from moescale.errors import ConfigError
 from moescale.kernels.router import Routing
 from moescale.model.moe import RoutedExperts
 from moescale.model.transformer import Transformer
-from moescale.plan import LayerPlan, ParallelPlan
+from moescale.plan import LayerPlan, ParallelPlan, expert_shard_dim
 from moescale.runtime.expert_parallel import Exchange, ExpertParallel, PaddedExchange, SplitExchange, shard_experts
 from moescale.runtime.meshes import Meshes
 from moescale.runtime.optimizer import OptimizerFormat
@@ -121,7 +122,17 @@ def _shard(model: Transformer, plan: ParallelPlan, meshes: Meshes, layer_plans: 
         if isinstance(module, ExpertParallel) and not isinstance(module, FSDPModule)
         for parameter in module.parameters()
     }
-    shard: Any = partial(fully_shard, mesh=mesh, mp_policy=precision, ignored_params=own)
+    stacked = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, RoutedExperts)
+        for parameter in (module.gate_up, module.down)
+    }
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        return Shard(expert_shard_dim(parameter.shape, plan.mesh.dp_shard)) if parameter in stacked else None
+
+    shard: Any = partial(fully_shard, mesh=mesh, mp_policy=precision, ignored_params=own, shard_placement_fn=placement)
     for block, layer_plan in zip(model.layers, layer_plans, strict=True):
         shard(block, reshard_after_forward=layer_plan.reshard_after_forward)
     # Embedding and output: the backward wants the output at once, and the embedding's weight not at all.

@@ -127,6 +127,14 @@ def test_ranks_whose_experts_nobody_chose_still_train_as_one_device_does(two_ran
         assert_same_run(two_ranks.run(train, 5, fields | mesh), alone, FP32_ERROR)
 
 
+@pytest.mark.parametrize("experts", [6, 7])
+def test_experts_that_do_not_divide_by_the_ranks_train_as_one_device_does(two_ranks, experts):
+    """7 experts on 2 ranks are divided by rows; with an odd width they are not, and one rank holds more of them."""
+    for width in (24, 25) if experts == 7 else (24,):
+        fields = dict(model=dict(num_experts=experts, expert_intermediate_size=width))
+        assert_same_run(two_ranks.run(train, 5, fields | dict(dp_shard=2)), train(5, fields), FP32_ERROR)
+
+
 FORMATS = [
     dict(optimizer_state_dtype=moments, master_weight_format=master, gradient_dtype=gradient, compute_dtype="bf16")
     for moments, master, gradient in [

@@ -8,6 +8,7 @@ DeepSeek-Coder-V2-Lite with 6 of its 27 layers, which makes communication buffer
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +26,12 @@ import moescale.runtime.mapping as mapping
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config
 from moescale.model.transformer import Transformer, build_on_meta
-from moescale.plan import ParallelPlan
+from moescale.plan import MeshShape, ParallelPlan, one_device_plan
 from moescale.planner.cluster import load_cluster
 from moescale.planner.memory import MemoryModel
 from moescale.planner.request import PlanRequest
 from moescale.planner.search import PlanResult, compile_plan
+from moescale.planner.shares import rank_parameters
 from moescale.planner.workload import build_workload
 from moescale.runtime.layout import find_parts
 from moescale.runtime.meshes import build_meshes
@@ -188,6 +190,38 @@ def error_of(pins: dict[str, str]) -> float:
 @pytest.mark.parametrize("name", QUICK)
 def test_the_predicted_peak_is_that_of_the_tracker(name: str, fake_runtime: None) -> None:
     assert abs(error_of((ONE_GPU | EIGHT_GPUS)[name])) < 0.01
+
+
+LITE, V2 = "deepseek-coder-v2-lite", "deepseek-v2"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("model", "gpus", "ep"), [(LITE, 7, 1), (LITE, 12, 2), (LITE, 96, 1), (LITE, 96, 4), (V2, 7, 1), (V2, 256, 1)]
+)
+def test_the_fullest_ranks_share_is_what_the_runtime_gives_it(model: str, gpus: int, ep: int) -> None:
+    """Where experts do not divide by the ranks, too."""
+    config = dataclasses.replace(read_model_config(model), num_layers=3)
+    mesh = MeshShape(dp_shard=gpus, ep=ep)
+    cut = dict(sequence_length=2048, micro_batch_sequences=1, gradient_accumulation_steps=1)
+    plan = dataclasses.replace(
+        one_device_plan(config, compute_dtype="bf16", **cut),
+        plan_gpus=gpus,
+        runtime_gpus=gpus,
+        tokens_per_step=gpus * 2048,
+        mesh=mesh,
+    )
+    dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+    try:
+        meshes = build_meshes(plan, Ranks(rank=0, size=gpus), "cpu")
+        divided = build_on_meta(config, torch.bfloat16)
+        mapping.apply_plan(divided, plan, meshes)
+        parts = find_parts(divided, meshes).values()
+    finally:
+        dist.destroy_process_group()
+    held = sum(math.prod(bounds.stop - bounds.start for bounds in part.index) for part in parts)
+    # Other weights are rounded up to whole rows.
+    assert rank_parameters(build_workload(config), mesh) == pytest.approx(held, rel=2e-3)
 
 
 @pytest.mark.slow

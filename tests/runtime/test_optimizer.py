@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from moescale.errors import ConfigError
+from moescale.runtime.layout import Part
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.settings import TrainSettings
 
@@ -73,3 +74,18 @@ def test_states_that_the_host_has_no_room_for_are_refused_before_any_is_made(mon
         AdamW(parameters(torch.bfloat16).items(), TrainSettings(), offloaded)
     monkeypatch.setattr("moescale.runtime.optimizer.available_host_bytes", lambda: 37 * 12.0)  # 37 weights
     AdamW(parameters(torch.bfloat16).items(), TrainSettings(), offloaded)
+
+
+@pytest.mark.parametrize("cut", [(slice(0, 3), slice(0, 5)), (slice(3, 6), slice(0, 5))])
+def test_a_part_is_rounded_as_it_is_in_the_whole(cut):
+    """Stochastic rounding draws by the index in the whole tensor, whoever holds the element."""
+    settings, format = TrainSettings(), OptimizerFormat(master="stochastic_bf16")
+    whole_tensor = parameters(torch.bfloat16)["matrix"]
+    gradient = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    part = torch.nn.Parameter(whole_tensor.detach()[cut].clone())
+    places = {"matrix": Part(shape=(6, 5), index=cut)}
+    for parameter, grad, parts in ((whole_tensor, gradient, None), (part, gradient[cut], places)):
+        optimizer = AdamW([("matrix", parameter)], settings, format, parts=parts)
+        optimizer.gradient("matrix").copy_(grad)
+        optimizer.step(1e-3, torch.ones(()))
+    assert torch.equal(part, whole_tensor[cut])
