@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+import sys
 import tomllib
 import typing
 from dataclasses import dataclass
@@ -109,6 +110,8 @@ def load_cluster(name: str) -> Cluster:
         document = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"--cluster ({path}) cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not TOML ({error})") from None
     return parse_cluster(document, str(path))
@@ -121,6 +124,8 @@ def parse_cluster(document: dict[str, Any], path: str) -> Cluster:
         table: Rates = getattr(cluster, rates)
         if not table.sizes or len(table.sizes) != len(table.flops_per_second):
             raise ConfigError(f"{path}: {rates} needs as many flops_per_second as sizes, and at least one")
+        if min(table.sizes) <= 0:
+            raise ConfigError(f"{path}: {rates}.sizes ({min(table.sizes)}) must be positive")
         if list(table.sizes) != sorted(set(table.sizes)):
             raise ConfigError(f"{path}: {rates}.sizes must increase")
         if min(table.flops_per_second) <= 0:
@@ -132,10 +137,10 @@ def parse_cluster(document: dict[str, Any], path: str) -> Cluster:
             raise ConfigError(f"{path}: {field.name} ({value}) must be positive")
     for name in ("intra_node", "inter_node", "host"):
         link: Link = getattr(cluster, name)
-        if link.bytes_per_second <= 0 or link.latency_seconds < 0:
-            raise ConfigError(
-                f"{path}: {name}.bytes_per_second ({link.bytes_per_second}) must be positive, latency too"
-            )
+        if link.bytes_per_second <= 0:
+            raise ConfigError(f"{path}: {name}.bytes_per_second ({link.bytes_per_second}) must be positive")
+        if link.latency_seconds < 0:
+            raise ConfigError(f"{path}: {name}.latency_seconds ({link.latency_seconds}) must not be negative")
     if not 0 < cluster.sustained_clock <= 1:
         raise ConfigError(f"{path}: sustained_clock ({cluster.sustained_clock}) must be above 0 and at most 1")
     return cluster
@@ -163,7 +168,10 @@ def _value(kind: Any, value: Any, path: str) -> Any:
         return tuple(_value(float, item, path) for item in value)
     if typing.get_origin(kind) is dict and isinstance(value, dict):
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        # Compared, not converted: an integer of 400 digits has no float. NaN compares false.
+        if not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{path} ({str(value)[:20]}) must be a finite number")
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)

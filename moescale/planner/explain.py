@@ -38,7 +38,8 @@ def explain_json(result: PlanResult) -> dict[str, Any]:
 def explain_text(result: PlanResult) -> str:
     """Tables for a terminal."""
     buffer = io.StringIO()
-    console = Console(file=buffer, width=110, highlight=False)
+    # No markup: names in a cluster file or a path may hold brackets.
+    console = Console(file=buffer, width=110, highlight=False, markup=False, emoji=False)
     if result.best is None:
         _print_misses(console, result)
     else:

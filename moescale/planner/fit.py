@@ -118,7 +118,7 @@ def fit_text(result: FitResult) -> str:
         f"fits on {result.smallest.gpus} GPUs" if result.smallest else f"does not fit on {result.points[-1].gpus} GPUs"
     )
     with io.StringIO() as text:
-        console = Console(file=text, width=140, color_system=None)
+        console = Console(file=text, width=140, color_system=None, markup=False, emoji=False)
         console.print(table)
         console.print(answer)
         return text.getvalue().rstrip()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from pathlib import Path
 
@@ -8,6 +9,10 @@ import pytest
 
 from moescale.errors import ConfigError
 from moescale.planner.cluster import SHIPPED, Cluster, Rates, load_cluster, parse_cluster
+from moescale.planner.explain import explain_text
+from moescale.planner.request import PlanRequest
+from moescale.planner.search import compile_plan
+from tiny import tiny_config
 
 NAMES = ("a100-80", "b200", "h100-sxm", "h200")
 
@@ -54,6 +59,16 @@ def test_a_file_that_is_not_there_or_no_toml_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("name = ")
     with pytest.raises(ConfigError, match="is not TOML"):
         load_cluster(str(tmp_path / "bad.toml"))
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
+    with pytest.raises(ConfigError, match="latin.toml: is not UTF-8 text"):
+        load_cluster(str(tmp_path / "latin.toml"))
+
+
+def test_a_name_with_brackets_is_printed_as_it_is() -> None:
+    cluster = dataclasses.replace(load_cluster("h200"), gpu="[/bold] :smile: GPU")
+    request = PlanRequest(runtime_gpus=1, tokens_per_step=256, sequence_length=256)
+    for limited in (request, dataclasses.replace(request, memory_limit_bytes=100)):
+        assert "[/bold] :smile: GPU" in explain_text(compile_plan(tiny_config(), cluster, limited))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +81,22 @@ def test_a_file_that_is_not_there_or_no_toml_is_refused(tmp_path: Path) -> None:
         ({"attention": {"sizes": [1.0], "flops_per_second": []}}, "attention needs as many"),
         ({"attention": {"sizes": [2.0, 1.0], "flops_per_second": [1.0, 1.0]}}, "attention.sizes must increase"),
         ({"attention": {"sizes": [1.0], "flops_per_second": [0.0]}}, "attention.flops_per_second must be positive"),
+        (
+            {"attention": {"sizes": [0, 1.0], "flops_per_second": [1.0, 1.0]}},
+            r"attention.sizes \(0.0\) must be positive",
+        ),
+        ({"dense_gemm": {"sizes": [-1.0], "flops_per_second": [1.0]}}, r"dense_gemm.sizes \(-1.0\) must be positive"),
+        (
+            {"attention": {"sizes": [1.0], "flops_per_second": [math.nan]}},
+            r"attention: flops_per_second \(nan\) must be",
+        ),
+        ({"attention": {"sizes": [math.inf], "flops_per_second": [1.0]}}, r"attention: sizes \(inf\) must be a finite"),
+        ({"launch_seconds": math.nan}, r"launch_seconds \(nan\) must be a finite number"),
+        ({"peak_flops_per_second": 10**400}, r"peak_flops_per_second \(1000000.*\) must be a finite number"),
+        ({"memory_bytes": math.inf}, r"memory_bytes \(inf\) must be of type int"),
+        ({"host": {"latency_seconds": 1e-6, "bytes_per_second": math.inf}}, r"host: bytes_per_second \(inf\) must be"),
+        ({"host": {"latency_seconds": math.nan, "bytes_per_second": 1}}, r"host: latency_seconds \(nan\) must be"),
+        ({"host": {"latency_seconds": -1, "bytes_per_second": 1}}, r"host.latency_seconds \(-1.0\) must not be"),
         ({"host": {"latency_seconds": 1e-6}}, "host: field 'bytes_per_second' is missing"),
         ({"host": {"latency_seconds": 1e-6, "bytes_per_second": 0}}, "host.bytes_per_second .* must be positive"),
     ],
