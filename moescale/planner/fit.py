@@ -35,6 +35,14 @@ class FitPoint:
         """Of all GPUs together; 0 where nothing fits."""
         return self.tokens_per_step / self.best.time.total if self.best else 0.0
 
+    @property
+    def unsupported(self) -> str:
+        """The axes that this version's runtime lacks, as ``pp 2, tp 4``; empty for a plan it can run."""
+        if self.best is None or self.best.supported:
+            return ""
+        mesh = self.best.candidate.mesh
+        return ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in ("pp", "cp", "tp") if getattr(mesh, axis) > 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
@@ -52,15 +60,24 @@ def fit_to_gpus(config: ModelConfig, cluster: Cluster, request: PlanRequest, lar
     ``runtime_gpus`` and ``plan_gpus`` of the request are ignored; everything else holds. Tokens per step grow where
     the request's do not give every GPU a whole number of sequences. Raises ConfigError as ``compile_plan`` does.
     """
-    points = []
+    points, errors = [], []
     gpus = 1
     while gpus <= largest:
-        points.append(_plan(config, cluster, request, gpus))
+        try:
+            points.append(_plan(config, cluster, request, gpus))
+        except ConfigError as error:  # no plan has these sizes: a pin, or divisibility
+            errors.append(error)
+            points.append(FitPoint(gpus=gpus, tokens_per_step=_tokens(request, gpus), best=None))
         gpus *= 2
+    if len(errors) == len(points):  # whatever the number of GPUs, so the request's fault
+        raise errors[0]
     fitting = [point for point in points if point.best is not None]
     smallest = fitting[0] if fitting else None
     for gpus in _between(smallest.gpus, cluster.gpus_per_node) if smallest else ():
-        point = _plan(config, cluster, request, gpus)
+        try:
+            point = _plan(config, cluster, request, gpus)
+        except ConfigError:
+            continue
         if point.best is not None:
             smallest = point
             break
@@ -73,16 +90,17 @@ def _between(fitting: int, gpus_per_node: int) -> Iterator[int]:
     yield from range(fitting // 2 + step, fitting, step)
 
 
-def _plan(config: ModelConfig, cluster: Cluster, request: PlanRequest, gpus: int) -> FitPoint:
+def _tokens(request: PlanRequest, gpus: int) -> int:
+    """Tokens per step of the request, rounded up to whole sequences on each of ``gpus``."""
     unit = gpus * request.sequence_length
-    tokens = -(-request.tokens_per_step // unit) * unit
+    return -(-request.tokens_per_step // unit) * unit
+
+
+def _plan(config: ModelConfig, cluster: Cluster, request: PlanRequest, gpus: int) -> FitPoint:
+    """Raises ConfigError where no plan has the sizes asked for."""
+    tokens = _tokens(request, gpus)
     changed = dataclasses.replace(request, runtime_gpus=gpus, plan_gpus=None, tokens_per_step=tokens)
-    try:
-        best = compile_plan(config, cluster, changed, with_alternatives=False).best
-    except ConfigError:
-        if gpus == 1:  # What contradicts itself on one GPU is the request's fault, on more it may be divisibility.
-            raise
-        best = None
+    best = compile_plan(config, cluster, changed, with_alternatives=False).best
     return FitPoint(gpus=gpus, tokens_per_step=tokens, best=best)
 
 
@@ -90,6 +108,7 @@ def fit_json(result: FitResult) -> dict[str, Any]:
     """The result as JSON-able values."""
     return {
         "smallest_gpus": result.smallest.gpus if result.smallest else None,
+        "smallest_supported": not result.smallest.unsupported if result.smallest else None,
         "points": [_point_json(point) for point in result.points],
     }
 
@@ -99,6 +118,7 @@ def _point_json(point: FitPoint) -> dict[str, Any]:
     if point.best is not None:
         fields |= {
             "fits": True,
+            "supported": point.best.supported,
             "step_seconds": point.best.time.total,
             "tokens_per_second": point.tokens_per_second,
             "peak_bytes": round(point.best.memory.total),
@@ -117,8 +137,10 @@ def fit_text(result: FitResult) -> str:
     answer = (
         f"fits on {result.smallest.gpus} GPUs" if result.smallest else f"does not fit on {result.points[-1].gpus} GPUs"
     )
+    if result.smallest and result.smallest.unsupported:
+        answer += f", by a plan that this version's runtime cannot run ({result.smallest.unsupported})"
     with io.StringIO() as text:
-        console = Console(file=text, width=140, color_system=None, markup=False, emoji=False)
+        console = Console(file=text, width=160, color_system=None, markup=False, emoji=False)
         console.print(table)
         console.print(answer)
         return text.getvalue().rstrip()
@@ -133,6 +155,8 @@ def _cells(point: FitPoint) -> tuple[str, ...]:
         f"unit of {unit}, ep {decisions['ep']}, micro-batch {decisions['micro_batch_sequences']}, "
         f"recompute {decisions['moe_recompute']}, moments {decisions['optimizer_state_dtype']}"
     )
+    if point.unsupported:
+        plan += f"; not supported by this version's runtime: {point.unsupported}"
     speed = point.tokens_per_second
     return (
         f"{point.best.time.total:.3f}",

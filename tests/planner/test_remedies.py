@@ -69,3 +69,20 @@ def test_where_not_even_the_largest_number_fits_that_is_said() -> None:
     assert result.smallest is None
     assert fit_json(result)["smallest_gpus"] is None
     assert fit_text(result).endswith("does not fit on 4 GPUs")
+
+
+def test_a_plan_the_runtime_cannot_run_is_marked_with_the_axes_it_lacks() -> None:
+    request = dataclasses.replace(REQUEST, allow_unsupported=True, forbidden=frozenset({("pp", "1"), ("pp", "3")}))
+    result = fit_to_gpus(CONFIG, cluster_with(80e9), request, largest=4)
+    text, document = fit_text(result), fit_json(result)
+    assert document["smallest_gpus"] == 2 and document["smallest_supported"] is False
+    assert [point.get("supported") for point in document["points"]] == [None, False, False]
+    assert text.endswith("fits on 2 GPUs, by a plan that this version's runtime cannot run (pp 2)")
+    assert "not supported by this version's runtime: pp 2" in " ".join(text.split())
+    runnable = fit_json(fit_to_gpus(CONFIG, cluster_with(80e9), REQUEST, largest=2))
+    assert runnable["smallest_supported"] is True and all(point["supported"] for point in runnable["points"])
+
+
+def test_a_pin_that_one_gpu_cannot_have_is_kept_on_more() -> None:
+    result = fit_to_gpus(CONFIG, cluster_with(80e9), dataclasses.replace(REQUEST, pins={"ep": "2"}), largest=4)
+    assert result.smallest is not None and result.smallest.gpus == 2
