@@ -175,20 +175,27 @@ def one_device_plan(
 def load_plan(path: Path) -> ParallelPlan:
     """Read a plan file. Raises ConfigError naming the path where it is missing or contradicts itself."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"--plan ({path}) cannot be read: {error.strerror}; write one with `moescale compile`"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--plan ({path}) is not UTF-8 text (byte {error.start}: {error.reason}); write one with `moescale compile`"
         ) from None
     return ParallelPlan.from_json(text, str(path))
 
 
 def save_plan(plan: ParallelPlan, path: Path) -> None:
-    """Write a plan file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a plan file, whole or not at all. Raises ConfigError naming the path where that is not possible."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(plan.to_json() + "\n")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(plan.to_json() + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"plan file ({path}) cannot be written: {error.strerror}; give another path") from None
 
 
 def validate(plan: ParallelPlan) -> None:

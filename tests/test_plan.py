@@ -48,6 +48,12 @@ def test_a_plan_survives_its_file(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["plan.json"]
 
 
+def test_a_plan_that_cannot_be_written_names_its_path(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/plan\.json\) cannot be written: (Not a directory|File exists)"):
+        save_plan(plan(), tmp_path / "file" / "plan.json")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -81,6 +87,9 @@ def test_missing_fields_and_files_that_are_no_plans_are_named(tmp_path):
         load_plan(tmp_path / "plan.json")
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_plan(tmp_path / "absent.json")
+    (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
+    with pytest.raises(ConfigError, match=r"latin\.json\) is not UTF-8 text"):
+        load_plan(tmp_path / "latin.json")
     with pytest.raises(ConfigError, match="must be a JSON object, not list"):
         ParallelPlan.from_json("[]")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as json_module
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -65,6 +67,7 @@ def compile_command(settings: Annotated[CompileSettings, Parameter(name="*")], *
     json
         Print the plan (or with --fit the table) as JSON on standard output.
     """
+    _check_files(settings)
     config = read_model_config(resolve_model(settings.model, config_only=True))
     cluster = load_cluster(settings.cluster)
     request = _request(settings)
@@ -76,8 +79,7 @@ def compile_command(settings: Annotated[CompileSettings, Parameter(name="*")], *
     if settings.output is not None and result.best is not None:
         save_plan(result.plan(), settings.output)
     if settings.html is not None:
-        settings.html.parent.mkdir(parents=True, exist_ok=True)
-        settings.html.write_text(explain_html(result))
+        _write_page(explain_html(result), settings.html)
     if json:
         print(json_module.dumps(explain_json(result), indent=2))
     else:
@@ -87,6 +89,36 @@ def compile_command(settings: Annotated[CompileSettings, Parameter(name="*")], *
         print(f"\nplan written to {settings.output}")
 
 
+def _check_files(settings: CompileSettings) -> None:
+    """Refuse, before planning, what cannot be written after it."""
+    for option, path in (("--output", settings.output), ("--html", settings.html)):
+        if path is None:
+            continue
+        if settings.fit:
+            raise ConfigError(
+                f"{option} ({path}) cannot be written with --fit, which makes a table and not one plan; drop one of "
+                "the two (with --json the table goes to standard output)"
+            )
+        if os.path.isdir(path):
+            raise ConfigError(f"{option} ({path}) is a folder; name a file in it")
+        # os.path answers False where it may not look, and Path.exists raises; the closed folder is then found above.
+        folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+        if not folder.is_dir():
+            raise ConfigError(f"{option} ({path}) cannot be written: {folder} is no folder; give another path")
+        if not os.access(folder, os.W_OK | os.X_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
+            raise ConfigError(f"{option} ({path}) cannot be written: Permission denied; give another path")
+    if settings.output is not None and settings.html is not None and settings.output == settings.html:
+        raise ConfigError(f"--output and --html ({settings.html}) must be two files; give one of them another name")
+
+
+def _write_page(page: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--html ({path}) cannot be written: {error.strerror}; give another path") from None
+
+
 def _request(settings: CompileSettings) -> PlanRequest:
     plan_gpus = None if settings.plan_gpus == "auto" else _integer(settings.plan_gpus)
     return PlanRequest(
@@ -94,7 +126,7 @@ def _request(settings: CompileSettings) -> PlanRequest:
         plan_gpus=plan_gpus,
         tokens_per_step=settings.tokens_per_step,
         sequence_length=settings.sequence_length,
-        memory_limit_bytes=None if settings.memory_limit is None else round(settings.memory_limit * 2**30),
+        memory_limit_bytes=_bytes(settings.memory_limit),
         compute_dtype=settings.precision,
         exact_weights=not settings.allow_stochastic_rounding,
         router_imbalance=settings.router_imbalance,
@@ -109,6 +141,16 @@ def _integer(text: str) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"compile.plan_gpus ('{text}') must be a number of GPUs, or auto") from None
+
+
+def _bytes(gibibytes: float | None) -> int | None:
+    if gibibytes is None:
+        return None
+    if not math.isfinite(gibibytes * 2**30):
+        raise ConfigError(
+            f"compile.memory_limit ({gibibytes}) must be a finite number of GiB; leave it out for no limit"
+        )
+    return round(gibibytes * 2**30)
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

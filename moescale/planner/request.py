@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -72,9 +73,9 @@ class PlanRequest:
             )
         if self.memory_limit_bytes is not None and self.memory_limit_bytes <= 0:
             raise ConfigError(f"compile.memory_limit ({self.memory_limit_bytes} bytes) must be positive")
-        if self.router_imbalance < 1:
+        if not 1 <= self.router_imbalance < math.inf:
             raise ConfigError(
-                f"compile.router_imbalance ({self.router_imbalance}) must be at least 1, which is balanced"
+                f"compile.router_imbalance ({self.router_imbalance}) must be a number of at least 1, which is balanced"
             )
         for name in (*self.pins, *(name for name, _ in self.forbidden)):
             if name not in DECISIONS:

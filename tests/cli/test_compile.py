@@ -74,14 +74,29 @@ def test_where_nothing_fits_the_nearest_misses_and_remedies_are_told(capsys: pyt
         (["--pin", "ep"], "must have the form name=value"),
         (["--pin", "epp=4"], "'epp' is no decision of a plan"),
         (["--memory-limit", "-3"], "must be positive"),
+        (["--memory-limit", "nan"], "compile.memory_limit (nan) must be a finite number of GiB"),
+        (["--memory-limit", "inf"], "compile.memory_limit (inf) must be a finite number of GiB"),
+        (["--router-imbalance", "nan"], "compile.router_imbalance (nan) must be"),
+        (["--router-imbalance", "inf"], "compile.router_imbalance (inf) must be"),
+        (["--router-imbalance", "0"], "compile.router_imbalance (0.0) must be"),
+        (["--router-imbalance", "-1"], "compile.router_imbalance (-1.0) must be"),
+        (["--output", "."], "--output (.) is a folder"),
+        (["--html", "/"], "--html (/) is a folder"),
+        (["--output", f"{__file__}/plan.json"], "test_compile.py is no folder"),
+        (["--output", "/proc/none/plan.json"], "plan.json) cannot be written"),
+        (["--html", "/proc/none/plan.html"], "plan.html) cannot be written"),
+        (["--output", "/tmp/same", "--html", "/tmp/same"], "must be two files"),
+        (["--fit", "--output", "plan.json"], "--output (plan.json) cannot be written with --fit"),
+        (["--fit", "--html", "plan.html"], "--html (plan.html) cannot be written with --fit"),
         (["--sequence-length", "1000000"], "must not exceed model.max_sequence_length"),
     ],
 )
 def test_nonsense_is_refused_with_exit_status_2(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    length = [] if "--sequence-length" in options else ["--sequence-length", "256"]
     with pytest.raises(SystemExit) as stopped:
-        main(["compile", "--model", "tiny", *options])
+        main(["compile", "--model", "tiny", *length, *options])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
