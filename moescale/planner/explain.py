@@ -17,7 +17,8 @@ from rich.table import Table
 
 from moescale.planner.remedies import find_remedies
 from moescale.planner.request import decision_text
-from moescale.planner.search import Evaluated, PlanResult, alternative_summary
+from moescale.planner.search import Evaluated, PlanResult, alternative_summary, excess_bytes, excess_text, limits_text
+from moescale.planner.workload import build_workload
 
 GIB = 2**30
 SHOWN_ALTERNATIVES = 16
@@ -25,13 +26,17 @@ SHOWN_ALTERNATIVES = 16
 
 def explain_json(result: PlanResult) -> dict[str, Any]:
     """The plan with its prediction and alternatives; where nothing fits ``near_misses`` and ``suggestions`` instead."""
-    head = {"limit_bytes": round(result.limit_bytes), "num_candidates": result.num_candidates}
+    head = {
+        "limit_bytes": round(result.limit_bytes),
+        "host_limit_bytes": result.cluster.host_memory_bytes,
+        "num_candidates": result.num_candidates,
+    }
     if result.best is None:
         misses = [_miss_json(result, miss) for miss in result.near_misses]
         return {"fits": False, **head, "near_misses": misses, "suggestions": remedy_texts(result)}
     plan = json.loads(result.plan().to_json())
     hidden = {name: seconds for name, seconds in result.best.time.hidden.items() if seconds}
-    plan["prediction"]["hidden_seconds"] = hidden
+    plan["prediction"] |= {"hidden_seconds": hidden, "host_bytes": round(result.best.host_bytes)}
     return {"fits": True, **head, "supported": result.best.supported, **plan}
 
 
@@ -40,6 +45,7 @@ def explain_text(result: PlanResult) -> str:
     buffer = io.StringIO()
     # No markup: names in a cluster file or a path may hold brackets.
     console = Console(file=buffer, width=110, highlight=False, markup=False, emoji=False)
+    console.print(model_text(result), soft_wrap=True)
     if result.best is None:
         _print_misses(console, result)
     else:
@@ -73,9 +79,24 @@ def explain_html(result: PlanResult) -> str:
             limit_gib=result.limit_bytes / GIB,
             limit_percent=100 * result.limit_bytes / max(result.limit_bytes, shown.memory.total),
             moment=shown.memory.moment,
+            model=model_text(result),
+            excess=excess_text(result, shown),
+            host_gib=shown.host_bytes / GIB,
+            host_limit_gib=result.cluster.host_memory_bytes / GIB,
             alternatives=[alternative_text(result, other) for other in result.alternatives] if best else [],
             suggestions=[] if best else remedy_texts(result),
         )
+    )
+
+
+def model_text(result: PlanResult) -> str:
+    """What is planned for: the model, and the tokens of a step."""
+    config, request = result.config, result.request
+    experts = f", {config.num_experts} experts" if config.num_experts else ""
+    return (
+        f"model {config.fingerprint()}: {config.num_layers} layers{experts}, "
+        f"{build_workload(config).parameters() / 1e9:,.3f} B parameters; "
+        f"{request.tokens_per_step:,} tokens a step, in sequences of {request.sequence_length:,}"
     )
 
 
@@ -101,14 +122,16 @@ def group_time(evaluated: Evaluated) -> dict[str, float]:
 
 
 def alternative_text(result: PlanResult, other: Evaluated) -> str:
-    """For example ``ep 1 instead of 4: +31%, does not fit by 6.2 GiB``."""
+    """For example ``ep 1 instead of 4: +31.0%, does not fit: exceeds GPU memory by 6.2 GiB``."""
     summary = alternative_summary(result, other)
     text = f"{summary['decision']} {summary['value']} instead of {summary['instead_of']}: {summary['slower_by']:+.1%}"
-    if summary["exceeds_memory_by_bytes"]:
-        text += f", does not fit by {summary['exceeds_memory_by_bytes'] / GIB:.1f} GiB"
+    if excess := excess_text(result, other):
+        text += f", does not fit: exceeds {excess}"
     if summary["value"] == "stochastic_bf16":
         text += ", without exact weights (--allow-stochastic-rounding)"
-    return text if summary["supported"] else text + ", not supported by this version's runtime"
+    if not summary["supported"]:
+        text += ", not supported by this version's runtime"
+    return text + (f" (excluded by {', '.join(summary['excluded_by'])})" if summary["excluded_by"] else "")
 
 
 def remedy_texts(result: PlanResult) -> list[str]:
@@ -159,24 +182,25 @@ def _print_memory(console: Console, result: PlanResult, best: Evaluated) -> None
         if size > 0:
             table.add_row(name, f"{size / GIB:.2f}", f"{size / result.limit_bytes:.1%}")
     if best.host_bytes:
-        table.add_row("host: optimizer", f"{best.host_bytes / GIB:.2f}", "")
+        limit = result.cluster.host_memory_bytes
+        share = f"{best.host_bytes / limit:.1%} of the host's {limit / GIB:.1f} GiB"
+        table.add_row("host: optimizer", f"{best.host_bytes / GIB:.2f}", share)
     console.print(table)
 
 
 def _print_alternatives(console: Console, result: PlanResult) -> None:
     console.print("Alternatives")
     for other in result.alternatives[:SHOWN_ALTERNATIVES]:
-        console.print(f"  {alternative_text(result, other)}")
+        console.print(f"  {alternative_text(result, other)}", soft_wrap=True)
     if len(result.alternatives) > SHOWN_ALTERNATIVES:
         console.print(f"  and {len(result.alternatives) - SHOWN_ALTERNATIVES} slower ones (--json has all)")
 
 
 def _print_misses(console: Console, result: PlanResult) -> None:
-    console.print(f"Nothing fits {result.limit_bytes / GIB:.1f} GiB per GPU. Nearest misses:")
+    console.print(f"Nothing fits {limits_text(result)}. Nearest misses:")
     for miss in result.near_misses:
-        excess = (miss.memory.total - result.limit_bytes) / GIB
         decisions = ", ".join(f"{name}={decision_text(value)}" for name, value in miss.decisions.items())
-        console.print(f"  exceeds by {excess:.1f} GiB: {decisions}")
+        console.print(f"  exceeds {excess_text(result, miss)}: {decisions}")
         largest = sorted(miss.memory.breakdown.items(), key=lambda item: -item[1])[:4]
         console.print("    largest: " + ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest))
     console.print("What would fit:")
@@ -188,7 +212,9 @@ def _miss_json(result: PlanResult, miss: Evaluated) -> dict[str, Any]:
     return {
         "decisions": {name: decision_text(value) for name, value in miss.decisions.items()},
         "peak_bytes": round(miss.memory.total),
-        "exceeds_memory_by_bytes": round(miss.memory.total - result.limit_bytes),
+        "host_bytes": round(miss.host_bytes),
+        "exceeds_memory_by_bytes": 0,
+        **excess_bytes(result, miss),
         "breakdown_bytes": {name: round(size) for name, size in miss.memory.breakdown.items()},
     }
 

@@ -13,6 +13,7 @@ more precise formats.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,8 +73,8 @@ class PlanResult:
         """The plan for the runtime. Raises ConfigError where nothing fits."""
         if self.best is None:
             raise ConfigError(
-                f"no plan fits {self.limit_bytes / 2**30:.1f} GiB per GPU; the nearest exceeds it by "
-                f"{(self.near_misses[0].memory.total - self.limit_bytes) / 2**30:.1f} GiB. See the suggestions"
+                f"no plan fits {limits_text(self)}; the nearest exceeds {excess_text(self, self.near_misses[0])}. "
+                "See the suggestions"
             )
         best, request = self.best, self.request
         candidate = best.candidate
@@ -301,12 +302,44 @@ class Search:
         )
 
 
+def excess_bytes(result: PlanResult, evaluated: Evaluated) -> dict[str, int]:
+    """By how much a plan exceeds the memory of a GPU, and its share of the host's; keys of the JSON, zeros left out."""
+    excess = {
+        "exceeds_memory_by_bytes": evaluated.memory.total - result.limit_bytes,
+        "exceeds_host_memory_by_bytes": evaluated.host_bytes - result.cluster.host_memory_bytes,
+    }
+    return {name: math.ceil(size) for name, size in excess.items() if size > 0}
+
+
+def excess_text(result: PlanResult, evaluated: Evaluated) -> str:
+    """For example ``GPU memory by 6.2 GiB and host memory by 1.0 GiB``; empty where neither is exceeded."""
+    names = {"exceeds_memory_by_bytes": "GPU memory", "exceeds_host_memory_by_bytes": "host memory"}
+    parts = excess_bytes(result, evaluated).items()
+    return " and ".join(f"{names[key]} by {size / 2**30:.1f} GiB" for key, size in parts)
+
+
+def limits_text(result: PlanResult) -> str:
+    """What a plan must fit, for example ``59.6 GiB per GPU (host memory: 232.8 GiB per GPU)``."""
+    host = result.cluster.host_memory_bytes / 2**30
+    return f"{result.limit_bytes / 2**30:.1f} GiB per GPU (host memory: {host:.1f} GiB per GPU)"
+
+
+def exclusions(request: PlanRequest, other: Evaluated) -> list[str]:
+    """What of the request rules a plan out, in the words of the command line."""
+    found = (
+        [] if request.plan_gpus in (None, _copy_gpus(other.candidate.mesh)) else [f"--plan-gpus {request.plan_gpus}"]
+    )
+    decisions = {name: decision_text(value) for name, value in other.decisions.items()}
+    found += [f"--pin {name}={value}" for name, value in request.pins.items() if decisions[name] != value]
+    found += [f"--forbid {name}={value}" for name, value in sorted(request.forbidden) if decisions[name] == value]
+    return found
+
+
 def alternative_summary(result: PlanResult, other: Evaluated) -> dict[str, Any]:
     """One decision that lost, with the number that lost it; JSON-able."""
     assert result.best is not None
     mine, theirs = result.best.decisions, other.decisions
     changed = _changes(mine, theirs)
-    excess = other.memory.total - result.limit_bytes
     return {
         "decision": changed[0],
         "value": decision_text(theirs[changed[0]]),
@@ -314,7 +347,9 @@ def alternative_summary(result: PlanResult, other: Evaluated) -> dict[str, Any]:
         "step_seconds": other.time.total,
         "slower_by": other.time.total / result.best.time.total - 1,
         "peak_bytes": round(other.memory.total),
-        "exceeds_memory_by_bytes": max(0, round(excess)),
+        "exceeds_memory_by_bytes": 0,
+        **excess_bytes(result, other),
+        "excluded_by": exclusions(result.request, other),
         "supported": other.supported,
     }
 

@@ -15,6 +15,7 @@ from moescale.errors import ConfigError
 from moescale.plan import LayerPlan, MeshShape, ParallelPlan
 from moescale.planner.cluster import Cluster, Link, load_cluster
 from moescale.planner.cost import CostModel
+from moescale.planner.explain import alternative_text, explain_html, explain_json, explain_text
 from moescale.planner.memory import MemoryModel
 from moescale.planner.request import (
     Candidate,
@@ -276,14 +277,66 @@ def test_every_alternative_differs_in_one_decision_and_says_what_it_costs() -> N
     for alternative in plan.alternatives:
         assert alternative["value"] != alternative["instead_of"]
         slower = alternative["slower_by"] >= -1e-9
-        assert slower or alternative["exceeds_memory_by_bytes"] > 0 or not alternative["supported"] or (
-            alternative["decision"] in ("master_weight_format", "dp_shard")
-        )  # fmt: skip
+        fits = not alternative["exceeds_memory_by_bytes"] and "exceeds_host_memory_by_bytes" not in alternative
+        inexact = alternative["value"] == "stochastic_bf16"
+        assert slower or not fits or not alternative["supported"] or inexact or alternative["excluded_by"]
+
+
+def test_where_only_host_memory_is_exceeded_that_is_the_memory_named() -> None:
+    request = dataclasses.replace(REFERENCE, pins={"offload_optimizer": "true"}, memory_limit_bytes=None)
+    cluster = dataclasses.replace(H100, host_memory_bytes=10**9, memory_bytes=3 * 10**11)
+    result = compile_plan(coder_v2_lite(), cluster, request)
+    assert result.best is None
+    with pytest.raises(ConfigError, match=r"host memory: 0\.9 GiB.* nearest exceeds host memory by \d+\.\d GiB\. See"):
+        result.plan()
+    text, document = explain_text(result), explain_json(result)
+    assert "exceeds host memory by" in text and "GPU memory by" not in text
+    miss = document["near_misses"][0]
+    assert document["host_limit_bytes"] == 10**9
+    assert miss["exceeds_memory_by_bytes"] == 0
+    assert miss["exceeds_host_memory_by_bytes"] == miss["host_bytes"] - 10**9 > 0
+    free = compile_plan(coder_v2_lite(), cluster, dataclasses.replace(request, pins={}))
+    offload = next(a for a in free.plan().alternatives if a["decision"] == "offload_optimizer")
+    assert offload["exceeds_memory_by_bytes"] == 0 and offload["exceeds_host_memory_by_bytes"] > 0
+    texts = [alternative_text(free, other) for other in free.alternatives]
+    told = next(text for text in texts if text.startswith("offload_optimizer true instead of false"))
+    assert "does not fit: exceeds host memory by" in told
+
+
+def test_host_memory_in_use_is_told_beside_its_limit() -> None:
+    result = compile_plan(coder_v2_lite(), H100, dataclasses.replace(REFERENCE, pins={"offload_optimizer": "true"}))
+    assert result.best is not None
+    assert "of the host's 232.8 GiB" in explain_text(result)
+    assert explain_json(result)["prediction"]["host_bytes"] == round(result.best.host_bytes) > 0
+
+
+def test_an_alternative_that_the_request_excludes_says_by_what() -> None:
+    pinned = dataclasses.replace(
+        REFERENCE, pins={"moe_recompute": "block"}, forbidden=frozenset({("optimizer_state_dtype", "bf16")})
+    )
+    result = compile_plan(coder_v2_lite(), H100, pinned)
+    excluded = {(a["decision"], a["value"]): a["excluded_by"] for a in result.plan().alternatives}
+    assert excluded["moe_recompute", "none"] == ["--pin moe_recompute=block"]
+    assert excluded["optimizer_state_dtype", "bf16"] == ["--forbid optimizer_state_dtype=bf16"]
+    assert excluded["dp_shard", "8"] == ["--plan-gpus 4"]
+    assert excluded["gradient_dtype", "fp32"] == []
+    for reason in ("--pin moe_recompute=block", "--forbid optimizer_state_dtype=bf16", "--plan-gpus 4"):
+        assert any(alternative_text(result, other).endswith(f"(excluded by {reason})") for other in result.alternatives)
+
+
+def test_text_and_page_say_which_model_and_how_many_tokens_they_are_about() -> None:
+    result = compile_plan(coder_v2_lite(), H100, REFERENCE)
+    head = f"model {coder_v2_lite().fingerprint()}: 27 layers, 64 experts, 15.706 B parameters; "
+    head += "131,072 tokens a step, in sequences of 2,048"
+    assert head in explain_text(result)
+    assert head in explain_html(result)
 
 
 def test_where_nothing_fits_the_plan_is_refused_and_the_nearest_miss_named() -> None:
     request = dataclasses.replace(REFERENCE, runtime_gpus=1, plan_gpus=1)
     result = compile_plan(coder_v2_lite(), H100, request)
     assert result.best is None
-    with pytest.raises(ConfigError, match=r"no plan fits 59\.6 GiB per GPU; the nearest exceeds it by \d+\.\d GiB"):
+    with pytest.raises(
+        ConfigError, match=r"no plan fits 59\.6 GiB per GPU .*the nearest exceeds GPU memory by \d+\.\d GiB"
+    ):
         result.plan()
