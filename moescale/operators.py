@@ -8,8 +8,11 @@ An operator is declared by how its tensors' dims are named, in the order in whic
 A number in front of a dim is a factor. Operands that carry no token dim are weights. From the annotation follow
 
 - what a dim may be split over (:func:`splits`): token dims over the data axes, which costs gathering weights and
-  reducing their gradients; the expert dim over ``ep``, which costs sending rows both ways; a weight's feature dim over
-  ``tp``, which costs nothing where it survives to the output and an all-reduce of the output where it is summed away;
+  reducing their gradients; the expert dim of weights, where it is summed away, over ``ep``, which costs sending rows
+  both ways; a weight's feature dim over ``tp``, which costs nothing where it survives to the output and an all-reduce
+  of the output where it is summed away;
+- which weights are routed (:func:`routed_weight_elements`): those with an expert dim that ``ep`` splits. A router's
+  expert dim survives to its output, for every token meets all of it: its weights are ordinary ones;
 - the bytes an operator moves, and for matrix products the FLOPs (:func:`forward_flops`).
 
 What cannot be read off the annotation is declared beside it: which tensors the backward keeps, FLOPs of operators that
@@ -21,9 +24,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn, get_args
 
 from moescale.errors import ConfigError
 
@@ -144,7 +148,7 @@ def splits(operator: Operator) -> tuple[Split, ...]:
             if dim in TOKEN_DIMS:
                 cost: Communication = "gather_weights_reduce_gradients" if annotation.weights else "none"
                 found[dim] = Split(dim=dim, axis="dp", communication=cost)
-            elif dim == EXPERT_DIM and dim in weights:
+            elif dim == EXPERT_DIM and dim in weights and dim not in results:
                 found[dim] = Split(dim=dim, axis="ep", communication="all_to_all")
             elif dim in weights:
                 survives = dim in results
@@ -152,20 +156,77 @@ def splits(operator: Operator) -> tuple[Split, ...]:
     return tuple(found.values())
 
 
+def check_dims(operator: Operator, dims: Dims) -> None:
+    """Raise ConfigError for a dim of the operator, or of what it saves, that ``dims`` does not know."""
+    parsed = operator.parsed
+    saved = (Tensor.parse(tensor.dims) for tensor in operator.saved)
+    for tensor in (*parsed.inputs, *parsed.outputs, *saved):
+        for name in sorted(tensor.names - dims.keys()):
+            _refuse_dim(operator, name, dims)
+    try:
+        forward_flops(operator, dims)
+    except KeyError as error:
+        _refuse_dim(operator, str(error.args[0]), dims)
+
+
+def _refuse_dim(operator: Operator, dim: str, dims: Dims) -> NoReturn:
+    raise ConfigError(
+        f"operator '{operator.name}': dim '{dim}' is not known to the workload; known are {', '.join(sorted(dims))}"
+    ) from None
+
+
 def weight_elements(operator: Operator, dims: Dims) -> int:
     """Parameters of the operator."""
     return sum(tensor.size(dims) for tensor in operator.parsed.weights)
 
 
+def is_routed(operator: Operator) -> bool:
+    """Whether tokens meet only some of the operator's weights: those of the experts they are sent to."""
+    return any(split.axis == "ep" for split in splits(operator))
+
+
+def routed_weight_elements(operator: Operator, dims: Dims) -> int:
+    """Parameters of the operator that belong to experts, which ``ep`` divides."""
+    if not is_routed(operator):
+        return 0
+    return sum(tensor.size(dims) for tensor in operator.parsed.weights if EXPERT_DIM in tensor.names)
+
+
 def forward_flops(operator: Operator, dims: Dims) -> float:
-    """FLOPs of the forward pass; of a product 2 for every combination of its dims, of element-wise work 0."""
+    """FLOPs of the forward pass; 0 of element-wise work, of products 2 for every combination of their dims.
+
+    An operator with several weights is one product with each of them, in their order. A routed weight meets each token
+    in ``k`` of its ``e`` experts.
+    """
     if operator.flops is not None:
         return operator.flops(dims)
     if operator.kind == "elementwise":
         return 0.0
-    activation, weight = operator.parsed.inputs[0], operator.parsed.weights[0]
-    shared = activation.names & weight.names
-    return 2.0 * activation.size(dims) * weight.size(dims) / math.prod(dims[name] for name in shared)
+    if is_routed(operator):
+        dims = {**dims, EXPERT_DIM: dims["k"]}
+    annotation = operator.parsed
+    sizes = {name: factor * dims[name] for tensor in reversed(annotation.inputs) for factor, name in tensor.terms}
+    return sum(
+        2.0 * weight.size(dims) * math.prod(sizes[name] for name in _batch_dims(annotation, index))
+        for index, weight in enumerate(annotation.weights)
+    )
+
+
+def _batch_dims(annotation: Annotation, index: int) -> frozenset[str]:
+    """Dims for each of whose combinations the weight of that index is used once.
+
+    They are the dims of what it is multiplied with that it does not have itself. In a chain of products that operand is
+    not named: it has what came before and was not summed away yet, because the result has it or a weight behind does.
+    """
+    weight, activation = annotation.weights[index], annotation.inputs[0]
+    if index == 0:
+        return activation.names - weight.names
+    before = (activation, *annotation.weights[:index])
+    times = Counter(name for tensor in before for name in tensor.names)
+    later = frozenset[str]().union(*(tensor.names for tensor in annotation.weights[index + 1 :]))
+    results = frozenset[str]().union(*(tensor.names for tensor in annotation.outputs))
+    unsummed = {name for name, count in times.items() if count == 1 and name in later | results}
+    return frozenset(unsummed | (times.keys() & results - later)) - weight.names
 
 
 def moved_bytes(operator: Operator, dims: Dims, itemsize: int) -> float:
@@ -180,6 +241,9 @@ _REGISTRY: dict[str, Operator] = {}
 def register(operator: Operator) -> Operator:
     """Make an operator known by its name, and return it. Raises ConfigError for a wrong annotation or a taken name."""
     parsed = operator.parsed
+    if operator.kind not in get_args(Kind):
+        known = ", ".join(get_args(Kind))
+        raise ConfigError(f"operator '{operator.name}': kind ('{operator.kind}') must be one of {known}")
     for saved in operator.saved:
         Tensor.parse(saved.dims)
     if operator.flops is None and operator.kind != "elementwise" and not parsed.weights:
@@ -206,10 +270,6 @@ def operator(name: str) -> Operator:
 def _attention_flops(dims: Dims) -> float:
     """Two products over the causal half of the square, as the model's own count (``model.flops``) has it."""
     return dims["n"] * dims["a"] * dims["x"] * (dims["q"] + dims["v"])
-
-
-def _expert_flops(dims: Dims) -> float:
-    return 2.0 * dims["n"] * dims["k"] * 3 * dims["h"] * dims["f"]
 
 
 register(
@@ -352,7 +412,6 @@ register(
         name="experts",
         annotation="n h, e 2f h, e h f -> n h",
         kind="grouped_gemm",
-        flops=_expert_flops,
         saved=(
             Saved(name="feed_forward_input", dims="n h"),
             Saved(name="expert_pre_activation", dims="n k 2f"),

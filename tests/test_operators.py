@@ -4,9 +4,9 @@ import pytest
 
 from moescale import operators
 from moescale.errors import ConfigError
-from moescale.operators import Annotation, Operator, Saved, Split, Tensor, forward_flops, moved_bytes, splits
+from moescale.operators import Annotation, Operator, Saved, Split, Tensor, forward_flops, is_routed, moved_bytes, splits
 from moescale.planner.cluster import load_cluster
-from moescale.planner.request import PlanRequest
+from moescale.planner.request import PlanRequest, recompute_name
 from moescale.planner.search import Search
 from moescale.planner.workload import build_workload
 from tiny import tiny_config
@@ -88,6 +88,79 @@ def test_a_registered_operator_is_planned_with_its_weights_memory_and_time(own_o
     assert "compute adapter" in after.best.time.exposed
     assert after.best.memory.breakdown["weights"] > before.best.memory.breakdown["weights"]
     assert after.best.memory.breakdown["activations moe"] > before.best.memory.breakdown["activations moe"]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "flops"),
+    [
+        ("n h, i h, h i -> n h", 2 * 2 * 10 * 4 * 7),  # up and down
+        ("n h, i h, i h, h i -> n h", 3 * 2 * 10 * 4 * 7),  # gated
+        ("n h, i h, f i, h f -> n h", 2 * 10 * (4 * 7 + 7 * 3 + 3 * 4)),
+        ("n a q, f q, v f -> n a v", 2 * 10 * 2 * (3 * 3 + 3 * 2)),  # the same product for each head
+        ("n a q, f q, h a f -> n h", 2 * 10 * 2 * (3 * 3 + 3 * 4)),
+        ("n h, a q h, v q -> n a v", 2 * 10 * 2 * (3 * 4 + 3 * 2)),
+        ("n h, e i h, e h i -> n h", 2 * 2 * 10 * 2 * 4 * 7),  # 2 experts per token
+    ],
+)
+def test_products_with_several_weights_count_every_weight(annotation: str, flops: float) -> None:
+    dims = DIMS | {"i": 7, "e": 5}
+    assert forward_flops(Operator(name="chain", annotation=annotation, kind="dense_gemm"), dims) == flops
+
+
+def test_experts_are_known_by_their_annotation_and_a_router_is_none(own_operator: Operator) -> None:
+    own = operators.register(dataclasses.replace(operators.operator("experts"), name="own_mixture"))
+    assert is_routed(own) and not is_routed(operators.operator("router")) and not is_routed(own_operator)
+    config = tiny_config()
+    plain = build_workload(config)
+    replaced = build_workload(config, extra={"moe": ("own_mixture",)}, without=("experts",))
+    assert [replaced.layer_parameters(kind) for kind in replaced.layers] == [
+        plain.layer_parameters(kind) for kind in plain.layers
+    ]
+    # Recomputing is by operator: without one called so, 'experts' is no choice.
+    request = PlanRequest(runtime_gpus=1, tokens_per_step=4096, sequence_length=128)
+    search = Search(config, load_cluster("h100-sxm"), request, replaced)
+    choices = {recompute_name(moe) for mesh in search.meshes() for _, moe in search.layer_plans(mesh)}
+    assert choices == {"none", "block"}
+
+
+def test_context_parallelism_runs_beside_attention_of_any_name(own_operator: Operator) -> None:
+    operators.register(dataclasses.replace(operators.operator("attention"), name="own_mixer"))
+    config = tiny_config()
+    request = PlanRequest(
+        runtime_gpus=2, tokens_per_step=4096, sequence_length=128, allow_unsupported=True, pins={"cp": "2"}
+    )
+    plain, replaced = (
+        Search(config, load_cluster("h100-sxm"), request, workload).run().best
+        for workload in (
+            build_workload(config),
+            build_workload(config, extra={"dense": ("own_mixer",), "moe": ("own_mixer",)}, without=("attention",)),
+        )
+    )
+    assert plain is not None and replaced is not None
+    assert replaced.time.hidden["communication cp"] == plain.time.hidden["communication cp"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotation": "n h, z h -> n z"}, "operator 'odd': dim 'z' is not known to the workload; known are a, b, c"),
+        ({"saved": (Saved(name="odd", dims="n y"),)}, "operator 'odd': dim 'y' is not known"),
+        ({"flops": lambda dims: dims["m"]}, "operator 'odd': dim 'm' is not known"),
+    ],
+)
+def test_a_dim_that_the_workload_lacks_is_refused(own_operator: Operator, changes: dict, message: str) -> None:
+    operators.register(dataclasses.replace(own_operator, name="odd", **changes))
+    with pytest.raises(ConfigError, match=message):
+        build_workload(tiny_config(), extra={"moe": ("odd",)})
+
+
+def test_kinds_layer_kinds_and_operators_that_are_not_known_are_refused(own_operator: Operator) -> None:
+    with pytest.raises(ConfigError, match=r"operator 'odd': kind \('conv'\) must be one of dense_gemm, grouped_gemm"):
+        operators.register(dataclasses.replace(own_operator, name="odd", kind="conv"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="extra: 'moee' is no layer kind; known are dense, moe, outside.*mean 'moe'"):
+        build_workload(tiny_config(), extra={"moee": ("adapter",)})
+    with pytest.raises(ConfigError, match="without: 'expert' is no operator of this model.*mean 'experts'"):
+        build_workload(tiny_config(), without=("expert",))
 
 
 def test_every_shipped_annotation_names_known_dims() -> None:

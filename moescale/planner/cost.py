@@ -295,7 +295,8 @@ class CostModel:
         dims = self.workload.dims(tokens, self.request.sequence_length)
         sent = dims["n"] * dims["k"] * dims["h"] * self.itemsize * self.request.router_imbalance
         both_ways = 2 * all_to_all_seconds(self.cluster, sent, mesh.ep, mesh.tp)
-        shared_forward, shared_backward = (_seconds_of(part.compute, "shared") for part in (forward, backward))
+        names = frozenset(name for name in forward.compute if name.startswith("shared"))
+        shared_forward, shared_backward = (_seconds_of(part.compute, names) for part in (forward, backward))
         ledger.communicate("ep", forward, both_ways, shared_forward)
         ledger.communicate("ep", backward, both_ways, shared_backward)
         if plan.recompute == "block":
@@ -315,8 +316,10 @@ class CostModel:
             width = config.num_heads * (config.qk_head_dim + config.v_head_dim)
             link = link_of(self.cluster, mesh.cp, mesh.tp)
             once = (mesh.cp - 1) * (tokens * width * self.itemsize / link.bytes_per_second + link.latency_seconds)
-            ledger.communicate("cp", forward, once, _seconds_of(forward.compute, "attention"))
-            ledger.communicate("cp", backward, 2 * once, _seconds_of(backward.compute, "attention"))
+            layers = self.workload.layers
+            names = frozenset(op.name for kind in layers for op in kind.operators if op.kind == "attention")
+            ledger.communicate("cp", forward, once, _seconds_of(forward.compute, names))
+            ledger.communicate("cp", backward, 2 * once, _seconds_of(backward.compute, names))
         if mesh.pp > 1:
             link = link_of(self.cluster, mesh.pp, mesh.tp * mesh.cp * mesh.dp_shard)
             hop = activations / link.bytes_per_second + link.latency_seconds
@@ -331,8 +334,6 @@ class CostModel:
         return 2 * ring_seconds(self.cluster, shard, mesh.dp_replicate, stride)
 
 
-def _seconds_of(compute: dict[str, float], prefix: str) -> float:
-    """Compute of the operators of a pass that communication of a kind can run beside."""
-    if prefix == "attention":
-        return compute["attention"]
-    return sum(seconds for name, seconds in compute.items() if name.startswith(prefix))
+def _seconds_of(compute: dict[str, float], names: frozenset[str]) -> float:
+    """Compute of the named operators in a pass, which communication of a kind can run beside."""
+    return sum(seconds for name, seconds in compute.items() if name in names)

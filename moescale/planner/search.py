@@ -123,6 +123,10 @@ class Search:
         self.cluster = cluster
         self.request = request
         self.workload = workload or build_workload(config)
+        # A plan names what is run again by operator, so a layer without that operator has nothing to gain from it.
+        self._moe_operators = frozenset(
+            op.name for kind in self.workload.layers if kind.name == "moe" for op in kind.operators
+        )
         self.cost = CostModel(self.workload, cluster, request)
         self.memory = MemoryModel(self.workload, cluster, request)
         self.limit = float(min(cluster.memory_bytes, request.memory_limit_bytes or cluster.memory_bytes))
@@ -201,7 +205,10 @@ class Search:
         sharded = mesh.dp_shard * mesh.cp > 1
         has_moe = self.config.num_moe_layers > 0
         has_dense = self.config.num_moe_layers < self.config.num_layers
-        for moe in self._choices("moe", RECOMPUTE_CHOICES if has_moe else ("none",), sharded and has_moe):
+        again = tuple(
+            choice for choice in RECOMPUTE_CHOICES if choice in ("none", "block") or choice in self._moe_operators
+        )
+        for moe in self._choices("moe", again if has_moe else ("none",), sharded and has_moe):
             for dense in self._choices("dense", ("none", "block") if has_dense else ("none",), sharded and has_dense):
                 yield dense, moe
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moescale.config import ModelConfig
-from moescale.operators import Operator, Tensor, operator, weight_elements
+from moescale.errors import ConfigError, nearest
+from moescale.operators import Operator, Tensor, check_dims, operator, routed_weight_elements, weight_elements
 
 _ATTENTION_START = ("attention_norm",)
 _ATTENTION_END = ("kv_down", "kv_norm", "kv_up", "mla_rope", "attention", "attention_output", "feed_forward_norm")
@@ -48,7 +49,7 @@ class Workload:
     def layer_parameters(self, kind: LayerKind) -> tuple[int, int]:
         """Parameters of one layer: (without routed experts, routed experts)."""
         dims = self.dims(1, 1)
-        routed = sum(weight_elements(op, dims) for op in kind.operators if op.name == "experts")
+        routed = sum(routed_weight_elements(op, dims) for op in kind.operators)
         everything = sum(weight_elements(op, dims) for op in kind.operators)
         return everything - routed + _biases(self.config), routed
 
@@ -73,6 +74,8 @@ def build_workload(
         extra: names of registered operators to append to a layer kind (``dense``, ``moe``, ``outside``): a model with
             an operator of the user's own.
         without: names of operators to leave out, those that such an operator replaces.
+
+    Raises ConfigError for a layer kind, an operator or a dim of one that is not known.
     """
     query = ("q_proj",) if config.q_lora_rank is None else ("q_down", "q_norm", "q_up")
     attention = (*_ATTENTION_START, *query, *_ATTENTION_END)
@@ -83,6 +86,7 @@ def build_workload(
         "outside": ("embedding", "final_norm", "linear_cross_entropy"),
     }
     counts = {"dense": config.num_layers - config.num_moe_layers, "moe": config.num_moe_layers, "outside": 1}
+    _check_names(names, extra or {}, without)
     kinds = {
         kind: LayerKind(
             name=kind,
@@ -92,7 +96,24 @@ def build_workload(
         for kind, listed in names.items()
     }
     layers = tuple(kinds[name] for name in ("dense", "moe") if counts[name])
-    return Workload(config=config, layers=layers, outside=kinds["outside"])
+    workload = Workload(config=config, layers=layers, outside=kinds["outside"])
+    dims = workload.dims(1, 1)
+    for kind in kinds.values():
+        for op in kind.operators:
+            check_dims(op, dims)
+    return workload
+
+
+def _check_names(
+    names: Mapping[str, tuple[str, ...]], extra: Mapping[str, tuple[str, ...]], without: tuple[str, ...]
+) -> None:
+    for kind in extra:
+        if kind not in names:
+            raise ConfigError(f"extra: '{kind}' is no layer kind; known are {', '.join(names)}{nearest(kind, names)}")
+    listed = {name for group in (*names.values(), *extra.values()) for name in group}
+    for name in without:
+        if name not in listed:
+            raise ConfigError(f"without: '{name}' is no operator of this model{nearest(name, listed)}")
 
 
 def model_dims(config: ModelConfig) -> dict[str, int]:
