@@ -131,7 +131,7 @@ def _request(settings: CompileSettings) -> PlanRequest:
         exact_weights=not settings.allow_stochastic_rounding,
         router_imbalance=settings.router_imbalance,
         allow_unsupported=settings.allow_unsupported,
-        pins=dict(_pair(text, "pin") for text in settings.pin),
+        pins=_pins(settings.pin),
         forbidden=frozenset(_pair(text, "forbid") for text in settings.forbid),
     )
 
@@ -151,6 +151,19 @@ def _bytes(gibibytes: float | None) -> int | None:
             f"compile.memory_limit ({gibibytes}) must be a finite number of GiB; leave it out for no limit"
         )
     return round(gibibytes * 2**30)
+
+
+def _pins(texts: tuple[str, ...]) -> dict[str, str]:
+    pins: dict[str, str] = {}
+    for text in texts:
+        name, value = _pair(text, "pin")
+        if pins.get(name, value) != value:
+            raise ConfigError(
+                f"--pin {name}={pins[name]} and --pin {name}={value} contradict each other; a decision has one value. "
+                "Keep one of them, or rule values out with --forbid"
+            )
+        pins[name] = value
+    return pins
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

@@ -24,6 +24,18 @@ DECISIONS = (
 RECOMPUTE_CHOICES = ("none", "experts", "block")
 """Keep everything; run the experts' up-projection again; run the whole block again."""
 
+VALUES: Mapping[str, tuple[str, ...]] = {
+    "dense_recompute": ("none", "block"),
+    "moe_recompute": RECOMPUTE_CHOICES,
+    "dense_reshard": ("true", "false"),
+    "moe_reshard": ("true", "false"),
+    "optimizer_state_dtype": get_args(MomentFormat),
+    "master_weight_format": get_args(MasterFormat),
+    "gradient_dtype": get_args(GradientFormat),
+    "offload_optimizer": ("true", "false"),
+}
+"""What a decision can be, as it is written in ``--pin name=value``; all others are whole numbers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
@@ -77,11 +89,48 @@ class PlanRequest:
             raise ConfigError(
                 f"compile.router_imbalance ({self.router_imbalance}) must be a number of at least 1, which is balanced"
             )
-        for name in (*self.pins, *(name for name, _ in self.forbidden)):
-            if name not in DECISIONS:
-                raise ConfigError(
-                    f"'{name}' is no decision of a plan{nearest(name, DECISIONS)}; known are {', '.join(DECISIONS)}"
-                )
+        for option, pairs in (("--pin", self.pins.items()), ("--forbid", sorted(self.forbidden))):
+            for name, value in pairs:
+                if name not in DECISIONS:
+                    raise ConfigError(
+                        f"'{name}' is no decision of a plan{nearest(name, DECISIONS)}; known are {', '.join(DECISIONS)}"
+                    )
+                self._check_value(option, name, value)
+        for name, value in self.pins.items():
+            self._check_pin(config, name, value)
+
+    def _check_value(self, option: str, name: str, value: str) -> None:
+        """Refuse what is no value of a decision at all, with any model and any number of GPUs."""
+        if name in VALUES:
+            if value not in VALUES[name]:
+                raise ConfigError(f"{option} {name}={value}: {name} must be one of {', '.join(VALUES[name])}")
+        elif not value.isdecimal() or value != str(int(value)) or value == "0":
+            raise ConfigError(
+                f"{option} {name}={value}: {name} must be one whole number of at least 1, for example {name}=2; "
+                "repeat the option for several"
+            )
+
+    def _check_pin(self, config: ModelConfig, name: str, value: str) -> None:
+        """Refuse a value that the decision has in no plan of this model, these GPUs and tokens."""
+        if name in ("pp", "cp", "tp") and value != "1" and not self.allow_unsupported:
+            raise ConfigError(
+                f"--pin {name}={value}: this version's runtime has no {name}, so {name} must be 1; plan it all the "
+                "same with --allow-unsupported"
+            )
+        if name == "master_weight_format" and self.compute_dtype == "fp32" and value != "fp32":
+            raise ConfigError(f"--pin {name}={value}: {name} must be fp32 where compile.precision is fp32")
+        whole, why = self.runtime_gpus, f"a divisor of compile.runtime_gpus ({self.runtime_gpus})"
+        if name == "micro_batch_sequences":
+            whole = self.tokens_per_step // self.sequence_length
+            why = f"a divisor of the {whole} sequences of compile.tokens_per_step ({self.tokens_per_step})"
+        elif name == "ep":
+            whole = math.gcd(whole, config.num_experts or 1)
+            why += f" and of model.num_experts ({config.num_experts or 'none, so 1'})"
+        elif name in VALUES:
+            return
+        if whole % int(value):
+            allowed = ", ".join(str(size) for size in range(1, whole + 1) if whole % size == 0)
+            raise ConfigError(f"--pin {name}={value}: {name} must be {why}: one of {allowed}")
 
     def allows(self, name: str, value: object) -> bool:
         """Whether pins and prohibitions leave ``value`` for the decision ``name``."""

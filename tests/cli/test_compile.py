@@ -72,6 +72,7 @@ def test_where_nothing_fits_the_nearest_misses_and_remedies_are_told(capsys: pyt
         (["--plan-gpus", "many"], "must be a number of GPUs, or auto"),
         (["--plan-gpus", "3", "--runtime-gpus", "8"], "must be a multiple"),
         (["--pin", "ep"], "must have the form name=value"),
+        (["--pin", "ep=4", "--pin", "ep=2"], "--pin ep=4 and --pin ep=2 contradict each other"),
         (["--pin", "epp=4"], "'epp' is no decision of a plan"),
         (["--memory-limit", "-3"], "must be positive"),
         (["--memory-limit", "nan"], "compile.memory_limit (nan) must be a finite number of GiB"),

@@ -31,7 +31,29 @@ REQUEST = PlanRequest(runtime_gpus=4, tokens_per_step=4096, sequence_length=256)
         ({"router_imbalance": float("inf")}, r"compile.router_imbalance \(inf\) must be a number of at least 1"),
         ({"pins": {"epp": "2"}}, "'epp' is no decision of a plan, did you mean 'ep'|'epp' is no decision of a plan"),
         ({"forbidden": frozenset({("mesh", "1")})}, "'mesh' is no decision of a plan"),
-        ({"pins": {"ep": "3"}}, r"no plan satisfies the pins \(ep=3\)"),
+        (
+            {"pins": {"ep": "3"}},
+            r"--pin ep=3: ep must be a divisor of .*runtime_gpus \(4\) and of model.num_experts \(8\): one of 1, 2, 4$",
+        ),
+        ({"pins": {"ep": "banana"}}, r"--pin ep=banana: ep must be one whole number of at least 1"),
+        ({"pins": {"ep": "02"}}, r"--pin ep=02: ep must be one whole number of at least 1"),
+        ({"pins": {"dp_shard": "8"}}, r"--pin dp_shard=8: dp_shard must be a divisor .* one of 1, 2, 4$"),
+        ({"pins": {"micro_batch_sequences": "3"}}, r"must be a divisor of the 16 sequences .* one of 1, 2, 4, 8, 16$"),
+        ({"pins": {"optimizer_state_dtype": "fp8"}}, r"--pin optimizer_state_dtype=fp8: .* one of fp32, bf16, int8$"),
+        ({"pins": {"moe_reshard": "yes"}}, r"--pin moe_reshard=yes: moe_reshard must be one of true, false$"),
+        (
+            {"pins": {"pp": "2"}},
+            r"--pin pp=2: this version's runtime has no pp, so pp must be 1; .*--allow-unsupported",
+        ),
+        (
+            {"pins": {"master_weight_format": "bf16_remainder"}, "compute_dtype": "fp32"},
+            "must be fp32 where compile.precision is fp32",
+        ),
+        (
+            {"forbidden": frozenset({("ep", "1,2")})},
+            r"--forbid ep=1,2: ep must be one whole number .*repeat the option",
+        ),
+        ({"forbidden": frozenset({("gradient_dtype", "fp8")})}, r"--forbid gradient_dtype=fp8: .* one of fp32, bf16$"),
         ({"pins": {"ep": "2"}, "forbidden": frozenset({("ep", "2")})}, r"no plan satisfies the pins \(ep=2\) and"),
     ],
 )

@@ -191,7 +191,7 @@ def brute_force(problem: Problem) -> list[Point]:
 def test_the_plan_is_that_of_trying_every_combination(problem: Problem) -> None:
     points = brute_force(problem)
     if not points:
-        with pytest.raises(ConfigError, match="divisible|together"):
+        with pytest.raises(ConfigError, match="divisible|together|must be a divisor"):
             problem.solve()
         return
     result = problem.solve()
