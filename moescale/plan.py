@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
 
 PLAN_FORMAT = 1
+RECOMPUTABLE_OPERATORS = ("experts",)
+"""Operators of an MoE layer that a plan can name to be run again by themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +213,9 @@ def validate(plan: ParallelPlan) -> None:
         if value < 1:
             raise ConfigError(f"plan.{name} ({value}) must be at least 1")
     _check_mesh(plan)
+    _check_recompute(plan)
+    if plan.prediction is not None:
+        _check_prediction(plan.prediction)
     tokens = plan.sequence_length * plan.micro_batch_sequences * plan.gradient_accumulation_steps
     tokens *= plan.mesh.dp_replicate * plan.mesh.dp_shard
     if plan.tokens_per_step != tokens:
@@ -225,6 +231,26 @@ def validate(plan: ParallelPlan) -> None:
                 raise ConfigError(
                     f"plan.{name} ('{getattr(plan, name)}') must be fp32 where plan.compute_dtype is fp32"
                 )
+
+
+def _check_recompute(plan: ParallelPlan) -> None:
+    for kind, known in (("dense_layers", ()), ("moe_layers", RECOMPUTABLE_OPERATORS)):
+        recompute = getattr(plan, kind).recompute
+        for name in () if isinstance(recompute, str) else recompute:
+            if name not in known:
+                raise ConfigError(
+                    f"plan.{kind}.recompute ('{name}') must be none, block, or of these operators: "
+                    f"{', '.join(known) or 'nothing less'}; compile the plan with this version"
+                )
+
+
+def _check_prediction(prediction: Prediction) -> None:
+    for name, value in vars(prediction).items():
+        figures = value if isinstance(value, dict) else {"": value}
+        for part, figure in figures.items():
+            if not isinstance(figure, str) and not 0 <= figure < math.inf:
+                path = f"plan.prediction.{name}" + (f".{part}" if part else "")
+                raise ConfigError(f"{path} ({figure}) must be a finite number of at least 0; compile the plan again")
 
 
 def _check_mesh(plan: ParallelPlan) -> None:
@@ -275,14 +301,18 @@ def _value(kind: Any, value: Any, path: str) -> Any:
         return tuple(_value(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: _value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
-    if arguments and origin not in (tuple, dict):  # a union: the first member that takes the value
-        for member in arguments:
-            try:
-                return _value(member, value, path)
-            except ConfigError as error:
-                last = error
-        raise last
+    if arguments and origin not in (tuple, dict):
+        return _value(_member(arguments, value), value, path)
     return _scalar(kind, value, path)
+
+
+def _member(members: tuple[Any, ...], value: Any) -> Any:
+    """The member of a union that is meant by a value, so that an error tells of that one alone."""
+    if value is None and type(None) in members:
+        return type(None)
+    others = [member for member in members if member is not type(None)]
+    lists = [member for member in others if typing.get_origin(member) is tuple]
+    return lists[0] if lists and isinstance(value, list) else others[0]
 
 
 def _scalar(kind: Any, value: Any, path: str) -> Any:
@@ -292,5 +322,6 @@ def _scalar(kind: Any, value: Any, path: str) -> Any:
         return float(value)
     if not isinstance(kind, type) or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         name = getattr(kind, "__name__", str(kind))
-        raise ConfigError(f"{path} ({value!r}) must be of type {name}")
+        shown = f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)
+        raise ConfigError(f"{path} ({shown}) must be of type {name}")
     return value

@@ -20,7 +20,7 @@ def plan(**overrides) -> ParallelPlan:
         micro_batch_sequences=2,
         gradient_accumulation_steps=3,
         dense_layers=LayerPlan(recompute="block"),
-        moe_layers=LayerPlan(recompute=("experts_up", "swiglu"), reshard_after_forward=False),
+        moe_layers=LayerPlan(recompute=("experts",), reshard_after_forward=False),
         compute_dtype="bf16",
         optimizer_state_dtype="int8",
         master_weight_format="bf16_remainder",
@@ -39,6 +39,10 @@ def plan(**overrides) -> ParallelPlan:
 
 def edited(**changes) -> str:
     return json.dumps(json.loads(plan().to_json()) | changes)
+
+
+def predicted(**changes) -> dict:
+    return json.loads(plan().to_json())["prediction"] | changes
 
 
 def test_a_plan_survives_its_file(tmp_path):
@@ -69,6 +73,32 @@ def test_a_plan_that_cannot_be_written_names_its_path(tmp_path):
         ({"plan_gpus": "4"}, r"plan\.plan_gpus \('4'\) must be of type int"),
         ({"plan_gpus": True}, r"plan\.plan_gpus \(True\) must be of type int"),
         ({"dense_layers": {"recompute": "some"}}, r"plan\.dense_layers\.recompute"),
+        ({"moe_layers": {"recompute": ["banana"]}}, r"plan\.moe_layers\.recompute \('banana'\) must be .*: experts;"),
+        (
+            {"dense_layers": {"recompute": ["experts"]}},
+            r"plan\.dense_layers\.recompute \('experts'\) must be none, block",
+        ),
+        ({"moe_layers": {"recompute": [1]}}, r"plan\.moe_layers\.recompute\[0\] \(1\) must be of type str"),
+        (
+            {"prediction": predicted(step_seconds="2")},
+            r"^plan\.prediction\.step_seconds \('2'\) must be of type float$",
+        ),
+        (
+            {"prediction": predicted(peak_bytes={"a": 1})},
+            r"^plan\.prediction\.peak_bytes \(a dict\) must be of type int$",
+        ),
+        ({"prediction": predicted(breakdown_bytes=[1])}, r"plan\.prediction\.breakdown_bytes \(a list\) must be"),
+        (
+            {"prediction": predicted(step_seconds=float("nan"))},
+            r"plan\.prediction\.step_seconds \(nan\) must be a finite",
+        ),
+        ({"prediction": predicted(tokens_per_second=float("inf"))}, r"tokens_per_second \(inf\) must be a finite"),
+        (
+            {"prediction": predicted(peak_bytes=-1)},
+            r"plan\.prediction\.peak_bytes \(-1\) must be a finite number of at",
+        ),
+        ({"prediction": predicted(breakdown_seconds={"a": -1})}, r"prediction\.breakdown_seconds\.a \(-1\.0\) must be"),
+        ({"prediction": [1]}, r"^plan\.prediction must be an object, not list$"),
         ({"format": 99}, r"format \(99\) must be 1"),
     ],
 )
