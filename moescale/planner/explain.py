@@ -18,6 +18,7 @@ from rich.table import Table
 from moescale.planner.remedies import find_remedies
 from moescale.planner.request import decision_text
 from moescale.planner.search import Evaluated, PlanResult, alternative_summary, excess_bytes, excess_text, limits_text
+from moescale.planner.timeline import Span, step_timeline
 from moescale.planner.workload import build_workload
 
 GIB = 2**30
@@ -74,6 +75,8 @@ def explain_html(result: PlanResult) -> str:
             tokens_per_second=result.request.tokens_per_step / shown.time.total,
             time_parts=_shares(group_time(shown), shown.time.total),
             hidden={name: seconds for name, seconds in shown.time.hidden.items() if seconds > 0},
+            lanes=_lanes(result, shown),
+            micro_batches=shown.candidate.gradient_accumulation_steps,
             memory_parts=_shares(shown.memory.breakdown, max(result.limit_bytes, shown.memory.total)),
             peak_gib=shown.memory.total / GIB,
             limit_gib=result.limit_bytes / GIB,
@@ -219,20 +222,36 @@ def _miss_json(result: PlanResult, miss: Evaluated) -> dict[str, Any]:
     }
 
 
+COLORS = (
+    *("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2"),
+    *("#b279a2", "#ff9da6", "#9d755d", "#bab0ac", "#eeca3b"),
+)
+
+
 def _shares(parts: dict[str, float], total: float) -> list[dict[str, Any]]:
-    colors = (
-        "#4c78a8",
-        "#f58518",
-        "#54a24b",
-        "#e45756",
-        "#72b7b2",
-        "#b279a2",
-        "#ff9da6",
-        "#9d755d",
-        "#bab0ac",
-        "#eeca3b",
-    )
     return [
-        {"name": name, "value": value, "percent": 100 * value / total, "color": colors[index % len(colors)]}
+        {"name": name, "value": value, "percent": 100 * value / total, "color": COLORS[index % len(COLORS)]}
         for index, (name, value) in enumerate(item for item in parts.items() if item[1] > 0)
+    ]
+
+
+def _lanes(result: PlanResult, shown: Evaluated) -> list[dict[str, Any]]:
+    """The step's timeline: a lane of what takes time, and one for each axis whose communication is hidden beneath."""
+    timeline, total = step_timeline(result, shown), shown.time.total
+
+    def drawn(spans: tuple[Span, ...], color: str | None = None) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": span.name,
+                "seconds": span.seconds,
+                "left": 100 * span.start / total,
+                "width": 100 * span.seconds / total,
+                "color": color or COLORS[index % len(COLORS)],
+            }
+            for index, span in enumerate(spans)
+        ]
+
+    return [
+        {"name": "", "spans": drawn(timeline.spans)},
+        *({"name": f"{name}, hidden", "spans": drawn(spans, "#888")} for name, spans in timeline.hidden.items()),
     ]

@@ -1,0 +1,94 @@
+"""A step as a sequence of spans, for the page: what runs when, and the communication hidden beneath it.
+
+The cost model adds a step up by what it goes to; here the same seconds are put in order. Micro-batches are drawn as
+one. Communication hidden on an axis is drawn beneath the spans it runs beside (:mod:`moescale.planner.cost`), divided
+among them by their length: how much of it falls in which is not part of a prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moescale.planner.cost import CostModel
+from moescale.planner.search import Evaluated, PlanResult
+from moescale.planner.workload import LayerKind, build_workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A part of a step, in seconds from its start."""
+
+    name: str
+    start: float
+    seconds: float
+
+    @property
+    def end(self) -> float:
+        return self.start + self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """The spans of a step, which fill it without a gap, and beneath them a lane for every axis that is hidden."""
+
+    spans: tuple[Span, ...]
+    hidden: dict[str, tuple[Span, ...]]
+
+
+def step_timeline(result: PlanResult, evaluated: Evaluated) -> Timeline:
+    """Put the parts of ``evaluated.time`` in the order of a step."""
+    spans: list[Span] = []
+    for name, seconds in _parts(result, evaluated):
+        if seconds > 0:
+            spans.append(Span(name=name, start=spans[-1].end if spans else 0.0, seconds=seconds))
+    hidden = {name: seconds for name, seconds in evaluated.time.hidden.items() if seconds > 0}
+    return Timeline(
+        spans=tuple(spans), hidden={name: _beneath(name, seconds, spans) for name, seconds in hidden.items()}
+    )
+
+
+def _parts(result: PlanResult, evaluated: Evaluated) -> Iterator[tuple[str, float]]:
+    """Name and seconds of every span, in order."""
+    candidate = evaluated.candidate
+    mesh = candidate.mesh
+    workload = build_workload(result.config)
+    cost = CostModel(workload, result.cluster, result.request)
+    dims = workload.dims(
+        candidate.micro_batch_sequences * result.request.sequence_length // mesh.cp, result.request.sequence_length
+    )
+
+    def compute(kind: LayerKind) -> tuple[float, float]:
+        times = [cost._operator_seconds(op, dims, mesh.tp, mesh.ep) for op in kind.operators]
+        count = kind.count if kind is workload.outside else kind.count / mesh.pp
+        scale = count * candidate.gradient_accumulation_steps
+        return scale * sum(time[0] for time in times), scale * sum(time[1] for time in times)
+
+    layers = [(kind.name, *compute(kind)) for kind in workload.layers]
+    rest = {name: seconds for name, seconds in evaluated.time.exposed.items() if not name.startswith("compute ")}
+    last = [(name, rest.pop(name, 0.0)) for name in ("communication dp_replicate", "optimizer", "step overhead")]
+    for name, forward, _ in layers:
+        yield f"forward, {name} layers", forward
+    yield "embedding and loss", sum(compute(workload.outside))
+    yield "recompute", rest.pop("recompute", 0.0)
+    for name, _, backward in reversed(layers):
+        yield f"backward, {name} layers", backward
+    for name, seconds in rest.items():  # spread over both passes; what of it delays them is drawn behind them
+        yield name.replace("communication", "waiting for communication"), seconds
+    for name, seconds in last:
+        yield name.replace("communication", "waiting for communication"), seconds
+
+
+def _beneath(name: str, seconds: float, spans: list[Span]) -> tuple[Span, ...]:
+    if name == "communication dp_replicate":  # once a step, at the end of the backward
+        end = max(span.end for span in spans if span.name.startswith("backward"))
+        return (Span(name="beneath the last backward", start=end - seconds, seconds=seconds),)
+    if name == "communication ep":  # beside the shared experts
+        starts: tuple[str, ...] = ("forward, moe", "backward, moe")
+    elif name == "communication dp_shard":  # beside whatever is computed
+        starts = ("forward", "embedding and loss", "recompute", "backward")
+    else:
+        starts = ("forward", "backward")
+    beside = [span for span in spans if span.name.startswith(starts)]
+    share = seconds / sum(span.seconds for span in beside)
+    return tuple(Span(name=f"beneath {span.name}", start=span.start, seconds=share * span.seconds) for span in beside)
