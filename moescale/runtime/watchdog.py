@@ -4,6 +4,10 @@ Every rank tells a key-value store once in a while that it lives, its step, and 
 others the collective it waits in, which is read from their stacks and costs the training nothing. A rank whose own
 progress stops for ``hang_seconds``, or that misses another one for ``lost_seconds``, names the culprit and leaves. So
 no rank has to judge for the others, and it does not matter which one fails.
+
+The process that holds the store may be the one that freezes, and a call to a frozen store never returns: its timeout
+bounds the wait for a key, not for an answer. Therefore one thread talks to the store and another one judges by the
+time since the store answered last.
 """
 
 from __future__ import annotations
@@ -15,8 +19,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
-from typing import Any
 
 import torch.distributed as dist
 
@@ -65,28 +69,39 @@ class Watchdog:
         hang_seconds: float,
         lost_seconds: float = 20.0,
         interval_seconds: float = 1.0,
+        store_held_by_first: bool = True,
         leave: Callable[[str], None] | None = None,
     ) -> None:
-        """``leave`` is called with the verdict, in another thread; by default it prints it and ends the process."""
+        """``leave`` is called with the verdict, in another thread; by default it prints it and ends the process.
+
+        ``store_held_by_first``: the store lives in the first rank, not in a process beside the ranks.
+        """
         self.ranks = ranks
         self.hang_seconds = hang_seconds
         self.lost_seconds = lost_seconds
         self.interval_seconds = interval_seconds
         self._leave = leave or self._print_and_exit
-        self._store = store
+        self._store_held_by_first = store_held_by_first
+        # A connection of its own: the main thread may wait in the other one for minutes, for a key of a slow rank.
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # absent from torch's stubs
+        self._store.set_timeout(timedelta(seconds=lost_seconds))
         self._main_thread = threading.get_ident()
         self._step, self._phase, self._progressed = 0, "start", time.monotonic()
         self._count = 0
         self._seen: dict[int, tuple[Beat, float]] = {}
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._answered, self._store_failed = time.monotonic(), False
+        self._left: str | None = None
+        self._stopped, self._judged = threading.Event(), threading.Event()
+        self._talker = threading.Thread(target=self._talk, name="moescale-watchdog-store", daemon=True)
+        self._judge = threading.Thread(target=self._watch, name="moescale-watchdog", daemon=True)
 
     def start(self) -> None:
         """Begin to watch. A collective: every rank's first beat is there when it returns."""
         self._beat()
         self.ranks.gather(None)
-        self._thread = threading.Thread(target=self._watch, name="moescale-watchdog", daemon=True)
-        self._thread.start()
+        self._progressed = self._answered = time.monotonic()
+        self._talker.start()
+        self._judge.start()
 
     def progress(self, step: int, phase: str) -> None:
         """Note that ``step`` steps are done and that ``phase`` of the next one begins."""
@@ -94,11 +109,13 @@ class Watchdog:
 
     def stop(self, left: str | None = None) -> None:
         """End watching; with ``left`` tell the others why this rank goes before them."""
+        self._left = left
+        self._judged.set()
         self._stopped.set()
-        if self._thread is not None:
-            self._thread.join(self.interval_seconds + 1)
-        if left is not None:
-            self._try_store(lambda: self._beat(left))
+        if self._talker.ident is not None:
+            self._talker.join(self.interval_seconds + 1)  # no longer: it may be stuck at a store that is frozen
+        if left is not None and self.ranks.is_first and self._store_held_by_first and not self._store_failed:
+            time.sleep(3 * self.interval_seconds)  # the store goes with this rank, so the others must read it first
 
     def diagnose(self, cause: str) -> str:
         """Who is to blame that a collective failed on this rank; waits until the others had time to tell.
@@ -106,47 +123,70 @@ class Watchdog:
         Args:
             cause: the error as the collective raised it.
         """
+        self._judged.set()  # the judge would answer without the cause
         place = self._my_beat().place
         deadline = time.monotonic() + self.lost_seconds
         while time.monotonic() < deadline:
-            if not self._try_store(self._read):
-                return self._verdict(0, "is gone with the store that it holds", place, cause)
-            for rank, (beat, _) in sorted(self._seen.items()):
+            for rank, (beat, _) in sorted(self._seen.copy().items()):
                 if beat.left is not None and not beat.left.startswith(FAILED_PREFIX):
                     return self._verdict(rank, f"has left: {beat.left}", place, cause)
-            lost = [
-                rank for rank, (_, since) in self._seen.items() if time.monotonic() - since > 5 * self.interval_seconds
-            ]
+            if self._store_failed:
+                return self._verdict_on_store("is gone", place, cause)
+            lost = self._silent_for(5 * self.interval_seconds)
             if lost:
-                return self._verdict(min(lost), "died or is out of reach", place, cause)
+                return self._verdict(lost[0], "died or is out of reach", place, cause)
             time.sleep(self.interval_seconds / 2)
-        return self._verdict(None, "", place, cause)
+        if time.monotonic() - self._answered > self.lost_seconds / 2:
+            return self._verdict_on_store("does not answer", place, cause)
+        return self._verdict(None, "a collective failed, though every rank answers", place, cause)
+
+    def _talk(self) -> None:
+        """What the thread does that may be stuck at the store: tell the others of this rank, read of them."""
+        while True:
+            stopped = self._stopped.wait(self.interval_seconds)
+            if stopped and self._left is None:
+                return
+            try:
+                self._beat(self._left)
+                self._read()
+                self._answered, self._store_failed = time.monotonic(), False
+            except RuntimeError:  # what every kind of store error derives from
+                self._store_failed = True
+            if stopped:
+                return
 
     def _watch(self) -> None:
-        store_failing_since = None
-        while not self._stopped.wait(self.interval_seconds):
-            if self._try_store(self._beat_and_read):
-                store_failing_since = None
-            else:
-                store_failing_since = store_failing_since or time.monotonic()
-                if time.monotonic() - store_failing_since > self.lost_seconds:
-                    return self._leave(self._verdict(0, "is gone with the store that it holds", self._my_beat().place))
-            now = time.monotonic()
-            for rank, (beat, since) in sorted(self._seen.items()):
-                if beat.left is None and now - since > self.lost_seconds:
-                    return self._leave(self._verdict(rank, "died or is out of reach", self._my_beat().place))
-            if now - self._progressed > self.hang_seconds:
-                return self._leave(self._verdict(self._slowest(), "hangs", self._my_beat().place))
+        while not self._judged.wait(self.interval_seconds):
+            verdict = self._find_failure(time.monotonic())
+            if verdict is not None:
+                return self._leave(verdict)
+
+    def _find_failure(self, now: float) -> str | None:
+        if now - self._answered > self.lost_seconds:
+            what = "is gone" if self._store_failed else f"has not answered for {self.lost_seconds:.0f} s"
+            return self._verdict_on_store(what, self._my_beat().place)
+        lost = self._silent_for(self.lost_seconds)
+        if lost:
+            beat = self._seen[lost[0]][0]
+            what = "died or is out of reach" if beat.left is None else f"has left: {beat.left}"
+            return self._verdict(lost[0], what, self._my_beat().place)
+        if now - self._progressed > self.hang_seconds:
+            return self._verdict(self._slowest(), "hangs", self._my_beat().place)
+        return None
+
+    def _silent_for(self, seconds: float) -> list[int]:
+        """Ranks without a beat for so long. The time in which the store did not answer is not held against them."""
+        return sorted(rank for rank, (_, since) in self._seen.copy().items() if self._answered - since > seconds)
 
     def _slowest(self) -> int:
         """The rank that the others wait for: of those not in a collective, or else of all, the furthest behind."""
-        beats = {rank: beat for rank, (beat, _) in self._seen.items()} | {self.ranks.rank: self._my_beat()}
+        beats = {rank: beat for rank, (beat, _) in self._seen.copy().items()} | {self.ranks.rank: self._my_beat()}
         return min(beats, key=lambda rank: (beats[rank].in_collective, beats[rank].step, rank))
 
     def _verdict(self, culprit: int | None, what: str, place: str, cause: str | None = None) -> str:
         text = f"rank {self.ranks.rank} of {self.ranks.size}, step {self._step + 1} ({self._phase}), {place}: "
         if culprit is None:
-            text += "a collective failed, though every rank answers"
+            text += what
         else:
             text += f"rank {culprit} {what}"
             beat = self._my_beat() if culprit == self.ranks.rank else self._seen.get(culprit, (None, 0))[0]
@@ -156,9 +196,10 @@ class Watchdog:
             text += f" [{cause.strip().splitlines()[0][:200]}]"
         return text + ". The same command resumes from the newest checkpoint"
 
-    def _beat_and_read(self) -> None:
-        self._beat()
-        self._read()
+    def _verdict_on_store(self, what: str, place: str, cause: str | None = None) -> str:
+        if self._store_held_by_first:
+            return self._verdict(0, f"died or is frozen: the store that it holds {what}", place, cause)
+        return self._verdict(None, f"the machine of torchrun's store died or is frozen: the store {what}", place, cause)
 
     def _beat(self, left: str | None = None) -> None:
         self._count += 1
@@ -173,13 +214,6 @@ class Watchdog:
             known = self._seen.get(rank)
             if known is None or known[0].count != beat.count:
                 self._seen[rank] = (beat, time.monotonic())
-
-    def _try_store(self, action: Callable[[], Any]) -> bool:
-        try:
-            action()
-        except RuntimeError:  # what every kind of store error derives from
-            return False
-        return True
 
     def _my_beat(self, left: str | None = None) -> Beat:
         place, in_collective = _place(sys._current_frames(), self._main_thread)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -108,3 +112,53 @@ def quiet_run() -> list[str]:
 
 def test_a_run_that_gets_on_is_left_alone(three_ranks):
     assert three_ranks.run(quiet_run) == [[], [], []]
+
+
+def wait_for_a_verdict_on_a_frozen_store(port: int, holder: int, hang_seconds: float) -> tuple[list[str], float]:
+    verdicts: list[str] = []
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    watchdog = Watchdog(
+        current_ranks(),
+        dist.PrefixStore(f"frozen-{hang_seconds}", store),
+        hang_seconds=hang_seconds,
+        lost_seconds=2.0,
+        interval_seconds=0.1,
+        leave=verdicts.append,
+    )
+    watchdog.start()
+    dist.barrier()
+    frozen = time.monotonic()
+    if current_ranks().rank == 1:
+        os.kill(holder, signal.SIGSTOP)
+    while not verdicts and time.monotonic() < frozen + 20:
+        time.sleep(0.05)
+    noticed = time.monotonic()
+    watchdog.stop(left="a verdict")
+    assert time.monotonic() - noticed < 5, "stopping waited for the store"
+    dist.barrier()
+    return verdicts, noticed - frozen
+
+
+@pytest.fixture
+def store_of_another_process():
+    code = (
+        "import time, torch.distributed as dist\n"
+        "store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
+        "print(store.port, flush=True)\n"
+        "time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    yield int(process.stdout.readline()), process.pid
+    process.kill()
+    process.communicate()
+
+
+def test_a_store_that_freezes_with_its_holder_ends_the_others_in_time(three_ranks, store_of_another_process):
+    for verdicts, seconds in three_ranks.run(wait_for_a_verdict_on_a_frozen_store, *store_of_another_process, 60.0):
+        assert "rank 0 died or is frozen: the store that it holds has not answered for 2 s" in verdicts[0]
+        assert seconds < 10
+
+
+def test_a_hang_is_noticed_though_the_store_does_not_answer(three_ranks, store_of_another_process):
+    for verdicts, _ in three_ranks.run(wait_for_a_verdict_on_a_frozen_store, *store_of_another_process, 1.0):
+        assert " hangs; last seen in step 1" in verdicts[0]
