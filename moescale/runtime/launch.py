@@ -7,9 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,7 +53,8 @@ def join_ranks(device: torch.device, *, hang_seconds: float = 600.0) -> Iterator
 
     Args:
         device: its type counts; on CUDA each process takes the GPU of its local rank.
-        hang_seconds: a run without progress for so long is ended, naming the rank to blame.
+        hang_seconds: a run without progress for so long is ended, naming the rank to blame; so is one that a rank
+            has not joined by then.
     """
     if not was_launched():
         yield Membership(ranks=ONE_RANK, device=device, watchdog=None)
@@ -60,12 +62,8 @@ def join_ranks(device: torch.device, *, hang_seconds: float = 600.0) -> Iterator
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # Numbers that the hosts exchange go by gloo, past the accelerators' queues.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    ranks = current_ranks()
-    store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
-    watchdog = Watchdog(ranks, store, hang_seconds=hang_seconds)
-    watchdog.start()
+    watchdog = _meet(device, hang_seconds)
+    ranks = watchdog.ranks
     try:
         yield Membership(ranks=ranks, device=device, watchdog=watchdog)
         ranks.gather(None)  # the first rank holds the watchdogs' store, so nobody goes before all are done
@@ -78,6 +76,94 @@ def join_ranks(device: torch.device, *, hang_seconds: float = 600.0) -> Iterator
         raise
     watchdog.stop()
     dist.destroy_process_group()
+
+
+def _meet(device: torch.device, hang_seconds: float) -> Watchdog:
+    """Wait for the other ranks, connect to them and begin to watch them, each within ``hang_seconds``."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    held_by_first = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    who, missing = f"rank {rank} of {size}, before the first step", [other for other in range(size) if other != rank]
+    try:
+        # A call to a frozen process may not return by itself; what can be said in time is raised as an error.
+        with _ending_after(hang_seconds + 10, lambda: f"{who}: {_arrival_text(missing, hang_seconds)}"):
+            store = _wait_for_all(missing, rank, held_by_first, hang_seconds)
+        with _ending_after(hang_seconds, lambda: f"{who}: the ranks did not connect in {hang_seconds:.0f} s"):
+            # Numbers that the hosts exchange go by gloo, past the accelerators' queues.
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            group_store = dist.PrefixStore("default_pg", store)
+            dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+            watchdog = Watchdog(
+                current_ranks(),
+                dist.PrefixStore("watchdog", store),
+                hang_seconds=hang_seconds,
+                store_held_by_first=held_by_first,
+            )
+            watchdog.start()
+    except RuntimeError as error:
+        cause = str(error).strip().splitlines()[0][:200]
+        absent = f"; {_arrival_text(missing, hang_seconds)}" if missing else ""
+        raise RankFailure(f"{who}: the ranks could not connect [{cause}]{absent}") from error
+    return watchdog
+
+
+def _wait_for_all(missing: list[int], rank: int, held_by_first: bool, seconds: float) -> dist.Store:
+    """Open the store and take from ``missing`` every rank that has arrived, until none is left.
+
+    Here, not in torch's rendezvous, which cannot say who is missing, nor be interrupted by a signal.
+    """
+    deadline = time.monotonic() + seconds
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    holds_store = held_by_first and rank == 0
+    while not holds_store:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                holder = "rank 0, which holds" if held_by_first else "torchrun, which holds"
+                raise RankFailure(
+                    f"rank {rank}, before the first step: {holder} the store at {host}:{port}, could not be reached "
+                    f"within {seconds:.0f} s ({error}); see whether it has started, and whether MASTER_ADDR is right"
+                ) from error
+            time.sleep(0.2)
+    store = dist.TCPStore(
+        host, port, is_master=holds_store, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False, multi_tenant=True
+    )
+    store.set(f"arrived/{rank}", "")
+    while missing:
+        if store.check([f"arrived/{missing[0]}"]):
+            missing.pop(0)
+        elif time.monotonic() > deadline:
+            missing[:] = [other for other in missing if not store.check([f"arrived/{other}"])]
+            raise RankFailure(f"rank {rank}, before the first step: {_arrival_text(missing, seconds)}")
+        else:
+            time.sleep(0.1)
+    return store
+
+
+def _arrival_text(missing: Sequence[int], seconds: float) -> str:
+    names = ", ".join(str(rank) for rank in missing[:16]) + (f" and {len(missing) - 16} more" * (len(missing) > 16))
+    return (
+        f"rank{'s' * (len(missing) > 1)} {names} did not arrive within {seconds:.0f} s (--hang-seconds); "
+        "see their logs and machines, then start again"
+    )
+
+
+@contextmanager
+def _ending_after(seconds: float, verdict: Callable[[], str]) -> Iterator[None]:
+    """End the process with ``verdict`` if the body takes longer than ``seconds``, whatever it is stuck in."""
+
+    def end() -> None:
+        print(f"error: {verdict()}", file=sys.stderr, flush=True)
+        os._exit(RankFailure.exit_status)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _is_of_a_collective(error: Exception) -> bool:

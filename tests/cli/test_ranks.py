@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -109,6 +110,25 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path, model_folder, stdlib_
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 4
     assert "rank 1 was ended by SIGKILL" in errors
+
+
+@pytest.mark.parametrize(("present", "absent"), [(0, 1), (1, 0)])
+def test_a_rank_that_never_arrives_is_named_in_time(tmp_path, model_folder, stdlib_corpus, present, absent):
+    plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": present, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = subprocess.run(
+        command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--hang-seconds", 2),
+        env=os.environ | {name: str(value) for name, value in alone.items()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 4, done.stderr
+    assert f"rank {present}, before the first step: rank {absent}" in done.stderr
+    assert "within 2 s" in done.stderr
 
 
 def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
