@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -24,6 +25,8 @@ from moescale.runtime.watchdog import FAILED_PREFIX, RankFailure, Watchdog
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Of the back ends themselves; the watchdog is there long before."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl."""
 GRACE_SECONDS = 30.0
 """How long the other local ranks may take to tell what they saw, after one has ended badly."""
 
@@ -179,7 +182,8 @@ def run_local_ranks(count: int, arguments: Sequence[str], logs: Path) -> int:
     """Run ``moescale`` with ``arguments`` as ``count`` local processes, and return the run's exit status.
 
     The first rank has this process's terminal, the others write to ``logs/rank-N.log``. A signal to stop goes on to
-    every rank. Where one ends badly, the others get GRACE_SECONDS to tell what they saw, then they are killed.
+    every rank. Where one ends badly, the others get GRACE_SECONDS to tell what they saw, then they are killed. Where
+    this process itself is killed, the ranks get SIGTERM (on Linux): they save and leave.
     """
     logs.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
@@ -201,11 +205,26 @@ def run_local_ranks(count: int, arguments: Sequence[str], logs: Path) -> int:
                     stderr=output,
                     # Ctrl-C reaches the terminal's whole group: the ranks get it from here only, once.
                     start_new_session=True,
+                    preexec_fn=_ending_with(os.getpid()),
                 )
             )
         with _passing_on_signals(processes):
             _wait(processes)
     return _status([process.returncode for process in processes])
+
+
+def _ending_with(launcher: int) -> Callable[[], None] | None:
+    """What a rank does before it becomes Python: ask the kernel for SIGTERM when its launcher dies, even by SIGKILL."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # found here: after the fork only what cannot deadlock is safe
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # it died before the kernel knew
+            os._exit(RankFailure.exit_status)
+
+    return ask
 
 
 def _wait(processes: list[subprocess.Popen]) -> None:

@@ -105,11 +105,48 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path, model_folder, stdlib_
         text=True,
     )
     wait_for_step(process, output, 2)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
+    os.kill(int(children_of(process)[1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 4
     assert "rank 1 was ended by SIGKILL" in errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell children that their parent died")
+def test_ranks_save_and_leave_when_their_launcher_is_killed(tmp_path, model_folder, stdlib_corpus):
+    plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2)
+    output = tmp_path / "run"
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            command(model_folder, stdlib_corpus, plan, output, "--steps", 100_000),
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+    wait_for_step(process, output, 2)
+    children = [Path("/proc", pid) for pid in children_of(process)]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(is_alive(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [child for child in children if is_alive(child)]
+    for child in left:
+        os.kill(int(child.name), signal.SIGKILL)
+    assert not left
+    assert "stopped by SIGTERM after step" in (tmp_path / "errors").read_text()
+    assert list((output / "checkpoints").glob("step-*"))
+
+
+def children_of(process: subprocess.Popen) -> list[str]:
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def is_alive(process: Path) -> bool:
+    """Whether it runs; one that nobody waits for stays as a zombie where the first process adopts none."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.parametrize(("present", "absent"), [(0, 1), (1, 0)])
