@@ -11,15 +11,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from moescale.errors import Preempted
 from moescale.runtime.ranks import ONE_RANK, Ranks, current_ranks
 from moescale.runtime.watchdog import FAILED_PREFIX, RankFailure, Watchdog
 
@@ -27,8 +29,34 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Of the back ends themselves; the watchdog is there long before."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
+STOPPED_BEFORE_TRAINING = "stopped by SIGTERM before training began; nothing is lost, the same command starts again"
 GRACE_SECONDS = 30.0
 """How long the other local ranks may take to tell what they saw, after one has ended badly."""
+
+
+class StopBeforeTraining:
+    """Makes of SIGTERM a clean end, from when a rank joins to when the trainer takes the signal over."""
+
+    def __init__(self) -> None:
+        self._training_began = False
+        self._previous: Any = None
+
+    def __enter__(self) -> StopBeforeTraining:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def note_progress(self) -> None:
+        """Notice whether someone else answers the signal by now."""
+        self._training_began |= signal.getsignal(signal.SIGTERM) != self._on_signal
+
+    def _on_signal(self, _number: int, _frame: object) -> None:
+        if not self._training_began:  # after it all is saved, and the rank is about to leave anyway
+            raise Preempted(STOPPED_BEFORE_TRAINING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +66,12 @@ class Membership:
     ranks: Ranks
     device: torch.device
     watchdog: Watchdog | None
+    stop: StopBeforeTraining | None = None
 
     def progress(self, step: int, phase: str) -> None:
         """Tell the watchdog, if there is one, that ``step`` steps are done and ``phase`` begins."""
+        if self.stop is not None:
+            self.stop.note_progress()
         if self.watchdog is not None:
             self.watchdog.progress(step, phase)
 
@@ -65,20 +96,21 @@ def join_ranks(device: torch.device, *, hang_seconds: float = 600.0) -> Iterator
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    watchdog = _meet(device, hang_seconds)
-    ranks = watchdog.ranks
-    try:
-        yield Membership(ranks=ranks, device=device, watchdog=watchdog)
-        ranks.gather(None)  # the first rank holds the watchdogs' store, so nobody goes before all are done
-    except BaseException as error:
-        if isinstance(error, Exception) and _is_of_a_collective(error):
-            verdict = watchdog.diagnose(str(error))
-            watchdog.stop(left=f"{FAILED_PREFIX}{verdict}")
-            raise RankFailure(verdict) from error
-        watchdog.stop(left=f"{type(error).__name__}: {error}")
-        raise
-    watchdog.stop()
-    dist.destroy_process_group()
+    with StopBeforeTraining() as stop:
+        watchdog = _meet(device, hang_seconds)
+        ranks = watchdog.ranks
+        try:
+            yield Membership(ranks=ranks, device=device, watchdog=watchdog, stop=stop)
+            ranks.gather(None)  # the first rank holds the watchdogs' store, so nobody goes before all are done
+        except BaseException as error:
+            if isinstance(error, Exception) and _is_of_a_collective(error):
+                verdict = watchdog.diagnose(str(error))
+                watchdog.stop(left=f"{FAILED_PREFIX}{verdict}")
+                raise RankFailure(verdict) from error
+            watchdog.stop(left=f"{type(error).__name__}: {error}")
+            raise
+        watchdog.stop()
+        dist.destroy_process_group()
 
 
 def _meet(device: torch.device, hang_seconds: float) -> Watchdog:
@@ -194,23 +226,26 @@ def run_local_ranks(count: int, arguments: Sequence[str], logs: Path) -> int:
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     with ExitStack() as files:
-        processes = []
-        for rank in range(count):
-            output = None if rank == 0 else files.enter_context((logs / f"rank-{rank}.log").open("a"))
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "moescale", *arguments],
-                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=output,
-                    stderr=output,
-                    # Ctrl-C reaches the terminal's whole group: the ranks get it from here only, once.
-                    start_new_session=True,
-                    preexec_fn=_ending_with(os.getpid()),
+        processes: list[subprocess.Popen] = []
+        with _passing_on_signals(processes) as passed_on:
+            for rank in range(count):
+                output = None if rank == 0 else files.enter_context((logs / f"rank-{rank}.log").open("a"))
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "moescale", *arguments],
+                        env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdout=output,
+                        stderr=output,
+                        # Ctrl-C reaches the terminal's whole group: the ranks get it from here only, once.
+                        start_new_session=True,
+                        preexec_fn=_ending_with(os.getpid()),
+                    )
                 )
-            )
-        with _passing_on_signals(processes):
-            _wait(processes)
-    return _status([process.returncode for process in processes])
+                if passed_on:  # it may have come while this rank started; the others would wait for the one it ended
+                    processes[-1].send_signal(max(passed_on))
+                    break
+            killed = _wait(processes)
+    return _status([process.returncode for process in processes], killed, passed_on)
 
 
 def _ending_with(launcher: int) -> Callable[[], None] | None:
@@ -227,36 +262,65 @@ def _ending_with(launcher: int) -> Callable[[], None] | None:
     return ask
 
 
-def _wait(processes: list[subprocess.Popen]) -> None:
+def _wait(processes: list[subprocess.Popen]) -> set[int]:
+    """Wait for all; the ranks that had to be killed, because they stayed after another one had ended badly."""
     failed_at: float | None = None
+    killed: set[int] = set()
     while any(process.poll() is None for process in processes):
         if failed_at is None and any(process.returncode for process in processes):
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
-            for process in processes:
-                process.kill()
+            for rank, process in enumerate(processes):
+                if process.poll() is None:
+                    killed.add(rank)
+                    process.kill()
         time.sleep(0.02)
+    return killed
 
 
-def _status(codes: list[int]) -> int:
-    """Of the run, from its ranks': a rank's own reason says more than the others' that someone has left."""
+def _status(codes: Sequence[int], killed: Collection[int] = (), passed_on: Collection[int] = ()) -> int:
+    """Of the run, from its ranks': a rank's own reason says more than the others' that someone has left.
+
+    Args:
+        codes: what the ranks ended with, as subprocess says it.
+        killed: ranks that did not end by themselves after another one had.
+        passed_on: signals that this process was sent and passed on to all ranks.
+    """
+    stopped = False
+    for rank in sorted(killed):
+        print(
+            f"error: rank {rank} still ran {GRACE_SECONDS:.0f} s after another one had failed, and was killed; the "
+            "other ranks' logs say what they saw",
+            file=sys.stderr,
+            flush=True,
+        )
     for rank, code in enumerate(codes):
-        if code < 0:
+        if code == -signal.SIGTERM and signal.SIGTERM in passed_on:
+            stopped = True  # it was importing: from when it joins the others, it answers the signal itself
+        elif code < 0 and rank not in killed:
             print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
             return RankFailure.exit_status
-    return next((code for code in codes if code not in (0, RankFailure.exit_status)), max(codes))
+    own = next((code for code in codes if code > 0 and code != RankFailure.exit_status), None)
+    if own is None and stopped:
+        print(f"error: {STOPPED_BEFORE_TRAINING}", file=sys.stderr, flush=True)
+        return Preempted.exit_status
+    return own or (RankFailure.exit_status if any(codes) else 0)
 
 
 @contextmanager
-def _passing_on_signals(processes: list[subprocess.Popen]) -> Iterator[None]:
+def _passing_on_signals(processes: Sequence[subprocess.Popen]) -> Iterator[set[int]]:
+    """Send what this process is told to all of ``processes``; yields the signals there were."""
+    passed_on: set[int] = set()
+
     def pass_on(number: int, _frame: object) -> None:
+        passed_on.add(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield passed_on
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

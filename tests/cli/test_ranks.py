@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moescale.convert.hf_config import read_model_config
 from moescale.plan import MeshShape, ParallelPlan, one_device_plan, save_plan
+from moescale.runtime.launch import _status
 
 STEPS = 12
 
@@ -109,6 +111,59 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path, model_folder, stdlib_
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 4
     assert "rank 1 was ended by SIGKILL" in errors
+
+
+def start_and_terminate(arguments: list[str], ready: Callable[[subprocess.Popen], bool]) -> tuple[int, str]:
+    process = subprocess.Popen(
+        arguments,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not ready(process) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def test_a_run_stopped_while_its_ranks_import_leaves_as_stopped(tmp_path, model_folder, stdlib_corpus):
+    plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2)
+    arguments = command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--steps", STEPS)
+    status, errors = start_and_terminate(arguments, lambda process: len(children_of(process)) == 2)
+    assert status == 75, errors
+    assert "stopped by SIGTERM before training began" in errors
+
+
+def test_a_rank_stopped_before_the_first_step_leaves_as_stopped(tmp_path, model_folder, stdlib_corpus):
+    """It has joined and waits for the second one, which is the longest and simplest way of not training yet."""
+    plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    arguments = ["env", *(f"{name}={value}" for name, value in alone.items())]
+    arguments += command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--steps", STEPS)
+
+    def listens(_: subprocess.Popen) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    status, errors = start_and_terminate(arguments, listens)
+    assert status == 75, errors
+    assert "stopped by SIGTERM before training began" in errors
+
+
+def test_a_rank_that_had_to_be_killed_does_not_hide_why_another_one_failed(capsys):
+    assert _status([-signal.SIGKILL, 2], killed={0}) == 2
+    assert "rank 0 still ran 30 s after another one had failed" in capsys.readouterr().err
+
+
+def test_a_rank_ended_by_a_signal_that_was_not_passed_on_has_failed(capsys):
+    assert _status([4, -signal.SIGTERM]) == 4
+    assert "rank 1 was ended by SIGTERM" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels do not tell children that their parent died")
