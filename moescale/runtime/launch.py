@@ -104,7 +104,7 @@ def join_ranks(device: torch.device, *, hang_seconds: float = 600.0) -> Iterator
             ranks.gather(None)  # the first rank holds the watchdogs' store, so nobody goes before all are done
         except BaseException as error:
             if isinstance(error, Exception) and _is_of_a_collective(error):
-                verdict = watchdog.diagnose(str(error))
+                verdict = watchdog.diagnose(error)
                 watchdog.stop(left=f"{FAILED_PREFIX}{verdict}")
                 raise RankFailure(verdict) from error
             watchdog.stop(left=f"{type(error).__name__}: {error}")

@@ -17,7 +17,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -31,7 +32,18 @@ COLLECTIVES = (
     *("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "all_gather_object"),
     *("broadcast", "broadcast_object_list", "barrier", "all_gather", "gather_object"),
 )
-
+FSDP_WAITS = {
+    "unshard": "all_gather_into_tensor (FSDP, parameters)",
+    "foreach_all_gather": "all_gather_into_tensor (FSDP, parameters)",
+    "wait_for_unshard": "all_gather_into_tensor (FSDP, parameters)",
+    "foreach_all_gather_copy_out": "all_gather_into_tensor (FSDP, parameters)",
+    "foreach_reduce": "reduce_scatter_tensor (FSDP, gradients)",
+    "post_backward": "reduce_scatter_tensor (FSDP, gradients)",
+    "_wait_for_post_backward": "reduce_scatter_tensor (FSDP, gradients)",
+    "finalize_backward": "reduce_scatter_tensor (FSDP, gradients)",
+}
+"""Functions of torch's FSDP that start or await a collective, which they may call by other names than torch.distributed
+does."""
 
 FAILED_PREFIX = "failed with: "
 """Of the reason of a rank that left because of another one."""
@@ -117,14 +129,14 @@ class Watchdog:
         if left is not None and self.ranks.is_first and self._store_held_by_first and not self._store_failed:
             time.sleep(3 * self.interval_seconds)  # the store goes with this rank, so the others must read it first
 
-    def diagnose(self, cause: str) -> str:
+    def diagnose(self, error: Exception) -> str:
         """Who is to blame that a collective failed on this rank; waits until the others had time to tell.
 
         Args:
-            cause: the error as the collective raised it.
+            error: what the collective raised.
         """
         self._judged.set()  # the judge would answer without the cause
-        place = self._my_beat().place
+        place, cause = _place_of_error(error), str(error)
         deadline = time.monotonic() + self.lost_seconds
         while time.monotonic() < deadline:
             for rank, (beat, _) in sorted(self._seen.copy().items()):
@@ -193,7 +205,7 @@ class Watchdog:
             if beat is not None and beat.left is None:
                 text += f"; last seen in step {beat.step + 1} ({beat.phase}), {beat.place}"
         if cause is not None:
-            text += f" [{cause.strip().splitlines()[0][:200]}]"
+            text += f" [{(cause.strip().splitlines() or ['no message'])[0][:200]}]"
         return text + ". The same command resumes from the newest checkpoint"
 
     def _verdict_on_store(self, what: str, place: str, cause: str | None = None) -> str:
@@ -231,30 +243,66 @@ class Watchdog:
         os._exit(RankFailure.exit_status)  # the main thread is stuck and cannot be asked
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One frame of a stack."""
+
+    function: str
+    module: str
+    line: str
+    """As file:number."""
+
+
+def _calls(frames: Iterable[tuple[FrameType, int]]) -> list[_Call]:
+    return [
+        _Call(
+            function=frame.f_code.co_name,
+            module=str(frame.f_globals.get("__name__")),
+            line=f"{os.path.basename(frame.f_code.co_filename)}:{line}",
+        )
+        for frame, line in frames
+    ]
+
+
+def _stack(frame: FrameType | None) -> list[_Call]:
+    """The calls of a thread, innermost first."""
+    return _calls((frame, line) for frame, line in traceback.walk_stack(frame))
+
+
 def _place(frames: dict[int, FrameType], main_thread: int) -> tuple[str, bool]:
     """Where a process is: the collective one of its threads is in, or else the main thread's innermost own line."""
-    for frame in frames.values():
-        collective = _collective(frame)
-        if collective is not None:
-            return f"in the collective {collective}", True
-    own: FrameType | None = frames.get(main_thread)
-    while own is not None:
-        if "moescale" in own.f_code.co_filename and own.f_globals.get("__name__") != __name__:
-            return f"at {os.path.basename(own.f_code.co_filename)}:{own.f_lineno}", False
-        own = own.f_back
-    return "outside the package", False
+    main = _stack(frames[main_thread]) if main_thread in frames else []
+    # Backward on a GPU runs, and waits, in threads of autograd's own.
+    for calls in (main, *(_stack(frame) for thread, frame in frames.items() if thread != main_thread)):
+        place, in_collective = _place_of(calls)
+        if in_collective:
+            return place, True
+    return _place_of(main)
 
 
-def _collective(frame: FrameType) -> str | None:
-    """The collective called by the innermost frames, and the function of torch or of this package that called it."""
-    current: FrameType | None = frame
-    for _ in range(6):  # the waiting itself is a few frames below the call
-        if current is None:
-            return None
-        name, module = current.f_code.co_name, str(current.f_globals.get("__name__"))
-        if name in COLLECTIVES and module.startswith("torch.distributed"):
-            return name
-        if name == "arrive" and module == "moescale.runtime.expert_parallel":
+def _place_of_error(error: BaseException) -> str:
+    """Where ``error`` was raised: its stack is unwound by now, its traceback is not."""
+    return _place_of(_calls(reversed(list(traceback.walk_tb(error.__traceback__)))))[0]
+
+
+def _place_of(calls: Sequence[_Call]) -> tuple[str, bool]:
+    collective = _collective(calls)
+    own = next((call for call in calls if call.module.startswith("moescale.") and call.module != __name__), None)
+    at = f"at {own.line}" if own is not None else "outside the package"
+    return (at, False) if collective is None else (f"in the collective {collective}, {at}", True)
+
+
+def _collective(calls: Sequence[_Call]) -> str | None:
+    """The innermost collective that was called since this package's innermost own call, which is not looked past:
+    what called that one is no wait. FSDP waits in functions of its own for what it has started in others.
+    """
+    for call in calls:
+        if call.module == "moescale.runtime.expert_parallel" and call.function == "arrive":
             return "all_to_all_single"
-        current = current.f_back
+        if call.module.startswith("torch.distributed.fsdp") and call.function in FSDP_WAITS:
+            return FSDP_WAITS[call.function]
+        if call.module.startswith("torch.distributed") and call.function in COLLECTIVES:
+            return call.function
+        if call.module.startswith("moescale."):
+            return None
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -111,6 +112,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path, model_folder, stdlib_
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 4
     assert "rank 1 was ended by SIGKILL" in errors
+    assert re.search(r"rank 0 of 2, step \d+ \([^)]+\), in the collective \w+", errors), errors
 
 
 def start_and_terminate(arguments: list[str], ready: Callable[[subprocess.Popen], bool]) -> tuple[int, str]:

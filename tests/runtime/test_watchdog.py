@@ -11,6 +11,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from gloo_ranks import GlooRanks
 from moescale.runtime.ranks import current_ranks
@@ -54,7 +56,7 @@ def test_a_rank_that_hangs_is_named_by_all_with_the_collective_they_wait_in(thre
         assert f"rank {rank} of 3, step 7 (micro-batch 2), " in verdicts[0]
         assert "rank 1 hangs; last seen in step 7 (micro-batch 2), " in verdicts[0]
         if rank != 1:
-            assert "in the collective all_reduce: rank 1 hangs" in verdicts[0]
+            assert "in the collective all_reduce, outside the package: rank 1 hangs" in verdicts[0]
 
 
 def lose_rank_2() -> list[str]:
@@ -87,7 +89,7 @@ def diagnose_a_rank_that_left() -> str:
     elif rank == 1:
         watchdog.stop(left=f"{FAILED_PREFIX}rank 0 is gone")  # itself a victim, and not to blame
     dist.barrier()
-    text = watchdog.diagnose("Connection closed by peer\nmore") if rank == 2 else ""
+    text = watchdog.diagnose(RuntimeError("Connection closed by peer\nmore")) if rank == 2 else ""
     watchdog.stop()
     dist.barrier()
     return text
@@ -97,6 +99,49 @@ def test_a_collective_that_failed_is_explained_by_the_rank_that_left_first_and_w
     text = three_ranks.run(diagnose_a_rank_that_left)[2]
     assert "rank 0 has left: DataError: the corpus has changed" in text
     assert "[Connection closed by peer]" in text
+
+
+def hang_under_fsdp(in_backward: bool) -> list[str]:
+    verdicts: list[str] = []
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    fully_shard(model, mesh=init_device_mesh("cpu", (3,)), reshard_after_forward=False)
+    watchdog = watch(f"fsdp-{in_backward}", verdicts, hang_seconds=1.5)
+    if in_backward:
+        loss = model(torch.ones(1, 8)).sum()
+    if current_ranks().rank == 1:
+        time.sleep(3)
+    if not in_backward:
+        loss = model(torch.ones(1, 8)).sum()
+    loss.backward()
+    watchdog.stop()
+    return verdicts
+
+
+@pytest.mark.parametrize(("in_backward", "collective"), [(False, "all_gather"), (True, "reduce_scatter")])
+def test_the_collective_of_a_hang_under_fsdp_is_named(three_ranks, in_backward, collective):
+    for rank, verdicts in enumerate(three_ranks.run(hang_under_fsdp, in_backward)):
+        if rank != 1:
+            assert f"in the collective {collective}" in verdicts[0]
+        assert "rank 1 hangs" in verdicts[0]
+
+
+def diagnose_a_collective_that_failed() -> str:
+    watchdog = watch("failed", [], lost_seconds=1.0)
+    rank = current_ranks().rank
+    text = ""
+    if rank == 2:
+        try:
+            current_ranks().sum("no tensor")
+        except Exception as error:
+            text = watchdog.diagnose(error)
+    dist.barrier()
+    watchdog.stop()
+    return text
+
+
+def test_the_collective_that_failed_is_named_though_its_stack_is_unwound(three_ranks):
+    text = three_ranks.run(diagnose_a_collective_that_failed)[2]
+    assert "in the collective all_reduce, at ranks.py:" in text
 
 
 def quiet_run() -> list[str]:
