@@ -233,3 +233,40 @@ def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
         time.sleep(0.02)
     process.kill()
     pytest.fail(f"step {step} was not reached: {process.communicate()[1]!r}")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "requeues"),
+    [((0, 0), False), ((75, 75), True), ((4, 137), True), ((4, 2), False), ((3, 4), False), ((1, 1), False)],
+)
+def test_the_slurm_script_requeues_what_was_stopped_or_lost_a_rank_only(tmp_path, statuses, requeues):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    programs = {
+        "scontrol": f'if [ "$1" = requeue ]; then touch {tmp_path}/requeued; else echo localhost; fi',
+        # Options up to `bash`, then the command of each task; the highest status, as Slurm's.
+        "srun": """
+            while [ $# -gt 0 ] && [ "$1" != bash ]; do shift; done
+            worst=0
+            for task in 0 1; do
+                SLURM_PROCID=$task SLURM_LOCALID=$task "$@" || { code=$?; [ $code -gt $worst ] && worst=$code; }
+            done
+            exit $worst""",
+        "python": f"""
+            [ "$*" = "-m moescale run --plan p --model m --data d --output {tmp_path}/run" ] || exit 9
+            statuses=({" ".join(map(str, statuses))})
+            exit ${{statuses[$RANK]}}""",
+    }
+    for name, body in programs.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    inputs = {"PLAN": "p", "MODEL": "m", "DATA": "d", "OUTPUT": str(tmp_path / "run")}
+    slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "123456", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
+    done = subprocess.run(
+        ["bash", Path(__file__).parents[2] / "examples/slurm/train.sbatch"],
+        env=os.environ | inputs | slurm | {"SLURM_GPUS_ON_NODE": "2", "PATH": f"{tools}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == max(statuses), done.stderr
+    assert (tmp_path / "requeued").exists() == requeues
