@@ -266,8 +266,8 @@ def _wait(processes: list[subprocess.Popen]) -> set[int]:
     """Wait for all; the ranks that had to be killed, because they stayed after another one had ended badly."""
     failed_at: float | None = None
     killed: set[int] = set()
-    while any(process.poll() is None for process in processes):
-        if failed_at is None and any(process.returncode for process in processes):
+    while None in (codes := [process.poll() for process in processes]):  # of all: the first may be the frozen one
+        if failed_at is None and any(codes):
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
             for rank, process in enumerate(processes):

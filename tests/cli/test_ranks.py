@@ -18,6 +18,7 @@ import pytest
 
 from moescale.convert.hf_config import read_model_config
 from moescale.plan import MeshShape, ParallelPlan, one_device_plan, save_plan
+from moescale.runtime import launch
 from moescale.runtime.launch import _status
 
 STEPS = 12
@@ -156,6 +157,13 @@ def test_a_rank_stopped_before_the_first_step_leaves_as_stopped(tmp_path, model_
     status, errors = start_and_terminate(arguments, listens)
     assert status == 75, errors
     assert "stopped by SIGTERM before training began" in errors
+
+
+@pytest.mark.timeout(30)
+def test_a_first_rank_that_stays_after_another_one_failed_is_killed(monkeypatch):
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.2)
+    processes = [subprocess.Popen(["sleep", "60"]), subprocess.Popen(["false"])]
+    assert launch._wait(processes) == {0}
 
 
 def test_a_rank_that_had_to_be_killed_does_not_hide_why_another_one_failed(capsys):
