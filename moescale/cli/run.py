@@ -121,7 +121,7 @@ def _train(
     ranks, device = member.ranks, member.device
     member.progress(0, "building the model")
     store = CheckpointStore(inputs.output / "checkpoints", settings.keep_checkpoints)
-    checkpoint = _checkpoint_to_resume(store, inputs.resume)
+    checkpoint = _checkpoint_to_resume(store, inputs.resume, ranks)
     placed = place_model(config, plan, ranks, device)
     if inputs.compile or (inputs.compile is None and device.type == "cuda"):
         compile_layers(placed.model)
@@ -165,7 +165,11 @@ def _train(
             on_progress=member.progress,
         )
         if checkpoint is not None:
-            trainer.resume(checkpoint)
+            for path in trainer.resume(checkpoint):
+                _warn(
+                    f"a checkpoint after step {trainer.step} was moved to {path}; delete it when it is not needed",
+                    ranks,
+                )
         if ranks.is_first:
             _write_run_file(inputs, folder, plan, settings)
         try:
@@ -236,9 +240,14 @@ def _check_corpus(config: ModelConfig, corpus: Corpus, plan: ParallelPlan) -> No
         )
 
 
-def _checkpoint_to_resume(store: CheckpointStore, resume: str) -> Checkpoint | None:
+def _warn(text: str, ranks: Ranks) -> None:
+    if ranks.is_first:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _checkpoint_to_resume(store: CheckpointStore, resume: str, ranks: Ranks) -> Checkpoint | None:
     if resume == "last-good":
-        return store.last_good()
+        return store.last_good(ranks, lambda problem: _warn(f"skipped a damaged checkpoint: {problem}", ranks))
     last = store.last()
     if last is not None and resume == "never":
         raise CheckpointError(

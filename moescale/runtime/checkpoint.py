@@ -3,8 +3,8 @@
 A checkpoint is the folder ``checkpoints/step-00000090``. Its ``state.json`` holds step, data position and settings, the
 shape of every tensor, and for every file its size, its SHA-256 and the boxes of tensors in it; the files
 ``tensors-RANK-NUMBER.safetensors`` hold those boxes. A folder with the final name is whole: it was written under a
-temporary name, synced and renamed (:mod:`moescale.runtime.checkpoint_writer`). ``last`` is simply the highest step. Any
-rank of any later layout reads the boxes that overlap its own.
+temporary name, synced and renamed (:mod:`moescale.runtime.checkpoint_writer`); one that lacks a file was damaged later.
+``last`` is simply the highest step. Any rank of any later layout reads the boxes that overlap its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +32,13 @@ STATE_FILE = "state.json"
 MAX_MAPPED_BYTES = 2**26
 WEIGHTS_PREFIX = "weights."
 REMAINDER_PREFIX = "remainder."
+REMEDY = "; pass --resume last-good to skip it"
 _PREFIX = "step-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A checkpoint on disk, whole unless something has damaged it since."""
 
     path: Path
     step: int
@@ -51,46 +52,90 @@ class CheckpointStore:
         self.keep = keep
 
     def list(self) -> list[Checkpoint]:
-        """Whole checkpoints, oldest first. Leftovers of an interrupted write do not count."""
+        """All checkpoints, oldest first, damaged ones too. Leftovers of an interrupted write do not count."""
         found = []
         for path in self.folder.glob(_PREFIX + "*"):
             digits = path.name.removeprefix(_PREFIX)
-            if digits.isdigit() and (path / STATE_FILE).is_file():
+            if digits.isdigit() and path.is_dir():
                 found.append(Checkpoint(path=path, step=int(digits)))
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def last(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None."""
+        """The newest checkpoint, or None."""
         checkpoints = self.list()
         return checkpoints[-1] if checkpoints else None
 
     def at(self, step: int) -> Checkpoint:
-        """The whole checkpoint of ``step``; raises CheckpointError naming those there are."""
+        """The checkpoint of ``step``; raises CheckpointError naming those there are."""
         checkpoints = self.list()
         for checkpoint in checkpoints:
             if checkpoint.step == step:
                 return checkpoint
         steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints) or "none"
-        raise CheckpointError(f"{self.folder}: has no whole checkpoint of step {step}; there are: {steps}")
+        raise CheckpointError(f"{self.folder}: has no checkpoint of step {step}; there are: {steps}")
 
-    def last_good(self) -> Checkpoint | None:
-        """The newest checkpoint whose every file has its size and checksum, or None."""
-        for checkpoint in reversed(self.list()):
+    def last_good(
+        self, ranks: Ranks = ONE_RANK, on_skip: Callable[[str], None] = lambda problem: None
+    ) -> Checkpoint | None:
+        """The newest checkpoint whose every file has its size and checksum, None where there is none. A collective.
+
+        ``on_skip`` hears what is wrong with each newer one. Raises CheckpointError where all are damaged: a run that
+        has something to lose never starts from scratch by itself.
+        """
+        problems = []
+        for checkpoint in ranks.gather(self.list()[::-1] if ranks.is_first else None)[0]:
             try:
-                verify(checkpoint)
-            except CheckpointError:
+                verify(checkpoint, ranks)
+            except CheckpointError as error:
+                problems.append(str(error).removesuffix(REMEDY))
+                on_skip(problems[-1])
                 continue
             return checkpoint
+        if problems:
+            raise CheckpointError(
+                f"{self.folder}: none of the checkpoints ({len(problems)}) is undamaged: {'; '.join(problems)}. "
+                "Bring one back from a copy, or start anew with another --output"
+            )
         return None
+
+    def set_aside_after(self, step: int, ranks: Ranks = ONE_RANK) -> Sequence[Path]:
+        """Rename every checkpoint of a later step to ``aside-step-...``; where they are now. A collective.
+
+        A run that resumes at ``step`` writes these steps again: under their old names they would count as newer than
+        what it writes, and outlive it.
+        """
+        moved: list[Path] = []
+        problem = None
+        if ranks.is_first:
+            try:
+                for checkpoint in self.list():
+                    if checkpoint.step > step:
+                        moved.append(checkpoint.path.rename(self._unused(f"aside-{checkpoint.path.name}")))
+            except OSError as error:
+                problem = str(error)
+        moved, problem = ranks.gather((moved, problem))[0]
+        if problem is not None:
+            raise CheckpointError(
+                f"{self.folder}: the checkpoints after step {step} could not be renamed ({problem}); move them away"
+            )
+        return moved
+
+    def _unused(self, name: str) -> Path:
+        path, number = self.folder / name, 1
+        while path.exists():
+            number += 1
+            path = self.folder / f"{name}-{number}"
+        return path
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of ``step`` is, or will be."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
-    def drop_oldest(self) -> None:
-        """Remove all but the newest ``keep``."""
-        for old in self.list()[: -self.keep]:
-            shutil.rmtree(old.path)
+    def drop_oldest(self, written: int) -> None:
+        """Of the checkpoints up to step ``written``, which was just written, remove all but the newest ``keep``."""
+        for old in [checkpoint for checkpoint in self.list() if checkpoint.step <= written][: -self.keep]:
+            # Renamed first: killed half-way, it must not look like a checkpoint that has lost files.
+            shutil.rmtree(old.path.rename(old.path.with_name(f".writing-dropped-{old.path.name}")))
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -149,7 +194,7 @@ class StoredTensors:
             if stored != math.prod(self.shapes[name]):
                 raise CheckpointError(
                     f"{self.path / STATE_FILE}: the files hold {stored} of the {math.prod(self.shapes[name])} elements "
-                    f"of tensor '{name}'; resume from another checkpoint"
+                    f"of tensor '{name}'{REMEDY}"
                 )
 
     def __enter__(self) -> StoredTensors:
@@ -201,7 +246,7 @@ class StoredTensors:
             try:
                 self._files[file_name] = self._stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: cannot be read ({error}); resume from another checkpoint") from error
+                raise CheckpointError(f"{path}: cannot be read ({error}){REMEDY}") from error
         return self._files[file_name]
 
 
@@ -249,8 +294,12 @@ def verify(checkpoint: Checkpoint, ranks: Ranks = ONE_RANK) -> None:
 
     A collective; all ranks raise the same.
     """
-    problem = None
-    for number, (name, entry) in enumerate(_read_document(checkpoint.path)["files"].items()):
+    files, problem = {}, None
+    try:
+        files = _read_document(checkpoint.path)["files"]
+    except CheckpointError as error:
+        problem = str(error)
+    for number, (name, entry) in enumerate(files.items()):
         if number % ranks.size == ranks.rank and problem is None:
             problem = _problem_of(checkpoint.path / name, entry)
     problem = next((text for text in ranks.gather(problem) if text is not None), None)
@@ -265,11 +314,11 @@ def _read_document(folder: Path) -> dict[str, Any]:
         document = stored["content"]
         intact = stored["sha256"] == document_digest(document)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; this folder is not a whole checkpoint") from None
+        raise CheckpointError(f"{path}: missing; the checkpoint is damaged{REMEDY}") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); resume from another checkpoint") from error
+        raise CheckpointError(f"{path}: damaged ({error}){REMEDY}") from error
     if not intact:
-        raise CheckpointError(f"{path}: checksum differs, the file is damaged; resume from another checkpoint")
+        raise CheckpointError(f"{path}: checksum differs, the file is damaged{REMEDY}")
     if document.get("format") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format ({document.get('format')}) must be {FORMAT_VERSION}: another version of moescale wrote "
@@ -280,12 +329,12 @@ def _read_document(folder: Path) -> dict[str, Any]:
 
 def _problem_of(path: Path, entry: Mapping[str, Any]) -> str | None:
     if not path.is_file():
-        return f"{path}: missing; resume from another checkpoint"
+        return f"{path}: missing{REMEDY}"
     size = path.stat().st_size
     if size != entry["bytes"]:
-        return f"{path}: has {size} bytes, {entry['bytes']} were written; resume from another checkpoint"
+        return f"{path}: has {size} bytes, {entry['bytes']} were written{REMEDY}"
     if file_digest(path) != entry["sha256"]:
-        return f"{path}: checksum differs, the file is damaged; resume from another checkpoint"
+        return f"{path}: checksum differs, the file is damaged{REMEDY}"
     return None
 
 

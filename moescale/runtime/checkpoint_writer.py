@@ -140,7 +140,7 @@ class CheckpointWriter:
         else:
             pending.folder.rename(final)
         _sync(self.store.folder)
-        self.store.drop_oldest()
+        self.store.drop_oldest(pending.step)
 
     def _all_agree(self, step: int, problem: str | None) -> None:
         problem = next((text for text in self.ranks.gather(problem) if text), None)

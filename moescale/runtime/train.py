@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -103,9 +104,13 @@ class Trainer:
         self._last_loss: float | None = None
         self._validation_loss: float | None = None
         self._save_seconds = 0.0
+        self._checkpoint: checkpoints.Checkpoint | None = None  # committed last, or resumed from
 
-    def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
-        """Continue from ``checkpoint``: weights, optimizer, data position, random state and counters."""
+    def resume(self, checkpoint: checkpoints.Checkpoint) -> Sequence[Path]:
+        """Continue from ``checkpoint``: weights, optimizer, data position, random state and counters. A collective.
+
+        Returns where the store's checkpoints of later steps are now, which this run writes again.
+        """
         stored = checkpoints.read_state(checkpoint)
         for key, value in self.identity.items():
             if stored["identity"].get(key, value) != value:
@@ -123,7 +128,9 @@ class Trainer:
             torch.cuda.set_rng_state(cuda_state, self.device)
         self.step = state["step"]
         self.skipped_steps = state["skipped_steps"]
+        self._checkpoint = checkpoint
         self.observer.on_resume(self.step, checkpoint.path)
+        return self.store.set_aside_after(self.step, self.ranks)
 
     def train(self) -> TrainSummary:
         """Run the remaining steps. Raises NonFiniteLossError, and Preempted after saving when asked to stop."""
@@ -162,7 +169,6 @@ class Trainer:
                 self._validate()
             if last_saved_step != self.step:
                 self._save()
-        last = self.store.last()
         return TrainSummary(
             steps=self.step,
             tokens=tokens,
@@ -171,7 +177,7 @@ class Trainer:
             validation_loss=self._validation_loss,
             skipped_steps=self.skipped_steps,
             resumed_from_step=first_step or None,
-            checkpoint=str(last.path) if last else None,
+            checkpoint=str(self._checkpoint.path) if self._checkpoint else None,
         )
 
     @contextmanager
@@ -302,7 +308,7 @@ class Trainer:
     def _commit(self) -> None:
         self.on_progress(self.step, "commit of a checkpoint")
         started = time.monotonic()
-        checkpoint = self.writer.commit()
+        self._checkpoint = checkpoint = self.writer.commit()
         seconds = self._save_seconds + time.monotonic() - started
         self.observer.on_checkpoint(checkpoint.step, checkpoint.path, seconds)
 

@@ -34,6 +34,14 @@ def moescale(*arguments: object) -> None:
     assert not caught.value.code
 
 
+def error_of(capsys, *arguments: object) -> str:
+    """What a command in this process says that ends as one does on bad input."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(map(str, arguments)))
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
 def losses(output: Path) -> list[float]:
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records if "loss" in record]
@@ -79,6 +87,26 @@ def test_a_run_killed_and_resumed_ends_with_the_same_losses_and_weights(
     moescale(*arguments)
     assert losses(output) == losses(straight_run)
     assert final_weights(output) == final_weights(straight_run)
+
+
+def test_a_damaged_checkpoint_is_an_error_and_last_good_says_what_it_skips(
+    tmp_path, model_folder, stdlib_corpus, capsys
+):
+    output = tmp_path / "run"
+    arguments = run_arguments(model_folder, stdlib_corpus, output, "--checkpoint-every", 2, "--keep-checkpoints", 3)
+    moescale(*arguments, "--steps", 6)
+    state_file = output / "checkpoints" / "step-00000006" / "state.json"
+    state_file.unlink()
+    assert "step-00000006/state.json: missing" in error_of(capsys, *arguments, "--steps", 8)
+    moescale(*arguments, "--steps", 8, "--resume", "last-good", "--json")
+    shown = capsys.readouterr()
+    assert f"skipped a damaged checkpoint: {state_file}: missing" in shown.err
+    assert str(output / "checkpoints" / "aside-step-00000006") in shown.err
+    summary = json.loads(shown.out)
+    assert (summary["resumed_from_step"], Path(summary["checkpoint"]).name) == (4, "step-00000008")
+    for folder in (output / "checkpoints").glob("step-*"):
+        (folder / "state.json").write_text("{}")
+    assert "none of the checkpoints (3) is undamaged" in error_of(capsys, *arguments, "--resume", "last-good")
 
 
 def test_sigterm_saves_and_leaves_with_status_75(tmp_path, model_folder, stdlib_corpus):

@@ -148,11 +148,37 @@ def test_damage_to_any_file_is_named_on_every_rank_and_last_good_steps_back(tmp_
             path.write_bytes(content[:-1])
         else:
             path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
-        if path.name != "state.json" or damage != "remove":  # without state.json it is no checkpoint
-            assert groups[2].run(error_of_resume, tmp_path, fields) == [path.name] * 2
+        assert groups[2].run(error_of_resume, tmp_path, fields) == [path.name] * 2
         assert CheckpointStore(tmp_path, keep=3).last_good().step == 1
         path.write_bytes(content)
     assert groups[2].run(error_of_resume, tmp_path, fields) == [None, None]
+
+
+def test_a_run_resumed_from_the_last_good_checkpoint_keeps_what_it_writes(tmp_path, groups):
+    """With three kept, and two damaged ones of higher steps in the way."""
+    fields = dict(dp_shard=2, ep=2)
+    for step in (1, 2, 3):
+        run(groups, 2, tmp_path, step, fields)
+    for step, file_name in ((2, "tensors-00001-0000.safetensors"), (3, "state.json")):
+        (CheckpointStore(tmp_path, keep=3).at(step).path / file_name).unlink()
+    summaries = groups[2].run(resume_last_good_and_train, tmp_path, fields)
+    store = CheckpointStore(tmp_path, keep=3)
+    assert [checkpoint.step for checkpoint in store.list()] == [4, 5, 6]
+    assert store.last_good() == store.last()
+    for skipped, aside, written in summaries:
+        assert [Path(text.split(":")[0]).name for text in skipped] == ["state.json", "tensors-00001-0000.safetensors"]
+        assert [path.name for path in aside] == ["aside-step-00000002", "aside-step-00000003"]
+        assert all(path.is_dir() for path in aside)
+        assert written == str(store.last().path)
+
+
+def resume_last_good_and_train(folder: Path, fields: dict[str, Any]) -> tuple[list[str], list[Path], str | None]:
+    one = make_trainer(folder, total_steps=6, settings=dict(checkpoint_every=1), **fields)
+    skipped: list[str] = []
+    checkpoint = one.store.last_good(one.ranks, skipped.append)
+    assert checkpoint is not None and checkpoint.step == 1
+    aside = one.resume(checkpoint)
+    return skipped, aside, one.train().checkpoint
 
 
 def error_of_resume(folder: Path, fields: dict[str, Any]) -> str | None:

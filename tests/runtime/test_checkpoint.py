@@ -6,7 +6,7 @@ import torch
 from moescale.errors import CheckpointError
 from moescale.runtime import checkpoint as checkpoints
 from moescale.runtime import checkpoint_writer
-from moescale.runtime.checkpoint import CheckpointStore, CheckpointWeights, load, read_state
+from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, CheckpointWeights, load, read_state, verify
 from moescale.runtime.checkpoint_writer import CheckpointWriter
 
 
@@ -37,15 +37,48 @@ def test_only_the_newest_are_kept_and_the_last_is_the_highest_step(tmp_path):
     assert [checkpoint.step for checkpoint in store.list()] == [2, 10]
     assert store.last().step == 10
     assert store.at(2).step == 2
-    with pytest.raises(CheckpointError, match="no whole checkpoint of step 1; there are: 2, 10"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 1; there are: 2, 10"):
         store.at(1)
+
+
+def test_what_was_just_written_is_kept_though_checkpoints_of_later_steps_are_there(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    for step in (8, 9):
+        (tmp_path / f"step-{step:08d}").mkdir(parents=True)
+    for step in (1, 2):
+        CheckpointWriter(store).save(step, {}, tensors())
+        verify(store.at(step))
+    assert [checkpoint.step for checkpoint in store.list()] == [2, 8, 9]
+
+
+def test_later_checkpoints_are_set_aside_with_all_they_hold_and_never_over_one_another(tmp_path):
+    store = CheckpointStore(tmp_path, keep=5)
+    for step in (1, 2, 3):
+        CheckpointWriter(store).save(step, {"step": step}, tensors())
+    assert store.set_aside_after(2) == [tmp_path / "aside-step-00000003"]
+    CheckpointWriter(store).save(3, {"step": "again"}, tensors())
+    assert store.set_aside_after(1) == [tmp_path / "aside-step-00000002", tmp_path / "aside-step-00000003-2"]
+    assert [checkpoint.step for checkpoint in store.list()] == [1]
+    assert read_state(Checkpoint(path=tmp_path / "aside-step-00000003", step=3)) == {"step": 3}
+    assert store.set_aside_after(1) == []
+
+
+def test_a_checkpoint_that_is_being_dropped_is_none_any_more(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, keep=1)
+    CheckpointWriter(store).save(1, {}, tensors())
+    removed = []
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda path: removed.append(path))  # killed as it begins
+    CheckpointWriter(store).save(2, {}, tensors())
+    assert [checkpoint.step for checkpoint in store.list()] == [2]
+    monkeypatch.undo()
+    CheckpointWriter(store).save(3, {}, tensors())
+    assert not removed[0].exists()
 
 
 def test_leftovers_of_an_interrupted_write_do_not_count_and_are_cleared(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     (tmp_path / ".writing-step-00000003").mkdir(parents=True)
     (tmp_path / ".writing-step-00000003" / "state.json").write_text("{}")
-    (tmp_path / "step-00000004").mkdir()
     assert store.last() is None
     CheckpointWriter(store).save(5, {}, tensors())
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -70,7 +103,22 @@ def test_every_kind_of_damage_is_named_and_nothing_is_loaded(tmp_path, damage, f
     with pytest.raises(CheckpointError, match=file_name):
         load(checkpoint, target)
     assert all(not tensor.any() for tensor in target.values())
-    assert store.last_good().step == 1
+    skipped = []
+    assert store.last_good(on_skip=skipped.append).step == 1
+    assert len(skipped) == 1 and str(path) in skipped[0]
+
+
+def test_with_all_checkpoints_damaged_there_is_an_error_that_names_each(tmp_path):
+    store = CheckpointStore(tmp_path, keep=3)
+    assert store.last_good() is None
+    for step, file_name in ((1, "state.json"), (2, "tensors-00000-0000.safetensors")):
+        checkpoint = CheckpointWriter(store).save(step, {}, tensors())
+        (checkpoint.path / file_name).unlink()
+    rule = (
+        r"none of the checkpoints \(2\) is undamaged: .*2/tensors-00000-0000.safetensors: missing; .*1/state.json: miss"
+    )
+    with pytest.raises(CheckpointError, match=rule):
+        store.last_good()
 
 
 def test_another_models_checkpoint_is_refused_before_anything_is_copied(tmp_path):
