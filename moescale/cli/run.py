@@ -121,7 +121,7 @@ def _train(
     ranks, device = member.ranks, member.device
     member.progress(0, "building the model")
     store = CheckpointStore(inputs.output / "checkpoints", settings.keep_checkpoints)
-    checkpoint = _checkpoint_to_resume(store, inputs.resume, ranks)
+    checkpoint = _checkpoint_to_resume(store, inputs.resume, member)
     placed = place_model(config, plan, ranks, device)
     if inputs.compile or (inputs.compile is None and device.type == "cuda"):
         compile_layers(placed.model)
@@ -245,9 +245,13 @@ def _warn(text: str, ranks: Ranks) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def _checkpoint_to_resume(store: CheckpointStore, resume: str, ranks: Ranks) -> Checkpoint | None:
+def _checkpoint_to_resume(store: CheckpointStore, resume: str, member: Membership) -> Checkpoint | None:
     if resume == "last-good":
-        return store.last_good(ranks, lambda problem: _warn(f"skipped a damaged checkpoint: {problem}", ranks))
+        return store.last_good(
+            member.ranks,
+            on_skip=lambda problem: _warn(f"skipped a damaged checkpoint: {problem}", member.ranks),
+            on_progress=lambda: member.progress(0, "checking checkpoints"),
+        )
     last = store.last()
     if last is not None and resume == "never":
         raise CheckpointError(

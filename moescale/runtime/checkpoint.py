@@ -75,17 +75,20 @@ class CheckpointStore:
         raise CheckpointError(f"{self.folder}: has no checkpoint of step {step}; there are: {steps}")
 
     def last_good(
-        self, ranks: Ranks = ONE_RANK, on_skip: Callable[[str], None] = lambda problem: None
+        self,
+        ranks: Ranks = ONE_RANK,
+        on_skip: Callable[[str], None] = lambda problem: None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> Checkpoint | None:
         """The newest checkpoint whose every file has its size and checksum, None where there is none. A collective.
 
-        ``on_skip`` hears what is wrong with each newer one. Raises CheckpointError where all are damaged: a run that
-        has something to lose never starts from scratch by itself.
+        ``on_skip`` hears what is wrong with each newer one, ``on_progress`` of every file checked. Raises
+        CheckpointError where all are damaged: a run that has something to lose never starts from scratch by itself.
         """
         problems = []
         for checkpoint in ranks.gather(self.list()[::-1] if ranks.is_first else None)[0]:
             try:
-                verify(checkpoint, ranks)
+                verify(checkpoint, ranks, on_progress)
             except CheckpointError as error:
                 problems.append(str(error).removesuffix(REMEDY))
                 on_skip(problems[-1])
@@ -149,11 +152,13 @@ def load(
     tensors: Mapping[str, torch.Tensor],
     parts: Mapping[str, Part] | None = None,
     ranks: Ranks = ONE_RANK,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Copy a checkpoint into ``tensors`` (same names, any device) and return its state. A collective.
 
     Args:
         tensors: all of the checkpoint's; with ``parts``, of each only this rank's part.
+        on_progress: called after every file checked and every tensor read.
 
     Every file's size and checksum (each by one of the ranks), and every name and shape, are checked before the first
     tensor is touched. Raises CheckpointError, the same on every rank.
@@ -164,7 +169,7 @@ def load(
     for problem, names in (("lacks", tensors.keys() - stored), ("has an unknown", stored - tensors.keys())):
         if names:
             raise CheckpointError(f"{checkpoint.path}: {problem} tensor '{min(names)}' ({len(names)} in all)")
-    verify(checkpoint, ranks)
+    verify(checkpoint, ranks, on_progress)
     for name, part in parts.items():
         shape = tuple(document["tensors"][name])
         if shape != part.shape:
@@ -172,6 +177,7 @@ def load(
     with StoredTensors(checkpoint) as source:
         for name, tensor in tensors.items():
             source.copy(name, parts[name].index, tensor)
+            on_progress()
     return document["state"]
 
 
@@ -289,7 +295,7 @@ class CheckpointWeights:
         return weight if index is None else weight[0]
 
 
-def verify(checkpoint: Checkpoint, ranks: Ranks = ONE_RANK) -> None:
+def verify(checkpoint: Checkpoint, ranks: Ranks = ONE_RANK, on_progress: Callable[[], None] = lambda: None) -> None:
     """Check every file's size and checksum, each on one of the ranks; raises CheckpointError naming the first bad one.
 
     A collective; all ranks raise the same.
@@ -302,6 +308,7 @@ def verify(checkpoint: Checkpoint, ranks: Ranks = ONE_RANK) -> None:
     for number, (name, entry) in enumerate(files.items()):
         if number % ranks.size == ranks.rank and problem is None:
             problem = _problem_of(checkpoint.path / name, entry)
+            on_progress()
     problem = next((text for text in ranks.gather(problem) if text is not None), None)
     if problem is not None:
         raise CheckpointError(problem)

@@ -33,18 +33,30 @@ from moescale.runtime.device import available_host_bytes
 from moescale.runtime.layout import Part, whole
 from moescale.runtime.ranks import ONE_RANK, Ranks
 
-MAX_FILE_BYTES = 4 * 2**30
+MAX_FILE_BYTES = 2**30
+"""A file's sync shows no progress before it is done, so files are small enough for a slow disk."""
 HOST_MEMORY_SHARE = 0.8
-"""How much of the available host memory a checkpoint's copies may take; beyond it, training waits for the files."""
+"""How much of the available host memory a host's copies may take; beyond it, training waits for the files."""
+WAIT_SECONDS = 1.0
+"""How often waiting ranks ask each other whether the writing goes on."""
 
 
 class CheckpointWriter:
     """Writes the checkpoints of ``store`` from all of ``ranks``, one at a time."""
 
-    def __init__(self, store: CheckpointStore, ranks: Ranks = ONE_RANK, *, in_background: bool = True) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore,
+        ranks: Ranks = ONE_RANK,
+        *,
+        in_background: bool = True,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``on_progress`` hears, on every rank that waits, that some rank's files have grown or changed."""
         self.store = store
         self.ranks = ranks
         self.in_background = in_background
+        self.on_progress = on_progress
         self._pending: _Pending | None = None
 
     @property
@@ -82,13 +94,12 @@ class CheckpointWriter:
             "state": dict(state),
         }
         pending = _Pending(step, folder, json.dumps(document))
-        size = sum(tensor.nbytes for tensor in mine.values())
-        if self.in_background and size < HOST_MEMORY_SHARE * available_host_bytes():
+        if self._copies_fit(sum(tensor.nbytes for tensor in mine.values())):
             copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in mine.items()}
-            pending.start(lambda: _write_parts(folder, self.ranks.rank, copies, parts))
+            pending.start(self.ranks.rank, copies, parts)
         else:
-            pending.start(lambda: _write_parts(folder, self.ranks.rank, mine, parts))
-            pending.thread.join()
+            pending.start(self.ranks.rank, mine, parts)
+            self._wait(pending)
         self._pending = pending
 
     def commit(self) -> Checkpoint:
@@ -98,7 +109,7 @@ class CheckpointWriter:
         """
         assert self._pending is not None
         pending, self._pending = self._pending, None
-        pending.thread.join()
+        self._wait(pending)
         reports = self.ranks.gather((pending.error, pending.files))
         problem = next((f"rank {rank}: {error}" for rank, (error, _) in enumerate(reports) if error), None)
         if problem is None and self.ranks.is_first:
@@ -115,6 +126,26 @@ class CheckpointWriter:
         """:meth:`begin` and :meth:`commit` in one."""
         self.begin(step, state, tensors, **options)
         return self.commit()
+
+    def _copies_fit(self, size: int) -> bool:
+        """Whether all ranks write beside the training: one that does not keeps the others waiting anyway."""
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        fits = self.in_background and size * local_ranks < HOST_MEMORY_SHARE * available_host_bytes()
+        return self.ranks.sum_on_host([fits]) == [self.ranks.size]
+
+    def _wait(self, pending: _Pending) -> None:
+        """Until all ranks have written. A collective.
+
+        A slow disk is progress as long as any rank's files advance. When nothing advances no rank reports any, and
+        those that have written stand in the collective: so a watchdog blames the one whose disk stands still.
+        """
+        while True:
+            pending.thread.join(WAIT_SECONDS)
+            num_writing, num_advanced = self.ranks.sum_on_host([pending.thread.is_alive(), pending.has_advanced()])
+            if num_writing == 0:
+                return
+            if num_advanced:
+                self.on_progress()
 
     def _make_folder(self, folder: Path) -> str | None:
         def make() -> None:
@@ -160,11 +191,15 @@ class _Pending:
         self.document = document
         self.files: dict[str, Any] = {}
         self.error: str | None = None
+        self._stage = 0
+        self._seen: tuple[int, int] | None = None
 
-    def start(self, write: Callable[[], dict[str, Any]]) -> None:
+    def start(self, rank: int, tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Part]) -> None:
+        """Begin to write ``tensors`` in a thread."""
+
         def run() -> None:
             try:
-                self.files = write()
+                self._write(rank, tensors, parts)
             except (OSError, SafetensorError) as error:
                 self.error = str(error)
 
@@ -172,18 +207,29 @@ class _Pending:
         self.thread = threading.Thread(target=run, name="moescale-checkpoint")
         self.thread.start()
 
+    def has_advanced(self) -> bool:
+        """Whether the checkpoint's files have grown, or one of this rank's got further, since the last call."""
+        num_blocks = 0
+        for path in self.folder.glob("*"):
+            try:
+                num_blocks += path.stat().st_blocks  # safetensors gives a file its whole size before it fills it
+            except OSError:  # renamed meanwhile
+                continue
+        before, self._seen = self._seen, (self._stage, num_blocks)
+        return self._seen != before
 
-def _write_parts(
-    folder: Path, rank: int, tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Part]
-) -> dict[str, Any]:
-    files = {}
-    for number, group in enumerate(_by_size(tensors)):
-        path = folder / f"tensors-{rank:05d}-{number:04d}.safetensors"
-        save_file({name: tensors[name].detach().cpu().contiguous() for name in group}, path)
-        _sync(path)
-        boxes = {name: [[bounds.start, bounds.stop] for bounds in parts[name].index] for name in group}
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path), "boxes": boxes}
-    return files
+    def _write(self, rank: int, tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Part]) -> None:
+        files = {}
+        for number, group in enumerate(_by_size(tensors)):
+            path = self.folder / f"tensors-{rank:05d}-{number:04d}.safetensors"
+            save_file({name: tensors[name].detach().cpu().contiguous() for name in group}, path)
+            self._stage += 1
+            _sync(path)
+            self._stage += 1
+            boxes = {name: [[bounds.start, bounds.stop] for bounds in parts[name].index] for name in group}
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path), "boxes": boxes}
+            self._stage += 1
+        self.files = files
 
 
 def _by_size(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:

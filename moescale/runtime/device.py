@@ -36,9 +36,34 @@ def make_deterministic() -> None:
 
 
 def available_host_bytes() -> float:
-    """Host memory that can still be had, as the kernel estimates it; infinite where it does not say."""
+    """Host memory that can still be had, by the kernel's estimate and this process's cgroups; infinite if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return float("inf")
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), float("inf"))
+        lines = []
+    of_host = next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), float("inf"))
+    return min(of_host, available_cgroup_bytes())
+
+
+def available_cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), own_groups: Path = Path("/proc/self/cgroup")) -> float:
+    """Memory left by the limits (v2) of this process's cgroup and those around it; infinite where none is limited."""
+    try:
+        lines = own_groups.read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")), "")
+    left = float("inf")
+    group = root / name
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(root):
+            break
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+            used = int((folder / "memory.current").read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            # Pages of files that nobody uses are counted, but given back when asked for.
+            left = min(left, float(max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))))
+    return left

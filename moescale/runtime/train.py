@@ -88,7 +88,12 @@ class Trainer:
         self.total_steps = total_steps
         self.source = source
         self.store = store
-        self.writer = CheckpointWriter(store, ranks, in_background=settings.background_checkpoints)
+        self.writer = CheckpointWriter(
+            store,
+            ranks,
+            in_background=settings.background_checkpoints,
+            on_progress=lambda: self.on_progress(self.step, "writing a checkpoint"),
+        )
         self.observer = observer
         self.validation = validation
         self.identity = identity or {}
@@ -118,9 +123,15 @@ class Trainer:
                     f"{checkpoint.path}: was written with {key} {stored['identity'][key]}, this run has {value}; "
                     "use the same one, or another --output"
                 )
+
+        def loading() -> None:
+            self.on_progress(stored["step"], "loading the checkpoint")
+
         # Weights come last: after they are in, nothing may fail.
         self.source.load_state_dict(stored["source"])
-        state = checkpoints.load(checkpoint, self.optimizer.tensors(), self.optimizer.tensor_parts(), self.ranks)
+        state = checkpoints.load(
+            checkpoint, self.optimizer.tensors(), self.optimizer.tensor_parts(), self.ranks, loading
+        )
         self.optimizer.finish_load(state["num_updates"])
         torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["cpu_random_state"])), dtype=torch.uint8))
         if self.device.type == "cuda" and state["cuda_random_state"] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,6 +189,28 @@ def error_of_resume(folder: Path, fields: dict[str, Any]) -> str | None:
     except CheckpointError as error:
         return str(error).split(":")[0].rpartition("/")[2]
     return None
+
+
+def test_while_one_ranks_disk_is_slow_every_rank_reports_progress(tmp_path, groups):
+    for reports in groups[2].run(reports_while_rank_1_writes_slowly, tmp_path):
+        assert reports >= 2
+
+
+def reports_while_rank_1_writes_slowly(folder: Path) -> int:
+    from moescale.runtime import checkpoint_writer
+
+    one = make_trainer(folder, dp_shard=2, ep=2)
+    reports: list[str] = []
+    one.on_progress = lambda step, phase: reports.append(phase)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_writer, "WAIT_SECONDS", 0.02)
+        if one.ranks.rank == 1:
+            patch.setattr(checkpoint_writer, "MAX_FILE_BYTES", 2**17)
+            patch.setattr(checkpoint_writer, "_sync", lambda path: time.sleep(0.1))
+        one._save()
+        reports.clear()
+        one._commit()
+    return reports.count("writing a checkpoint")
 
 
 def test_a_rank_that_cannot_write_stops_all_with_one_error_and_older_checkpoints_stay(tmp_path, groups):

@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from moescale.runtime import checkpoint as checkpoints
 from moescale.runtime import checkpoint_writer
 from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, CheckpointWeights, load, read_state, verify
 from moescale.runtime.checkpoint_writer import CheckpointWriter
+from moescale.runtime.device import available_cgroup_bytes
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -84,6 +87,31 @@ def test_leftovers_of_an_interrupted_write_do_not_count_and_are_cleared(tmp_path
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_slow_disk_is_progress_as_long_as_it_advances_and_a_dead_one_is_none(tmp_path, monkeypatch, in_background):
+    monkeypatch.setattr(checkpoint_writer, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(checkpoint_writer, "MAX_FILE_BYTES", 1)  # a tensor to a file
+    reports: list[float] = []
+    dead_from, dead_until = [], []
+
+    def slow_sync(path):
+        time.sleep(0.2)
+        if path.name == "tensors-00000-0001.safetensors":
+            dead_from.append(time.monotonic() + 0.1)
+            time.sleep(0.6)
+            dead_until.append(time.monotonic())
+
+    monkeypatch.setattr(checkpoint_writer, "_sync", slow_sync)
+    store = CheckpointStore(tmp_path, keep=1)
+    writer = CheckpointWriter(store, in_background=in_background, on_progress=lambda: reports.append(time.monotonic()))
+    writer.begin(1, {}, tensors())
+    assert in_background or writer.is_written
+    verify(writer.commit())
+    assert sum(report < dead_from[0] for report in reports) >= 2
+    assert sum(report > dead_until[0] for report in reports) >= 1
+    assert not [report for report in reports if dead_from[0] < report < dead_until[0]]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip a high bit", "flip a low bit", "remove"])
 @pytest.mark.parametrize("file_name", ["tensors-00000-0000.safetensors", "state.json"])
 def test_every_kind_of_damage_is_named_and_nothing_is_loaded(tmp_path, damage, file_name):
@@ -106,6 +134,42 @@ def test_every_kind_of_damage_is_named_and_nothing_is_loaded(tmp_path, damage, f
     skipped = []
     assert store.last_good(on_skip=skipped.append).step == 1
     assert len(skipped) == 1 and str(path) in skipped[0]
+
+
+@pytest.mark.parametrize(("local_ranks", "waits"), [(1, False), (4, True)])
+def test_copies_of_all_ranks_of_a_host_must_fit_into_its_memory(tmp_path, monkeypatch, local_ranks, waits):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+    monkeypatch.setattr(checkpoint_writer, "available_host_bytes", lambda: 400.0)  # three tensors of 48 bytes
+    held = threading.Event()
+    monkeypatch.setattr(checkpoint_writer, "_sync", lambda path: held.wait(0.2))
+    writer = CheckpointWriter(CheckpointStore(tmp_path, keep=1))
+    writer.begin(1, {}, tensors())
+    assert writer.is_written == waits
+    held.set()
+    writer.commit()
+
+
+def test_a_limit_on_the_cgroup_or_one_around_it_bounds_host_memory(tmp_path):
+    own_groups = tmp_path / "own"
+    own_groups.write_text("1:name=x:/\n0::/outer/inner\n")
+    inner = tmp_path / "root" / "outer" / "inner"
+    inner.mkdir(parents=True)
+    assert available_cgroup_bytes(tmp_path / "root", own_groups) == float("inf")
+    for folder, limit, used in ((inner, "max", 50), (inner.parent, "1000", 700), (tmp_path / "root", "5000", 900)):
+        (folder / "memory.max").write_text(limit + "\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text("anon 600\ninactive_file 25\n")
+    assert available_cgroup_bytes(tmp_path / "root", own_groups) == 325
+    (inner / "memory.max").write_text("40\n")
+    assert available_cgroup_bytes(tmp_path / "root", own_groups) == 15
+
+
+def test_loading_reports_every_file_and_every_tensor(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_writer, "MAX_FILE_BYTES", 1)
+    checkpoint = CheckpointWriter(CheckpointStore(tmp_path, keep=1)).save(1, {}, tensors())
+    reports = []
+    load(checkpoint, empty_like(tensors()), on_progress=lambda: reports.append(1))
+    assert len(reports) == 2 * len(tensors())
 
 
 def test_with_all_checkpoints_damaged_there_is_an_error_that_names_each(tmp_path):
