@@ -28,6 +28,7 @@ from moescale.runtime.checkpoint import Checkpoint, CheckpointStore
 from moescale.runtime.device import choose_device, make_deterministic
 from moescale.runtime.launch import Membership, join_ranks, run_local_ranks, was_launched
 from moescale.runtime.mapping import compile_layers, optimizer_format
+from moescale.runtime.output_lock import hold_output
 from moescale.runtime.ranks import Ranks
 from moescale.runtime.session import PlacedModel, place_model
 from moescale.runtime.settings import TrainSettings
@@ -93,7 +94,8 @@ def run_command(
     if inputs.deterministic:
         make_deterministic()
     with join_ranks(device, hang_seconds=inputs.hang_seconds) as member:
-        summary = _train(inputs, settings, folder, config, corpus, plan, member, show_progress=not json)
+        with hold_output(inputs.output, member.ranks):
+            summary = _train(inputs, settings, folder, config, corpus, plan, member, show_progress=not json)
     if json and member.ranks.is_first:
         print(json_module.dumps(asdict(summary), indent=2))
 

@@ -109,6 +109,20 @@ def test_a_damaged_checkpoint_is_an_error_and_last_good_says_what_it_skips(
     assert "none of the checkpoints (3) is undamaged" in error_of(capsys, *arguments, "--resume", "last-good")
 
 
+def test_a_second_run_on_the_same_output_is_refused_and_the_first_goes_on(
+    tmp_path, model_folder, stdlib_corpus, capsys
+):
+    output = tmp_path / "run"
+    arguments = run_arguments(model_folder, stdlib_corpus, output, "--checkpoint-every", 1)
+    process = start([*arguments, "--steps", "100000"])
+    wait_for_step(process, output, 2)
+    message = error_of(capsys, *arguments, "--steps", 1)
+    assert f"another process trains into it (process {process.pid} on " in message
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+
+
 def test_sigterm_saves_and_leaves_with_status_75(tmp_path, model_folder, stdlib_corpus):
     output = tmp_path / "run"
     process = start(run_arguments(model_folder, stdlib_corpus, output, "--steps", 100_000))
