@@ -123,6 +123,7 @@ class Trainer:
                     f"{checkpoint.path}: was written with {key} {stored['identity'][key]}, this run has {value}; "
                     "use the same one, or another --output"
                 )
+        self._check_formats(checkpoint.path, stored["plan"])
 
         def loading() -> None:
             self.on_progress(stored["step"], "loading the checkpoint")
@@ -142,6 +143,22 @@ class Trainer:
         self._checkpoint = checkpoint
         self.observer.on_resume(self.step, checkpoint.path)
         return self.store.set_aside_after(self.step, self.ranks)
+
+    def _check_formats(self, path: Path, written: dict[str, Any] | None) -> None:
+        """Refuse a checkpoint whose optimizer state has other formats than this run keeps it in."""
+        if written is None:
+            return
+        now = {
+            "optimizer_state_dtype": self.optimizer.format.moments,
+            "master_weight_format": self.optimizer.format.master,
+        }
+        differing = [name for name, value in now.items() if written[name] != value]
+        if differing:
+            raise CheckpointError(
+                f"{path}: was written with {' and '.join(f'{name} {written[name]}' for name in differing)}, this run's "
+                f"plan says {' and '.join(now[name] for name in differing)}; compile the plan with "
+                f"{' '.join(f'--pin {name}={written[name]}' for name in differing)}, or choose another --output"
+            )
 
     def train(self) -> TrainSummary:
         """Run the remaining steps. Raises NonFiniteLossError, and Preempted after saving when asked to stop."""

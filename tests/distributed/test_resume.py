@@ -182,6 +182,28 @@ def resume_last_good_and_train(folder: Path, fields: dict[str, Any]) -> tuple[li
     return skipped, aside, one.train().checkpoint
 
 
+def test_a_checkpoint_of_other_optimizer_formats_is_refused_with_both_and_the_way_out(tmp_path):
+    def make(**formats: str):
+        one = make_trainer(tmp_path, compute_dtype="bf16", **formats)
+        one.plan = {"optimizer_state_dtype": "fp32", "master_weight_format": "fp32"} | formats
+        return one
+
+    written = dict(optimizer_state_dtype="int8", master_weight_format="bf16_remainder")
+    one = make(**written)
+    one._save()
+    one._commit()
+    rule = (
+        "was written with optimizer_state_dtype int8 and master_weight_format bf16_remainder, this run's plan says "
+        "fp32 and fp32; compile the plan with --pin optimizer_state_dtype=int8 --pin "
+        "master_weight_format=bf16_remainder, or choose another --output"
+    )
+    with pytest.raises(CheckpointError, match=rule):
+        make().resume(one.store.last())
+    with pytest.raises(CheckpointError, match="with optimizer_state_dtype int8, this run's plan says bf16; "):
+        make(**written | dict(optimizer_state_dtype="bf16")).resume(one.store.last())
+    make(**written).resume(one.store.last())
+
+
 def error_of_resume(folder: Path, fields: dict[str, Any]) -> str | None:
     one = make_trainer(folder, **fields)
     try:
