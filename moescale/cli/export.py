@@ -44,12 +44,7 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
     """
     import torch
 
-    run_file = settings.run / "run.json"
-    if not run_file.is_file():
-        raise CheckpointError(
-            f"{run_file}: missing; --run ({settings.run}) must be the output folder of `moescale run`"
-        )
-    reference = settings.model or Path(json_module.loads(run_file.read_text())["model"])
+    reference = settings.model or _model_of(settings.run)
     config = read_model_config(reference)
     store = CheckpointStore(settings.run / "checkpoints", keep=1)
     checkpoint = store.last() if settings.step is None else store.at(settings.step)
@@ -72,3 +67,19 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
     print(f"exported step {checkpoint.step} as {settings.dtype} to {settings.output} ({report.num_shards} shards)")
     for warning in report.warnings:
         print(f"warning: {warning}")
+
+
+def _model_of(run: Path) -> Path:
+    """The folder that a run's model came from."""
+    path = run / "run.json"
+    try:
+        return Path(json_module.loads(path.read_text())["model"])
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: missing; --run ({run}) must be the output folder of `moescale run`. Without this file, give the "
+            "folder of the run's model as --model"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({type(error).__name__}: {error}); give the folder of the run's model as --model"
+        ) from error

@@ -122,6 +122,10 @@ def _train(
     """One rank's part of the run; only the first one shows and writes what is written once."""
     ranks, device = member.ranks, member.device
     member.progress(0, "building the model")
+    if device.type == "cuda":
+        warning = memory_warning(plan, torch.cuda.get_device_properties(device).total_memory)
+        if warning is not None:
+            _warn(warning, ranks)
     store = CheckpointStore(inputs.output / "checkpoints", settings.keep_checkpoints)
     checkpoint = _checkpoint_to_resume(store, inputs.resume, member)
     placed = place_model(config, plan, ranks, device)
@@ -205,6 +209,7 @@ def _plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: torch.
         if given:
             raise ConfigError(f"run.{given[0]} ({by_hand[given[0]]}) is decided by the plan {inputs.plan}; drop one")
         plan = load_plan(inputs.plan)
+        _check_version(plan, inputs.plan)
         plan.check_model(config)
         return plan
     sequences = inputs.micro_batch_sequences or 1
@@ -221,6 +226,25 @@ def _plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: torch.
         micro_batch_sequences=sequences,
         gradient_accumulation_steps=tokens_per_step // micro_batch_tokens,
         compute_dtype=inputs.precision or ("bf16" if device.type == "cuda" else "fp32"),
+    )
+
+
+def _check_version(plan: ParallelPlan, path: Path) -> None:
+    if plan.moescale_version != __version__:
+        raise ConfigError(
+            f"{path}: plan.moescale_version ({plan.moescale_version}) must be this version's ({__version__}): what a "
+            "plan decides, and its predictions, hold for the runtime it was made for; compile it again"
+        )
+
+
+def memory_warning(plan: ParallelPlan, device_bytes: int) -> str | None:
+    """What to say of a plan that expects more memory than the GPU has, such as one made for another cluster."""
+    if plan.prediction is None or plan.prediction.peak_bytes <= device_bytes:
+        return None
+    return (
+        f"the plan predicts {plan.prediction.peak_bytes / 2**30:.1f} GiB on a GPU, this one has "
+        f"{device_bytes / 2**30:.1f} GiB; compile for this cluster, or with --memory-limit "
+        f"{0.95 * device_bytes / 2**30:.0f}"
     )
 
 

@@ -1,5 +1,6 @@
 """The main job from the command line: accumulation, kill and resume, stop, export."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,10 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moescale import __version__
 from moescale.cli import main
+from moescale.cli.run import memory_warning
 from moescale.convert.checkpoint import import_checkpoint
 from moescale.convert.hf_config import read_model_config
 from moescale.model.transformer import build_on_meta
+from moescale.plan import ParallelPlan, Prediction, one_device_plan, save_plan
 
 STEPS = 200
 SEQUENCES_PER_STEP = 8
@@ -121,6 +125,48 @@ def test_a_second_run_on_the_same_output_is_refused_and_the_first_goes_on(
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
+
+
+def test_a_plan_of_another_version_is_refused(tmp_path, model_folder, stdlib_corpus, capsys):
+    path = tmp_path / "plan.json"
+    save_plan(dataclasses.replace(one_sequence_plan(model_folder), moescale_version="0.0.1"), path)
+    inputs = ("--model", model_folder, "--data", stdlib_corpus, "--output", tmp_path / "run", "--device", "cpu")
+    message = error_of(capsys, "run", *inputs, "--plan", path)
+    assert f"{path}: plan.moescale_version (0.0.1) must be this version's ({__version__})" in message
+
+
+def test_a_plan_that_needs_more_memory_than_the_gpu_has_is_warned_of(model_folder):
+    prediction = Prediction(
+        step_seconds=1.0, tokens_per_second=64.0, breakdown_seconds={}, peak_bytes=100 * 2**30, breakdown_bytes={}
+    )
+    plan = dataclasses.replace(one_sequence_plan(model_folder), prediction=prediction)
+    assert memory_warning(plan, 100 * 2**30) is None
+    assert "predicts 100.0 GiB on a GPU, this one has 80.0 GiB" in memory_warning(plan, 80 * 2**30)
+    assert memory_warning(one_sequence_plan(model_folder), 1) is None
+
+
+def one_sequence_plan(model_folder: Path) -> ParallelPlan:
+    return one_device_plan(
+        read_model_config(model_folder),
+        sequence_length=64,
+        micro_batch_sequences=1,
+        gradient_accumulation_steps=1,
+        compute_dtype="fp32",
+    )
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"model": 3}', '{"model'])
+def test_without_a_sound_run_file_export_wants_the_model(tmp_path, model_folder, straight_run, capsys, content):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(straight_run / "checkpoints")
+    if content is not None:
+        (run / "run.json").write_text(content)
+    export = ("export", "--run", run, "--output", tmp_path / "export")
+    message = error_of(capsys, *export)
+    assert f"{run / 'run.json'}: " in message
+    assert "--model" in message
+    moescale(*export, "--model", model_folder)
 
 
 def test_sigterm_saves_and_leaves_with_status_75(tmp_path, model_folder, stdlib_corpus):
