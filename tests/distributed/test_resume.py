@@ -6,13 +6,16 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from gloo_ranks import GlooRanks
+from moescale.data.loader import Loader
+from moescale.data.shuffle import permuted
 from moescale.errors import CheckpointError
 from moescale.runtime.checkpoint import CheckpointStore, CheckpointWeights
-from plans import SEQUENCES_PER_STEP, make_trainer
+from plans import SEQUENCE_LENGTH, SEQUENCES_PER_STEP, make_trainer
 
 TOTAL_STEPS = 12
 
@@ -180,6 +183,62 @@ def resume_last_good_and_train(folder: Path, fields: dict[str, Any]) -> tuple[li
     assert checkpoint is not None and checkpoint.step == 1
     aside = one.resume(checkpoint)
     return skipped, aside, one.train().checkpoint
+
+
+class NumberedCorpus:
+    """Every token of sequence ``i`` is ``i``, so the model's own input says which sequence it is."""
+
+    num_sequences = vocabulary_size = 20
+    sequence_length = SEQUENCE_LENGTH
+    fingerprint = "numbered"
+    document_boundaries = False
+
+    def sequence(self, index: int) -> tuple[np.ndarray, None]:
+        return np.full(SEQUENCE_LENGTH, index, dtype=np.uint16), None
+
+
+def train_on_corpus(folder: Path, until: int, fields: dict[str, int]) -> list[list[tuple[int, list[int]]]]:
+    """Train with the loader of the real runs; by step, id and distinct tokens of each sequence of this rank."""
+    one = make_trainer(folder, total_steps=TOTAL_STEPS, **fields)
+    share = SEQUENCES_PER_STEP // one.ranks.size
+    one.source = Loader(
+        NumberedCorpus(),
+        sequences_per_step=SEQUENCES_PER_STEP,
+        micro_batch_sequences=share,
+        seed=7,
+        rank=one.ranks.rank,
+        world_size=one.ranks.size,
+    )
+    checkpoint = one.store.last()
+    if checkpoint is not None:
+        one.resume(checkpoint)
+    seen = []
+    steps = iter(one.source)
+    while one.step < until:
+        batches = next(steps)
+        one._train_step(batches)
+        rows = [row for batch in batches for row in zip(batch.sequence_ids, batch.tokens, strict=True)]
+        seen.append([(int(number), tokens.unique().tolist()) for number, tokens in rows])
+    one._save()
+    one._commit()
+    return seen
+
+
+def test_the_loader_hands_out_each_sequence_of_the_order_once_over_4_then_2_then_1_ranks(tmp_path, groups):
+    """Three epochs of 20 sequences in steps of 8: the moves fall into epochs, and steps across their ends."""
+    seen = []
+    for ranks, until, mesh in ((4, 2, dict(dp_shard=4, ep=2)), (2, 5, dict(dp_shard=2)), (1, 8, {})):
+        shares = (
+            [train_on_corpus(tmp_path, until, mesh)]
+            if ranks == 1
+            else groups[ranks].run(train_on_corpus, tmp_path, until, mesh)
+        )
+        seen += [[row for share in step for row in share] for step in zip(*shares, strict=True)]
+    assert all(tokens == [number] for step in seen for number, tokens in step)
+    numbers = [number for step in seen for number, _ in step]
+    order = [permuted(np.arange(20), 20, seed=7, epoch=epoch).tolist() for epoch in range(4)]
+    assert numbers == sum(order, [])[:64]
+    assert all(sorted(numbers[start : start + 20]) == list(range(20)) for start in (0, 20, 40))
 
 
 def test_a_checkpoint_of_other_optimizer_formats_is_refused_with_both_and_the_way_out(tmp_path):
