@@ -97,8 +97,8 @@ def test_a_slow_disk_is_progress_as_long_as_it_advances_and_a_dead_one_is_none(t
     def slow_sync(path):
         time.sleep(0.2)
         if path.name == "tensors-00000-0001.safetensors":
-            dead_from.append(time.monotonic() + 0.1)
-            time.sleep(0.6)
+            dead_from.append(time.monotonic() + 0.3)
+            time.sleep(0.9)
             dead_until.append(time.monotonic())
 
     monkeypatch.setattr(checkpoint_writer, "_sync", slow_sync)
@@ -141,7 +141,7 @@ def test_copies_of_all_ranks_of_a_host_must_fit_into_its_memory(tmp_path, monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     monkeypatch.setattr(checkpoint_writer, "available_host_bytes", lambda: 400.0)  # three tensors of 48 bytes
     held = threading.Event()
-    monkeypatch.setattr(checkpoint_writer, "_sync", lambda path: held.wait(0.2))
+    monkeypatch.setattr(checkpoint_writer, "_sync", lambda path: held.wait(1.0))
     writer = CheckpointWriter(CheckpointStore(tmp_path, keep=1))
     writer.begin(1, {}, tensors())
     assert writer.is_written == waits
