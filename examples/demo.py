@@ -23,11 +23,13 @@ from transformers.utils import logging as transformers_logging
 
 from moescale.convert.checkpoint import import_checkpoint
 from moescale.convert.hf_config import read_model_config, resolve_model
+from moescale.data.corpus import open_corpus
 from moescale.errors import Preempted
 from moescale.model.transformer import build_on_meta
 
 VOCABULARY = 4096
 SEQUENCE_LENGTH = 256
+VALIDATION_SEQUENCES = 128
 END_TOKEN = "<|end_of_text|>"
 PROMPTS = ("def __init__(self", "import os\nimport ", "    for i in range(", "class TestCase(unittest.")
 
@@ -134,10 +136,25 @@ def main() -> None:
     )
 
     say("moescale run: train, stop in the middle")
+    held_out = open_corpus(corpus, "validation").num_sequences
+    measured = min(VALIDATION_SEQUENCES, held_out)
+    print(f"validation loss is measured on {measured} of {held_out} held-out sequences, evenly spaced over all of them")
+    print(
+        f"after about {arguments.steps // 2} steps this script asks the run to stop, as a cluster's scheduler would "
+        "(SIGTERM): the message 'stopped by SIGTERM' below is meant to come, nothing has gone wrong",
+        flush=True,
+    )
     command = moescale(
         *("run", "--model", model, "--data", corpus, "--output", run, "--steps", arguments.steps),
         *("--tokens-per-step", 16 * SEQUENCE_LENGTH, "--micro-batch-sequences", 16, "--learning-rate", 3e-3),
-        *("--warmup-steps", 20, "--validation-every", max(1, arguments.steps // 6), "--validation-sequences", 128),
+        *(
+            "--warmup-steps",
+            20,
+            "--validation-every",
+            max(1, arguments.steps // 6),
+            "--validation-sequences",
+            VALIDATION_SEQUENCES,
+        ),
     )
     train_until(arguments.steps // 2, command, run)
 

@@ -152,7 +152,10 @@ class Loader:
 def validation_batches(
     corpus: Corpus, *, micro_batch_sequences: int, rank: int = 0, world_size: int = 1, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Yield this rank's contiguous share of the first ``limit`` sequences, in order; the last batch may be smaller.
+    """Yield this rank's contiguous share of ``limit`` sequences, in order; the last batch may be smaller.
+
+    They lie evenly spaced over the whole corpus, because neighbours come from the same documents: the first ones would
+    tell of a few documents instead of all. They are the same for every number of ranks and in every call.
 
     All ranks get equally many batches, since they must meet in every collective: a rank whose share ends earlier gets
     a sequence without targets (id -1).
@@ -161,7 +164,8 @@ def validation_batches(
     first, last = (total * number // world_size for number in (rank, rank + 1))
     longest_share = -(-total // world_size)
     for start in range(first, first + longest_share, micro_batch_sequences):
-        ids = np.arange(start, min(start + micro_batch_sequences, last), dtype=np.int64)
+        places = np.arange(start, min(start + micro_batch_sequences, last), dtype=np.int64)
+        ids = places * corpus.num_sequences // total
         if ids.size:
             yield read_batch(corpus, ids)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from itertools import islice
@@ -192,8 +193,19 @@ def validation_ids(num_sequences, **options) -> list[list[int]]:
 
 def test_validation_runs_through_the_corpus_in_order():
     assert validation_ids(5, micro_batch_sequences=2) == [[0, 1], [2, 3], [4]]
-    assert validation_ids(5, micro_batch_sequences=2, limit=3) == [[0, 1], [2]]
     assert validation_ids(5, micro_batch_sequences=2, limit=50) == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_limited_validation_is_spread_over_the_whole_corpus(world_size):
+    ranks = [
+        validation_ids(614, micro_batch_sequences=16, limit=128, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    ids = [number for batches in ranks for batch in batches for number in batch if number >= 0]
+    assert len(set(ids)) == 128
+    assert {after - before for before, after in itertools.pairwise(ids)} == {4, 5}
+    assert ids[0] == 0 and 614 - 5 <= ids[-1] < 614
 
 
 @pytest.mark.parametrize("num_sequences", range(1, 14))
