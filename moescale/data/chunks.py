@@ -36,10 +36,10 @@ class Lines:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Values of the text column; None where a row has none."""
+    """Values of the text column; None where a row has none, bytes where they are not valid UTF-8."""
 
     path: str
-    texts: Sequence[str | None]
+    texts: Sequence[str | bytes | None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import tokenizers
 
 from moescale.data.chunks import LineRange, Lines, NotText, ReadableChunk, Rows, TextRange, WholeFiles
 from moescale.data.cuts import parts_of
-from moescale.data.readers import looks_binary, open_bytes
+from moescale.data.readers import BYTE_ORDER_MARK, looks_binary, open_bytes
 from moescale.data.words import word_encoder
 from moescale.errors import DataError
 
@@ -185,16 +185,19 @@ def _lines_of(chunk: LineRange) -> Iterator[bytes]:
             stream.seek(position - 1)
             position += len(stream.readline()) - 1  # the line that began before belongs to the chunk before
         while position < chunk.end and (line := stream.readline()):
+            yield line if position else line.removeprefix(BYTE_ORDER_MARK)
             position += len(line)
-            yield line
 
 
-def _read_rows(texts: Sequence[str | None], read: _Texts) -> None:
+def _read_rows(texts: Sequence[str | bytes | None], read: _Texts) -> None:
     for number, text in enumerate(texts):
         read.num_items += 1
         if isinstance(text, str):
             read.num_bytes += len(text)
             read.add(text, number)
+        elif isinstance(text, bytes):
+            read.num_bytes += len(text)
+            read.bad.append((INVALID_UTF8, number))
         else:
             read.bad.append((MISSING_COLUMN, number))
 

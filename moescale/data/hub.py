@@ -39,7 +39,8 @@ class HubSource:
     def _texts(self) -> Iterator[str | None]:
         try:
             for row in self.dataset:
-                yield row.get(self.text_column)
+                text = row.get(self.text_column)
+                yield text if isinstance(text, str) else None
         except Exception as error:  # as when opening
             raise DataError(f"dataset '{self.name}' broke off while it was read ({_first_line(error)})") from error
 

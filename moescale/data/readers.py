@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 from moescale.data.chunks import Chunk, LineRange, Lines, LongFile, NotText, Rows, WholeFiles
 from moescale.errors import DataError, nearest
 
+BYTE_ORDER_MARK = codecs.BOM_UTF8
+"""Which some programs write at the beginning of a file; in JSON Lines it is no part of the first record."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _SNIFFED_BYTES = 8192
 _VALIDATED_BYTES = 1 << 16
@@ -40,7 +42,11 @@ def line_chunks(path: str, num_bytes: int, chunk_bytes: int) -> Iterator[Chunk]:
         return
     try:
         with open_bytes(path) as stream:
+            is_first = True
             while lines := stream.readlines(chunk_bytes):
+                if is_first:
+                    lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
+                    is_first = False
                 yield Lines(path=path, lines=lines)
     except OSError as error:
         raise DataError(f"{path} cannot be decompressed: {error}; it is damaged or not what its name says") from error
@@ -70,9 +76,9 @@ def long_document(path: str, num_bytes: int) -> Chunk:
     return LongFile(path=path, num_bytes=num_bytes)
 
 
-def row_chunks(path: str, texts: Iterable[str | None], chunk_bytes: int) -> Iterator[Chunk]:
+def row_chunks(path: str, texts: Iterable[str | bytes | None], chunk_bytes: int) -> Iterator[Chunk]:
     """Group the texts of a table, in order, into chunks of about ``chunk_bytes``."""
-    pending: list[str | None] = []
+    pending: list[str | bytes | None] = []
     size = 0
     for text in texts:
         pending.append(text)
@@ -84,8 +90,8 @@ def row_chunks(path: str, texts: Iterable[str | None], chunk_bytes: int) -> Iter
         yield Rows(path=path, texts=pending)
 
 
-def table_texts(path: str, kind: str, column: str) -> Iterator[str | None]:
-    """Yield the text column of a Parquet or Arrow file, a record batch at a time."""
+def table_texts(path: str, kind: str, column: str) -> Iterator[str | bytes | None]:
+    """Yield the text column of a Parquet or Arrow file, a record batch at a time; bytes that are no UTF-8 as bytes."""
     import pyarrow
     from pyarrow import ipc, parquet
 
@@ -108,9 +114,28 @@ def table_texts(path: str, kind: str, column: str) -> Iterator[str | None]:
         for batch in batches:
             texts = batch.column(column)
             for start in range(0, len(texts), 256):
-                yield from texts.slice(start, 256).to_pylist()
+                yield from _values_of(texts.slice(start, 256))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as {kind}: {error}") from error
+
+
+def _values_of(texts: Any) -> list[str | bytes | None]:
+    """Return an Arrow array of strings as a list, with bytes where a string is not valid UTF-8, which Arrow allows."""
+    import pyarrow.types
+
+    if pyarrow.types.is_dictionary(texts.type):  # such as the categories of pandas
+        texts = texts.dictionary_decode()
+    try:
+        return texts.to_pylist()
+    except UnicodeDecodeError:
+        return [_decoded(value) for value in texts.cast(pyarrow.large_binary()).to_pylist()]
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def _check_column(schema: Any, column: str, path: str) -> None:
@@ -122,6 +147,8 @@ def _check_column(schema: Any, column: str, path: str) -> None:
             "name the one with the text in text_column"
         )
     kind = schema.field(column).type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
     text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
     if not any(is_text(kind) for is_text in text):
         raise DataError(f"{path}: column '{column}' is of type {kind}; text_column must name a column of strings")

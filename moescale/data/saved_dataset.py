@@ -22,7 +22,10 @@ _COLUMN = "input_ids"
 def splits_of(folder: Path) -> dict[str, Path]:
     """Return the folder of every split."""
     if (folder / "dataset_dict.json").is_file():
-        return {split: folder / split for split in _read_json(folder / "dataset_dict.json")["splits"]}
+        names = _list_in(folder / "dataset_dict.json", "splits")
+        if not all(isinstance(name, str) for name in names):
+            raise DataError(f"{folder / 'dataset_dict.json'} is damaged: splits must be names; save the dataset again")
+        return {split: folder / split for split in names}
     return {"train": folder}
 
 
@@ -33,9 +36,14 @@ def open_saved_dataset(folder: Path) -> SavedDataset:
         DataError: a file is missing or damaged, or there is no column ``input_ids`` of integer lists of one length.
     """
     state = _read_json(folder / "state.json")
+    entries = _list_in(folder / "state.json", "_data_files")
     blocks: list[np.ndarray] = []
     sizes = []
-    for entry in state["_data_files"]:
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
+            raise DataError(
+                f"{folder / 'state.json'} is damaged: an entry of _data_files has no filename; save the dataset again"
+            )
         path = folder / entry["filename"]
         if not path.is_file():
             raise DataError(f"{path} is missing, though {folder / 'state.json'} lists it")
@@ -85,11 +93,21 @@ class SavedDataset:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: the saved dataset is not whole") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds no JSON object: {path.parent} is not a saved dataset")
+    return value
+
+
+def _list_in(path: Path, key: str) -> list[Any]:
+    value = _read_json(path).get(key)
+    if not isinstance(value, list):
+        raise DataError(f"{path} has no list '{key}': {path.parent} is not a saved dataset")
+    return value
 
 
 def _read_blocks(path: Path) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from moescale.data.chunks import Chunk, WholeFiles
 from moescale.data.readers import (
@@ -149,14 +149,27 @@ def _folder(root: Path, text_column: str, output: Path) -> LocalSource:
 
 def _saved_dataset(root: Path, text_column: str, split: str) -> LocalSource | None:
     """Return the files of a folder that ``datasets.save_to_disk`` wrote, or None for any other folder."""
-    if (root / "dataset_dict.json").is_file():
-        splits = json.loads((root / "dataset_dict.json").read_bytes())["splits"]
+    splits = _list_in(root / "dataset_dict.json", "splits")
+    if splits is not None and all(isinstance(name, str) for name in splits):
         if split not in splits:
             raise DataError(f"{root} has no split '{split}'{nearest(split, splits)} (it has {', '.join(splits)})")
-        return _saved_dataset(root / split, text_column, split)
-    if not (root / "state.json").is_file():
+        found = _saved_dataset(root / split, text_column, split)
+        if found is None:
+            raise DataError(
+                f"{root / split / 'state.json'} is missing or damaged, though {root / 'dataset_dict.json'} lists "
+                f"'{split}': the saved dataset is not whole; save it again"
+            )
+        return found
+    entries = _list_in(root / "state.json", "_data_files")
+    if entries is None:
         return None
-    names = [entry["filename"] for entry in json.loads((root / "state.json").read_bytes())["_data_files"]]
+    names: list[str] = []
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
+            raise DataError(
+                f"{root / 'state.json'} is damaged: an entry of _data_files has no filename; save the dataset again"
+            )
+        names.append(entry["filename"])
     for name in names:
         if not (root / name).is_file():
             raise DataError(f"{root / name} is missing, though {root / 'state.json'} lists it")
@@ -166,6 +179,19 @@ def _saved_dataset(root: Path, text_column: str, split: str) -> LocalSource | No
         text_column=text_column,
         files=[_file(root / name, name) for name in names],
     )
+
+
+def _list_in(path: Path, key: str) -> list[Any] | None:
+    """Return the list under ``key`` of a JSON object; None where there is no such file, object or list.
+
+    The names of these files are ordinary ones, which anything in a source tree may have.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, list) else None
 
 
 def _file(path: Path, name: str) -> SourceFile:
@@ -185,11 +211,9 @@ def _kind(path: Path) -> str:
 
 
 def _starts_with_a_record(path: Path) -> bool:
-    with open_bytes(path) as stream:
-        first = stream.readline(1 << 26).strip()
-    if first in (b"{", b"[", b""):
-        return False
     try:
-        return isinstance(json.loads(first), dict)
-    except ValueError:
+        with open_bytes(path) as stream:
+            first = stream.readline(1 << 26).strip()
+        return first not in (b"{", b"[", b"") and isinstance(json.loads(first), dict)
+    except (OSError, ValueError, RecursionError):  # a damaged file is named when it is read
         return False

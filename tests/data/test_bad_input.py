@@ -116,3 +116,38 @@ def test_bad_files_of_a_source_tree_are_counted(settings, tmp_path):
     }
     with pytest.raises(DataError, match=r"empty.py: empty document \(strict\)"):
         prepare(settings(root, strict=True, output=tmp_path / "other"), progress=False)
+
+
+@pytest.mark.parametrize(
+    "suffix, kind",
+    [
+        *((suffix, kind) for suffix in ("parquet", "arrow") for kind in ("string", "large_string", "string_view")),
+        ("arrow", "dictionary"),  # of Parquet's categories the library refuses such a file itself
+    ],
+)
+def test_rows_that_are_not_utf8_are_counted(settings, tmp_path, kind, suffix):
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    values = pyarrow.array([b"some text " * 9, b"caf\xe9", None, b"more text " * 9], pyarrow.binary())
+    if kind == "dictionary":
+        texts = pyarrow.DictionaryArray.from_arrays([0, 1, None, 2], values.drop_null().view(pyarrow.string()))
+    elif kind == "string_view":
+        texts = values.cast(pyarrow.binary_view()).view(pyarrow.string_view())
+    elif kind == "large_string":
+        texts = values.cast(pyarrow.large_binary()).view(pyarrow.large_string())
+    else:
+        texts = values.view(pyarrow.string())
+    table = pyarrow.table({"text": texts})
+    source = tmp_path / f"table.{suffix}"
+    if suffix == "parquet":
+        parquet.write_table(table, source)
+    else:
+        with ipc.new_file(source, table.schema) as writer:
+            writer.write_table(table)
+    report = prepare(settings(source), progress=False)
+    assert report.documents == 2
+    assert {kind: items.first for kind, items in report.bad.items()} == {
+        "invalid_utf8": [f"{source}:2"],
+        "missing_column": [f"{source}:3"],
+    }

@@ -171,3 +171,10 @@ def test_a_damaged_saved_dataset_is_named(tmp_path):
     (folder / name).unlink()
     with pytest.raises(DataError, match=f"{name} is missing"):
         open_corpus(folder)
+
+
+@pytest.mark.parametrize("content", ['{"counter": 5}', "[]", "[" * 100_000, '{"_data_files": [5]}'])
+def test_a_folder_with_another_state_file_is_refused(tmp_path, content):
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(DataError, match=r"state.json (has no list '_data_files'|holds no JSON object|is damaged)"):
+        open_corpus(tmp_path)

@@ -109,8 +109,8 @@ def write_source(path: Path, kind: str, documents: list[str], column: str = "tex
     import pyarrow
     from pyarrow import ipc, parquet
 
-    lines = "".join(json.dumps({column: text}) + "\n" for text in documents).encode()
     table = pyarrow.table({"id": list(range(len(documents))), column: documents})
+    lines = "".join(json.dumps({column: text}) + "\n" for text in table[column].to_pylist()).encode()
     if kind == "jsonl":
         path.write_bytes(lines)
     elif kind == "jsonl.gz":
@@ -298,3 +298,58 @@ def test_compressed_files_of_several_frames_are_read_to_the_end(settings, tmp_pa
     source = tmp_path / f"joined.{kind}"
     source.write_bytes(b"".join(parts))
     assert_holds(prepare(settings(source), progress=False).output, plain_tokens(documents[0::2] + documents[1::2]))
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize("content", ['{\n"counter": 5\n}', '[{"_data_files": 1}]', "{not json", "[" * 100_000])
+def test_an_ordinary_file_with_the_name_of_a_saved_dataset_is_a_document(
+    settings, tmp_path, plain_tokens, name, content
+):
+    root = tmp_path / "tree"
+    root.mkdir()
+    (root / "a.txt").write_text("some text " * 20)
+    (root / name).write_text(content)
+    report = prepare(settings(root), progress=False)
+    assert report.bad == {}
+    assert_holds(report.output, plain_tokens(["some text " * 20, content]))
+
+
+def test_a_saved_dataset_that_lacks_its_lists_is_named(settings, tmp_path, documents):
+    source = write_source(tmp_path / "saved", "saved_dict", documents)
+    (source / "train" / "state.json").unlink()
+    with pytest.raises(DataError, match=r"train/state.json is missing or damaged, .*; save it again"):
+        prepare(settings(source), progress=False)
+    (source / "train" / "state.json").write_text('{"_data_files": ["data.arrow"]}')
+    with pytest.raises(DataError, match=r"train/state.json is damaged: an entry of _data_files has no filename"):
+        prepare(settings(source), progress=False)
+
+
+@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b'{"text": "cut"}' * 99)[:30]])
+def test_a_damaged_compressed_json_file_is_named(settings, tmp_path, content):
+    root = tmp_path / "tree"
+    root.mkdir()
+    (root / "a.txt").write_text("some text " * 20)
+    (root / "x.json.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"x.json.gz cannot be read: "):
+        prepare(settings(root), progress=False)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "json"])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(settings, tmp_path, documents, plain_tokens, suffix):
+    source = tmp_path / f"source.{suffix}"
+    content = b"\xef\xbb\xbf" + "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+    source.write_bytes(gzip.compress(content) if suffix == "jsonl.gz" else content)
+    report = prepare(settings(source), progress=False)
+    assert report.bad == {}
+    assert_holds(report.output, plain_tokens(documents))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream.arrow", "file.arrow"])
+def test_categories_of_strings_are_text(settings, tmp_path, documents, plain_tokens, kind):
+    import pyarrow
+
+    texts = pyarrow.array(documents[:5] * 8).dictionary_encode()
+    source = write_source(tmp_path / f"source.{kind}", kind, texts)
+    report = prepare(settings(source), progress=False)
+    assert report.bad == {}
+    assert_holds(report.output, plain_tokens(documents[:5] * 8))
