@@ -12,6 +12,8 @@ from moescale.data.manifest import Manifest, read_manifest
 from moescale.data.shards import Shard, WrittenFile
 from moescale.errors import DataError, nearest
 
+_REMEDY = "remove {} and prepare the corpus again"
+
 
 class Corpus(Protocol):
     """Sequences of one length, in a fixed order."""
@@ -103,7 +105,7 @@ class PreparedCorpus:
             num_tokens = shard.num_sequences * self.sequence_length
             if shard.tokens.num_bytes != num_tokens * dtype.itemsize:
                 raise DataError(
-                    f"{folder}: the manifest's counts of {shard.tokens.name} do not agree; prepare it again"
+                    f"{folder}: the manifest's counts of {shard.tokens.name} do not agree; {_REMEDY.format(folder)}"
                 )
             tokens = np.memmap(folder / shard.tokens.name, dtype=dtype, mode="r")
             self._tokens.append(tokens.reshape(shard.num_sequences, self.sequence_length))
@@ -139,17 +141,18 @@ class PreparedCorpus:
                 if digest != file.sha256:
                     raise DataError(
                         f"{self._folder / file.name} has changed: its SHA-256 is {digest}, "
-                        f"the manifest says {file.sha256}; prepare the corpus again"
+                        f"the manifest says {file.sha256}; {_REMEDY.format(self._folder)}"
                     )
 
     def _check_size(self, file: WrittenFile) -> None:
         path = self._folder / file.name
         if not path.is_file():
-            raise DataError(f"{path} is missing, though the manifest lists it; prepare the corpus again")
+            raise DataError(f"{path} is missing, though the manifest lists it; {_REMEDY.format(self._folder)}")
         size = path.stat().st_size
         if size != file.num_bytes:
             raise DataError(
-                f"{path} has {size} bytes, the manifest says {file.num_bytes}: it is damaged; prepare the corpus again"
+                f"{path} has {size} bytes, the manifest says {file.num_bytes}: it is damaged; "
+                f"{_REMEDY.format(self._folder)}"
             )
 
 

@@ -64,13 +64,13 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError as error:
         raise DataError(f"{folder} is not a prepared corpus: it has no {MANIFEST}") from error
     except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}; prepare the corpus again") from error
+        raise DataError(f"{path} is damaged: {error}; remove {folder} and prepare the corpus again") from error
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
         raise DataError(f"{path} is not the manifest of a moescale corpus")
     if value.get("version") != _VERSION:
         raise DataError(
             f"{path} has format version {value.get('version')}; this moescale reads version {_VERSION}: "
-            "prepare the corpus again"
+            f"remove {folder} and prepare the corpus again"
         )
     try:
         return Manifest(
@@ -85,4 +85,4 @@ def read_manifest(folder: Path) -> Manifest:
             shards={split: [Shard.from_dict(shard) for shard in shards] for split, shards in value["shards"].items()},
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error}); prepare the corpus again") from error
+        raise DataError(f"{path} is damaged ({error}); remove {folder} and prepare the corpus again") from error

@@ -15,6 +15,7 @@ import numpy as np
 
 from moescale.config import fingerprint
 from moescale.data import shuffle
+from moescale.data.corpus import PreparedCorpus
 from moescale.data.encode import EncodedChunk, token_dtype
 from moescale.data.manifest import SOURCE_FILES, BadItems, Manifest, read_manifest
 from moescale.data.pool import encode
@@ -24,7 +25,7 @@ from moescale.data.resources import Resources, resources_for
 from moescale.data.settings import PrepareSettings
 from moescale.data.shards import SplitWriter
 from moescale.data.sources import Source, open_source
-from moescale.data.staging import staged
+from moescale.data.staging import staged, writing
 from moescale.data.tokenizer import CorpusTokenizer, load_tokenizer
 from moescale.errors import DataError
 
@@ -36,9 +37,10 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
 
     Raises:
         DataError: the source or tokenizer cannot be used; with ``strict``, a bad line; the output exists and was made
-            from other input; a split has less than one sequence.
+            from other input or is damaged, or cannot be written; a split has less than one sequence.
     """
     began = time.monotonic()
+    _check_output(settings.output)
     tokenizer = load_tokenizer(settings.tokenizer, settings.end_token)
     source = open_source(
         settings.source, text_column=settings.text_column, split=settings.split, output=settings.output
@@ -47,17 +49,16 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
     if settings.output.is_dir() and any(settings.output.iterdir()):
         manifest = _check_same_input(settings, source, made_from)
         return PrepareReport.of(manifest, output=settings.output, unchanged=True, seconds=0.0, num_workers=0)
-    if settings.output.exists() and not settings.output.is_dir():
-        raise DataError(f"prepare.output ({settings.output}) is a file; name a folder")
 
     resources = resources_for(settings, vocabulary_size=tokenizer.vocabulary_size, source_bytes=source.num_bytes)
     with staged(settings.output) as folder:
         manifest = _write(
             settings, source, tokenizer, folder, made_from, resources, Progress(source.num_bytes, progress)
         )
-        with (folder / SOURCE_FILES).open("w") as stream:
-            stream.writelines(json.dumps(line) + "\n" for line in source.identity())
-        manifest.write(folder)
+        with writing(folder):
+            with (folder / SOURCE_FILES).open("w") as stream:
+                stream.writelines(json.dumps(line) + "\n" for line in source.identity())
+            manifest.write(folder)
     return PrepareReport.of(
         manifest,
         output=settings.output,
@@ -66,6 +67,26 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
         num_workers=resources.num_workers,
         memory_limited=resources.memory_limited,
     )
+
+
+def _check_output(output: Path) -> None:
+    """Refuse at once what would fail when all the work is done: the finished folder is renamed to ``output``.
+
+    Raises:
+        DataError: ``output`` is a file, cannot be read, or is a folder that nothing can be renamed to.
+    """
+    try:
+        if output.exists() and not output.is_dir():
+            raise DataError(f"prepare.output ({output}) is a file; name a folder")
+        is_empty_folder = output.is_dir() and not any(output.iterdir())
+        is_fixed = is_empty_folder and (output.is_mount() or output.samefile("."))
+    except OSError as error:
+        raise DataError(f"prepare.output ({output}) cannot be read: {error.strerror}; choose another output") from error
+    if is_fixed:
+        raise DataError(
+            f"prepare.output ({output}) is the working directory or a mount point, which the finished corpus cannot "
+            f"replace; name a folder in it, such as {output / 'corpus'}"
+        )
 
 
 def _made_from(settings: PrepareSettings, source: Source, tokenizer: CorpusTokenizer) -> dict[str, Any]:
@@ -87,7 +108,7 @@ def _made_from(settings: PrepareSettings, source: Source, tokenizer: CorpusToken
 
 
 def _check_same_input(settings: PrepareSettings, source: Source, made_from: dict[str, Any]) -> Manifest:
-    """Return the manifest of the existing output, or raise the difference from what is asked for now."""
+    """Return the manifest of the existing output; raise the difference from what is asked for now, or its damage."""
     output = settings.output
     manifest = read_manifest(output)
     # The names by which source and tokenizer were given may differ; what counts is what was read.
@@ -101,6 +122,8 @@ def _check_same_input(settings: PrepareSettings, source: Source, made_from: dict
         raise DataError(
             f"{output} was prepared from other input: {difference}; choose another output, or remove {output} first"
         )
+    for split in manifest.shards:
+        PreparedCorpus(output, manifest, split)  # checks that every file is there, whole
     for kind, items in manifest.bad.items():
         if settings.strict:
             raise DataError(f"{items.first[0]}: {kind.replace('_', ' ')} (strict); {output} was prepared without it")
@@ -108,8 +131,13 @@ def _check_same_input(settings: PrepareSettings, source: Source, made_from: dict
 
 
 def _changed_file(output: Path, source: Source) -> str:
-    with (output / SOURCE_FILES).open() as stream:
-        then = {line[0]: line[1:] for line in map(json.loads, stream)}
+    try:
+        with (output / SOURCE_FILES).open() as stream:
+            then = {line[0]: line[1:] for line in map(json.loads, stream)}
+    except (OSError, ValueError) as error:
+        return (
+            f"files of the source have changed ({output / SOURCE_FILES}, which tells of them, cannot be read: {error})"
+        )
     now = {line[0]: line[1:] for line in source.identity()}
     for name in sorted(then.keys() | now.keys(), key=str):
         if name not in now:
@@ -178,15 +206,20 @@ def _write(
         },
         resources=resources,
     )
-    with progress:
-        for chunk in encoded:
-            first_document = accounts.documents - chunk.continues
-            accounts.add(chunk)
-            _deal(chunk, first_document, writers, settings)
-            progress.advance(
-                num_bytes=chunk.num_bytes, documents=accounts.documents - first_document, tokens=len(chunk.tokens)
-            )
-        counts = {split: writer.close() for split, writer in writers.items()}
+    try:
+        with progress:
+            for chunk in encoded:
+                first_document = accounts.documents - chunk.continues
+                accounts.add(chunk)
+                _deal(chunk, first_document, writers, settings)
+                progress.advance(
+                    num_bytes=chunk.num_bytes, documents=accounts.documents - first_document, tokens=len(chunk.tokens)
+                )
+            counts = {split: writer.close() for split, writer in writers.items()}
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
     for split, count in counts.items():
         if count.num_sequences == 0:
             left_out = sum(items.count for items in accounts.bad.values())

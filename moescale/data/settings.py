@@ -49,5 +49,5 @@ class PrepareSettings:
             raise ConfigError(
                 f"prepare.num_workers ({self.num_workers}) must be at least 1; leave it out for all cores"
             )
-        if not self.memory_gigabytes > 0:
-            raise ConfigError(f"prepare.memory_gigabytes ({self.memory_gigabytes}) must be positive")
+        if not 0 < self.memory_gigabytes < 1e9:
+            raise ConfigError(f"prepare.memory_gigabytes ({self.memory_gigabytes}) must be positive and below 1e9")

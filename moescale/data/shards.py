@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from moescale.data.staging import writing
 
 _SHARD_TOKENS = 1 << 27
 _WRITE_TOKENS = 1 << 20
@@ -56,20 +59,23 @@ class SplitCounts:
 class _HashedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.stream: BinaryIO = open(path, "wb")
+        with writing(path):
+            self.stream: BinaryIO = open(path, "wb")
         self.hash = hashlib.sha256()
         self.num_bytes = 0
 
     def write(self, array: np.ndarray) -> None:
         content = np.ascontiguousarray(array).view(np.uint8).data
-        self.stream.write(content)
+        with writing(self.path):
+            self.stream.write(content)
         self.hash.update(content)
         self.num_bytes += len(content)
 
     def close(self) -> WrittenFile:
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
-        self.stream.close()
+        with writing(self.path):
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
+            self.stream.close()
         return WrittenFile(name=self.path.name, num_bytes=self.num_bytes, sha256=self.hash.hexdigest())
 
 
@@ -157,6 +163,13 @@ class SplitWriter:
             )
         )
         self._open, self._open_sequences = None, 0
+
+    def abandon(self) -> None:
+        """Close the open files; what they hold is not wanted any more."""
+        for file in self._open or ():
+            if file is not None:
+                with suppress(OSError):  # of a full disk, once more
+                    file.stream.close()
 
     def close(self) -> SplitCounts:
         """Write the last whole sequences, drop what is left over, sync every file, and return the accounts."""

@@ -13,8 +13,25 @@ from moescale.errors import DataError
 
 
 def staging_folder(output: Path) -> Path:
-    """The hidden folder beside ``output`` in which it is made."""
-    return output.parent / f".{output.name}.incomplete"
+    """The hidden folder beside ``output``, wherever a link to it leads, in which it is made."""
+    resolved = output.resolve()
+    return resolved.parent / f".{resolved.name}.incomplete"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write ``path`` into an error with a remedy.
+
+    Raises:
+        DataError: an OSError came out of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error.strerror or error}; make room or give the right to write there, or "
+            "choose another output"
+        ) from error
 
 
 @contextmanager
@@ -25,28 +42,35 @@ def staged(output: Path) -> Iterator[Path]:
     lock, which the kernel releases however that process ends.
 
     Raises:
-        DataError: another process is writing the same ``output``.
+        DataError: another process is writing the same ``output``, or the system refuses to write there.
     """
     folder = staging_folder(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    with writing(output):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"another process is preparing {output}; wait for it, or choose another output") from error
-        for entry in folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        with writing(output):
+            _lock(lock, output)
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         try:
             yield folder
-            _sync(folder)
-            os.rename(folder, output)
-            _sync(output.parent)
+            with writing(output):
+                _sync(folder)
+                os.rename(folder, output.resolve())
+                _sync(folder.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     finally:
         os.close(lock)
+
+
+def _lock(descriptor: int, output: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(f"another process is preparing {output}; wait for it, or choose another output") from error
 
 
 def _sync(folder: Path) -> None:

@@ -124,8 +124,13 @@ def _configured_end_tokens(files: dict[str, Path]) -> Iterator[str | int]:
             continue
         try:
             config = json.loads(files[name].read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{files[name]} is not valid JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise DataError(
+                f"{files[name]} must hold a JSON object, and holds a {type(config).__name__}; repair it, or name the "
+                "end token with end_token"
+            )
         token = config.get("eos_token")
         if isinstance(token, dict):
             token = token.get("content")
@@ -134,5 +139,5 @@ def _configured_end_tokens(files: dict[str, Path]) -> Iterator[str | int]:
         token_id = config.get("eos_token_id")
         if isinstance(token_id, list):
             token_id = token_id[0] if token_id else None
-        if isinstance(token_id, int):
+        if isinstance(token_id, int) and 0 <= token_id < 1 << 32:  # what the library takes for an id
             yield token_id

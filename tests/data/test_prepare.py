@@ -244,6 +244,27 @@ def test_a_changed_source_is_named(settings, tmp_path):
         prepare(settings(root), progress=False)
 
 
+@pytest.mark.parametrize("damage", ["missing", "shortened"])
+@pytest.mark.parametrize("name", ["train-00000.bin", "validation-00000.starts"])
+def test_a_second_call_does_not_take_a_damaged_corpus_for_a_whole_one(settings, lines_file, damage, name):
+    made = settings(lines_file, validation_fraction=0.3, document_boundaries=True)
+    path = prepare(made, progress=False).output / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"{name} (is missing|has .* bytes), .*; remove {made.output} and prepare"):
+        prepare(made, progress=False)
+
+
+def test_a_changed_source_is_an_error_also_without_the_list_of_its_files(settings, lines_file):
+    output = prepare(settings(lines_file), progress=False).output
+    (output / "source.jsonl").unlink()
+    lines_file.write_text('{"text": "other"}\n')
+    with pytest.raises(DataError, match=r"other input: files of the source have changed \(.*source.jsonl.*; choose"):
+        prepare(settings(lines_file), progress=False)
+
+
 def test_a_folder_that_is_no_corpus_is_never_overwritten(settings, lines_file, tmp_path):
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "thesis.txt").write_text("precious")
@@ -285,6 +306,8 @@ def test_a_truncated_file_is_named(settings, tmp_path, documents, kind):
         ({"validation_fraction": 1.0}, r"validation_fraction \(1.0\) must be in \[0, 1\)"),
         ({"num_workers": 0}, r"num_workers \(0\) must be at least 1"),
         ({"memory_gigabytes": 0.0}, r"memory_gigabytes \(0.0\) must be positive"),
+        ({"memory_gigabytes": float("inf")}, r"memory_gigabytes \(inf\) must be positive and below 1e9"),
+        ({"memory_gigabytes": float("nan")}, r"memory_gigabytes \(nan\) must be positive and below 1e9"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, changes, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -111,11 +112,48 @@ def test_two_calls_at_once_do_not_mix(settings, tmp_path, lines_file):
     assert prepare(settings(lines_file), progress=False).documents == 60
 
 
-def test_an_error_while_writing_leaves_nothing(settings, tmp_path, lines_file, monkeypatch):
+def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_nothing(settings, tmp_path, lines_file):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"train-00000.bin cannot be written: File too large; make room .*output"):
+            prepare(settings(lines_file), progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == [lines_file.name]
+
+
+def test_a_manifest_that_cannot_be_written_leaves_nothing(settings, tmp_path, lines_file, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moescale.data.shards.SplitWriter.close", fail)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("moescale.data.manifest.Manifest.write", fail)
+    with pytest.raises(DataError, match=r"cannot be written: No space left on device; make room"):
         prepare(settings(lines_file), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == [lines_file.name]
+
+
+@pytest.mark.parametrize("output", ["file/corpus", "/proc/corpus"])
+def test_an_output_that_cannot_be_made_is_named(settings, tmp_path, lines_file, output):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(DataError, match=f"{output} cannot be written: .*; make room .* choose another output"):
+        prepare(settings(lines_file, output=tmp_path / output), progress=False)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_the_working_directory_is_refused_before_the_work(settings, tmp_path, lines_file, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (Path("."), tmp_path / "here"):
+        with pytest.raises(DataError, match=r"output \(.*\) is the working directory .*; name a folder in it, such as"):
+            prepare(settings(lines_file, output=output), progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [lines_file.name, "here"]
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_an_output_behind_a_link_is_made_where_the_link_leads(settings, tmp_path, lines_file):
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "output").symlink_to(tmp_path / "large_disk")
+    prepare(settings(lines_file), progress=False)
+    assert (tmp_path / "output").is_symlink()
+    assert open_corpus(tmp_path / "large_disk").num_sequences > 0

@@ -97,3 +97,18 @@ def test_truncation_padding_and_added_tokens_of_the_file_lose_and_add_nothing(fo
 def test_a_path_that_does_not_exist_is_not_looked_up(tmp_path):
     with pytest.raises(DataError, match="tokenizer '.*absent' does not exist"):
         load_tokenizer(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("content", ["[]", '"<|end_of_text|>"', "[" * 100_000])
+def test_a_configuration_that_is_no_object_is_named(folder, content):
+    (folder / "tokenizer_config.json").write_text(content)
+    with pytest.raises(
+        DataError, match=r"tokenizer_config.json (must hold a JSON object, .* end_token|is not valid JSON)"
+    ):
+        load_tokenizer(str(folder))
+
+
+def test_a_number_that_is_no_token_id_is_passed_over(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": -1}')
+    with pytest.raises(DataError, match="no end token is configured"):
+        load_tokenizer(str(folder))
