@@ -3,6 +3,10 @@
 A tokenizer looks only at the neighbourhood of a place to decide how it splits there. So a place is taken as a cut where
 the text around it, encoded in one, gives the same tokens as both sides encoded apart. Most tokenizers pass that between
 a word and the space after it; one that marks the beginning of its input passes nowhere, and its texts stay whole.
+
+A neighbourhood does not tell how a long run of one thing is cut up, because that goes by distances from where the run
+began. So no place within whitespace is taken, and within a word only one that passes also where the neighbourhood
+begins a character later, which moves the tokens within a run.
 """
 
 from __future__ import annotations
@@ -19,7 +23,9 @@ Encode = Callable[[str], Iterable[int]]
 _CONTEXT = 1024
 _SEARCHED = 4096
 _CANDIDATES = 32
-_WINDOW_BYTES = 4 * (2 * _CONTEXT + _SEARCHED)
+_WINDOW = 2 * _CONTEXT + _SEARCHED
+"""Characters at the end of a text in which a cut is looked for."""
+_WINDOW_BYTES = 4 * _WINDOW
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")
 
 
@@ -29,23 +35,33 @@ def last_cut(text: str, encode: Encode) -> int | None:
     start = max(_CONTEXT, end - _SEARCHED)
     word_ends = [match.start() for match in _WORD_END.finditer(text, start, max(start, end))]
     anywhere = range(end - 1, max(start, end - _CANDIDATES) - 1, -1)
-    for place in [*word_ends[: -_CANDIDATES - 1 : -1], *anywhere]:
-        left, right = text[place - _CONTEXT : place], text[place : place + _CONTEXT]
-        if list(encode(left + right)) == [*encode(left), *encode(right)]:
+    for place in word_ends[: -_CANDIDATES - 1 : -1]:
+        if _is_cut(text, place, _CONTEXT, encode):
+            return place
+    for place in anywhere:
+        within_whitespace = text[place - 1].isspace() and text[place].isspace()
+        if not within_whitespace and all(_is_cut(text, place, before, encode) for before in (_CONTEXT, _CONTEXT - 1)):
             return place
     return None
+
+
+def _is_cut(text: str, place: int, before: int, encode: Encode) -> bool:
+    """Whether ``before`` characters before ``place`` and the context after it have the same tokens in one as apart."""
+    left, right = text[place - before : place], text[place : place + _CONTEXT]
+    return list(encode(left + right)) == [*encode(left), *encode(right)]
 
 
 def parts_of(text: str, encode: Encode, size: int) -> Iterator[str]:
     """Cut ``text`` into parts of about ``size`` characters, as few as its tokens allow."""
     start, end = 0, size
     while end < len(text):
-        place = last_cut(text[start:end], encode)
+        window = max(start, end - _WINDOW)  # a long text without cuts is not copied again and again
+        place = last_cut(text[window:end], encode)
         if place is None:
             end += size
         else:
-            yield text[start : start + place]
-            start += place
+            yield text[start : window + place]
+            start = window + place
             end = start + size
     yield text[start:]
 

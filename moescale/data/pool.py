@@ -19,6 +19,8 @@ from moescale.data.resources import Resources
 from moescale.data.sources import Source
 from moescale.errors import DataError
 
+_LONG_FILE_PART_BYTES = 1 << 17
+"""The size of the smallest chunks, whatever memory there is: where a text is cut must not depend on that."""
 _worker_encoder: Encoder | None = None
 
 
@@ -28,7 +30,7 @@ def encode(source: Source, *, options: dict[str, Any], resources: Resources) -> 
     With one worker everything happens in the calling process. ``options`` are :class:`Encoder`'s arguments.
     """
     encoder = Encoder(**options)
-    chunks = in_parts(source.chunks(resources.chunk_bytes), encoder.tokens_of, resources.chunk_bytes)
+    chunks = in_parts(source.chunks(resources.chunk_bytes), encoder.tokens_of, _LONG_FILE_PART_BYTES)
     if resources.num_workers == 1:
         yield from map(encoder, chunks)
         return

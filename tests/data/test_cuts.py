@@ -45,6 +45,28 @@ def test_texts_without_words_are_cut_where_tokens_allow(encode, text):
     assert [token for part in parts for token in encode(part)] == encode(text)
 
 
+@pytest.mark.parametrize("character", [" ", "\n", "a", "="])
+@pytest.mark.parametrize("size", [8000, 8001, 8003])
+def test_a_run_longer_than_any_part_has_the_tokens_of_the_whole(encode, long_text, character, size):
+    text = long_text[:20_000] + "x" + character * 50_001 + "y" + long_text[20_000:40_000]
+    parts = list(cuts.parts_of(text, encode, size))
+    assert len(parts) > 2
+    assert [token for part in parts for token in encode(part)] == encode(text)
+
+
+def test_memory_does_not_decide_how_a_run_of_whitespace_is_tokenised(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("moescale.data.sources._LONG_DOCUMENT_BYTES", 20_000)
+    source = tmp_path / "spaces.txt"
+    source.write_text("x" + " " * 600_001 + "y")
+    contents = []
+    for number, chunk_bytes in enumerate((1 << 17, 150_001)):
+        monkeypatch.setattr("moescale.data.resources._LEAST_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("moescale.data.resources._MOST_CHUNK_BYTES", chunk_bytes)
+        report = prepare(settings(source, output=tmp_path / str(number)), progress=False)
+        contents.append((report.output / "train-00000.bin").read_bytes())
+    assert contents[0] == contents[1]
+
+
 def test_a_tokenizer_that_marks_the_beginning_of_its_input_gets_whole_texts(tokenizer, long_text):
     marking = Tokenizer.from_str(tokenizer.to_str())
     marking.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -97,8 +119,7 @@ def test_long_files_give_the_same_corpus_as_short_ones(
     options = {"validation_fraction": validation_fraction, "document_boundaries": True, "num_workers": num_workers}
     whole = prepare(settings(root, output=tmp_path / "whole", **options), progress=False)
     monkeypatch.setattr("moescale.data.sources._LONG_DOCUMENT_BYTES", 20_000)
-    monkeypatch.setattr("moescale.data.resources._LEAST_CHUNK_BYTES", 8001)
-    monkeypatch.setattr("moescale.data.resources._MOST_CHUNK_BYTES", 8001)
+    monkeypatch.setattr("moescale.data.pool._LONG_FILE_PART_BYTES", 8001)
     parts = prepare(settings(root, output=tmp_path / "parts", **options), progress=False)
     assert whole.documents == parts.documents == 5
     assert whole.splits == parts.splits
