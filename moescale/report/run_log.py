@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moescale.errors import MoescaleError
 from moescale.report.metrics import StepMetrics, TrainSummary
 
 METRICS_FILE = "metrics.jsonl"
@@ -19,7 +23,11 @@ class RunLog:
     """Observer of a training run; a context manager around it.
 
     ``metrics.jsonl`` holds one object per step and per validation. After a resume the records of steps that are done
-    again are dropped first, in TensorBoard too, so each step appears once.
+    again are dropped first, in TensorBoard too, so each step appears once; so does each validation, which a finished
+    run that is started again repeats.
+
+    Raises:
+        MoescaleError: from any of its methods, where the folder cannot be written; it loses no state of the training.
     """
 
     def __init__(
@@ -49,18 +57,23 @@ class RunLog:
         self._task = self._progress.add_task("train", total=total_steps, status="starting")
         self._first_step = 0
         self._file: Any = None
+        self._old_validations: dict[int, float] = {}
         self._writer: Any = None
 
     def __enter__(self) -> RunLog:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._progress.stop()
-        if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            for log in (self._file, self._writer):
+                if log is not None:
+                    with _writing(self.folder):
+                        log.close()
+        except MoescaleError:
+            if kind is None:  # else an error is on its way already, most often this one's cause
+                raise
 
     def on_resume(self, step: int, path: Path) -> None:
         self._first_step = step
@@ -83,6 +96,7 @@ class RunLog:
         if self.peak_flops:
             record["mfu"] = metrics.tokens_per_second * self.flops_per_token / self.peak_flops
         record["expert_load_max"] = [max(load) for load in metrics.expert_load]
+        record["expert_load_min"] = [min(load) for load in metrics.expert_load]
         self._write(record)
         scalars = {f"train/{key}": value for key, value in record.items() if isinstance(value, (int, float))}
         for layer, load in enumerate(metrics.expert_load):
@@ -96,8 +110,9 @@ class RunLog:
 
     def on_validation(self, step: int, loss: float) -> None:
         perplexity = math.exp(loss) if loss < 700 else math.inf
+        if self._drop_validation(step) != loss:
+            self._scalars({"validation/loss": loss, "validation/perplexity": perplexity}, step)
         self._write({"step": step, "validation_loss": loss, "validation_perplexity": perplexity})
-        self._scalars({"validation/loss": loss, "validation/perplexity": perplexity}, step)
         self.console.print(
             f"step {step}: validation loss {loss:.4f} nats per token, perplexity {perplexity:.2f}", highlight=False
         )
@@ -121,33 +136,74 @@ class RunLog:
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def _write(self, record: dict[str, Any]) -> None:
+        path = self.folder / METRICS_FILE
+        with _writing(path):
+            self._open_file()
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    def _open_file(self) -> None:
         if self._file is None:
             path = self.folder / METRICS_FILE
-            _drop_later_records(path, self._first_step)
+            kept = _keep_records(path, lambda record: record["step"] <= self._first_step)
+            self._old_validations = {
+                record["step"]: record["validation_loss"] for record in kept if "validation_loss" in record
+            }
             self._file = path.open("a")
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+
+    def _drop_validation(self, step: int) -> float | None:
+        """Drop the record of a validation that was done before, and return its loss, or None if there is no such."""
+        path = self.folder / METRICS_FILE
+        with _writing(path):
+            self._open_file()
+            loss = self._old_validations.pop(step, None)
+            if loss is not None:
+                self._file.close()
+                _keep_records(path, lambda record: record["step"] != step or "validation_loss" not in record)
+                self._file = path.open("a")
+        return loss
 
     def _scalars(self, scalars: dict[str, float], step: int) -> None:
-        if self._writer is None:
-            # Imported late: TensorBoard takes seconds to import and needs torch.
-            from torch.utils.tensorboard import SummaryWriter
+        folder = self.folder / "tensorboard"
+        with _writing(folder):
+            if self._writer is None:
+                # Imported late: TensorBoard takes seconds to import and needs torch.
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._first_step + 1)
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+                self._writer = SummaryWriter(str(folder), purge_step=self._first_step + 1)
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
 
 
-def _drop_later_records(path: Path, step: int) -> None:
-    """Keep the records up to ``step``; a last line cut short by a kill is dropped too."""
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into an error with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise MoescaleError(
+            f"{path} cannot be written: {error.strerror or error}; make room or give the right to write there, then "
+            "start the same command again: it resumes from the last checkpoint, which this did not touch"
+        ) from error
+
+
+def _keep_records(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Drop the other records from a file, whole or not at all, and return those kept.
+
+    A last line cut short by a kill is dropped too.
+    """
     if not path.is_file():
-        return
-    kept = []
+        return []
+    lines, records = [], []
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if record["step"] <= step:
-            kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept))
+        if is_kept(record):
+            lines.append(line)
+            records.append(record)
+    shortened = path.with_name(f".{path.name}.incomplete")
+    shortened.write_text("".join(line + "\n" for line in lines))
+    os.replace(shortened, path)
+    return records

@@ -1,0 +1,119 @@
+"""What a run leaves in metrics.jsonl and TensorBoard files, also where it was resumed and where writing fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moescale.errors import MoescaleError
+from moescale.report.metrics import StepMetrics
+from moescale.report.run_log import RunLog
+
+
+def make_log(folder: Path) -> RunLog:
+    return RunLog(folder, total_steps=4, flops_per_token=1e6, peak_flops=None, show_progress=False)
+
+
+def metrics(step: int) -> StepMetrics:
+    return StepMetrics(
+        step=step,
+        loss=3.0,
+        aux_loss=1.0,
+        learning_rate=1e-3,
+        gradient_norm=0.5,
+        tokens=64,
+        step_seconds=0.1,
+        peak_bytes=0,
+        expert_load=[[0.5, 1.5], [0.9, 1.1]],
+    )
+
+
+def records_in(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def validations_in_tensorboard(folder: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return [round(event.value, 4) for event in events.Scalars("validation/loss")]
+
+
+def test_a_step_is_logged_with_the_extremes_of_the_load(tmp_path):
+    with make_log(tmp_path) as log:
+        log.on_step(metrics(1))
+    (record,) = records_in(tmp_path)
+    assert (record["expert_load_max"], record["expert_load_min"]) == ([1.5, 1.1], [0.5, 0.9])
+
+
+@pytest.mark.parametrize("second_loss, in_tensorboard", [(2.5, [2.5]), (2.25, [2.5, 2.25])])
+def test_a_finished_run_started_again_has_its_last_validation_once(tmp_path, second_loss, in_tensorboard):
+    with make_log(tmp_path) as log:
+        log.on_step(metrics(1))
+        log.on_validation(1, 2.75)
+        log.on_step(metrics(2))
+        log.on_validation(2, 2.5)
+    for _ in range(2):
+        with make_log(tmp_path) as log:
+            log.on_resume(2, tmp_path / "checkpoints")
+            log.on_validation(2, second_loss)
+    logged = [(record["step"], record["validation_loss"]) for record in records_in(tmp_path) if "loss" not in record]
+    assert logged == [(1, 2.75), (2, second_loss)]
+    assert [record["step"] for record in records_in(tmp_path) if "loss" in record] == [1, 2]
+    assert validations_in_tensorboard(tmp_path) == [2.75, *in_tensorboard]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_an_error_with_a_remedy(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with (
+        pytest.raises(MoescaleError, match=r"metrics.jsonl cannot be written: No space left .* resumes from the last"),
+        make_log(tmp_path) as log,
+    ):
+        log.on_step(metrics(1))
+
+
+def test_tensorboard_files_that_cannot_be_made_are_an_error_with_a_remedy(tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+    with (
+        pytest.raises(MoescaleError, match=r"tensorboard cannot be written: .*; make room .* resumes from the last"),
+        make_log(tmp_path) as log,
+    ):
+        log.on_step(metrics(1))
+
+
+@pytest.mark.parametrize("method", ["add_scalar", "close"])
+def test_what_the_event_writer_reports_late_is_an_error_with_a_remedy(tmp_path, monkeypatch, method):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{method}", fail)
+    with pytest.raises(MoescaleError, match=r"cannot be written: No space left"), make_log(tmp_path) as log:
+        log.on_step(metrics(1))
+
+
+def test_an_error_on_its_way_is_not_replaced_by_one_of_closing(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", fail)
+    with pytest.raises(ZeroDivisionError), make_log(tmp_path) as log:
+        log.on_step(metrics(1))
+        raise ZeroDivisionError
+
+
+def test_records_are_kept_where_dropping_the_later_ones_fails(tmp_path, monkeypatch):
+    with make_log(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.on_step(metrics(step))
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(MoescaleError, match="metrics.jsonl cannot be written"), make_log(tmp_path) as log:
+        log.on_resume(2, tmp_path / "checkpoints")
+        log.on_step(metrics(3))
+    assert [record["step"] for record in records_in(tmp_path)] == [1, 2, 3]
