@@ -16,7 +16,8 @@ from cyclopts import Parameter
 
 from moescale import __version__
 from moescale.config import ModelConfig
-from moescale.convert.hf_config import read_model_config, resolve_model
+from moescale.convert.hf_config import PRESETS, read_model_config, resolve_model
+from moescale.convert.weight_files import has_weights
 from moescale.data.corpus import Corpus, open_corpus
 from moescale.data.loader import Loader, validation_batches
 from moescale.errors import CheckpointError, ConfigError
@@ -29,7 +30,7 @@ from moescale.runtime.device import choose_device, make_deterministic
 from moescale.runtime.launch import Membership, join_ranks, run_local_ranks, was_launched
 from moescale.runtime.mapping import compile_layers, optimizer_format
 from moescale.runtime.output_lock import hold_output
-from moescale.runtime.ranks import Ranks
+from moescale.runtime.ranks import Ranks, current_ranks
 from moescale.runtime.session import PlacedModel, place_model
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
@@ -287,9 +288,16 @@ def _checkpoint_to_resume(store: CheckpointStore, resume: str, member: Membershi
 
 
 def _fill(placed: PlacedModel, folder: Path, inputs: RunInputs, settings: TrainSettings) -> None:
-    """The weights a run starts from."""
-    has_weights = any(folder.glob("*.safetensors"))
-    if inputs.initialize == "pretrained" or (inputs.initialize == "auto" and has_weights):
+    """The weights a run starts from, and a line that says which.
+
+    Random by itself only where nothing hints at weights: a download cut short or a folder of .bin files is an error.
+    """
+    fetched = inputs.model not in PRESETS and not Path(inputs.model).exists()
+    pretrained = fetched or has_weights(folder) if inputs.initialize == "auto" else inputs.initialize == "pretrained"
+    if current_ranks().is_first:
+        source = f"from {folder}" if pretrained else f"random, seed {settings.seed}"
+        print(f"weights: {source}", file=sys.stderr, flush=True)
+    if pretrained:
         placed.import_weights(folder)
     else:
         placed.initialize(settings.seed)

@@ -14,6 +14,8 @@ from moescale.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+_WEIGHT_ENDINGS = (".safetensors", ".index.json", *_OTHER_FORMATS)
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -50,6 +52,11 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether the folder means to hold weights: in any format, or in part, as after an interrupted download."""
+    return any(path.name.endswith(_WEIGHT_ENDINGS) for path in folder.iterdir())
+
+
 def read_parts(file: Path, parts: Iterable[tuple[str, tuple[slice, ...]]]) -> Iterator[torch.Tensor]:
     """The given part of each named tensor of one shard, on the CPU; the file is mapped until the last one is taken."""
     try:
@@ -79,8 +86,8 @@ def _unindexed_shards(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        other = next(iter(sorted([*folder.glob("*.bin"), *folder.glob("*.pt")])), None)
-        hint = f"; convert {other.name} to safetensors" if other else ""
+        other = next((path for path in sorted(folder.iterdir()) if path.name.endswith(_OTHER_FORMATS)), None)
+        hint = f"; convert {other.name} to safetensors" if other else "; fetch the folder again"
         raise CheckpointError(f"{folder}: holds no *.safetensors weights{hint}")
     raise CheckpointError(
         f"{folder}: has {len(shards)} shards ({shards[0].name}, ...) but no {INDEX_FILE}; fetch the index too"
