@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -32,6 +33,14 @@ class YarnConfig:
     """Numerator's coefficient of the cos/sin scale; see :mod:`moescale.model.rope`."""
     mscale_all_dim: float
     """Denominator's coefficient of the cos/sin scale, and the softmax scale's coefficient; 0 means neither."""
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "original_max_sequence_length", "beta_fast", "beta_slow"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"model.yarn.{name} ({getattr(self, name)}) must be positive and finite")
+        for name in ("mscale", "mscale_all_dim"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"model.yarn.{name} ({getattr(self, name)}) must be finite and not negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +95,20 @@ class ModelConfig:
             "dense_intermediate_size moe_layer_frequency rope_theta max_sequence_length initializer_std rms_norm_eps"
         )
         for name in positive.split():
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"model.{name} ({getattr(self, name)}) must be positive")
         if self.q_lora_rank is not None and self.q_lora_rank <= 0:
             raise ConfigError(f"model.q_lora_rank ({self.q_lora_rank}) must be positive, or None for a full projection")
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"model.qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: RoPE rotates pairs")
-        if self.aux_loss_alpha < 0:
+        if not 0 <= self.aux_loss_alpha < math.inf:
             raise ConfigError(f"model.aux_loss_alpha ({self.aux_loss_alpha}) must not be negative; use 0 for none")
+        if not math.isfinite(self.routed_scaling_factor):
+            raise ConfigError(f"model.routed_scaling_factor ({self.routed_scaling_factor}) must be finite")
+        if self.yarn is not None and self.rope_theta <= 1:
+            raise ConfigError(
+                f"model.rope_theta ({self.rope_theta}) must be above 1 with YaRN, which divides by its logarithm"
+            )
         if self.routing_method not in ROUTING_METHODS:
             raise ConfigError(
                 f"model.routing_method ('{self.routing_method}') is not supported; "

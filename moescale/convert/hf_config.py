@@ -8,6 +8,7 @@ known not to touch the mathematics of training; any other is an error, because i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -44,6 +45,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False, None),
     "sliding_window": (None,),
     "partial_rotary_factor": (1, 1.0, None),
+    "use_mla": (True, None),
 }
 # Fields that do not change what is trained: bookkeeping, generation, the inference engine.
 _HARMLESS = frozenset(
@@ -53,7 +55,7 @@ _HARMLESS = frozenset(
     "label2id problem_type chunk_size_feed_forward head_dim qk_head_dim _attn_implementation attn_implementation "
     "_experts_implementation experts_implementation torchscript use_bfloat16 tokenizer_class task_specific_params "
     "finetuning_task prefix is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder "
-    "router_aux_loss_coef num_local_experts num_experts use_mla model_max_length".split()
+    "model_max_length".split()
 )
 _YARN_FIELDS = frozenset(
     "type rope_type factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim "
@@ -63,12 +65,21 @@ _REQUIRED = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim "
     "v_head_dim intermediate_size max_position_embeddings"
 ).split()
-_TRANSLATED = frozenset(_REQUIRED) | frozenset(
-    "num_key_value_heads q_lora_rank attention_bias moe_intermediate_size n_routed_experts n_shared_experts "
-    "num_experts_per_tok first_k_dense_replace moe_layer_freq topk_method n_group topk_group norm_topk_prob "
-    "routed_scaling_factor aux_loss_alpha seq_aux rms_norm_eps tie_word_embeddings rope_theta rope_scaling "
-    "rope_parameters initializer_range".split()
+_INTEGERS = frozenset(_REQUIRED) | frozenset(
+    "num_key_value_heads q_lora_rank moe_intermediate_size n_routed_experts n_shared_experts num_experts_per_tok "
+    "first_k_dense_replace moe_layer_freq n_group topk_group num_local_experts num_experts".split()
 )
+_NUMBERS = frozenset(
+    "routed_scaling_factor aux_loss_alpha router_aux_loss_coef rms_norm_eps rope_theta initializer_range".split()
+)
+_FLAGS = frozenset("attention_bias norm_topk_prob seq_aux tie_word_embeddings".split())
+_TRANSLATED = _INTEGERS | _NUMBERS | _FLAGS | frozenset("topk_method rope_scaling rope_parameters".split())
+# Other names of a field, which must agree with it where both are given.
+_ALIASES = {
+    "num_local_experts": "n_routed_experts",
+    "num_experts": "n_routed_experts",
+    "router_aux_loss_coef": "aux_loss_alpha",
+}
 
 
 def resolve_model(name: str, *, config_only: bool = False) -> Path:
@@ -120,6 +131,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 def parse_hf_config(document: Mapping[str, Any], path: str = CONFIG_FILE) -> ModelConfig:
     """Translate the fields of a config.json; ``path`` names the file in errors. Raises ConfigError."""
     _check_fields(document, path)
+    _check_values(document, path)
     for name in _REQUIRED:
         if document.get(name) is None:
             raise ConfigError(f"{path}: field '{name}' is missing; it decides the shape of the model")
@@ -129,7 +141,6 @@ def parse_hf_config(document: Mapping[str, Any], path: str = CONFIG_FILE) -> Mod
             f"{path}: num_key_value_heads ({document['num_key_value_heads']}) must equal num_attention_heads "
             f"({num_heads}): latent attention has no grouped heads"
         )
-    rope_theta, yarn = _positions(document, path)
 
     def field(name: str, default: Any) -> Any:
         value = document.get(name)
@@ -168,13 +179,12 @@ def parse_hf_config(document: Mapping[str, Any], path: str = CONFIG_FILE) -> Mod
         rms_norm_eps=float(field("rms_norm_eps", 1e-6)),
         tie_embeddings=field("tie_word_embeddings", False),
         max_sequence_length=document["max_position_embeddings"],
-        rope_theta=rope_theta,
-        yarn=yarn,
         initializer_std=float(field("initializer_range", 0.02)),
     )
     try:
-        return ModelConfig(**values)
-    except (ConfigError, TypeError) as error:
+        rope_theta, yarn = _positions(document)
+        return ModelConfig(**values, rope_theta=rope_theta, yarn=yarn)
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
@@ -290,40 +300,132 @@ def _check_fields(document: Mapping[str, Any], path: str) -> None:
         )
 
 
-def _positions(document: Mapping[str, Any], path: str) -> tuple[float, YarnConfig | None]:
-    """RoPE's base and YaRN's parameters, from ``rope_parameters`` (transformers 5) or the older two fields."""
-    name = "rope_parameters" if document.get("rope_parameters") is not None else "rope_scaling"
-    scaling = document.get(name)
-    theta = document.get("rope_theta")
-    if scaling is None:
-        return float(10000.0 if theta is None else theta), None
-    if not isinstance(scaling, Mapping):
-        raise ConfigError(f"{path}: {name} must be an object, not {type(scaling).__name__}")
-    inner = scaling.get("rope_theta")
-    if theta is not None and inner is not None and float(theta) != float(inner):
-        raise ConfigError(f"{path}: rope_theta ({theta}) and {name}.rope_theta ({inner}) differ; keep one")
-    theta = float(next((value for value in (theta, inner) if value is not None), 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in ("default", None):
-        return theta, None
+def _check_values(document: Mapping[str, Any], path: str) -> None:
+    for name, value in document.items():
+        problem = _wrong_type(name, value)
+        if problem:
+            raise ConfigError(f"{path}: {name} ({value!r}) {problem}")
+    for alias, name in _ALIASES.items():
+        # An absent aux_loss_alpha means 0, which a coefficient under the other name contradicts.
+        value = document.get(name)
+        value = 0 if value is None and name == "aux_loss_alpha" else value
+        if document.get(alias) is not None and document[alias] != value:
+            raise ConfigError(
+                f"{path}: {alias} ({document[alias]!r}) and {name} ({document.get(name)!r}) differ; {name} is the one "
+                f"that counts: set it, and remove {alias}"
+            )
+
+
+def _wrong_type(name: str, value: Any) -> str | None:
+    """What is wrong with a field's value by itself, or None; null stands for an absent field."""
+    if value is None:
+        return None
+    if name in _FLAGS and not isinstance(value, bool):
+        return f"must be true or false, not {_json_type(value)}"
+    if name in _INTEGERS:
+        if not isinstance(value, int) or isinstance(value, bool):
+            return f"must be an integer, not {_json_type(value)}"
+        if value < 0:
+            return "must not be negative"
+    if name in _NUMBERS:
+        return _wrong_number(value)
+    if name == "topk_method" and not isinstance(value, str):
+        return f"must be a text, not {_json_type(value)}"
+    return None
+
+
+def _wrong_number(value: Any) -> str | None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return f"must be a number, not {_json_type(value)}"
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        finite = False
+    return None if finite else "must be finite"
+
+
+def _json_type(value: Any) -> str:
+    names = {str: "a text", bool: "a truth value", int: "an integer", float: "a number with a fraction"}
+    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
+
+
+def _positions(document: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
+    """RoPE's base and YaRN's parameters, from ``rope_parameters`` (transformers 5) and the older two fields.
+
+    Where a folder has both spellings, readers differ in which one they believe, so both must say the same.
+    """
+    thetas = {"rope_theta": document.get("rope_theta")}
+    found: dict[str, YarnConfig | None] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        scaling = document.get(name)
+        if scaling is None:
+            continue
+        if not isinstance(scaling, Mapping):
+            raise ConfigError(f"{name} ({scaling!r}) must be an object, not {_json_type(scaling)}")
+        thetas[f"{name}.rope_theta"] = _scaling_number(scaling, name, "rope_theta")
+        found[name] = _yarn(scaling, name)
+    given = {name: float(theta) for name, theta in thetas.items() if theta is not None}
+    for name, theta in given.items():
+        first = next(iter(given))
+        if theta != given[first]:
+            raise ConfigError(f"{first} ({given[first]}) and {name} ({theta}) differ; keep one")
+    if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
+        raise ConfigError(
+            f"rope_parameters ({document['rope_parameters']!r}) and rope_scaling ({document['rope_scaling']!r}) "
+            "describe different positions; keep one"
+        )
+    return next(iter(given.values()), 10000.0), next(iter(found.values()), None)
+
+
+def _yarn(scaling: Mapping[str, Any], name: str) -> YarnConfig | None:
+    """YaRN's parameters, or None for plain RoPE."""
+    kinds = {key: scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None}
+    if len(kinds) == 2 and kinds["rope_type"] != kinds["type"]:
+        raise ConfigError(f"{name}.rope_type ({kinds['rope_type']!r}) and {name}.type ({kinds['type']!r}) differ")
+    if not kinds:
+        other = next((key for key, value in scaling.items() if key != "rope_theta" and value is not None), None)
+        if other is not None:
+            raise ConfigError(
+                f"{name}.rope_type is missing beside {name}.{other} ({scaling[other]!r}); "
+                f"it must be yarn, or {name} null"
+            )
+        return None
+    key, kind = next(iter(kinds.items()))
+    if kind == "default":
+        return None
     if kind != "yarn":
-        raise ConfigError(f"{path}: {name}.type ('{kind}') is not supported; it must be yarn, or {name} null")
+        raise ConfigError(f"{name}.{key} ({kind!r}) is not supported; it must be yarn, or {name} null")
     unknown = [key for key in scaling if key not in _YARN_FIELDS and scaling[key] is not None]
     if unknown:
-        raise ConfigError(f"{path}: {name}.{unknown[0]} ({scaling[unknown[0]]!r}) is not supported")
+        raise ConfigError(f"{name}.{unknown[0]} ({scaling[unknown[0]]!r}) is not supported; remove it")
     for key in ("factor", "original_max_position_embeddings"):
         if scaling.get(key) is None:
-            raise ConfigError(f"{path}: {name}.{key} is missing")
-    return theta, YarnConfig(
-        factor=float(scaling["factor"]),
-        original_max_sequence_length=scaling["original_max_position_embeddings"],
-        beta_fast=float(scaling.get("beta_fast") or 32),
-        beta_slow=float(scaling.get("beta_slow") or 1),
-        mscale=_number(scaling, "mscale", 1.0),
-        mscale_all_dim=_number(scaling, "mscale_all_dim", 0.0),
+            raise ConfigError(f"{name}.{key} is missing")
+    original = scaling["original_max_position_embeddings"]
+    if not isinstance(original, int) or isinstance(original, bool):
+        raise ConfigError(
+            f"{name}.original_max_position_embeddings ({original!r}) must be an integer, not {_json_type(original)}"
+        )
+
+    def number(key: str, default: float) -> float:
+        value = _scaling_number(scaling, name, key)
+        return default if value is None else value
+
+    return YarnConfig(
+        factor=number("factor", 1.0),
+        original_max_sequence_length=original,
+        beta_fast=number("beta_fast", 32.0),
+        beta_slow=number("beta_slow", 1.0),
+        mscale=number("mscale", 1.0),
+        mscale_all_dim=number("mscale_all_dim", 0.0),
     )
 
 
-def _number(scaling: Mapping[str, Any], key: str, default: float) -> float:
+def _scaling_number(scaling: Mapping[str, Any], name: str, key: str) -> float | None:
     value = scaling.get(key)
-    return default if value is None else float(value)
+    if value is None:
+        return None
+    problem = _wrong_number(value)
+    if problem:
+        raise ConfigError(f"{name}.{key} ({value!r}) {problem}")
+    return float(value)

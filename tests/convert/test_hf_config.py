@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -21,6 +22,10 @@ YARN = YarnConfig(
 
 def document(**changes):
     return to_hf_config(tiny_config()) | changes
+
+
+def yarn(**changes):
+    return {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64} | changes
 
 
 @pytest.mark.parametrize("overrides", [{}, {"yarn": YARN}, {"q_lora_rank": 8, "num_shared_experts": 0}])
@@ -86,12 +91,80 @@ def test_reading_a_configuration_imports_no_torch():
             r"rope_scaling.truncate \(False\) is not supported",
         ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, r"rope_theta \(10000.0\) and .* differ"),
+        ({"norm_topk_prob": "false"}, r"norm_topk_prob \('false'\) must be true or false, not a text"),
+        ({"attention_bias": "true"}, r"attention_bias \('true'\) must be true or false, not a text"),
+        ({"tie_word_embeddings": 0}, r"tie_word_embeddings \(0\) must be true or false, not an integer"),
+        ({"seq_aux": "yes"}, r"seq_aux \('yes'\) must be true or false"),
+        ({"hidden_size": 192.5}, r"hidden_size \(192.5\) must be an integer, not a number with a fraction"),
+        ({"hidden_size": "192"}, r"hidden_size \('192'\) must be an integer, not a text"),
+        ({"num_hidden_layers": True}, r"num_hidden_layers \(True\) must be an integer, not a truth value"),
+        ({"q_lora_rank": [8]}, r"q_lora_rank \(\[8\]\) must be an integer, not a list"),
+        ({"first_k_dense_replace": -1}, r"first_k_dense_replace \(-1\) must not be negative"),
+        ({"hidden_size": -192}, r"hidden_size \(-192\) must not be negative"),
+        ({"n_group": -1}, r"n_group \(-1\) must not be negative"),
+        ({"rope_theta": "10000"}, r"rope_theta \('10000'\) must be a number, not a text"),
+        ({"rms_norm_eps": "1e-6"}, r"rms_norm_eps \('1e-6'\) must be a number, not a text"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps .* must be finite"),
+        ({"aux_loss_alpha": math.nan}, r"aux_loss_alpha \(nan\) must be finite"),
+        ({"routed_scaling_factor": math.inf}, r"routed_scaling_factor \(inf\) must be finite"),
+        ({"topk_method": 3}, r"topk_method \(3\) must be a text, not an integer"),
+        ({"use_mla": False}, r"use_mla \(False\) is not supported; it must be True"),
+        ({"num_local_experts": 4}, r"num_local_experts \(4\) and n_routed_experts \(8\) differ"),
+        ({"router_aux_loss_coef": 0.5}, r"router_aux_loss_coef \(0.5\) and aux_loss_alpha \(0.01\) differ"),
+        (
+            {"router_aux_loss_coef": 0.5, "aux_loss_alpha": None},
+            r"router_aux_loss_coef \(0.5\) and aux_loss_alpha \(None\) differ",
+        ),
+        ({"rope_scaling": {"factor": 4}}, r"rope_scaling.rope_type is missing beside rope_scaling.factor \(4\)"),
+        ({"rope_scaling": "yarn"}, r"rope_scaling \('yarn'\) must be an object, not a text"),
+        (
+            {"rope_scaling": yarn(rope_type="default")},
+            r"rope_type \('default'\) and rope_scaling.type \('yarn'\) differ",
+        ),
+        ({"rope_scaling": yarn(), "rope_theta": 1}, r"model.rope_theta \(1.0\) must be above 1 with YaRN"),
+        ({"rope_scaling": yarn(factor=0)}, r"model.yarn.factor \(0.0\) must be positive"),
+        ({"rope_scaling": yarn(factor=-4)}, r"model.yarn.factor \(-4.0\) must be positive"),
+        ({"rope_scaling": yarn(factor="4")}, r"rope_scaling.factor \('4'\) must be a number, not a text"),
+        ({"rope_scaling": yarn(beta_fast=0)}, r"model.yarn.beta_fast \(0.0\) must be positive"),
+        ({"rope_scaling": yarn(mscale=math.nan)}, r"rope_scaling.mscale \(nan\) must be finite"),
+        (
+            {"rope_scaling": yarn(original_max_position_embeddings=64.5)},
+            r"original_max_position_embeddings \(64.5\) must be an integer",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": yarn()},
+            "rope_parameters .* and rope_scaling .* describe different positions; keep one",
+        ),
+        (
+            {"rope_parameters": yarn(), "rope_scaling": yarn(factor=8)},
+            "rope_parameters .* and rope_scaling .* describe different positions; keep one",
+        ),
         ({"num_experts_per_tok": 9}, r"model.top_k \(9\) must be between 1 and model.num_experts \(8\)"),
     ],
 )
 def test_a_field_that_would_change_the_mathematics_is_refused_by_name(changes, message):
     with pytest.raises(ConfigError, match=message):
         parse_hf_config(document(**changes), "folder/config.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": yarn(rope_type=None)},
+        {"rope_scaling": yarn(rope_type="yarn", rope_theta=10000)},
+        {"rope_scaling": yarn(beta_fast=None, beta_slow=None)},
+        {"rope_scaling": yarn(), "rope_parameters": {"rope_type": "yarn", "beta_fast": 32.0} | yarn()},
+    ],
+)
+def test_spellings_of_yarn_that_agree_give_it(changes):
+    plain = parse_hf_config(document(rope_scaling=yarn()))
+    assert plain.yarn is not None and plain.yarn.beta_fast == 32
+    assert parse_hf_config(document(**changes)) == plain
+
+
+def test_other_names_of_a_field_may_agree_with_it():
+    changes = {"num_local_experts": 8, "router_aux_loss_coef": 0.01, "use_mla": True}
+    assert parse_hf_config(document(**changes)) == tiny_config()
 
 
 def test_errors_name_the_file(tmp_path):
