@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from cyclopts.config import Toml
 from rich.console import Console
 
 from moescale import __version__
-from moescale.errors import MoescaleError
+from moescale.errors import ConfigError, MoescaleError, nearest
 
 app = App(
     name="moescale",
@@ -47,9 +48,28 @@ def _with_config(
     """
     if config is not None:
         if not config.is_file():
-            raise MoescaleError(f"--config ({config}) is not a file; give a TOML file with a table such as [run]")
+            raise ConfigError(f"--config ({config}) is not a file; give a TOML file with a table such as [run]")
+        _check_tables(config)
         app.config = Toml(config, must_exist=True, use_commands_as_keys=True)
     app(tokens, exit_on_error=False)
+
+
+def _check_tables(path: Path) -> None:
+    """Refuse what no command would read; the keys inside a table are checked by the command that reads it."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML ({error})") from None
+    tables = ", ".join(f"[{name}]" for name in _COMMANDS)
+    for name, value in document.items():
+        if not isinstance(value, dict) and name in _COMMANDS:
+            raise ConfigError(f"{path}: '{name}' ({value!r}) must be a table, written [{name}]")
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}: key '{name}' ({value!r}) is outside the tables; put it under one of {tables}")
+        if name not in _COMMANDS:
+            raise ConfigError(
+                f"{path}: table [{name}] belongs to no command{nearest(name, _COMMANDS)}; the tables are {tables}"
+            )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,33 @@
+"""--config: a TOML file with one table per command, and every way it can be wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from moescale.cli import main
+
+
+def errors_of(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """Standard error of a command that ends with status 2, on one line."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(map(str, arguments)))
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2, errors
+    return " ".join(errors.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[runn]\nsteps = 5", "table [runn] belongs to no command; did you mean 'run'?"),
+        ("steps = 5\n[run]\nseed = 1", "key 'steps' (5) is outside the tables; put it under one of [prepare]"),
+        ("run = 5", "'run' (5) must be a table, written [run]"),
+        ("[[run]]\nsteps = 5", "'run' ([{'steps': 5}]) must be a table, written [run]"),
+        ("[run", "cannot be read as TOML"),
+    ],
+)
+def test_what_no_command_would_read_is_refused(text: str, message: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text(text)
+    errors = errors_of(capsys, "export", "--config", path, "--run", tmp_path, "--output", tmp_path / "out")
+    assert f"{path}: {message}" in errors
