@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +12,7 @@ from cyclopts import Parameter
 
 from moescale.convert.checkpoint import export_checkpoint
 from moescale.convert.hf_config import read_model_config
-from moescale.errors import CheckpointError
+from moescale.errors import CheckpointError, ConfigError
 from moescale.report.progress import bytes_progress
 from moescale.runtime.checkpoint import CheckpointStore, CheckpointWeights
 
@@ -33,6 +34,10 @@ class ExportSettings:
     max_shard_gigabytes: float = 5.0
     """Largest shard, in units of 10^9 bytes."""
 
+    def __post_init__(self) -> None:
+        if not 1e-9 <= self.max_shard_gigabytes < math.inf:
+            raise ConfigError(f"export.max_shard_gigabytes ({self.max_shard_gigabytes}) must be positive and finite")
+
 
 def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, json: bool = False) -> None:
     """Write a run's weights as a Hugging Face checkpoint that transformers opens without remote code.
@@ -44,7 +49,7 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
     """
     import torch
 
-    reference = settings.model or _model_of(settings.run)
+    reference = _reference(settings)
     config = read_model_config(reference)
     store = CheckpointStore(settings.run / "checkpoints", keep=1)
     checkpoint = store.last() if settings.step is None else store.at(settings.step)
@@ -69,17 +74,26 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
         print(f"warning: {warning}")
 
 
-def _model_of(run: Path) -> Path:
-    """The folder that a run's model came from."""
-    path = run / "run.json"
-    try:
-        return Path(json_module.loads(path.read_text())["model"])
-    except FileNotFoundError:
+def _reference(settings: ExportSettings) -> Path:
+    """The folder whose configuration and tokenizer go with the weights."""
+    run_file = settings.run / "run.json"
+    if not run_file.is_file():
         raise CheckpointError(
-            f"{path}: missing; --run ({run}) must be the output folder of `moescale run`. Without this file, give the "
-            "folder of the run's model as --model"
-        ) from None
+            f"{run_file}: missing; --run ({settings.run}) must be the output folder of `moescale run`"
+        )
+    if settings.model is not None:
+        if not settings.model.is_dir():
+            raise ConfigError(
+                f"export.model ({settings.model}) is not a folder; give one with the config.json to copy, "
+                "or leave --model out to take the one the run started from"
+            )
+        return settings.model
+    try:
+        reference = Path(json_module.loads(run_file.read_text())["model"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: damaged ({type(error).__name__}: {error}); give the folder of the run's model as --model"
-        ) from error
+            f"{run_file}: damaged ({error!r}), so the model's folder is not known; give it as --model"
+        ) from None
+    if not reference.is_dir():
+        raise CheckpointError(f"{reference}: gone, {run_file} says the run started from it; give its copy as --model")
+    return reference

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from moescale.config import ModelConfig
@@ -143,28 +144,35 @@ def export_checkpoint(
     Raises CheckpointError naming the tensor where one is missing, extra, of the wrong shape, not finite, or overflows
     ``dtype``; ConfigError where ``reference`` describes another model.
     """
+    if max_shard_bytes < 1:
+        raise ConfigError(f"max_shard_bytes ({max_shard_bytes}) must be positive")
+    if not reference.is_dir():
+        raise CheckpointError(
+            f"{reference}: is not a folder; the reference must be one, with the config.json and tokenizer to copy"
+        )
     table = build_key_table(config)
     _check_source(table, source)
     if read_model_config(reference) != config:
         raise ConfigError(
             f"{reference / CONFIG_FILE}: describes another model than the weights; give the right --model"
         )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    target = output.resolve()  # a folder such as "." has no name otherwise
+    temporary = target.with_name(f".{target.name}.writing") if target.name else target
+    if temporary == target or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise CheckpointError(f"{output}: already exists; give another --output, or remove it")
     shards = _plan_shards(table, dtype.itemsize, max_shard_bytes)
     weight_bytes = sum(math.prod(piece.shape) for shard in shards for _, piece in shard) * dtype.itemsize
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         _copy_companions(reference, temporary, dtype)
         _write_shards(shards, source, temporary, dtype, weight_bytes, on_progress)
         _sync(temporary)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    except OSError as error:
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk becomes while a shard is written
         raise CheckpointError(
             f"{output}: could not be written ({error}); free space or give another --output"
         ) from error
@@ -315,7 +323,8 @@ def _convert(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     """``tensor`` in ``dtype`` with memory of its own; an error where it is not finite there."""
     converted = tensor.to(dtype, copy=True).contiguous()
     if not torch.isfinite(converted).all():
-        reason = "is not finite" if not torch.isfinite(tensor).all() else f"overflows {_DTYPE_NAMES[dtype]}"
+        finite = bool(torch.isfinite(tensor).all())
+        reason = f"overflows {_DTYPE_NAMES[dtype]}; give --dtype bf16 or fp32" if finite else "is not finite"
         raise CheckpointError(f"tensor '{key}' {reason}; nothing was exported")
     return converted
 

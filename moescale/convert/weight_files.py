@@ -75,6 +75,8 @@ def _read_index(folder: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text())["weight_map"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error!r}); fetch it again") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file_name, str) for file_name in weight_map.values()):
+        raise CheckpointError(f"{path}: weight_map must give each tensor the name of its file; fetch it again")
     for name, file_name in weight_map.items():
         if not (folder / file_name).is_file():
             raise CheckpointError(f"{folder / file_name}: missing; {INDEX_FILE} says it holds '{name}'")

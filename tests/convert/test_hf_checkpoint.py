@@ -186,6 +186,14 @@ def damage_only_pickle(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"")
 
 
+def damage_weight_map_list(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ["model-00001-of-00003.safetensors"]}')
+
+
+def damage_weight_map_values(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": 1}}')
+
+
 def rewrite(folder: Path, key: str, tensor: torch.Tensor | None) -> None:
     """Replace, add or drop a tensor, index included."""
     index_path = folder / "model.safetensors.index.json"
@@ -211,6 +219,8 @@ def rewrite(folder: Path, key: str, tensor: torch.Tensor | None) -> None:
         (damage_absent_shard, r"model-00003-of-00003.safetensors: missing; .* says it holds"),
         (damage_no_index, r"3 shards .* but no model.safetensors.index.json"),
         (damage_twice, r"tensor 'model.norm.weight' is also in model-00001-of-00003.safetensors"),
+        (damage_weight_map_list, "model.safetensors.index.json: weight_map must give each tensor the name of its file"),
+        (damage_weight_map_values, "model.safetensors.index.json: weight_map must give each tensor the name"),
         (damage_only_pickle, r"holds no \*.safetensors weights; convert pytorch_model.bin"),
     ],
 )
@@ -287,6 +297,12 @@ class TestFailedExport:
         (reference / "config.json").write_text(json.dumps(to_hf_config(tiny_config(top_k=3))))
         with pytest.raises(ConfigError, match="describes another model"):
             self.export(config, parameters, reference, tmp_path / "out")
+
+    def test_an_empty_current_folder_can_be_the_output(self, config, parameters, reference, tmp_path, monkeypatch):
+        (tmp_path / "out").mkdir()
+        monkeypatch.chdir(tmp_path / "out")
+        self.export(config, parameters, reference, Path("."))
+        assert (tmp_path / "out" / "model.safetensors").is_file()
 
     def test_leftovers_of_an_interrupted_export_do_no_harm(self, config, parameters, reference, tmp_path):
         shutil.copytree(reference, tmp_path / ".out.writing")

@@ -1,0 +1,105 @@
+"""`moescale export`: what stops it is named with a remedy, and leaves nothing half written."""
+
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from moescale import cli
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, stdlib_corpus: Path) -> Path:
+    output = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.raises(SystemExit) as caught:
+        paths = ["--model", str(model_folder), "--data", str(stdlib_corpus), "--output", str(output)]
+        cli.main(["run", *paths, "--steps", "1", "--device", "cpu"])
+    assert not caught.value.code
+    return output
+
+
+def export(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str]:
+    """Exit status and standard error, on one line."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["export", *map(str, arguments)])
+    return caught.value.code or 0, " ".join(capsys.readouterr().err.split())
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_is_an_error_and_leaves_nothing(finished_run, tmp_path, capsys):
+    with largest_file(100_000):
+        status, errors = export(capsys, "--run", finished_run, "--output", tmp_path / "out")
+    assert status == 2 and f"{tmp_path / 'out'}: could not be written" in errors and "free space" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_below_a_file_is_refused(finished_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    status, errors = export(capsys, "--run", finished_run, "--output", tmp_path / "file" / "x")
+    assert status == 2 and f"{tmp_path / 'file' / 'x'}: could not be written" in errors
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("output", [".", "/"])
+def test_a_folder_without_a_name_of_its_own_is_an_output_that_exists(
+    output, finished_run, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    status, errors = export(capsys, "--run", finished_run, "--output", output)
+    assert status == 2 and f"{output}: already exists" in errors
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "-1", "0"])
+def test_a_shard_size_must_be_positive_and_finite(size, finished_run, tmp_path, capsys):
+    status, errors = export(
+        capsys, "--run", finished_run, "--output", tmp_path / "out", f"--max-shard-gigabytes={size}"
+    )
+    assert status == 2 and "export.max_shard_gigabytes (" in errors and "must be positive and finite" in errors
+
+
+@pytest.mark.parametrize("text", ["", '{"model": "/so', "[]", "{}", '{"model": null}'])
+def test_a_damaged_run_file_is_named_and_a_model_can_be_given_instead(
+    text, finished_run, model_folder, tmp_path, capsys
+):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "run.json").write_text(text)
+    status, errors = export(capsys, "--run", run, "--output", tmp_path / "out")
+    assert status == 2 and f"{run / 'run.json'}: damaged" in errors and "give it as --model" in errors
+    status, _ = export(capsys, "--run", run, "--output", tmp_path / "out", "--model", model_folder)
+    assert status == 0 and (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_model_that_is_no_folder_is_refused_as_such(finished_run, tmp_path, capsys):
+    status, errors = export(capsys, "--run", finished_run, "--output", tmp_path / "out", "--model", "tiny")
+    assert status == 2 and "export.model (tiny) is not a folder; give one with the config.json" in errors
+
+
+def test_a_model_folder_that_has_gone_is_named(finished_run, tmp_path, capsys):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    document = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(document | {"model": str(tmp_path / "gone")}))
+    status, errors = export(capsys, "--run", run, "--output", tmp_path / "out")
+    assert status == 2 and f"{tmp_path / 'gone'}: gone" in errors and "give its copy as --model" in errors
+
+
+def test_any_other_failure_of_the_system_is_a_line_with_its_path(finished_run, tmp_path, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "/somewhere")
+
+    monkeypatch.setattr("moescale.cli.export.read_model_config", full)
+    status, errors = export(capsys, "--run", finished_run, "--output", tmp_path / "out")
+    assert status == 2 and "error: /somewhere: No space left on device; free space" in errors
