@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from moescale.convert.checkpoint import export_checkpoint
+from moescale.convert.checkpoint import export_checkpoint, folder_dtype
 from moescale.convert.hf_config import read_model_config
 from moescale.errors import CheckpointError, ConfigError
 from moescale.report.progress import bytes_progress
@@ -27,8 +27,9 @@ class ExportSettings:
     """Folder to write; must not exist."""
     step: int | None = None
     """Step of the checkpoint to export; default: the newest."""
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Dtype of the exported weights."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """Dtype of the exported weights; default: that of the folder the run started from (or --model's), whose config.json
+    names it, or else its weights; bf16 where neither does."""
     model: Path | None = None
     """Folder with the config.json, tokenizer and generation files to copy; default: the one the run started from."""
     max_shard_gigabytes: float = 5.0
@@ -51,6 +52,9 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
 
     reference = _reference(settings)
     config = read_model_config(reference)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    names = {dtype: name for name, dtype in dtypes.items()}
+    dtype_name: str = settings.dtype or names[folder_dtype(reference)]
     store = CheckpointStore(settings.run / "checkpoints", keep=1)
     checkpoint = store.last() if settings.step is None else store.at(settings.step)
     if checkpoint is None:
@@ -61,15 +65,15 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
             source,
             settings.output,
             reference=reference,
-            dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[settings.dtype],
+            dtype=dtypes[dtype_name],
             max_shard_bytes=int(settings.max_shard_gigabytes * 1e9),
             on_progress=on_progress,
         )
     if json:
-        summary = asdict(report) | {"output": str(report.output), "step": checkpoint.step, "dtype": settings.dtype}
+        summary = asdict(report) | {"output": str(report.output), "step": checkpoint.step, "dtype": dtype_name}
         print(json_module.dumps(summary, indent=2))
         return
-    print(f"exported step {checkpoint.step} as {settings.dtype} to {settings.output} ({report.num_shards} shards)")
+    print(f"exported step {checkpoint.step} as {dtype_name} to {settings.output} ({report.num_shards} shards)")
     for warning in report.warnings:
         print(f"warning: {warning}")
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import CONFIG_FILE, read_hf_config, read_model_config, transformers_differences
 from moescale.convert.key_table import KeyTable, Piece, build_key_table
-from moescale.convert.weight_files import INDEX_FILE, SINGLE_FILE, StoredTensor, read_headers, read_parts
+from moescale.convert.weight_files import INDEX_FILE, SINGLE_FILE, StoredTensor, has_weights, read_headers, read_parts
 from moescale.errors import CheckpointError, ConfigError
 
 OUTPUT_KEY = "lm_head.weight"
@@ -185,6 +186,24 @@ def export_checkpoint(
         weight_bytes=weight_bytes,
         warnings=tuple(transformers_differences(config)),
     )
+
+
+def folder_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a folder's weights: the one its config.json names, else that of most of its values, else bf16.
+
+    Raises CheckpointError where config.json names none and the weights are damaged.
+    """
+    document = read_hf_config(folder)
+    name = str(document.get("dtype") or document.get("torch_dtype")).removeprefix("torch.")
+    named = next((dtype for dtype, known in _DTYPE_NAMES.items() if known == name), None)
+    if named is not None:
+        return named
+    if not has_weights(folder):
+        return torch.bfloat16
+    values: Counter[torch.dtype] = Counter()
+    for tensor in read_headers(folder).values():
+        values[tensor.dtype] += math.prod(tensor.shape)
+    return values.most_common(1)[0][0] if values else torch.bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from moescale import cli
 
@@ -27,6 +29,33 @@ def export(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str]
     with pytest.raises(SystemExit) as caught:
         cli.main(["export", *map(str, arguments)])
     return caught.value.code or 0, " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("named", "stored", "expected"),
+    [
+        ({"torch_dtype": "float16"}, None, torch.float16),
+        ({"dtype": "float32"}, None, torch.float32),
+        ({"dtype": "float32"}, torch.bfloat16, torch.float32),
+        ({}, torch.float16, torch.float16),
+        ({}, None, torch.bfloat16),
+    ],
+)
+def test_the_dtype_is_that_of_the_folder_the_run_started_from(
+    named, stored, expected, finished_run, model_folder, tmp_path, capsys
+):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | named))
+    if stored is not None:
+        save_file({"large": torch.zeros(9, dtype=stored), "small": torch.zeros(2)}, folder / "model.safetensors")
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    document = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(document | {"model": str(folder)}))
+    assert export(capsys, "--run", run, "--output", tmp_path / "out")[0] == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {expected}
+    assert export(capsys, "--run", run, "--output", tmp_path / "other", "--dtype", "bf16")[0] == 0
+    tensors = load_file(tmp_path / "other" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
 
 
 @contextmanager
