@@ -8,9 +8,9 @@ import signal
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Toml
 from rich.console import Console
 
@@ -63,7 +63,9 @@ def _with_config(
         if not config.is_file():
             raise ConfigError(f"--config ({config}) is not a file; give a TOML file with a table such as [run]")
         _check_tables(config)
-        app.config = Toml(config, must_exist=True, use_commands_as_keys=True)
+        app.config = (Toml(config, must_exist=True, use_commands_as_keys=True), _refuse_fractions)
+    else:
+        app.config = (_refuse_fractions,)
     app(tokens, exit_on_error=False)
 
 
@@ -83,6 +85,22 @@ def _check_tables(path: Path) -> None:
             raise ConfigError(
                 f"{path}: table [{name}] belongs to no command{nearest(name, _COMMANDS)}; the tables are {tables}"
             )
+
+
+def _refuse_fractions(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """An error where a whole number is asked for and another given, which cyclopts would round in silence."""
+    for argument in arguments:
+        if argument.hint is not int and int not in get_args(argument.hint):
+            continue
+        for token in argument.tokens:
+            try:
+                whole = float(token.value).is_integer()
+            except ValueError:  # not a number at all: cyclopts says so
+                continue
+            if not whole:
+                name = argument.name.removeprefix("--").replace("-", "_")
+                origin = "" if token.source == "cli" else f"{token.source}: "
+                raise ConfigError(f"{origin}{'.'.join((*commands, name))} ({token.value}) must be a whole number")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -31,3 +31,24 @@ def test_what_no_command_would_read_is_refused(text: str, message: str, tmp_path
     path.write_text(text)
     errors = errors_of(capsys, "export", "--config", path, "--run", tmp_path, "--output", tmp_path / "out")
     assert f"{path}: {message}" in errors
+
+
+@pytest.mark.parametrize("setting", ["steps = 1.5", "warmup_steps = 1.9", "warmup-steps = '1.9'", "seed = nan"])
+def test_a_fraction_where_a_whole_number_is_asked_for_is_refused_instead_of_rounded(
+    setting: str, tmp_path: Path, capsys
+) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text(f"[run]\n{setting}\n")
+    name, value = setting.replace("-", "_").replace("'", "").split(" = ")
+    given = ["--model", "tiny", "--data", tmp_path, "--output", tmp_path / "run"]
+    assert f"{path}: run.{name} ({value}) must be a whole number" in errors_of(capsys, "run", "--config", path, *given)
+    option = f"--{name.replace('_', '-')}={value}"
+    assert f"error: run.{name} ({value}) must be a whole number" in errors_of(capsys, "run", option, *given)
+
+
+def test_whole_numbers_and_fractions_where_they_belong_are_read(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text("[run]\nsteps = 5\nlearning_rate = 1.5e-4\nkeep_checkpoints = 0\n")
+    given = ["--model", "tiny", "--data", tmp_path, "--output", tmp_path / "run"]
+    errors = errors_of(capsys, "run", "--config", path, *given)
+    assert "run.keep_checkpoints (0) must be at least 1" in errors
