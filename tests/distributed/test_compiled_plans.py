@@ -26,7 +26,7 @@ from tiny import tiny_config
 STEPS = 10
 SEQUENCES = 16
 NUM_PLANS = 20
-ORDINARY = (3, 10, 11)
+ORDINARY = (3, 7, 10)
 """Numbers of the plans that are run without ``-m slow``."""
 
 WISHES: dict[str, tuple[object, ...]] = {
@@ -162,6 +162,7 @@ def test_the_compiled_plans_are_of_many_kinds():
     assert {plan.dense_layers.recompute for plan in plans} == {"none", "block"}
     assert {plan.moe_layers.recompute for plan in plans} == {"none", ("experts",), "block"}
     assert {plan.moe_layers.reshard_after_forward for plan in plans} == {True, False}
+    assert {plan.offload_optimizer for plan in plans} == {True, False}
     assert len({plan.gradient_accumulation_steps for plan in plans}) >= 3
     ordinary = [plans[number] for number in ORDINARY]
     assert {plan.compute_dtype for plan in ordinary} == {"bf16", "fp32"}
