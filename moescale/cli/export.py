@@ -80,11 +80,6 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
 
 def _reference(settings: ExportSettings) -> Path:
     """The folder whose configuration and tokenizer go with the weights."""
-    run_file = settings.run / "run.json"
-    if not run_file.is_file():
-        raise CheckpointError(
-            f"{run_file}: missing; --run ({settings.run}) must be the output folder of `moescale run`"
-        )
     if settings.model is not None:
         if not settings.model.is_dir():
             raise ConfigError(
@@ -92,11 +87,18 @@ def _reference(settings: ExportSettings) -> Path:
                 "or leave --model out to take the one the run started from"
             )
         return settings.model
+    run_file = settings.run / "run.json"
     try:
         reference = Path(json_module.loads(run_file.read_text())["model"])
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{run_file}: missing; --run ({settings.run}) must be the output folder of `moescale run`. Without this "
+            "file, give the folder of the run's model as --model"
+        ) from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
-            f"{run_file}: damaged ({error!r}), so the model's folder is not known; give it as --model"
+            f"{run_file}: damaged ({type(error).__name__}: {error}), so the model's folder is not known; give it as "
+            "--model"
         ) from None
     if not reference.is_dir():
         raise CheckpointError(f"{reference}: gone, {run_file} says the run started from it; give its copy as --model")

@@ -30,7 +30,7 @@ from moescale.runtime.device import choose_device, make_deterministic
 from moescale.runtime.launch import Membership, join_ranks, run_local_ranks, was_launched
 from moescale.runtime.mapping import compile_layers, optimizer_format
 from moescale.runtime.output_lock import hold_output
-from moescale.runtime.ranks import Ranks, current_ranks
+from moescale.runtime.ranks import Ranks
 from moescale.runtime.session import PlacedModel, place_model
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
@@ -133,7 +133,7 @@ def _train(
     if inputs.compile or (inputs.compile is None and device.type == "cuda"):
         compile_layers(placed.model)
     if checkpoint is None:
-        _fill(placed, folder, inputs, settings)
+        _fill(placed, folder, inputs, settings, member)
     total_steps = settings.steps or max(1, corpus.num_sequences // plan.sequences_per_step)
     source = Loader(
         corpus,
@@ -287,18 +287,18 @@ def _checkpoint_to_resume(store: CheckpointStore, resume: str, member: Membershi
     return last
 
 
-def _fill(placed: PlacedModel, folder: Path, inputs: RunInputs, settings: TrainSettings) -> None:
+def _fill(placed: PlacedModel, folder: Path, inputs: RunInputs, settings: TrainSettings, member: Membership) -> None:
     """The weights a run starts from, and a line that says which.
 
     Random by itself only where nothing hints at weights: a download cut short or a folder of .bin files is an error.
     """
     fetched = inputs.model not in PRESETS and not Path(inputs.model).exists()
     pretrained = fetched or has_weights(folder) if inputs.initialize == "auto" else inputs.initialize == "pretrained"
-    if current_ranks().is_first:
+    if member.ranks.is_first:
         source = f"from {folder}" if pretrained else f"random, seed {settings.seed}"
         print(f"weights: {source}", file=sys.stderr, flush=True)
     if pretrained:
-        placed.import_weights(folder)
+        placed.import_weights(folder, lambda done, total: member.progress(0, "importing weights"))
     else:
         placed.initialize(settings.seed)
 

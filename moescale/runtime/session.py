@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +33,11 @@ class PlacedModel:
             part = self.parts[name]
             initialize_part(local_tensor(parameter), name, position, part.shape, part.index, std, seed)
 
-    def import_weights(self, folder: Path) -> None:
+    def import_weights(self, folder: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Fill from a Hugging Face folder; every rank reads what it needs. Raises CheckpointError."""
         tensors = {name: local_tensor(parameter) for name, parameter in self.model.named_parameters()}
         index = {name: part.index for name, part in self.parts.items()}
-        import_checkpoint(folder, self.model.config, tensors, parts=index)
+        import_checkpoint(folder, self.model.config, tensors, parts=index, on_progress=on_progress)
 
 
 def place_model(config: ModelConfig, plan: ParallelPlan, ranks: Ranks, device: torch.device) -> PlacedModel:
