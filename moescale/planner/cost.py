@@ -107,6 +107,7 @@ class CostModel:
         self._kinds = {kind.name: kind for kind in (*workload.layers, workload.outside)}
         self._layer_parameters = {kind.name: workload.layer_parameters(kind) for kind in workload.layers}
         self._outside_parameters = workload.outside_parameters()
+        self._share = functools.cache(functools.partial(rank_parameters, workload))
         self._micro_batch = functools.cache(self._micro_batch_uncached)
         self._layer_time = functools.cache(self._layer_time_uncached)
         self.without_optimizer = functools.cache(self._without_optimizer_uncached)
@@ -157,7 +158,7 @@ class CostModel:
 
     def rank_parameters(self, mesh: MeshShape) -> float:
         """Weights whose state the fullest rank keeps."""
-        return rank_parameters(self.workload, mesh)
+        return self._share(mesh)
 
     def _micro_batch_uncached(
         self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str

@@ -55,6 +55,7 @@ class MemoryModel:
         self._layer_parameters = {kind.name: workload.layer_parameters(kind) for kind in workload.layers}
         self._outside_parameters = workload.outside_parameters()
         self.transient = functools.cache(self._transient_uncached)
+        self._share = functools.cache(functools.partial(rank_parameters, workload))
 
     def peak(self, candidate: Candidate) -> PeakMemory:
         """The peak of ``candidate``, by class."""
@@ -69,7 +70,7 @@ class MemoryModel:
 
     def persistent(self, mesh: MeshShape, formats: Formats) -> dict[str, float]:
         """Weights, gradients and optimizer state of one rank."""
-        share = rank_parameters(self.workload, mesh)
+        share = self._share(mesh)
         return {
             "weights": share * self.itemsize,
             "gradients": share * DTYPE_BYTES[formats.gradient_dtype],
@@ -81,7 +82,7 @@ class MemoryModel:
         """Host memory of one rank's offloaded states."""
         if not formats.offload_optimizer:
             return 0.0
-        share = rank_parameters(self.workload, mesh)
+        share = self._share(mesh)
         return share * self._state_bytes(formats)
 
     def update_bytes(self, mesh: MeshShape, formats: Formats) -> float:
@@ -138,7 +139,7 @@ class MemoryModel:
                 name: kept | parts for name, parts in self._in_divided_experts(plans, dims, mesh, gathered).items()
             }
         if mesh.dp_replicate > 1 and self._accumulates(mesh, sequences):
-            share = rank_parameters(self.workload, mesh)
+            share = self._share(mesh)
             for breakdown in moments.values():
                 breakdown["sums for replicas"] = share * DTYPE_BYTES[gradient]
         return moments
