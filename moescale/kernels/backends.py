@@ -1,7 +1,8 @@
 """Which implementation an operator runs with, and how its inputs are refused.
 
-Three back ends sit behind one signature: ``triton`` (our kernels; CUDA GPUs from Ampere on), ``grouped_mm`` (PyTorch's
-grouped matrix product) and ``torch`` (plain PyTorch, the readable definition). ``auto`` picks by device and capability.
+Four back ends sit behind one signature: ``triton`` (our kernels; CUDA GPUs from Ampere on), ``grouped_mm`` (PyTorch's
+grouped matrix product), ``torch`` (plain PyTorch, the readable definition) and ``cute`` (the experts' products in CuTe,
+from the optional package quack-kernels; Hopper, bf16). ``auto`` picks by device and capability, never ``cute``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 
 from moescale.errors import MoescaleError, nearest
 
-Backend = Literal["triton", "grouped_mm", "torch"]
+Backend = Literal["triton", "grouped_mm", "torch", "cute"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 # Ampere: the first generation with bf16 tensor cores and asynchronous copies, which the kernels are written for.
 MINIMUM_CAPABILITY = (8, 0)
+HOPPER = (9, 0)
 
 
 class KernelInputError(MoescaleError, ValueError):
@@ -36,6 +38,17 @@ def debug_checks_enabled() -> bool:
 def triton_available() -> bool:
     """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def cute_available() -> bool:
+    """Whether the packages of the back end ``cute`` can be imported."""
+    return triton_available() and importlib.util.find_spec("quack") is not None
+
+
+def without_cute(requested: str) -> str:
+    """Return the back end for what has no CuTe kernels, which is all but the experts' products: Triton for ``cute``."""
+    return "triton" if requested == "cute" else requested
 
 
 def triton_interpreted() -> bool:
@@ -65,6 +78,8 @@ def _checked_request(device: torch.device, dtype: torch.dtype, requested: str) -
         raise KernelInputError(
             f"kernels.backend ({requested!r}) must be one of auto, {', '.join(BACKENDS)}{nearest(requested, BACKENDS)}"
         )
+    if requested == "cute":
+        _check_cute(device, dtype)
     if requested != "triton":
         return requested
     if not triton_available():
@@ -84,6 +99,22 @@ def _checked_request(device: torch.device, dtype: torch.dtype, requested: str) -
             "(TRITON_INTERPRET=1) on the CPU; use 'auto'"
         )
     return requested
+
+
+def _check_cute(device: torch.device, dtype: torch.dtype) -> None:
+    if not cute_available():
+        raise KernelInputError(
+            "kernels.backend ('cute') needs the packages triton and quack-kernels, which are not both installed; "
+            "install them by pip install 'moescale[cute]', or use 'auto'"
+        )
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if capability != HOPPER:
+        has = f"has {capability}" if capability else "is no CUDA device"
+        raise KernelInputError(
+            f"kernels.backend ('cute') needs a Hopper GPU, CUDA capability {HOPPER}; {device} {has}; use 'auto'"
+        )
+    if dtype != torch.bfloat16:
+        raise KernelInputError(f"kernels.backend ('cute') computes in torch.bfloat16 only, not in {dtype}; use 'auto'")
 
 
 def check_shape(operator: str, name: str, tensor: torch.Tensor, shape: Sequence[int | None], meaning: str) -> None:

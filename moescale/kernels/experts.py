@@ -15,6 +15,7 @@ broken by it.
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import torch
@@ -27,6 +28,7 @@ from moescale.kernels.backends import (
     check_shape,
     choose_backend,
     debug_checks_enabled,
+    without_cute,
 )
 from moescale.kernels.expert_order import check_ids, sort_pairs
 
@@ -156,10 +158,9 @@ def _check_alignment(backend: str, gate_up: torch.Tensor) -> None:
 
 def _implementation(backend: str) -> SimpleNamespace:
     """Return the functions that make up the operator in a back end, with one signature."""
-    if backend == "triton":
-        from moescale.kernels import experts_triton
-
-        return SimpleNamespace(**{name: getattr(experts_triton, name) for name in experts_triton.__all__})
+    if backend in ("triton", "cute"):
+        module = importlib.import_module(f"moescale.kernels.experts_{backend}")
+        return SimpleNamespace(**{name: getattr(module, name) for name in module.__all__})
     import functools
 
     from moescale.kernels import experts_unfused as unfused
@@ -220,7 +221,7 @@ def _experts(
     """Return (y, pre-activation or empty, row_pair, pair_row, ends)."""
     ops = _implementation(backend)
     top_k = topk_ids.shape[1]
-    row_pair, pair_row, ends = sort_pairs(topk_ids, gate_up.shape[0], backend=backend)
+    row_pair, pair_row, ends = sort_pairs(topk_ids, gate_up.shape[0], backend=without_cute(backend))
     rows = ops.gather_rows(x.contiguous(), row_pair, top_k)
     out, pre = _mlp_forward(ops, rows, gate_up.contiguous(), down.contiguous(), ends, save_pre)
     y = ops.combine_rows(out, pair_row, top_k, topk_weights.contiguous())

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from moescale.kernels.backends import KernelInputError, check_device, check_dtype, check_shape, choose_backend
+from moescale.kernels.backends import (
+    KernelInputError,
+    check_device,
+    check_dtype,
+    check_shape,
+    choose_backend,
+    without_cute,
+)
 
 
 def grouped_gemm(
@@ -33,7 +40,7 @@ def grouped_gemm(
     check_dtype("grouped_gemm", "weight", weight, (rows.dtype,))
     check_device("grouped_gemm", "weight", weight, rows.device)
     check_device("grouped_gemm", "ends", ends, rows.device)
-    backend = choose_backend(rows.device, rows.dtype, backend)
+    backend = choose_backend(rows.device, rows.dtype, without_cute(backend))
     multiple = 16 // rows.dtype.itemsize
     if backend != "torch" and (n % multiple or k % multiple):
         raise KernelInputError(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moescale.kernels import backends
+from moescale.kernels._elementwise import runs_triton
 from moescale.kernels.backends import KernelInputError, choose_backend
 
 CUDA = torch.device("cuda:0")
@@ -48,5 +49,32 @@ def test_a_back_end_asked_for_by_name_is_used_or_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(KernelInputError, match=r"needs CUDA capability \(8, 0\) or newer; cuda:0 has \(7, 5\)"):
         choose_backend(CUDA, torch.float32, "triton")
-    with pytest.raises(KernelInputError, match="must be one of auto, triton, grouped_mm, torch; did you mean 'torch'"):
+    with pytest.raises(
+        KernelInputError, match="must be one of auto, triton, grouped_mm, torch, cute; did you mean 'torch'"
+    ):
         choose_backend(CPU, torch.float32, "torhc")
+
+
+def test_cute_is_refused_without_its_package_naming_what_to_install(monkeypatch):
+    monkeypatch.setattr(backends, "cute_available", lambda: False)
+    with pytest.raises(KernelInputError, match=r"needs the packages .*quack-kernels.*pip install 'moescale\[cute\]'"):
+        choose_backend(CUDA, torch.bfloat16, "cute")
+
+
+def test_cute_runs_on_hopper_in_bf16_only(monkeypatch):
+    monkeypatch.setattr(backends, "cute_available", lambda: True)
+    with pytest.raises(KernelInputError, match=r"needs a Hopper GPU, CUDA capability \(9, 0\); cpu is no CUDA device"):
+        choose_backend(CPU, torch.bfloat16, "cute")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    with pytest.raises(KernelInputError, match=r"cuda:0 has \(10, 0\)"):
+        choose_backend(CUDA, torch.bfloat16, "cute")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(KernelInputError, match="computes in torch.bfloat16 only, not in torch.float32"):
+        choose_backend(CUDA, torch.float32, "cute")
+    assert choose_backend(CUDA, torch.bfloat16, "cute") == "cute"
+    assert choose_backend(CUDA, torch.bfloat16) == "triton"
+
+
+def test_operators_without_cute_kernels_run_triton_in_any_dtype(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert runs_triton(CUDA, torch.float32, "cute")

@@ -9,11 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moescale.kernels.backends import KernelInputError
+from moescale.kernels.backends import HOPPER, KernelInputError, cute_available
 from moescale.kernels.experts import expert_mlp, experts, experts_reference
 from synchronisation import synchronisation_refused
 
 BACKENDS = ["torch", "grouped_mm", "triton"]  # on the CPU, Triton runs in its interpreter (conftest.py)
+RUNS_CUTE = torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER and cute_available()
+NEEDS_CUTE = pytest.mark.skipif(not RUNS_CUTE, reason="needs a Hopper GPU and pip install 'moescale[cute]'")
+GPU_BACKENDS = ["triton", pytest.param("cute", marks=NEEDS_CUTE)]
 
 
 def make_inputs(tokens, top_k, num_experts, hidden, ffn, *, seed=0):
@@ -218,7 +221,8 @@ def test_rows_not_aligned_to_16_bytes_need_the_torch_backend(hidden, ffn):
     [*itertools.product((1, 127, 128, 129, 1000), (1, 2), (1, 7)), (300, 8, 256), (2000, 6, 64), (0, 2, 4)],
 )
 @pytest.mark.parametrize("hidden, ffn", [(512, 176), (72, 264)])
-def test_bf16_error_is_at_most_twice_that_of_plain_torch(tokens, top_k, num_experts, hidden, ffn):
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_bf16_error_is_at_most_twice_that_of_plain_torch(backend, tokens, top_k, num_experts, hidden, ffn):
     ids, inputs = make_inputs(tokens, min(top_k, num_experts), num_experts, hidden, ffn)
     ids = ids.cuda()
     exact = [t.detach().double().cuda().requires_grad_() for t in inputs]
@@ -229,7 +233,7 @@ def test_bf16_error_is_at_most_twice_that_of_plain_torch(tokens, top_k, num_expe
         e.data.copy_(h.data)
     reference = run(experts_reference, ids, exact, grad.double())
     plain = run(experts, ids, half, grad, backend="torch")
-    ours = run(experts, ids, half, grad, backend="triton")
+    ours = run(experts, ids, half, grad, backend=backend)
     for o, p, r in zip(ours, plain, reference, strict=True):
         assert o.isfinite().all()
         assert (o - r).norm() <= 2 * (p - r).norm() + 1e-4 * r.norm()
@@ -237,7 +241,8 @@ def test_bf16_error_is_at_most_twice_that_of_plain_torch(tokens, top_k, num_expe
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("with_buffers", [False, True])
-def test_repeated_runs_are_bit_identical_and_never_synchronise(with_buffers):
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_repeated_runs_are_bit_identical_and_never_synchronise(backend, with_buffers):
     ids, inputs = make_inputs(700, 6, 64, 512, 176)
     ids = ids.cuda()
     half = [t.detach().cuda().to(torch.float32 if i == 1 else torch.bfloat16) for i, t in enumerate(inputs)]
@@ -252,7 +257,7 @@ def test_repeated_runs_are_bit_identical_and_never_synchronise(with_buffers):
     def results() -> list[torch.Tensor]:
         for buffer in buffers.values():
             buffer.zero_()
-        y = experts(half[0], ids, *half[1:], backend="triton", **buffers)
+        y = experts(half[0], ids, *half[1:], backend=backend, **buffers)
         gradients = torch.autograd.grad(y, [t for t in half if t.requires_grad], grad)
         return [y.detach(), *gradients, *(buffer.clone() for buffer in buffers.values())]
 
@@ -260,3 +265,28 @@ def test_repeated_runs_are_bit_identical_and_never_synchronise(with_buffers):
     with synchronisation_refused():
         runs = [results() for _ in range(3)]
     assert all(torch.equal(a, b) for run in runs for a, b in zip(first, run, strict=True))
+
+
+@pytest.mark.gpu
+@NEEDS_CUTE
+@pytest.mark.parametrize("buffer_dtype", [None, torch.bfloat16, torch.float32])
+def test_cute_equals_triton_on_rows_with_a_tail_and_empty_experts(buffer_dtype):
+    _, (_, _, gate_up, down) = make_inputs(1, 1, 7, 512, 176)
+    gate_up, down = gate_up.detach().cuda().bfloat16(), down.detach().cuda().bfloat16()
+    ends = torch.tensor([0, 3, 132, 132, 500, 501, 501], dtype=torch.int32, device="cuda")
+    source = torch.randn(600, 512, device="cuda").bfloat16()
+    source[501:] = float("nan")
+
+    def results(backend: str) -> list[torch.Tensor]:
+        rows, weights = source.clone().requires_grad_(), [w.clone().requires_grad_() for w in (gate_up, down)]
+        buffers = {}
+        if buffer_dtype is not None:
+            names = ("gate_up_gradient", "down_gradient")
+            buffers = {n: torch.ones_like(w, dtype=buffer_dtype) for n, w in zip(names, (gate_up, down), strict=True)}
+        y = expert_mlp(rows, *weights, ends, backend=backend, **buffers)
+        y.backward(torch.ones_like(y))
+        assert (y[501:] == 0).all() and (rows.grad[501:] == 0).all()
+        return [y.detach(), rows.grad, *(buffers.values() if buffers else (w.grad for w in weights))]
+
+    for cute, triton in zip(results("cute"), results("triton"), strict=True):
+        assert cute.isfinite().all() and (cute - triton).norm() <= 0.01 * triton.norm()
