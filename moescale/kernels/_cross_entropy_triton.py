@@ -46,10 +46,13 @@ def _softmax_kernel(
 
 
 @triton.jit
-def _scale_kernel(source_ptr, scale_ptr, target_ptr, numel, BLOCK: tl.constexpr):
+def _scale_kernel(source_ptr, scale_ptr, target_ptr, numel, ADD: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(source_ptr + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
-    tl.store(target_ptr + offsets, value * tl.load(scale_ptr), mask=offsets < numel)
+    mask = offsets < numel
+    value = tl.load(source_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * tl.load(scale_ptr)
+    if ADD:
+        value += tl.load(target_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target_ptr + offsets, value, mask=mask)
 
 
 def softmax_losses(
@@ -66,10 +69,19 @@ def softmax_losses(
     return losses
 
 
-def scaled(source: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return ``source * scale`` (a scalar on the device), rounded once to ``dtype``."""
-    target = torch.empty(source.shape, dtype=dtype, device=source.device)
-    if source.numel():
-        block = 4096
-        _scale_kernel[(triton.cdiv(source.numel(), block),)](source, scale, target, source.numel(), BLOCK=block)
+def scaled(source: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return ``source * scale`` (a scalar on the device), rounded once."""
+    target = torch.empty_like(source)
+    _scale(source, scale, target, add=False)
     return target
+
+
+def add_scaled(target: torch.Tensor, source: torch.Tensor, scale: torch.Tensor) -> None:
+    """``target += source * scale``, rounded once."""
+    _scale(source, scale, target, add=True)
+
+
+def _scale(source: torch.Tensor, scale: torch.Tensor, target: torch.Tensor, *, add: bool) -> None:
+    block, numel = 4096, source.numel()
+    if numel:
+        _scale_kernel[(triton.cdiv(numel, block),)](source, scale, target, numel, ADD=add, BLOCK=block)

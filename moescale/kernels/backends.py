@@ -136,3 +136,13 @@ def check_device(operator: str, name: str, tensor: torch.Tensor, device: torch.d
     """Refuse ``tensor`` unless it lives on ``device``."""
     if tensor.device != device:
         raise KernelInputError(f"{operator}: {name} is on {tensor.device}; the other inputs are on {device}")
+
+
+def check_gradient_buffer(operator: str, name: str, weight: torch.Tensor, buffer: torch.Tensor) -> None:
+    """Refuse ``buffer`` unless a backward can add the gradient of ``weight`` to it: its shape, its dtype or fp32."""
+    full_name = f"{name}_gradient"
+    check_shape(operator, full_name, buffer, tuple(weight.shape), f"the shape of {name}")
+    check_dtype(operator, full_name, buffer, (weight.dtype, torch.float32))
+    check_device(operator, full_name, buffer, weight.device)
+    if not buffer.is_contiguous() or buffer.requires_grad:
+        raise KernelInputError(f"{operator}: {full_name} must be contiguous and not require a gradient itself")

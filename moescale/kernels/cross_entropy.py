@@ -2,7 +2,8 @@
 
 Tokens go through in chunks. Where gradients are wanted they are computed in the same pass, while a chunk's logits
 exist; the backward then only multiplies by the incoming gradient (the method of Liger Kernel, arXiv:2410.10989). Within
-a chunk the weight's gradient is summed in fp32; the sum over chunks is kept in the weight's dtype.
+a chunk the weight's gradient is summed in fp32; the sum over chunks is kept in the weight's dtype. Where there is a
+buffer for it, the backward adds it there as it multiplies, in one pass (see :mod:`moescale.kernels.experts`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch.library import custom_op
 
 from moescale.kernels._elementwise import runs_triton
-from moescale.kernels.backends import check_dtype, check_shape
+from moescale.kernels.backends import check_dtype, check_gradient_buffer, check_shape
 
 # A chunk's logits are 2 * V bytes a token: 419 MB at 2,048 tokens and a vocabulary of 102,400, as much as the weight's
 # gradient, which every chunk reads, rounds and writes once. So small chunks cost time, and many of them accuracy: after
@@ -32,11 +33,13 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     ignore_index: int = -100,
     *,
+    weight_gradient: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Return the sum over target tokens of ``-log softmax(hidden @ weight.T)[target]``, a scalar in fp32, in nats.
 
     Shapes: hidden [T, H]; weight [V, H]; targets [T] int64, ``ignore_index`` where a token has none.
+    With ``weight_gradient``, a buffer as in :func:`moescale.kernels.linear.linear`, ``weight.grad`` stays untouched.
     """
     check_shape("linear_cross_entropy", "hidden", hidden, (None, None), "[T, H]")
     check_shape("linear_cross_entropy", "weight", weight, (None, hidden.shape[1]), "[V, H]")
@@ -45,11 +48,15 @@ def linear_cross_entropy(
     check_dtype("linear_cross_entropy", "targets", targets, (torch.int64,))
     # Without a gradient to come (validation, frozen weights) none is computed.
     wants_grad = torch.is_grad_enabled()
+    if weight_gradient is not None:
+        check_gradient_buffer("linear_cross_entropy", "weight", weight, weight_gradient)
     loss, _, _ = _linear_cross_entropy_op(
         hidden,
         weight,
         targets,
         ignore_index,
+        # A compiled backward would leave out an operator that returns nothing it needs.
+        weight_gradient if hidden.requires_grad else None,
         wants_grad and hidden.requires_grad,
         wants_grad and weight.requires_grad,
         runs_triton(hidden.device, hidden.dtype, backend),
@@ -63,6 +70,7 @@ def _linear_cross_entropy_op(
     weight: torch.Tensor,
     targets: torch.Tensor,
     ignore_index: int,
+    weight_gradient: torch.Tensor | None,
     wants_hidden: bool,
     wants_weight: bool,
     use_triton: bool,
@@ -88,7 +96,7 @@ def _linear_cross_entropy_op(
 
 
 @_linear_cross_entropy_op.register_fake
-def _(hidden, weight, targets, ignore_index, wants_hidden, wants_weight, use_triton):
+def _(hidden, weight, targets, ignore_index, weight_gradient, wants_hidden, wants_weight, use_triton):
     return (
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty(hidden.shape if wants_hidden else (0,)),
@@ -126,26 +134,46 @@ def _accumulate_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *
         total.addmm_(a, b)
 
 
-@custom_op("moescale::scale_gradient", mutates_args=())
-def _scale_gradient_op(
-    gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, use_triton: bool
-) -> torch.Tensor:
+@custom_op("moescale::linear_cross_entropy_backward", mutates_args=())
+def _linear_cross_entropy_backward_op(
+    grad_hidden: torch.Tensor,
+    grad_weight: torch.Tensor,
+    scale: torch.Tensor,
+    weight_gradient: torch.Tensor | None,
+    use_triton: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both gradients times ``scale``; that of a weight with a buffer is added there, and empty in the result."""
+    scaled, add_scaled = _scaled_torch, _add_scaled_torch
     if use_triton:
         from moescale.kernels import _cross_entropy_triton
 
-        return _cross_entropy_triton.scaled(gradient, scale, dtype)
-    return torch.mul(gradient.float(), scale).to(dtype)
+        scaled, add_scaled = _cross_entropy_triton.scaled, _cross_entropy_triton.add_scaled
+    grad_hidden = scaled(grad_hidden, scale)
+    if weight_gradient is None:
+        return grad_hidden, scaled(grad_weight, scale)
+    add_scaled(weight_gradient.data, grad_weight, scale)
+    return grad_hidden, grad_weight.new_empty(0)
 
 
-@_scale_gradient_op.register_fake
-def _(gradient, scale, dtype, use_triton):
-    return gradient.new_empty(gradient.shape, dtype=dtype)
+@_linear_cross_entropy_backward_op.register_fake
+def _(grad_hidden, grad_weight, scale, weight_gradient, use_triton):
+    return (
+        grad_hidden.new_empty(grad_hidden.shape),
+        grad_weight.new_empty(grad_weight.shape if weight_gradient is None else (0,)),
+    )
+
+
+def _scaled_torch(source: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.mul(source.float(), scale).to(source.dtype)
+
+
+def _add_scaled_torch(target: torch.Tensor, source: torch.Tensor, scale: torch.Tensor) -> None:
+    target.copy_(torch.addcmul(target.float(), source.float(), scale))
 
 
 def _save(ctx, inputs, output):
-    hidden, _, _, _, ctx.wants_hidden, ctx.wants_weight, ctx.use_triton = inputs
+    _, _, _, _, ctx.weight_gradient, ctx.wants_hidden, ctx.wants_weight, ctx.use_triton = inputs
     _, grad_hidden, grad_weight = output
-    ctx.dtype = hidden.dtype
     # Nobody differentiates the gradients again: without this, zeros of their size would be made in the backward.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_hidden, grad_weight)
@@ -153,12 +181,13 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, _grad_grad_hidden, _grad_grad_weight):
     if grad_loss is None:
-        return (None,) * 7
-    grad_hidden, grad_weight = ctx.saved_tensors
+        return (None,) * 8
+    buffer = ctx.weight_gradient if ctx.wants_weight else None
+    grad_hidden, grad_weight = _linear_cross_entropy_backward_op(*ctx.saved_tensors, grad_loss, buffer, ctx.use_triton)
     return (
-        _scale_gradient_op(grad_hidden, grad_loss, ctx.dtype, ctx.use_triton) if ctx.wants_hidden else None,
-        _scale_gradient_op(grad_weight, grad_loss, ctx.dtype, ctx.use_triton) if ctx.wants_weight else None,
-        *(None,) * 5,
+        grad_hidden if ctx.wants_hidden else None,
+        grad_weight if ctx.wants_weight and buffer is None else None,
+        *(None,) * 6,
     )
 
 

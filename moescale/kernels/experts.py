@@ -25,6 +25,7 @@ from moescale.kernels.backends import (
     KernelInputError,
     check_device,
     check_dtype,
+    check_gradient_buffer,
     check_shape,
     choose_backend,
     debug_checks_enabled,
@@ -138,11 +139,7 @@ def _check_weights(operator: str, x: torch.Tensor, gate_up: torch.Tensor, down: 
 def _check_buffers(gate_up, down, gate_up_gradient, down_gradient) -> None:
     for name, weight, buffer in (("gate_up", gate_up, gate_up_gradient), ("down", down, down_gradient)):
         if buffer is not None:
-            check_shape("experts", f"{name}_gradient", buffer, tuple(weight.shape), f"the shape of {name}")
-            check_dtype("experts", f"{name}_gradient", buffer, (weight.dtype, torch.float32))
-            check_device("experts", f"{name}_gradient", buffer, weight.device)
-            if not buffer.is_contiguous() or buffer.requires_grad:
-                raise KernelInputError(f"experts: {name}_gradient must be contiguous and not require a gradient itself")
+            check_gradient_buffer("experts", name, weight, buffer)
 
 
 def _check_alignment(backend: str, gate_up: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from moescale.kernels.backends import (
     KernelInputError,
     check_device,
     check_dtype,
+    check_gradient_buffer,
     check_shape,
     choose_backend,
     without_cute,
@@ -48,8 +49,7 @@ def grouped_gemm(
             f"back end {backend!r}; use the back end 'torch'"
         )
     if weight_gradient is not None:
-        check_shape("grouped_gemm", "weight_gradient", weight_gradient, tuple(weight.shape), "the shape of weight")
-        check_dtype("grouped_gemm", "weight_gradient", weight_gradient, (weight.dtype, torch.float32))
+        check_gradient_buffer("grouped_gemm", "weight", weight, weight_gradient)
     return _grouped_gemm(rows, weight, ends, weight_gradient, backend)
 
 

@@ -14,6 +14,7 @@ from moescale.config import ModelConfig
 from moescale.kernels.attention import attention
 from moescale.kernels.mla_rope import mla_rope
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
+from moescale.model.linear import Linear
 from moescale.model.rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -45,15 +46,15 @@ class LatentAttention(nn.Module):
         self.softmax_scale = softmax_scale(config)
         hidden, heads, bias = config.hidden_size, config.num_heads, config.attention_bias
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim, bias=False)
         else:
-            self.q_down = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_down = Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-            self.q_up = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_down = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+            self.q_up = Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_down = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
         self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
-        self.kv_up = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.output = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
+        self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.output = Linear(heads * config.v_head_dim, hidden, bias=bias)
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, document_ids: torch.Tensor | None = None

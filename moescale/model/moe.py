@@ -18,6 +18,7 @@ from moescale.config import ModelConfig
 from moescale.kernels.experts import experts
 from moescale.kernels.router import Routing, route, router_logits
 from moescale.kernels.swiglu import swiglu
+from moescale.model.linear import Linear
 
 
 class FeedForwardOutput(NamedTuple):
@@ -36,8 +37,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(swiglu(self.gate_up(x)))

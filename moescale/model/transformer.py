@@ -67,6 +67,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute_layers: frozenset[int] = frozenset()
+        # Buffer to which the loss adds the output weight's gradient, set by an optimizer that keeps such.
+        self.output_gradient: torch.Tensor | None = None
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -101,7 +103,9 @@ class Transformer(nn.Module):
         if targets is None:
             logits = nn.functional.linear(x, self.output_weight)
         else:
-            loss_sum = linear_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten())
+            loss_sum = linear_cross_entropy(
+                x.flatten(0, 1), self.output_weight, targets.flatten(), weight_gradient=self.output_gradient
+            )
         return ModelOutput(loss_sum, logits, aux_loss, torch.stack(counts) if counts else None)
 
 

@@ -266,16 +266,20 @@ class CostModel:
     ) -> None:
         """Add the micro-batch's gradients to their buffers; copy weights out of what FSDP2 gathered, gradients into it.
 
-        Undivided experts add to bf16 buffers inside the product, which their measured rate contains. Of FSDP2's copies,
-        those that its collectives start from and end in are the compute stream's work (``foreach_all_gather_copy_out``,
+        Undivided weights of layers are added to inside the product. The experts' measured rate contains that, for bf16
+        buffers; that of dense products writes bf16 gradients and adds nothing. Of FSDP2's copies, those that its
+        collectives start from and end in are the compute stream's work (``foreach_all_gather_copy_out``,
         ``foreach_reduce`` in torch.distributed.fsdp).
         """
         size, gradient_size = self.itemsize, DTYPE_BYTES[gradient]
         dense, routed = (part / size for part in self._layer_bytes(kind, mesh))
         ranks = mesh.dp_shard * mesh.cp
         if ranks * mesh.dp_replicate == 1:
-            inside = 2 * size if self.request.compute_dtype == "bf16" else -size  # fp32: autograd reads them again
-            added = dense * (size + 2 * gradient_size) + routed * (2 * gradient_size - inside)
+            # What the measured rates contain of it. In fp32 autograd makes every gradient and then reads it again.
+            in_bf16 = self.request.compute_dtype == "bf16"
+            inside_dense = size if in_bf16 and kind is not self.workload.outside else -size
+            inside_experts = 2 * size if in_bf16 else -size
+            added = dense * (2 * gradient_size - inside_dense) + routed * (2 * gradient_size - inside_experts)
             copied = 0.0
         else:
             expert_shards = ranks // mesh.ep

@@ -5,7 +5,7 @@ all of which FSDP2 keeps the weights outside the layers gathered:
 
 - **loss**: every layer's activations, the gradients that the loss computes with it, and a chunk of logits;
 - **gradient of the loss**: the same without logits, with the output weight's gradient beside what it is multiplied from
-  and the last layer's weights on their way;
+  (on one device, in bf16, it is added to its buffer instead) and the last layer's weights on their way;
 - **gradient of the last combination**, where experts lie on several ranks: every layer's activations, and the
   gradients of the rows that came back, those that travel, and those that arrive; **gradient of the last experts**: of
   rows two of the three, and the experts' weight gradients, and the pre-activation where it is computed again;
@@ -154,9 +154,12 @@ class MemoryModel:
     ) -> dict[str, float]:
         last = self._last_kind()
         ahead = self._layer_gathered_bytes(last, mesh) if plans[last.name].reshard_after_forward else 0.0
+        undivided = mesh.dp_shard * mesh.cp * mesh.dp_replicate == 1
+        in_buffer = undivided and self.request.compute_dtype == "bf16"
+        weight = 0.0 if in_buffer else self._output_gradient_bytes(mesh)
         return {
             "loss": self._loss_bytes(dims, mesh),
-            "temporary buffers": self._output_gradient_bytes(mesh) + dims["n"] * dims["h"] * self.itemsize,
+            "temporary buffers": weight + dims["n"] * dims["h"] * self.itemsize,
             "communication": gathered + ahead,
         }
 

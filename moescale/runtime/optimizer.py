@@ -3,8 +3,9 @@
 Every rank updates the part of each parameter that it holds, and rounds as one device would that holds it all.
 Parameters are kept in the compute dtype; what stands beside them (master weights, moments, in which formats) is the
 plan's choice and :mod:`moescale.kernels.adamw`'s work. The gradient of each micro-batch of a bf16 parameter is added to
-a buffer as soon as autograd has produced it: in fp32, so that no sum is rounded to bf16, or in bf16 where the plan says
-so. For fp32 parameters autograd accumulates in place.
+a buffer, by the product that makes it (:meth:`AdamW.accumulate_in_products`) or as soon as autograd has produced it: in
+fp32, so that no sum is rounded to bf16, or in bf16 where the plan says so. For fp32 parameters autograd accumulates in
+place.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from moescale.kernels.adamw import (
     master_weight,
     set_master_weight,
 )
+from moescale.model.linear import Linear
 from moescale.model.moe import RoutedExperts
+from moescale.model.transformer import Transformer
 from moescale.runtime.device import available_host_bytes
 from moescale.runtime.layout import Part, local_tensor, whole
 from moescale.runtime.ranks import ONE_RANK, Ranks
@@ -102,12 +105,24 @@ class AdamW:
 
         parameter.register_post_accumulate_grad_hook(add_to_buffer)
 
-    def accumulate_in_experts(self, model: torch.nn.Module) -> None:
-        """Have the routed experts of ``model`` add their weight gradients to the buffers inside the product itself."""
+    def accumulate_in_products(self, model: torch.nn.Module) -> None:
+        """Have the products of ``model`` add their weight gradients to the buffers by themselves.
+
+        Those of a weight divided over ranks are added once they are reduced.
+        """
         for prefix, module in model.named_modules():
-            if isinstance(module, RoutedExperts) and not isinstance(module.gate_up, DTensor):
-                module.gate_up_gradient = self._gradients.get(f"{prefix}.gate_up")
-                module.down_gradient = self._gradients.get(f"{prefix}.down")
+            path = f"{prefix}." if prefix else ""
+            if isinstance(module, RoutedExperts):
+                module.gate_up_gradient = self._buffer(f"{path}gate_up", module.gate_up)
+                module.down_gradient = self._buffer(f"{path}down", module.down)
+            elif isinstance(module, Linear):
+                module.weight_gradient = self._buffer(f"{path}weight", module.weight)
+            elif isinstance(module, Transformer):
+                name = "embedding.weight" if module.output is None else "output.weight"
+                module.output_gradient = self._buffer(f"{path}{name}", module.output_weight)
+
+    def _buffer(self, name: str, weight: torch.Tensor) -> torch.Tensor | None:
+        return None if isinstance(weight, DTensor) else self._gradients.get(name)
 
     def gradient(self, name: str) -> torch.Tensor:
         """The gradient accumulated so far for this rank's part of a parameter; zeros where nothing has reached it."""

@@ -101,7 +101,7 @@ class Trainer:
         self.plan = plan
         self.on_progress = on_progress
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
-        self.optimizer.accumulate_in_experts(model)
+        self.optimizer.accumulate_in_products(model)
         self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs and ranks.size == 1)
         self.device = next(model.parameters()).device
         self.step = 0

@@ -91,7 +91,9 @@ def call_every_operator() -> None:
     targets = torch.zeros(4, dtype=torch.int64)
     for write_gradient in (False, True):
         _cross_entropy_triton.softmax_losses(empty(4, 102400), targets, -100, write_gradient)
-    _cross_entropy_triton.scaled(empty(64, 2048, dtype=fp32), empty(dtype=fp32), torch.bfloat16)
+    _cross_entropy_triton.scaled(empty(64, 2048), empty(dtype=fp32))
+    for buffer_dtype in (torch.bfloat16, fp32):
+        _cross_entropy_triton.add_scaled(empty(64, 2048, dtype=buffer_dtype), empty(64, 2048), empty(dtype=fp32))
     rows, pairs, weights = empty(12, 2048), empty(12, dtype=int32), empty(2, 6, dtype=fp32)
     experts_triton.gather_rows(x, pairs, 6)
     experts_triton.combine_rows(rows, pairs, 6, weights)

@@ -103,6 +103,48 @@ def test_the_operator_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(materialised(hidden, weight, targets), (hidden, weight)))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_weight_gradient_is_added_to_its_buffer(backend: str, compiled: bool) -> None:
+    hidden, weight, targets = make(41, 12, 37)
+    buffer = torch.full_like(weight, 0.5, requires_grad=False)
+    expected = torch.autograd.grad(0.3 * materialised(hidden, weight, targets), (hidden, weight))
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(hidden, weight, targets, weight_gradient=buffer, backend=backend)
+
+    if compiled:
+        loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for number in (1, 2):
+        hidden.grad = None
+        (0.3 * loss(hidden)).backward()
+        assert weight.grad is None
+        torch.testing.assert_close(hidden.grad, expected[0])
+        torch.testing.assert_close(buffer, 0.5 + number * expected[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_gradients_are_added_to_an_fp32_buffer_without_rounding(backend: str) -> None:
+    hidden, weight, targets = make(20, 8, 23, dtype=torch.bfloat16)
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, backend=backend), weight)
+    buffer = torch.zeros(weight.shape, device=DEVICE)
+    loss = linear_cross_entropy(hidden, weight, targets, weight_gradient=buffer, backend=backend)
+    (0.3 * loss).backward()
+    torch.testing.assert_close(buffer, gradient.float() * 0.3, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_of_hidden_the_buffer_is_left_alone(backend: str) -> None:
+    hidden, weight, targets = make(20, 8, 23)
+    buffer = torch.zeros_like(weight, requires_grad=False)
+    expected = torch.autograd.grad(materialised(hidden, weight, targets), weight)
+    loss = linear_cross_entropy(hidden.detach(), weight, targets, weight_gradient=buffer, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(loss, weight), expected)
+    frozen = linear_cross_entropy(hidden, weight.detach(), targets, weight_gradient=buffer, backend=backend)
+    frozen.backward()
+    assert not buffer.any()
+
+
 @pytest.mark.parametrize("tokens, most", [(100, 4), (1000, 4), (20, 2), (1, 1)])
 def test_the_weight_gradient_is_rounded_at_most_four_times(tokens: int, most: int, monkeypatch) -> None:
     products = []

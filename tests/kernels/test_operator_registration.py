@@ -6,7 +6,7 @@ import pytest
 import torch
 from agreement import DEVICE, randn
 
-from moescale.kernels import cross_entropy, mla_rope, rms_norm, router, swiglu
+from moescale.kernels import cross_entropy, linear, mla_rope, rms_norm, router, swiglu
 
 X, WEIGHT = (6, 8), (8,)
 TABLE = torch.linspace(-1, 1, 8, device=DEVICE).view(4, 2)
@@ -23,11 +23,15 @@ CASES = {
     "route": (router._route_op, lambda: (randn(6, 8), 3, 4, 2, True, 1.5, 2)),
     "linear_cross_entropy": (
         cross_entropy._linear_cross_entropy_op,
-        lambda: (randn(*X), randn(9, 8, seed=1), TARGETS, -100, True, True, True),
+        lambda: (randn(*X), randn(9, 8, seed=1), TARGETS, -100, None, True, True, True),
     ),
-    "scale_gradient": (
-        cross_entropy._scale_gradient_op,
-        lambda: (randn(*X, grad=False), randn(grad=False), torch.float32, True),
+    "linear_cross_entropy_backward": (
+        cross_entropy._linear_cross_entropy_backward_op,
+        lambda: (randn(*X, grad=False), randn(9, 8, grad=False), randn(grad=False), None, True),
+    ),
+    "linear": (
+        linear._linear_op,
+        lambda: (randn(2, *X), randn(4, 8, seed=1), randn(4, seed=2), torch.zeros(4, 8, device=DEVICE)),
     ),
 }
 

@@ -149,7 +149,7 @@ def tracked_bytes(config: ModelConfig, plan: ParallelPlan) -> int:
                 parts=find_parts(model, meshes),
                 ranks=ranks,
             )
-            optimizer.accumulate_in_experts(model)
+            optimizer.accumulate_in_products(model)
             return _track(model, optimizer, plan)
     finally:
         if ranks.size > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def build(device: str, dtype: torch.dtype, *, capture: bool) -> tuple[Transforme
     model = build_on_meta(tiny_config(), dtype).to_empty(device=device)
     initialize(model, 0)
     optimizer = AdamW(model.named_parameters(), TrainSettings(), OptimizerFormat(master="bf16_remainder"))
-    optimizer.accumulate_in_experts(model)
+    optimizer.accumulate_in_products(model)
     return model, optimizer, MicroBatches(model, capture=capture)
 
 
@@ -41,6 +43,55 @@ def test_sums_are_those_of_all_micro_batches_and_start_anew_each_step():
         sums.append([float(runner.loss_sum), float(runner.aux_loss)])
     assert sums[2] == pytest.approx([a + b for a, b in zip(sums[0], sums[1], strict=True)], rel=1e-6)
     assert runner.expert_rows.sum(-1).tolist() == [2 * 64 * 2] * 2  # two micro-batches of 64 tokens, top-2, per layer
+
+
+CONFIGS = {
+    "plain": {},
+    "biases, compressed query": dict(attention_bias=True, q_lora_rank=24),
+    "tied embeddings": dict(tie_embeddings=True),
+}
+
+
+def accumulated(overrides: dict[str, Any], way: str, *, in_products: bool) -> tuple[AdamW, set[str]]:
+    """The gradients of two micro-batches in bf16, and the parameters whose gradient autograd handed out."""
+    model = build_on_meta(tiny_config(**overrides), torch.bfloat16).to_empty(device="cpu")
+    initialize(model, 0)
+    handed_out: set[str] = set()
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda parameter, name=name: handed_out.add(name) if parameter.grad is not None else None
+        )
+    optimizer = AdamW(model.named_parameters(), TrainSettings(), OptimizerFormat(gradients=torch.bfloat16))
+    if in_products:
+        optimizer.accumulate_in_products(model)
+    if way == "recomputed":
+        model.recompute_layers = frozenset(range(model.config.num_layers))
+    elif way == "compiled":
+        torch._dynamo.reset()
+        for block in model.layers:
+            block.compile(fullgraph=True, backend="aot_eager")
+    runner = MicroBatches(model, capture=False)
+    runner.start_step(num_targets=2 * 62, num_micro_batches=2)
+    for tokens, targets in batches(2):
+        runner.run(tokens, targets, None)
+    return optimizer, handed_out
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler's own
+@pytest.mark.parametrize("way", ["eager", "recomputed", "compiled"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_products_add_to_the_buffers_what_autograd_hands_out_otherwise(name, way):
+    plain, everything = accumulated(CONFIGS[name], way, in_products=False)
+    ours, handed_out = accumulated(CONFIGS[name], way, in_products=True)
+    assert everything == set(plain.parameters)
+    assert handed_out == {n for n in everything if n.endswith(("norm.weight", ".bias", "router.weight"))} | {
+        "embedding.weight"
+    }
+    for key in plain.parameters:
+        a, b = plain.gradient(key).float(), ours.gradient(key).float()
+        # Each is a sum rounded to bf16 two or four times.
+        assert (a - b).norm() <= 2**-7 * a.norm(), key
+        assert a.any(), key
 
 
 @pytest.mark.gpu
