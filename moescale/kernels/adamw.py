@@ -207,7 +207,9 @@ def _update_in_torch(
 ) -> None:
     h = hyperparameters
     random = random_bits(parameter.numel(), seed, first_index, parameter.device).view(parameter.shape)
-    random_first, random_second, random_weight = random & 0xFFFF, random >> 16, _mix(random ^ 0x9E3779B9) & 0xFFFF
+    random_first, random_weight = random & 0xFFFF, _mix(random ^ 0x9E3779B9) & 0xFFFF
+    # Codes are drawn with all the bits there are for them, of which the second moment's are the whole number.
+    draw_first, draw_second = random_first.float() / 2**16, random.float() / 2**32
     g = gradient.float() * gradient_scale
     first = _read_moment(state.first_moment, state.first_scale, 3, 127)
     second = _read_moment(state.second_moment, state.second_scale, 4, 255)
@@ -217,8 +219,8 @@ def _update_in_torch(
     bias1, bias2 = 1 - h.beta1**h.num_updates, 1 - h.beta2**h.num_updates
     updated = weight * (1 - h.learning_rate * h.weight_decay)
     updated = updated - (h.learning_rate / bias1) * first / (second.sqrt() / bias2**0.5 + h.eps)
-    _write_moment(first, state.first_moment, state.first_scale, 3, 127, 0, random_first)
-    _write_moment(second, state.second_moment, state.second_scale, 4, 255, 1, random_second)
+    _write_moment(first, state.first_moment, state.first_scale, 3, 127, 0, random_first, draw_first)
+    _write_moment(second, state.second_moment, state.second_scale, 4, 255, 1, random >> 16, draw_second)
     if state.master is None and state.remainder is None:
         parameter.copy_(_round_stochastically(updated, random_weight))
     else:
@@ -254,6 +256,7 @@ def _write_moment(
     levels: int,
     smallest: int,
     random16: torch.Tensor,
+    draw: torch.Tensor,
 ) -> None:
     if scale is None:
         stored.copy_(value if stored.dtype == torch.float32 else _round_stochastically(value, random16))
@@ -264,7 +267,7 @@ def _write_moment(
     below = relative.pow(1 / power).floor().clamp(max=levels - 1)
     # The chance to round up makes the value, not the code, right on average.
     chance = (relative - below.pow(power)) / ((below + 1).pow(power) - below.pow(power))
-    codes = below + (_blocks(random16.float()) < chance * 65536)
+    codes = below + (_blocks(draw) < chance)
     codes = codes.clamp(min=smallest).flatten(-2)[..., : value.shape[-1]]
     stored.copy_(codes * value.sign() if power == 3 else codes)
 

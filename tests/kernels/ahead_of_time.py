@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.int16: "i16"}
+TYPES |= {torch.int8: "i8", torch.uint8: "u8"}
 OPTIONS = ("num_warps", "num_stages")
 Launch = tuple[JITFunction, dict[str, str], dict[tuple[int], object], dict[tuple[int], list], dict[str, int]]
 
@@ -62,6 +63,7 @@ def record_launches(call: Callable[[], object]) -> list[Launch]:
 def call_every_operator() -> None:
     """Each operator's kernels at the shapes of DeepSeek-Coder-V2-Lite in bf16, and its variants."""
     from moescale.kernels import (
+        _adamw_triton,
         _cross_entropy_triton,
         _mla_rope_triton,
         _rms_norm_triton,
@@ -69,6 +71,7 @@ def call_every_operator() -> None:
         _swiglu_triton,
         experts_triton,
     )
+    from moescale.kernels.adamw import AdamWHyperparameters, init_adamw_state
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -101,6 +104,15 @@ def call_every_operator() -> None:
     experts_triton.combine_rows_backward(x, rows, pairs, weights)
     experts_triton.sort_weights(weights, pairs)
     experts_triton.order_by_pair(empty(12, dtype=fp32), pairs)
+    hyperparameters = AdamWHyperparameters(
+        learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, num_updates=2
+    )
+    for moments in ("fp32", "bf16", "int8"):
+        for master in ("fp32", "bf16_remainder", "stochastic_bf16"):
+            for shape in ((8, 256), (6, 200)):
+                parameter = empty(*shape)
+                state = init_adamw_state(parameter, moments, master)
+                _adamw_triton.update(parameter, parameter, state, hyperparameters, empty(dtype=fp32), 1, 0)
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ def compare_backends(device: str) -> None:
     for moments in MOMENTS:
         for master in MASTERS:
             for dtype in (torch.float32, torch.bfloat16):
-                for shape in ((3, 300), (2, 3, 128), (77,)):
+                for shape in ((3, 300), (2, 3, 128), (16, 256), (77,)):
                     kernel, plain = (weight(*shape, dtype=dtype).to(device) for _ in range(2))
                     states = [init_adamw_state(tensor, moments, master) for tensor in (kernel, plain)]
                     for step in range(1, 4):
@@ -174,15 +174,65 @@ def compare_backends(device: str) -> None:
                     exact = 1e-5 if moments == "fp32" and master != "stochastic_bf16" else 2e-2
                     assert off.max() < exact, (moments, master, dtype, shape, off.max())
                     assert (off > 1e-4).float().mean() < 0.02, (moments, master, dtype, shape)
+                    for name, ours in states[0].tensors().items():
+                        if ours.dtype in (torch.int8, torch.uint8):
+                            differ = ours != getattr(states[1], name)
+                            assert differ.float().mean() < 0.02, (name, master, dtype, shape)
+
+
+def check_codes_are_right_on_average(device: str, backend: str, draws: int) -> None:
+    """Decoded moments of one gradient over many seeds: unbiased, from the largest of a block to the smallest."""
+    gradient = (weight(16, 256) * 10.0 ** weight(16, 256, seed=1)).to(device)
+    gradient[3] = 0.0
+    decoded, moments = [torch.zeros(16, 256, device=device) for _ in range(2)], (0.1 * gradient, 0.05 * gradient**2)
+    for seed in range(draws):
+        parameter = torch.zeros(16, 256, dtype=torch.bfloat16, device=device)
+        state = init_adamw_state(parameter, "int8", "bf16_remainder")
+        one = torch.ones((), device=device)
+        adamw_update(parameter, gradient, state, hyperparameters(), gradient_scale=one, seed=seed, backend=backend)
+        for total, codes, scale, power, levels in (
+            (decoded[0], state.first_moment, state.first_scale, 3, 127),
+            (decoded[1], state.second_moment, state.second_scale, 4, 255),
+        ):
+            total += ((codes.float() / levels).pow(power).unflatten(-1, (-1, 128)) * scale.unsqueeze(-1)).flatten(-2)
+    for total, exact, power, levels in zip(decoded, moments, (3, 4), (127, 255), strict=True):
+        scale = exact.abs().unflatten(-1, (-1, 128)).amax(-1, keepdim=True).expand(-1, -1, 128).flatten(-2) + 1e-30
+        below = (exact.abs() / scale).pow(1 / power).mul(levels).floor().clamp(max=levels - 1)
+        low, high = ((below + up).div(levels).pow(power) * scale for up in (0, 1))
+        # Where the code is 0, the second moment's is 1 instead: too large, on purpose.
+        fair = (below > 0) & (exact != 0) if power == 4 else exact != 0
+        # Variance of a draw between two values; an exact one has none.
+        deviation = ((exact.abs() - low) * (high - exact.abs())).clamp(min=1e-4 * (high - low) ** 2).div(draws).sqrt()
+        score = ((total / draws - exact) * exact.sign() / deviation)[fair]
+        assert score.mean().abs() < 5 / score.numel() ** 0.5, (power, score.mean())
+        assert score.std() < 1.2, (power, score.std())
+        assert power == 4 or not total[exact == 0].any()
+
+
+def run_interpreted(call: str) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = f"import test_adamw; test_adamw.{call}"
+    folder = os.path.dirname(__file__)
+    subprocess.run([sys.executable, "-c", command], check=True, env=environment, cwd=folder)
 
 
 def test_the_kernel_in_the_interpreter_equals_plain_torch():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = "import test_adamw; test_adamw.compare_backends('cpu')"
-    folder = os.path.dirname(__file__)
-    subprocess.run([sys.executable, "-c", command], check=True, env=environment, cwd=folder)
+    run_interpreted("compare_backends('cpu')")
+
+
+def test_codes_of_8_bits_are_right_on_average():
+    check_codes_are_right_on_average("cpu", "torch", draws=300)
+
+
+def test_codes_of_8_bits_are_right_on_average_in_the_interpreter():
+    run_interpreted("check_codes_are_right_on_average('cpu', 'triton', draws=100)")
 
 
 @pytest.mark.gpu
 def test_the_kernel_on_the_gpu_equals_plain_torch():
     compare_backends("cuda")
+
+
+@pytest.mark.gpu
+def test_codes_of_8_bits_are_right_on_average_on_the_gpu():
+    check_codes_are_right_on_average("cuda", "triton", draws=1000)
