@@ -6,7 +6,7 @@
 
 Losses are those of the same data whatever the plan. ``--check-synchronisation`` makes any wait of the host for the
 GPU in forward and backward, from the fourth step on, an error. ``--output`` adds a line of JSON to a file.
-``--device cpu`` takes a small model in fp32 instead.
+``--device cpu`` takes a small model in fp32 instead. ``--profile`` writes the first rank's GPU time by kernel.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("tests", "tests/distributed")]
+
+from step import profile  # noqa: E402
 
 import plans  # noqa: E402
 from moescale.runtime import session  # noqa: E402
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--check-synchronisation", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
+    parser.add_argument("--profile", type=Path)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     with join_ranks(torch.device(arguments.device)) as member:
@@ -106,6 +109,12 @@ def train(arguments: argparse.Namespace, member: Membership) -> None:
     if arguments.check_synchronisation:
         refuse_synchronisation(trainer)
     trainer.train()
+    if arguments.profile:
+        batches = next(iter(trainer.source))
+        if member.ranks.is_first:
+            profile(trainer, batches, arguments.profile)
+        else:
+            trainer._train_step(batches)
     if member.ranks.is_first:
         report(arguments, axes, trainer.observer)
 

@@ -149,7 +149,24 @@ def profile(trainer: Trainer, batches: list[RandomBatch], path: Path) -> None:
     )
     lines.append(f"gaps: {sum(gap for gap, *_ in gaps):.1f} ms in all; the longest, with the kernels around them:")
     lines += [f"{gap:9.2f} ms  {before}  ->  {after}" for gap, before, after in reversed(gaps[-12:])]
+    lines[1:1] = _collectives(kernels)
     path.write_text("\n".join(lines) + "\n")
+
+
+def _collectives(kernels: list[Any]) -> list[str]:
+    """How long collectives took, and for how much of that nothing else ran; ``kernels`` in order of their start."""
+    total = alone = 0.0
+    others = [kernel.time_range for kernel in kernels if "nccl" not in kernel.name]
+    for kernel in kernels:
+        if "nccl" in kernel.name:
+            start, end = kernel.time_range.start, kernel.time_range.end
+            total += end - start
+            for other in others:
+                if other.end > start and other.start < end:
+                    alone += max(0.0, other.start - start)
+                    start = max(start, other.end)
+            alone += max(0.0, end - start)
+    return [f"collectives: {total / 1e3:.1f} ms, for {alone / 1e3:.1f} ms of which nothing else ran"] if total else []
 
 
 def main() -> None:

@@ -281,6 +281,9 @@ class ExpertParallel(nn.Module):
         self.exchange = exchange
         self.backend = backend
         self.recompute = recompute
+        # As in RoutedExperts: buffers to which the backward adds the weights' gradients.
+        self.gate_up_gradient: torch.Tensor | None = None
+        self.down_gradient: torch.Tensor | None = None
 
     @torch.compiler.disable  # the exchange reads counts on the host, and its autograd functions hold a collective
     def forward(
@@ -303,7 +306,12 @@ class ExpertParallel(nn.Module):
         companion = None if beside is None else beside()
         rows = _Reorder.apply(_Arrive.apply(slots, there), row_slot, slot_row)
 
-        compute = partial(expert_mlp, backend=self.backend)
+        compute = partial(
+            expert_mlp,
+            gate_up_gradient=self.gate_up_gradient,
+            down_gradient=self.down_gradient,
+            backend=self.backend,
+        )
         if self.recompute and torch.is_grad_enabled():
             compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
         rows = compute(rows, self.gate_up, self.down, ends)

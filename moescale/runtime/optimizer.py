@@ -33,6 +33,7 @@ from moescale.model.linear import Linear
 from moescale.model.moe import RoutedExperts
 from moescale.model.transformer import Transformer
 from moescale.runtime.device import available_host_bytes
+from moescale.runtime.expert_parallel import ExpertParallel
 from moescale.runtime.layout import Part, local_tensor, whole
 from moescale.runtime.ranks import ONE_RANK, Ranks
 from moescale.runtime.settings import TrainSettings
@@ -112,7 +113,7 @@ class AdamW:
         """
         for prefix, module in model.named_modules():
             path = f"{prefix}." if prefix else ""
-            if isinstance(module, RoutedExperts):
+            if isinstance(module, RoutedExperts | ExpertParallel):
                 module.gate_up_gradient = self._buffer(f"{path}gate_up", module.gate_up)
                 module.down_gradient = self._buffer(f"{path}down", module.down)
             elif isinstance(module, Linear):
