@@ -130,18 +130,19 @@ def profile(trainer: Trainer, batches: list[RandomBatch], path: Path) -> None:
         trainer._train_step(batches)
         torch.cuda.synchronize()
     on_gpu = torch.autograd.DeviceType.CUDA
+    kernels = sorted(
+        (e for e in recorded.events() if e.device_type == on_gpu and not e.is_user_annotation),
+        key=lambda kernel: kernel.time_range.start,
+    )
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
-    start, end, busy = float("inf"), 0.0, 0.0
-    for event in recorded.events():
-        if event.device_type == on_gpu:
-            totals[event.name][0] += event.device_time_total / 1e3
-            totals[event.name][1] += 1
-            start, end = min(start, event.time_range.start), max(end, event.time_range.end)
-            busy += event.device_time_total
+    for kernel in kernels:
+        totals[kernel.name][0] += kernel.device_time_total / 1e3
+        totals[kernel.name][1] += 1
+    busy = sum(milliseconds for milliseconds, _ in totals.values())
+    span = (max(kernel.time_range.end for kernel in kernels) - kernels[0].time_range.start) / 1e3
     rows = sorted(totals.items(), key=lambda item: -item[1][0])
-    lines = [f"{len(batches)} micro-batches and one update: {(end - start) / 1e3:.1f} ms, GPU busy {busy / 1e3:.1f} ms"]
+    lines = [f"{len(batches)} micro-batches and one update: {span:.1f} ms, GPU busy {busy:.1f} ms"]
     lines += [f"{milliseconds:9.2f} ms {count:6d} x  {name[:150]}" for name, (milliseconds, count) in rows[:110]]
-    kernels = sorted((e for e in recorded.events() if e.device_type == on_gpu), key=lambda e: e.time_range.start)
     gaps = sorted(
         ((b.time_range.start - a.time_range.end) / 1e3, a.name[:60], b.name[:60])
         for a, b in itertools.pairwise(kernels)
