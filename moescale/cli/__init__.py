@@ -15,7 +15,7 @@ from cyclopts.config import Toml
 from rich.console import Console
 
 from moescale import __version__
-from moescale.errors import ConfigError, MoescaleError, nearest
+from moescale.errors import ConfigError, MoescaleError, Preempted, nearest
 
 app = App(
     name="moescale",
@@ -116,6 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
         app.meta(sys.argv[1:], exit_on_error=False)
     except CycloptsError:  # Already printed.
         sys.exit(MoescaleError.exit_status)
+    except Preempted as stop:  # As asked.
+        _print(str(stop), "bold yellow")
+        sys.exit(stop.exit_status)
     except MoescaleError as error:
         _print_error(str(error))
         sys.exit(error.exit_status)
@@ -131,4 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _print_error(text: str) -> None:
-    Console(stderr=True).print(f"error: {text}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+    _print(f"error: {text}", "bold red")
+
+
+def _print(text: str, style: str) -> None:
+    Console(stderr=True).print(text, style=style, highlight=False, soft_wrap=True, markup=False)

@@ -302,7 +302,7 @@ def _status(codes: Sequence[int], killed: Collection[int] = (), passed_on: Colle
             return RankFailure.exit_status
     own = next((code for code in codes if code > 0 and code != RankFailure.exit_status), None)
     if own is None and stopped:
-        print(f"error: {STOPPED_BEFORE_TRAINING}", file=sys.stderr, flush=True)
+        print(STOPPED_BEFORE_TRAINING, file=sys.stderr, flush=True)
         return Preempted.exit_status
     return own or (RankFailure.exit_status if any(codes) else 0)
 

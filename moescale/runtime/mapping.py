@@ -26,9 +26,6 @@ from moescale.runtime.expert_parallel import Exchange, ExpertParallel, PaddedExc
 from moescale.runtime.meshes import Meshes
 from moescale.runtime.optimizer import OptimizerFormat
 
-RECOMPUTABLE_OPERATORS = ("experts",)
-"""Operators that can be run again by themselves; every other choice is the whole block."""
-
 
 def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = None) -> None:
     """Divide the model over ``meshes`` and set what it recomputes, in place; parameter names stay.
@@ -43,7 +40,6 @@ def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = N
         plan.moe_layers if model.config.is_moe_layer(layer) else plan.dense_layers
         for layer in range(model.config.num_layers)
     ]
-    _check_recompute(plan)
     model.recompute_layers = frozenset(
         layer for layer, layer_plan in enumerate(layer_plans) if layer_plan.recompute == "block"
     )
@@ -92,18 +88,6 @@ def choose_exchange(plan: ParallelPlan, device_type: str) -> Exchange:
     if device_type == "cuda" and plan.mesh.ep == 2:
         return PaddedExchange(plan.micro_batch_sequences * plan.sequence_length)
     return SplitExchange()
-
-
-def _check_recompute(plan: ParallelPlan) -> None:
-    for kind in ("dense_layers", "moe_layers"):
-        recompute = getattr(plan, kind).recompute
-        for name in () if isinstance(recompute, str) else recompute:
-            if kind == "dense_layers" or name not in RECOMPUTABLE_OPERATORS:
-                known = "nothing less" if kind == "dense_layers" else ", ".join(RECOMPUTABLE_OPERATORS)
-                raise ConfigError(
-                    f"plan.{kind}.recompute ('{name}') must be none, block, or of these operators: {known}; "
-                    "compile the plan with this version"
-                )
 
 
 def _shard(model: Transformer, plan: ParallelPlan, meshes: Meshes, layer_plans: list[LayerPlan]) -> None:
