@@ -2,14 +2,16 @@
 
 Four back ends sit behind one signature: ``triton`` (our kernels; CUDA GPUs from Ampere on), ``grouped_mm`` (PyTorch's
 grouped matrix product), ``torch`` (plain PyTorch, the readable definition) and ``cute`` (the experts' products in CuTe,
-from the optional package quack-kernels; Hopper, bf16). ``auto`` picks by device and capability, never ``cute``.
+from the optional package quack-kernels; Hopper, bf16). ``auto`` picks by device, capability and what is installed.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -42,8 +44,25 @@ def triton_available() -> bool:
 
 @functools.cache
 def cute_available() -> bool:
-    """Whether the packages of the back end ``cute`` can be imported."""
+    """Whether the packages of the back end ``cute`` are installed."""
     return triton_available() and importlib.util.find_spec("quack") is not None
+
+
+@functools.cache
+def cute_usable() -> bool:
+    """Whether they can be imported as well: they come with a compiler of their own. Warns where they cannot."""
+    if not cute_available():
+        return False
+    try:
+        importlib.import_module("moescale.kernels.experts_cute")
+    except Exception as error:  # whatever a broken installation raises; there is another back end
+        warnings.warn(
+            f"quack-kernels is installed but cannot be used ({type(error).__name__}: {error}); the experts run in "
+            "Triton instead. Install it again by pip install 'moescale[cute]', or remove it",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def without_cute(requested: str) -> str:
@@ -73,13 +92,21 @@ def choose_backend(device: torch.device, dtype: torch.dtype, requested: str = "a
     return "grouped_mm" if dtype == torch.bfloat16 else "torch"
 
 
+@torch.compiler.assume_constant_result
+def choose_experts_backend(device: torch.device, dtype: torch.dtype, requested: str = "auto") -> str:
+    """As :func:`choose_backend`, for the experts' products: ``auto`` takes ``cute`` where it can be used."""
+    if requested == "auto" and _objection_to_cute(device, dtype) is None and cute_usable():
+        return "cute"
+    return choose_backend(device, dtype, requested)
+
+
 def _checked_request(device: torch.device, dtype: torch.dtype, requested: str) -> str:
     if requested not in BACKENDS:
         raise KernelInputError(
             f"kernels.backend ({requested!r}) must be one of auto, {', '.join(BACKENDS)}{nearest(requested, BACKENDS)}"
         )
-    if requested == "cute":
-        _check_cute(device, dtype)
+    if requested == "cute" and (objection := _objection_to_cute(device, dtype)):
+        raise KernelInputError(f"kernels.backend ('cute') {objection}, or use 'auto'")
     if requested != "triton":
         return requested
     if not triton_available():
@@ -101,20 +128,20 @@ def _checked_request(device: torch.device, dtype: torch.dtype, requested: str) -
     return requested
 
 
-def _check_cute(device: torch.device, dtype: torch.dtype) -> None:
+def _objection_to_cute(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the back end ``cute`` cannot run there, and the remedy; None where nothing speaks against it."""
     if not cute_available():
-        raise KernelInputError(
-            "kernels.backend ('cute') needs the packages triton and quack-kernels, which are not both installed; "
-            "install them by pip install 'moescale[cute]', or use 'auto'"
+        return (
+            "needs the packages triton and quack-kernels, which are not both installed; install them by "
+            "pip install 'moescale[cute]'"
         )
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if capability != HOPPER:
         has = f"has {capability}" if capability else "is no CUDA device"
-        raise KernelInputError(
-            f"kernels.backend ('cute') needs a Hopper GPU, CUDA capability {HOPPER}; {device} {has}; use 'auto'"
-        )
+        return f"needs a Hopper GPU, CUDA capability {HOPPER}; {device} {has}; take one"
     if dtype != torch.bfloat16:
-        raise KernelInputError(f"kernels.backend ('cute') computes in torch.bfloat16 only, not in {dtype}; use 'auto'")
+        return f"computes in torch.bfloat16 only, not in {dtype}; use that"
+    return None
 
 
 def check_shape(operator: str, name: str, tensor: torch.Tensor, shape: Sequence[int | None], meaning: str) -> None:

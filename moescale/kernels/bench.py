@@ -4,6 +4,7 @@ Scope ``mlp``: gate, up, SwiGLU and down on rows already sorted by expert, forwa
 the router to the combined output, with sort and gather. Peers run in the same process, in alternation, so that all
 meet the same clocks:
 
+- ``cute``: the optional back end, where it is installed;
 - ``grouped_mm``: PyTorch's grouped product under ``torch.compile`` (which fuses SwiGLU), in the faster of the weight
   layouts [E, out, in] and [E, in, out];
 - ``dense``: the six products alone, back to back, all rows through one expert, in cuBLAS: the practical limit;
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moescale.kernels.backends import choose_experts_backend
 from moescale.kernels.expert_order import sort_pairs
 from moescale.kernels.experts import expert_mlp, experts
 from moescale.kernels.router import route, router_logits
@@ -81,6 +83,11 @@ def choose_experts(shape: ExpertShape, routing: str, seed: int = 0) -> torch.Ten
     return (popularity.log() + noise).topk(shape.top_k).indices.int().cuda()
 
 
+def our_backends() -> tuple[str, ...]:
+    """The back ends of the experts to measure here."""
+    return ("triton", "cute") if choose_experts_backend(torch.device("cuda"), torch.bfloat16) == "cute" else ("triton",)
+
+
 def forward_backward_flops(shape: ExpertShape) -> float:
     """FLOPs of gate, up and down, forward and both gradients: 3 products of 2 R H F, three times each."""
     return 18.0 * shape.rows * shape.hidden_size * shape.intermediate_size
@@ -130,12 +137,17 @@ def _mlp_contenders(shape: ExpertShape, routing: str) -> list[Contender]:
     gate_up, down = _random(num_experts, 2 * ffn, hidden, scale=0.02), _random(num_experts, hidden, ffn, scale=0.02)
     # The same values stored [E, in, out].
     gate_up_t, down_t = (w.detach().transpose(1, 2).contiguous().requires_grad_() for w in (gate_up, down))
-    ours = functools.partial(expert_mlp, rows, gate_up, down, ends, backend="triton")
+    ours = [
+        differentiated(
+            name, functools.partial(expert_mlp, rows, gate_up, down, ends, backend=name), (rows, gate_up, down), grad
+        )
+        for name in our_backends()
+    ]
     compiled = torch.compile(_grouped_mm_mlp, dynamic=False)
     plain = functools.partial(compiled, rows, gate_up.transpose(1, 2), down.transpose(1, 2), ends)
     transposed = functools.partial(compiled, rows, gate_up_t, down_t, ends)
     return [
-        differentiated("triton", ours, (rows, gate_up, down), grad),
+        *ours,
         differentiated("grouped_mm[E,out,in]", plain, (rows, gate_up, down), grad),
         differentiated("grouped_mm[E,in,out]", transposed, (rows, gate_up_t, down_t), grad),
         _dense_contender(shape),
@@ -155,12 +167,12 @@ def _layer_contenders(shape: ExpertShape, routing: str) -> list[Contender]:
     # A bias on the logits makes some experts popular; both contenders get it.
     bias = torch.arange(1, num_experts + 1, device="cuda").log() * -(2 * SKEW if routing == "skewed" else 0.0)
     inputs = (x, router, gate_up, down)
-    ours = functools.partial(_layer, *inputs, bias, shape.top_k, "triton")
     peer = functools.partial(torch.compile(_layer, dynamic=False), *inputs, bias, shape.top_k, "grouped_mm")
-    return [
-        differentiated("triton", ours, inputs, grad),
-        differentiated("grouped_mm", peer, inputs, grad),
+    ours = [
+        differentiated(name, functools.partial(_layer, *inputs, bias, shape.top_k, name), inputs, grad)
+        for name in our_backends()
     ]
+    return [*ours, differentiated("grouped_mm", peer, inputs, grad)]
 
 
 def _layer(
@@ -180,9 +192,9 @@ def _layer(
         normalize_topk=False,
         routed_scaling_factor=1.0,
         num_sequences=None,
-        backend="triton" if backend == "triton" else "torch",
+        backend="torch" if backend == "grouped_mm" else "triton",
     )
-    if backend == "triton":
+    if backend != "grouped_mm":
         return experts(x, routing.topk_ids, routing.topk_weights, gate_up, down, backend=backend)
     return _grouped_mm_experts(x, routing.topk_ids, routing.topk_weights, gate_up, down)
 

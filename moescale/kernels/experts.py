@@ -27,7 +27,7 @@ from moescale.kernels.backends import (
     check_dtype,
     check_gradient_buffer,
     check_shape,
-    choose_backend,
+    choose_experts_backend,
     debug_checks_enabled,
     without_cute,
 )
@@ -64,7 +64,7 @@ def experts(
     """
     _check_experts(x, topk_ids, topk_weights, gate_up, down)
     _check_buffers(gate_up, down, gate_up_gradient, down_gradient)
-    backend = choose_backend(x.device, x.dtype, backend)
+    backend = choose_experts_backend(x.device, x.dtype, backend)
     _check_alignment(backend, gate_up)
     if debug_checks_enabled():
         check_ids(topk_ids, gate_up.shape[0], tokens_per_expert)
@@ -97,7 +97,7 @@ def expert_mlp(
     check_device("expert_mlp", "ends", ends, rows.device)
     _check_weights("expert_mlp", rows, gate_up, down)
     _check_buffers(gate_up, down, gate_up_gradient, down_gradient)
-    backend = choose_backend(rows.device, rows.dtype, backend)
+    backend = choose_experts_backend(rows.device, rows.dtype, backend)
     _check_alignment(backend, gate_up)
     save_pre = torch.is_grad_enabled() and not recompute_up
     return _expert_mlp(rows, gate_up, down, ends, gate_up_gradient, down_gradient, backend, save_pre)[0]

@@ -49,14 +49,14 @@ class Tile:
         }
 
 
-# By the shapes of the tiles alone: not measured yet.
+# Each within 2% of the best of 19 to 25 tiles from 768 rows an expert on, within 6% at 384 (one H200; decision 0012).
 TILES = {
-    "up": Tile(m=128, n=256, cluster_n=2),
-    "down": Tile(m=128, n=256, cluster_n=2),
-    "down_dgrad": Tile(m=128, n=128, cluster_n=2, pingpong=True),
-    "up_dgrad": Tile(m=128, n=256, cluster_n=2),
-    "up_wgrad": Tile(m=128, n=256, cluster_m=2),
-    "down_wgrad": Tile(m=128, n=256, cluster_m=2),
+    "up": Tile(m=128, n=128, cluster_n=2, pingpong=True),
+    "down": Tile(m=192, n=128, cluster_n=2, pingpong=True),
+    "down_dgrad": Tile(m=128, n=128, cluster_m=2, pingpong=True),
+    "up_dgrad": Tile(m=128, n=128, cluster_n=2, pingpong=True),
+    "up_wgrad": Tile(m=128, n=192, cluster_m=2, pingpong=True),
+    "down_wgrad": Tile(m=128, n=128, cluster_m=2, pingpong=True),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 
 from moescale.kernels import backends
 from moescale.kernels._elementwise import runs_triton
-from moescale.kernels.backends import KernelInputError, choose_backend
+from moescale.kernels.backends import KernelInputError, choose_backend, choose_experts_backend
 
 CUDA = torch.device("cuda:0")
 CPU = torch.device("cpu")
@@ -73,6 +73,28 @@ def test_cute_runs_on_hopper_in_bf16_only(monkeypatch):
         choose_backend(CUDA, torch.float32, "cute")
     assert choose_backend(CUDA, torch.bfloat16, "cute") == "cute"
     assert choose_backend(CUDA, torch.bfloat16) == "triton"
+
+
+def test_auto_takes_cute_for_the_experts_where_it_can_be_used(monkeypatch):
+    monkeypatch.setattr(backends, "cute_available", lambda: True)
+    monkeypatch.setattr(backends, "cute_usable", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose_experts_backend(CUDA, torch.bfloat16) == "cute"
+    assert choose_experts_backend(CUDA, torch.bfloat16, "triton") == "triton"
+    assert choose_experts_backend(CUDA, torch.float32) == "triton"
+    assert choose_experts_backend(CPU, torch.bfloat16) == "torch"
+    monkeypatch.setattr(backends, "cute_usable", lambda: False)
+    assert choose_experts_backend(CUDA, torch.bfloat16) == "triton"
+
+
+def test_a_cute_that_cannot_be_imported_is_told_of_and_not_used(monkeypatch):
+    def broken(name):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(backends, "cute_available", lambda: True)
+    monkeypatch.setattr(backends.importlib, "import_module", broken)
+    with pytest.warns(UserWarning, match=r"cannot be used \(RuntimeError: no compiler here\).*in Triton instead"):
+        assert not backends.cute_usable.__wrapped__()
 
 
 def test_operators_without_cute_kernels_run_triton_in_any_dtype(monkeypatch):
