@@ -1,9 +1,10 @@
 """Ends a run of several ranks in which one has died or hangs, and says on every rank which one, at what, in which step.
 
 Every rank tells a key-value store once in a while that it lives, its step, and where its Python threads are: among
-others the collective it waits in, which is read from their stacks and costs the training nothing. A rank whose own
-progress stops for ``hang_seconds``, or that misses another one for ``lost_seconds``, names the culprit and leaves. So
-no rank has to judge for the others, and it does not matter which one fails.
+others the collective it waits in, which is read from their stacks and costs the training nothing. A rank that sees no
+progress for ``hang_seconds``, of its own or of any other, or that misses another one for ``lost_seconds``, names the
+culprit and leaves. So no rank has to judge for the others, and it does not matter which one fails; and who waits in a
+collective for a slow rank waits as long as that one gets on.
 
 The process that holds the store may be the one that freezes, and a call to a frozen store never returns: its timeout
 bounds the wait for a key, not for an answer. Therefore one thread talks to the store and another one judges by the
@@ -60,6 +61,8 @@ class Beat:
     """What a rank says of itself."""
 
     count: int
+    progress: int
+    """How often the rank has reported progress."""
     step: int
     """Steps done."""
     phase: str
@@ -98,8 +101,9 @@ class Watchdog:
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # absent from torch's stubs
         self._store.set_timeout(timedelta(seconds=lost_seconds))
         self._main_thread = threading.get_ident()
-        self._step, self._phase, self._progressed = 0, "start", time.monotonic()
-        self._count = 0
+        self._step, self._phase = 0, "start"
+        self._progressed = time.monotonic()  # some rank, as far as this one knows
+        self._count = self._num_reports = 0
         self._seen: dict[int, tuple[Beat, float]] = {}
         self._answered, self._store_failed = time.monotonic(), False
         self._left: str | None = None
@@ -117,6 +121,7 @@ class Watchdog:
 
     def progress(self, step: int, phase: str) -> None:
         """Note that ``step`` steps are done and that ``phase`` of the next one begins."""
+        self._num_reports += 1
         self._step, self._phase, self._progressed = step, phase, time.monotonic()
 
     def stop(self, left: str | None = None) -> None:
@@ -226,11 +231,14 @@ class Watchdog:
             known = self._seen.get(rank)
             if known is None or known[0].count != beat.count:
                 self._seen[rank] = (beat, time.monotonic())
+            if known is not None and known[0].progress != beat.progress:
+                self._progressed = time.monotonic()
 
     def _my_beat(self, left: str | None = None) -> Beat:
         place, in_collective = _place(sys._current_frames(), self._main_thread)
         return Beat(
             count=self._count,
+            progress=self._num_reports,
             step=self._step,
             phase=self._phase,
             place=place,

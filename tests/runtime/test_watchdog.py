@@ -59,6 +59,22 @@ def test_a_rank_that_hangs_is_named_by_all_with_the_collective_they_wait_in(thre
             assert "in the collective all_reduce, outside the package: rank 1 hangs" in verdicts[0]
 
 
+def wait_for_a_slow_rank() -> list[str]:
+    verdicts: list[str] = []
+    watchdog = watch("slow", verdicts, hang_seconds=1.0)
+    if current_ranks().rank == 1:
+        for _ in range(10):
+            watchdog.progress(0, "loading the checkpoint")
+            time.sleep(0.3)
+    dist.barrier()
+    watchdog.stop()
+    return verdicts
+
+
+def test_ranks_that_wait_for_a_slow_one_wait_as_long_as_it_gets_on(three_ranks):
+    assert three_ranks.run(wait_for_a_slow_rank) == [[], [], []]
+
+
 def lose_rank_2() -> list[str]:
     verdicts: list[str] = []
     watchdog = watch("lose", verdicts, lost_seconds=1.0)
