@@ -25,7 +25,7 @@ from moescale.model.flops import flops_per_token, peak_flops
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
 from moescale.report.metrics import Observer, SilentObserver, TrainSummary
 from moescale.report.run_log import RunLog
-from moescale.runtime.checkpoint import Checkpoint, CheckpointStore
+from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, read_state
 from moescale.runtime.device import choose_device, make_deterministic
 from moescale.runtime.launch import Membership, join_ranks, run_local_ranks, was_launched
 from moescale.runtime.mapping import compile_layers, optimizer_format
@@ -134,7 +134,7 @@ def _train(
         compile_layers(placed.model)
     if checkpoint is None:
         _fill(placed, folder, inputs, settings, member)
-    total_steps = settings.steps or max(1, corpus.num_sequences // plan.sequences_per_step)
+    total_steps = settings.steps or _steps_of_one_epoch(corpus, plan, checkpoint)
     source = Loader(
         corpus,
         sequences_per_step=plan.sequences_per_step,
@@ -186,6 +186,18 @@ def _train(
         if log is not None:
             log.finish(summary)
     return summary
+
+
+def _steps_of_one_epoch(corpus: Corpus, plan: ParallelPlan, checkpoint: Checkpoint | None) -> int:
+    """Steps in all until the rest of the epoch holds no further whole step; those of ``checkpoint`` are done.
+
+    They may have taken other numbers of sequences than this plan does.
+    """
+    done, position = 0, 0
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        done, position = state["step"], state["source"]["position"]
+    return max(1, done + max(0, corpus.num_sequences - position) // plan.sequences_per_step)
 
 
 def _out_of_memory(plan: ParallelPlan, device: torch.device, step: int) -> ConfigError:
@@ -279,7 +291,7 @@ def _checkpoint_to_resume(store: CheckpointStore, resume: str, member: Membershi
             on_skip=lambda problem: _warn(f"skipped a damaged checkpoint: {problem}", member.ranks),
             on_progress=lambda: member.progress(0, "checking checkpoints"),
         )
-    last = store.last()
+    last = member.ranks.gather(store.last() if member.ranks.is_first else None)[0]
     if last is not None and resume == "never":
         raise CheckpointError(
             f"{last.path}: --resume never, but this output already holds a run; choose another --output"

@@ -14,7 +14,7 @@ class TrainSettings:
     """Optimization, validation and checkpoint settings of ``moescale run``."""
 
     steps: int | None = None
-    """Optimizer steps in all, counted from the start of training; default: one epoch."""
+    """Optimizer steps in all, counted from the start of training; default: as many as end with the first epoch."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

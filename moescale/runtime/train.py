@@ -117,6 +117,11 @@ class Trainer:
         Returns where the store's checkpoints of later steps are now, which this run writes again.
         """
         stored = checkpoints.read_state(checkpoint)
+        if stored["step"] > self.total_steps:
+            raise ConfigError(
+                f"run.steps ({self.total_steps}) must be at least {stored['step']}, the step of the checkpoint to "
+                f"resume ({checkpoint.path}); give more, or choose another --output"
+            )
         for key, value in self.identity.items():
             if stored["identity"].get(key, value) != value:
                 raise CheckpointError(
@@ -162,10 +167,6 @@ class Trainer:
 
     def train(self) -> TrainSummary:
         """Run the remaining steps. Raises NonFiniteLossError, and Preempted after saving when asked to stop."""
-        if self.step > self.total_steps:
-            raise ConfigError(
-                f"run.steps ({self.total_steps}) must be at least {self.step}, the step of the checkpoint to resume"
-            )
         started, first_step, tokens = time.monotonic(), self.step, 0
         last_saved_step, last_saved_time = self.step if self.step else None, time.monotonic()
         steps = iter(self.source)

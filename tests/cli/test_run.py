@@ -18,6 +18,7 @@ from moescale.cli import main
 from moescale.cli.run import memory_warning
 from moescale.convert.checkpoint import import_checkpoint
 from moescale.convert.hf_config import read_model_config
+from moescale.data.corpus import open_corpus
 from moescale.model.transformer import build_on_meta
 from moescale.plan import ParallelPlan, Prediction, one_device_plan, save_plan
 
@@ -25,9 +26,11 @@ STEPS = 200
 SEQUENCES_PER_STEP = 8
 
 
-def run_arguments(model: Path, corpus: Path, output: Path, *more: object, micro_batch: int = 8) -> list[str]:
+def run_arguments(
+    model: Path, corpus: Path, output: Path, *more: object, micro_batch: int = 8, sequences: int = SEQUENCES_PER_STEP
+) -> list[str]:
     fixed = ("--model", model, "--data", corpus, "--output", output, "--learning-rate", 3e-3, "--device", "cpu")
-    batch = ("--tokens-per-step", SEQUENCES_PER_STEP * 64, "--micro-batch-sequences", micro_batch)
+    batch = ("--tokens-per-step", sequences * 64, "--micro-batch-sequences", micro_batch)
     return ["run", *map(str, (*fixed, *batch, *more))]
 
 
@@ -111,6 +114,39 @@ def test_a_damaged_checkpoint_is_an_error_and_last_good_says_what_it_skips(
     for folder in (output / "checkpoints").glob("step-*"):
         (folder / "state.json").write_text("{}")
     assert "none of the checkpoints (3) is undamaged" in error_of(capsys, *arguments, "--resume", "last-good")
+
+
+@pytest.mark.parametrize(("first", "then"), [(8, 16), (16, 8)])
+def test_a_run_resumed_with_steps_of_another_size_ends_with_the_epoch(
+    tmp_path, model_folder, stdlib_corpus, capsys, first, then
+):
+    output = tmp_path / "run"
+
+    def train(sequences: int, *more: object) -> dict:
+        capsys.readouterr()
+        options = ("--json", "--validation-sequences", 1, *more)
+        moescale(*run_arguments(model_folder, stdlib_corpus, output, *options, sequences=sequences))
+        return json.loads(capsys.readouterr().out)
+
+    num_sequences = open_corpus(stdlib_corpus).num_sequences
+    done = num_sequences // first - 3
+    train(first, "--steps", done)
+    summary = train(then)
+    assert summary["resumed_from_step"] == done
+    assert 0 <= num_sequences - done * first - summary["tokens"] // 64 < then
+    again = train(then)
+    assert (again["steps"], again["tokens"]) == (summary["steps"], 0)
+
+
+def test_a_run_that_is_refused_leaves_the_folder_as_it_was(tmp_path, model_folder, stdlib_corpus, capsys):
+    output = tmp_path / "run"
+    arguments = run_arguments(model_folder, stdlib_corpus, output, "--checkpoint-every", 1, "--keep-checkpoints", 3)
+    moescale(*arguments, "--steps", 3)
+    before = (output / "run.json").read_text()
+    message = error_of(capsys, *arguments, "--steps", 2, "--weight-decay", 0)
+    assert "run.steps (2) must be at least 3, the step of the checkpoint to resume" in message
+    assert (output / "run.json").read_text() == before
+    assert len(list((output / "checkpoints").glob("step-*"))) == 3
 
 
 def test_a_second_run_on_the_same_output_is_refused_and_the_first_goes_on(
