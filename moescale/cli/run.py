@@ -36,6 +36,7 @@ from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
 
 RUN_FILE = "run.json"
+MAX_HANG_SECONDS = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,13 @@ class RunInputs:
     """On several ranks: seconds without progress after which the run ends, naming the rank that hangs."""
     deterministic: bool = False
     """Ask for bit-identical results where an operator has a faster way that is not."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.hang_seconds <= MAX_HANG_SECONDS:
+            raise ConfigError(
+                f"run.hang_seconds ({self.hang_seconds}) must be between 1 and {MAX_HANG_SECONDS} (a day); leave it "
+                "out for ten minutes"
+            )
 
 
 def run_command(

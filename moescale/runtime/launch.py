@@ -21,15 +21,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moescale.errors import Preempted
+from moescale.errors import ConfigError, Preempted
 from moescale.runtime.ranks import ONE_RANK, Ranks, current_ranks
 from moescale.runtime.watchdog import FAILED_PREFIX, RankFailure, Watchdog
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Of the back ends themselves; the watchdog is there long before."""
+COLLECTIVE_TIMEOUT = timedelta(days=2)
+"""Of the back ends themselves: longer than any --hang-seconds, for the watchdog knows better who is only slow."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status of what Ctrl-C has ended."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
 STOPPED_BEFORE_TRAINING = "stopped by SIGTERM before training began; nothing is lost, the same command starts again"
+_START_WITH_LAUNCHER = (
+    "start the ranks with torchrun or examples/slurm, or unset RANK and WORLD_SIZE for `moescale run` to start them"
+)
 GRACE_SECONDS = 30.0
 """How long the other local ranks may take to tell what they saw, after one has ended badly."""
 
@@ -90,14 +95,15 @@ def join_ranks(device: torch.device, *, hang_seconds: float = 600.0) -> Iterator
         hang_seconds: a run without progress for so long is ended, naming the rank to blame; so is one that a rank
             has not joined by then.
     """
-    if not was_launched():
-        yield Membership(ranks=ONE_RANK, device=device, watchdog=None)
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     with StopBeforeTraining() as stop:
-        watchdog = _meet(device, hang_seconds)
+        if not was_launched():
+            yield Membership(ranks=ONE_RANK, device=device, watchdog=None, stop=stop)
+            return
+        place = _place_in_run()
+        if device.type == "cuda":
+            device = torch.device("cuda", _environment_number("LOCAL_RANK", below=torch.cuda.device_count()))
+            torch.cuda.set_device(device)
+        watchdog = _meet(place, device, hang_seconds)
         ranks = watchdog.ranks
         try:
             yield Membership(ranks=ranks, device=device, watchdog=watchdog, stop=stop)
@@ -113,15 +119,51 @@ def join_ranks(device: torch.device, *, hang_seconds: float = 600.0) -> Iterator
         dist.destroy_process_group()
 
 
-def _meet(device: torch.device, hang_seconds: float) -> Watchdog:
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Which rank this process is to be, and where the ranks meet, as the environment has it."""
+
+    rank: int
+    size: int
+    host: str | None = None
+    port: int | None = None
+    """Of the store; None where there is one rank, which needs none."""
+
+
+def _place_in_run() -> _Place:
+    """Read RANK, WORLD_SIZE and, for several ranks, MASTER_ADDR and MASTER_PORT. Raises ConfigError naming the one."""
+    size = _environment_number("WORLD_SIZE", at_least=1)
+    rank = _environment_number("RANK", below=size)
+    if size == 1:
+        return _Place(rank=rank, size=size)
+    if not os.environ.get("MASTER_ADDR"):
+        raise ConfigError(
+            f"MASTER_ADDR, the host of rank 0, is not in the environment, where WORLD_SIZE is {size}; "
+            f"{_START_WITH_LAUNCHER}"
+        )
+    port = _environment_number("MASTER_PORT", at_least=1, below=65536)
+    return _Place(rank=rank, size=size, host=os.environ["MASTER_ADDR"], port=port)
+
+
+def _environment_number(name: str, *, at_least: int = 0, below: int | None = None) -> int:
+    text = os.environ.get(name)
+    rule = f"a whole number of at least {at_least}" + (f" and below {below}" if below is not None else "")
+    if text is None:
+        raise ConfigError(f"{name} is not in the environment and must be {rule}; {_START_WITH_LAUNCHER}")
+    if not text.isdecimal() or int(text) < at_least or (below is not None and int(text) >= below):
+        raise ConfigError(f"{name} ({text!r}) in the environment must be {rule}; {_START_WITH_LAUNCHER}")
+    return int(text)
+
+
+def _meet(place: _Place, device: torch.device, hang_seconds: float) -> Watchdog:
     """Wait for the other ranks, connect to them and begin to watch them, each within ``hang_seconds``."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = place.rank, place.size
     held_by_first = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     who, missing = f"rank {rank} of {size}, before the first step", [other for other in range(size) if other != rank]
     try:
         # A call to a frozen process may not return by itself; what can be said in time is raised as an error.
         with _ending_after(hang_seconds + 10, lambda: f"{who}: {_arrival_text(missing, hang_seconds)}"):
-            store = _wait_for_all(missing, rank, held_by_first, hang_seconds)
+            store = _wait_for_all(place, missing, held_by_first, hang_seconds) if size > 1 else dist.HashStore()
         with _ending_after(hang_seconds, lambda: f"{who}: the ranks did not connect in {hang_seconds:.0f} s"):
             # Numbers that the hosts exchange go by gloo, past the accelerators' queues.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -135,19 +177,19 @@ def _meet(device: torch.device, hang_seconds: float) -> Watchdog:
             )
             watchdog.start()
     except RuntimeError as error:
-        cause = str(error).strip().splitlines()[0][:200]
         absent = f"; {_arrival_text(missing, hang_seconds)}" if missing else ""
-        raise RankFailure(f"{who}: the ranks could not connect [{cause}]{absent}") from error
+        raise RankFailure(f"{who}: the ranks could not connect [{_first_line(error)}]{absent}") from error
     return watchdog
 
 
-def _wait_for_all(missing: list[int], rank: int, held_by_first: bool, seconds: float) -> dist.Store:
+def _wait_for_all(place: _Place, missing: list[int], held_by_first: bool, seconds: float) -> dist.Store:
     """Open the store and take from ``missing`` every rank that has arrived, until none is left.
 
     Here, not in torch's rendezvous, which cannot say who is missing, nor be interrupted by a signal.
     """
     deadline = time.monotonic() + seconds
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, host, port = place.rank, place.host, place.port
+    assert host is not None and port is not None
     holds_store = held_by_first and rank == 0
     while not holds_store:
         try:
@@ -161,9 +203,16 @@ def _wait_for_all(missing: list[int], rank: int, held_by_first: bool, seconds: f
                     f"within {seconds:.0f} s ({error}); see whether it has started, and whether MASTER_ADDR is right"
                 ) from error
             time.sleep(0.2)
-    store = dist.TCPStore(
-        host, port, is_master=holds_store, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False, multi_tenant=True
-    )
+    try:
+        store = dist.TCPStore(
+            host, port, is_master=holds_store, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False, multi_tenant=True
+        )
+    except RuntimeError as error:
+        remedy = "set MASTER_PORT to a port that is free" if holds_store else "see the log of rank 0"
+        raise RankFailure(
+            f"rank {rank}, before the first step: the store at {host}:{port} could not be opened "
+            f"[{_first_line(error)}]; {remedy}, then start again"
+        ) from error
     store.set(f"arrived/{rank}", "")
     while missing:
         if store.check([f"arrived/{missing[0]}"]):
@@ -174,6 +223,10 @@ def _wait_for_all(missing: list[int], rank: int, held_by_first: bool, seconds: f
         else:
             time.sleep(0.1)
     return store
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]
 
 
 def _arrival_text(missing: Sequence[int], seconds: float) -> str:
@@ -286,7 +339,7 @@ def _status(codes: Sequence[int], killed: Collection[int] = (), passed_on: Colle
         killed: ranks that did not end by themselves after another one had.
         passed_on: signals that this process was sent and passed on to all ranks.
     """
-    stopped = False
+    ended_by: set[int] = set()  # signals that are no failure: the rank was importing or leaving, else it answers them
     for rank in sorted(killed):
         print(
             f"error: rank {rank} still ran {GRACE_SECONDS:.0f} s after another one had failed, and was killed; the "
@@ -295,16 +348,21 @@ def _status(codes: Sequence[int], killed: Collection[int] = (), passed_on: Colle
             flush=True,
         )
     for rank, code in enumerate(codes):
-        if code == -signal.SIGTERM and signal.SIGTERM in passed_on:
-            stopped = True  # it was importing: from when it joins the others, it answers the signal itself
+        if -code in passed_on:
+            ended_by.add(-code)
         elif code < 0 and rank not in killed:
             print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
             return RankFailure.exit_status
-    own = next((code for code in codes if code > 0 and code != RankFailure.exit_status), None)
-    if own is None and stopped:
+    others = (RankFailure.exit_status, INTERRUPTED)  # a rank interrupted as it leaves has saved what the others have
+    own = next((code for code in codes if code > 0 and code not in others), None)
+    if own is not None:
+        return own
+    if signal.SIGINT in ended_by or INTERRUPTED in codes:
+        return INTERRUPTED
+    if signal.SIGTERM in ended_by:
         print(STOPPED_BEFORE_TRAINING, file=sys.stderr, flush=True)
         return Preempted.exit_status
-    return own or (RankFailure.exit_status if any(codes) else 0)
+    return RankFailure.exit_status if any(codes) else 0
 
 
 @contextmanager

@@ -46,6 +46,13 @@ def test_a_fraction_where_a_whole_number_is_asked_for_is_refused_instead_of_roun
     assert f"error: run.{name} ({value}) must be a whole number" in errors_of(capsys, "run", option, *given)
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e300"])
+def test_an_endless_or_empty_wait_for_a_hang_is_refused(value: str, tmp_path: Path, capsys) -> None:
+    given = ["--model", "tiny", "--data", tmp_path, "--output", tmp_path / "run"]
+    errors = errors_of(capsys, "run", f"--hang-seconds={value}", *given)
+    assert "run.hang_seconds (" in errors and "must be between 1 and 86400" in errors
+
+
 def test_whole_numbers_and_fractions_where_they_belong_are_read(tmp_path: Path, capsys) -> None:
     path = tmp_path / "settings.toml"
     path.write_text("[run]\nsteps = 5\nlearning_rate = 1.5e-4\nkeep_checkpoints = 0\n")

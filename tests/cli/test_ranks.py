@@ -171,6 +171,22 @@ def test_a_rank_that_had_to_be_killed_does_not_hide_why_another_one_failed(capsy
     assert "rank 0 still ran 30 s after another one had failed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("codes", "status"),
+    [
+        ((-signal.SIGINT, -signal.SIGINT), 130),
+        ((130, -signal.SIGINT), 130),
+        ((4, -signal.SIGINT), 130),
+        ((75, -signal.SIGINT), 75),
+        ((130, 75), 75),
+        ((130, 2), 2),
+    ],
+)
+def test_ranks_that_ctrl_c_ends_while_they_import_or_leave_have_not_failed(codes, status, capsys):
+    assert _status(codes, passed_on={signal.SIGINT}) == status
+    assert capsys.readouterr().err == ""
+
+
 def test_a_rank_ended_by_a_signal_that_was_not_passed_on_has_failed(capsys):
     assert _status([4, -signal.SIGTERM]) == 4
     assert "rank 1 was ended by SIGTERM" in capsys.readouterr().err
@@ -231,6 +247,40 @@ def test_a_rank_that_never_arrives_is_named_in_time(tmp_path, model_folder, stdl
     assert done.returncode == 4, done.stderr
     assert f"rank {present}, before the first step: rank {absent}" in done.stderr
     assert "within 2 s" in done.stderr
+
+
+def run_launched(arguments: list[str], **environment: object) -> tuple[int, str]:
+    """Exit status and standard error, on one line, of one rank whose launcher sets ``environment``."""
+    done = subprocess.run(
+        arguments,
+        env=os.environ | {name: str(value) for name, value in environment.items()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, " ".join(done.stderr.split())
+
+
+def test_a_port_that_is_taken_is_named_and_nobody_is_said_to_be_missing(tmp_path, model_folder, stdlib_corpus):
+    plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--hang-seconds", 30)
+        status, errors = run_launched(arguments, RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert status == 4, errors
+    assert f"the store at 127.0.0.1:{port} could not be opened [" in errors
+    assert "set MASTER_PORT to a port that is free" in errors
+    assert "did not arrive" not in errors
+
+
+def test_one_launched_rank_needs_no_store(tmp_path, model_folder, stdlib_corpus):
+    plan = write_plan(tmp_path / "plan.json", model_folder, ranks=1)
+    status, errors = run_launched(
+        command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--steps", 1), RANK=0, WORLD_SIZE=1
+    )
+    assert status == 0, errors
 
 
 def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
