@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from moescale.errors import CheckpointError
+from moescale.errors import CheckpointError, ConfigError
 from moescale.runtime.checkpoint import (
     FORMAT_VERSION,
     STATE_FILE,
@@ -69,6 +69,17 @@ class CheckpointWriter:
         """Whether this rank's files of the pending checkpoint are on disk, or have failed to get there."""
         return self._pending is not None and not self._pending.thread.is_alive()
 
+    def check_room(self, tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Part] | None = None) -> None:
+        """Raise ConfigError, on all ranks, unless the disk takes a checkpoint of ``tensors`` now. A collective.
+
+        What an interrupted write has left is removed first, as the next write does.
+        """
+        mine = _first_copies(tensors, parts or _whole_parts(tensors))
+        (size,) = self.ranks.sum_on_host([sum(tensor.nbytes for tensor in mine.values())])
+        problem = self.ranks.gather(self._problem_with_room(size) if self.ranks.is_first else None)[0]
+        if problem is not None:
+            raise ConfigError(problem)
+
     def begin(
         self,
         step: int,
@@ -85,8 +96,8 @@ class CheckpointWriter:
         assert self._pending is None, "commit the checkpoint before"
         folder = self.store.folder / f".writing-{self.store.path_of(step).name}"
         self._all_agree(step, self._make_folder(folder) if self.ranks.is_first else None)
-        parts = parts or {name: whole(tensor.shape) for name, tensor in tensors.items()}
-        mine = {name: tensor for name, tensor in tensors.items() if parts[name].is_first_copy and tensor.numel()}
+        parts = parts or _whole_parts(tensors)
+        mine = _first_copies(tensors, parts)
         document = {
             "format": FORMAT_VERSION,
             "step": step,
@@ -146,6 +157,23 @@ class CheckpointWriter:
                 return
             if num_advanced:
                 self.on_progress()
+
+    def _problem_with_room(self, size: int) -> str | None:
+        folder = self.store.folder
+        trial = folder / ".writing-trial"
+        problem = self._make_folder(trial)
+        if problem is not None:
+            return (
+                f"{folder}: must be a folder that can be written to ({problem}); allow it, or choose another --output"
+            )
+        trial.rmdir()
+        usage = shutil.disk_usage(folder)
+        if 0 < usage.total and usage.free < size:  # a file system that does not know its size says 0
+            return (
+                f"{folder}: a checkpoint has {size:,} bytes, the disk {usage.free:,} left; free space, or choose "
+                "another --output"
+            )
+        return None
 
     def _make_folder(self, folder: Path) -> str | None:
         def make() -> None:
@@ -230,6 +258,15 @@ class _Pending:
             files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path), "boxes": boxes}
             self._stage += 1
         self.files = files
+
+
+def _whole_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
+    return {name: whole(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _first_copies(tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
+    """What this rank writes: of what several ranks hold, the first does."""
+    return {name: tensor for name, tensor in tensors.items() if parts[name].is_first_copy and tensor.numel()}
 
 
 def _by_size(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:

@@ -166,7 +166,12 @@ class Trainer:
             )
 
     def train(self) -> TrainSummary:
-        """Run the remaining steps. Raises NonFiniteLossError, and Preempted after saving when asked to stop."""
+        """Run the remaining steps. Raises NonFiniteLossError, and Preempted after saving when asked to stop.
+
+        Raises ConfigError before the first step where the disk cannot take what comes at the last one.
+        """
+        if self.step < self.total_steps:
+            self.writer.check_room(self.optimizer.tensors(), self.optimizer.tensor_parts())
         started, first_step, tokens = time.monotonic(), self.step, 0
         last_saved_step, last_saved_time = self.step if self.step else None, time.monotonic()
         steps = iter(self.source)
@@ -291,7 +296,6 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        assert self.validation is not None or self.settings.validation_every
         if self.validation is None:
             return
         self.model.eval()

@@ -1,11 +1,12 @@
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moescale.errors import CheckpointError
+from moescale.errors import CheckpointError, ConfigError
 from moescale.runtime import checkpoint as checkpoints
 from moescale.runtime import checkpoint_writer
 from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, CheckpointWeights, load, read_state, verify
@@ -85,6 +86,26 @@ def test_leftovers_of_an_interrupted_write_do_not_count_and_are_cleared(tmp_path
     assert store.last() is None
     CheckpointWriter(store).save(5, {}, tensors())
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(("free", "total", "fits"), [(143, 1000, False), (144, 1000, True), (0, 0, True)])
+def test_a_disk_that_cannot_take_one_checkpoint_is_known_before(tmp_path, monkeypatch, free, total, fits):
+    usage = SimpleNamespace(total=total, used=total - free, free=free)
+    monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda path: usage)
+    (tmp_path / "checkpoints" / ".writing-step-00000003").mkdir(parents=True)
+    writer = CheckpointWriter(CheckpointStore(tmp_path / "checkpoints", keep=1))
+    if fits:
+        writer.check_room(tensors())  # three tensors of 48 bytes
+    else:
+        with pytest.raises(ConfigError, match=r"a checkpoint has 144 bytes, the disk 143 left; free space"):
+            writer.check_room(tensors())
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_known_before(tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(ConfigError, match=r"checkpoints: must be a folder that can be written to \(.*; allow it"):
+        CheckpointWriter(CheckpointStore(tmp_path / "checkpoints", keep=1)).check_room(tensors())
 
 
 @pytest.mark.parametrize("in_background", [True, False])

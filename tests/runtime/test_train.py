@@ -3,6 +3,7 @@ import os
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,6 +250,15 @@ def test_checkpoints_by_step_and_at_the_end_without_saving_twice(tmp_path):
     summary = one.train()
     assert one.observer.saves == [3, 6]
     assert summary.checkpoint.endswith("step-00000006")
+
+
+def test_a_disk_too_small_for_the_last_checkpoint_is_an_error_before_the_first_step(tmp_path, monkeypatch):
+    usage = SimpleNamespace(total=10**6, used=10**6 - 10, free=10)
+    monkeypatch.setattr("moescale.runtime.checkpoint_writer.shutil.disk_usage", lambda path: usage)
+    one = trainer(tmp_path, total_steps=2)
+    with pytest.raises(ConfigError, match="a checkpoint has .* bytes, the disk 10 left"):
+        one.train()
+    assert one.observer.losses == []
 
 
 def test_checkpoints_by_minutes(tmp_path):
