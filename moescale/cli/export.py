@@ -14,7 +14,7 @@ from moescale.convert.checkpoint import export_checkpoint, folder_dtype
 from moescale.convert.hf_config import read_model_config
 from moescale.errors import CheckpointError, ConfigError
 from moescale.report.progress import bytes_progress
-from moescale.runtime.checkpoint import CheckpointStore, CheckpointWeights
+from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, CheckpointWeights, DamagedCheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +59,19 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
     checkpoint = store.last() if settings.step is None else store.at(settings.step)
     if checkpoint is None:
         raise CheckpointError(f"{store.folder}: holds no whole checkpoint; let the run save one first")
-    with CheckpointWeights(checkpoint) as source, bytes_progress("exporting", show=not json) as on_progress:
-        report = export_checkpoint(
-            config,
-            source,
-            settings.output,
-            reference=reference,
-            dtype=dtypes[dtype_name],
-            max_shard_bytes=int(settings.max_shard_gigabytes * 1e9),
-            on_progress=on_progress,
-        )
+    try:
+        with CheckpointWeights(checkpoint) as source, bytes_progress("exporting", show=not json) as on_progress:
+            report = export_checkpoint(
+                config,
+                source,
+                settings.output,
+                reference=reference,
+                dtype=dtypes[dtype_name],
+                max_shard_bytes=int(settings.max_shard_gigabytes * 1e9),
+                on_progress=on_progress,
+            )
+    except DamagedCheckpointError as error:
+        raise _with_remedy(error, store, checkpoint) from error
     if json:
         summary = asdict(report) | {"output": str(report.output), "step": checkpoint.step, "dtype": dtype_name}
         print(json_module.dumps(summary, indent=2))
@@ -76,6 +79,16 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
     print(f"exported step {checkpoint.step} as {dtype_name} to {settings.output} ({report.num_shards} shards)")
     for warning in report.warnings:
         print(f"warning: {warning}")
+
+
+def _with_remedy(error: DamagedCheckpointError, store: CheckpointStore, checkpoint: Checkpoint) -> CheckpointError:
+    if not checkpoint.path.exists():
+        return CheckpointError(
+            f"{checkpoint.path}: the run has removed step {checkpoint.step} meanwhile; export again, or let the run "
+            "keep more with --keep-checkpoints"
+        )
+    others = ", ".join(str(other.step) for other in store.list() if other.step != checkpoint.step) or "none"
+    return CheckpointError(f"{error}; export another one with --step (there are: {others})")
 
 
 def _reference(settings: ExportSettings) -> Path:

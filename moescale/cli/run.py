@@ -25,7 +25,7 @@ from moescale.model.flops import flops_per_token, peak_flops
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
 from moescale.report.metrics import Observer, SilentObserver, TrainSummary
 from moescale.report.run_log import RunLog
-from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, read_state
+from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, DamagedCheckpointError, read_state
 from moescale.runtime.device import choose_device, make_deterministic
 from moescale.runtime.launch import Membership, join_ranks, run_local_ranks, was_launched
 from moescale.runtime.mapping import compile_layers, optimizer_format
@@ -104,7 +104,10 @@ def run_command(
         make_deterministic()
     with join_ranks(device, hang_seconds=inputs.hang_seconds) as member:
         with hold_output(inputs.output, member.ranks):
-            summary = _train(inputs, settings, folder, config, corpus, plan, member, show_progress=not json)
+            try:
+                summary = _train(inputs, settings, folder, config, corpus, plan, member, show_progress=not json)
+            except DamagedCheckpointError as error:
+                raise CheckpointError(f"{error}; pass --resume last-good to skip it") from error
     if json and member.ranks.is_first:
         print(json_module.dumps(asdict(summary), indent=2))
 

@@ -32,8 +32,11 @@ STATE_FILE = "state.json"
 MAX_MAPPED_BYTES = 2**26
 WEIGHTS_PREFIX = "weights."
 REMAINDER_PREFIX = "remainder."
-REMEDY = "; pass --resume last-good to skip it"
 _PREFIX = "step-"
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not as it was written. The message has no remedy: only who reads it knows of another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ class CheckpointStore:
             try:
                 verify(checkpoint, ranks, on_progress)
             except CheckpointError as error:
-                problems.append(str(error).removesuffix(REMEDY))
+                problems.append(str(error))
                 on_skip(problems[-1])
                 continue
             return checkpoint
@@ -198,9 +201,9 @@ class StoredTensors:
         for name, boxes in self._boxes.items():
             stored = sum(math.prod(bounds.stop - bounds.start for bounds in index) for _, index in boxes)
             if stored != math.prod(self.shapes[name]):
-                raise CheckpointError(
+                raise DamagedCheckpointError(
                     f"{self.path / STATE_FILE}: the files hold {stored} of the {math.prod(self.shapes[name])} elements "
-                    f"of tensor '{name}'{REMEDY}"
+                    f"of tensor '{name}'"
                 )
 
     def __enter__(self) -> StoredTensors:
@@ -235,7 +238,7 @@ class StoredTensors:
                 part = self._open(file_name).get_slice(name)[inside]
                 target[outside].copy_(part)
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.path / file_name}: cannot be read ({error})") from error
+                raise DamagedCheckpointError(f"{self.path / file_name}: cannot be read ({error})") from error
             self._release_after(part.nbytes)
 
     def _release_after(self, num_bytes: int) -> None:
@@ -252,7 +255,7 @@ class StoredTensors:
             try:
                 self._files[file_name] = self._stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: cannot be read ({error}){REMEDY}") from error
+                raise DamagedCheckpointError(f"{path}: cannot be read ({error})") from error
         return self._files[file_name]
 
 
@@ -296,22 +299,23 @@ class CheckpointWeights:
 
 
 def verify(checkpoint: Checkpoint, ranks: Ranks = ONE_RANK, on_progress: Callable[[], None] = lambda: None) -> None:
-    """Check every file's size and checksum, each on one of the ranks; raises CheckpointError naming the first bad one.
+    """Check every file's size and checksum, each on one of the ranks. A collective.
 
-    A collective; all ranks raise the same.
+    Raises DamagedCheckpointError naming the first bad one, or the CheckpointError of another format, on all ranks.
     """
-    files, problem = {}, None
+    files: dict[str, Any] = {}
+    problem: CheckpointError | None = None
     try:
         files = _read_document(checkpoint.path)["files"]
     except CheckpointError as error:
-        problem = str(error)
+        problem = error
     for number, (name, entry) in enumerate(files.items()):
         if number % ranks.size == ranks.rank and problem is None:
             problem = _problem_of(checkpoint.path / name, entry)
             on_progress()
-    problem = next((text for text in ranks.gather(problem) if text is not None), None)
+    problem = next((error for error in ranks.gather(problem) if error is not None), None)
     if problem is not None:
-        raise CheckpointError(problem)
+        raise problem
 
 
 def _read_document(folder: Path) -> dict[str, Any]:
@@ -321,11 +325,11 @@ def _read_document(folder: Path) -> dict[str, Any]:
         document = stored["content"]
         intact = stored["sha256"] == document_digest(document)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; the checkpoint is damaged{REMEDY}") from None
+        raise DamagedCheckpointError(f"{path}: missing; the checkpoint is damaged") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}){REMEDY}") from error
+        raise DamagedCheckpointError(f"{path}: damaged ({error})") from error
     if not intact:
-        raise CheckpointError(f"{path}: checksum differs, the file is damaged{REMEDY}")
+        raise DamagedCheckpointError(f"{path}: checksum differs, the file is damaged")
     if document.get("format") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format ({document.get('format')}) must be {FORMAT_VERSION}: another version of moescale wrote "
@@ -334,14 +338,17 @@ def _read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _problem_of(path: Path, entry: Mapping[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path}: missing{REMEDY}"
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"{path}: has {size} bytes, {entry['bytes']} were written{REMEDY}"
-    if file_digest(path) != entry["sha256"]:
-        return f"{path}: checksum differs, the file is damaged{REMEDY}"
+def _problem_of(path: Path, entry: Mapping[str, Any]) -> DamagedCheckpointError | None:
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return DamagedCheckpointError(f"{path}: has {size} bytes, {entry['bytes']} were written")
+        if file_digest(path) != entry["sha256"]:
+            return DamagedCheckpointError(f"{path}: checksum differs, the file is damaged")
+    except FileNotFoundError:
+        return DamagedCheckpointError(f"{path}: missing")
+    except OSError as error:
+        return DamagedCheckpointError(f"{path}: cannot be read ({error})")
     return None
 
 

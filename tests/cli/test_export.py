@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moescale import cli
+from moescale.runtime import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,35 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_damaged_checkpoint_is_named_with_the_steps_that_can_be_exported_instead(finished_run, tmp_path, capsys):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.copytree(run / "checkpoints" / "step-00000001", run / "checkpoints" / "step-00000002")
+    damaged = next((run / "checkpoints" / "step-00000002").glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    status, errors = export(capsys, "--run", run, "--output", tmp_path / "out")
+    assert status == 2 and f"{damaged}: checksum differs" in errors
+    assert "export another one with --step (there are: 1)" in errors and "last-good" not in errors
+    assert export(capsys, "--run", run, "--output", tmp_path / "out", "--step", 1)[0] == 0
+
+
+@pytest.mark.parametrize("moment", ["as it is checked", "as it is read"])
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_said_to_be_gone(
+    moment, finished_run, tmp_path, capsys, monkeypatch
+):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    owner, name = (checkpoint, "file_digest") if moment == "as it is checked" else (checkpoint.StoredTensors, "_open")
+    original = getattr(owner, name)
+
+    def after_the_run_has_removed_it(*arguments: object) -> object:
+        shutil.rmtree(run / "checkpoints" / "step-00000001", ignore_errors=True)
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, after_the_run_has_removed_it)
+    status, errors = export(capsys, "--run", run, "--output", tmp_path / "out")
+    assert status == 2 and "the run has removed step 1 meanwhile; export again" in errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_is_full_is_an_error_and_leaves_nothing(finished_run, tmp_path, capsys):
