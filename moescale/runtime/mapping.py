@@ -7,7 +7,6 @@ Gradients are summed, not averaged: each rank's loss is its part of the mean ove
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,10 +14,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
-from torch.utils.checkpoint import checkpoint
 
 from moescale.errors import ConfigError
-from moescale.kernels.router import Routing
 from moescale.model.moe import RoutedExperts
 from moescale.model.transformer import Transformer
 from moescale.plan import LayerPlan, ParallelPlan, expert_shard_dim
@@ -53,7 +50,7 @@ def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = N
     for block, layer_plan in zip(model.layers, layer_plans, strict=True):
         experts = getattr(block.feed_forward, "experts", None)
         if "experts" in layer_plan.recompute and isinstance(experts, RoutedExperts):
-            _recompute_experts(experts)
+            experts.recompute_up = True
 
 
 def sum_over_replicas_at_the_last(model: nn.Module, *, last: bool) -> None:
@@ -125,19 +122,3 @@ def _shard(model: Transformer, plan: ParallelPlan, meshes: Meshes, layer_plans: 
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-
-
-def _recompute_experts(experts: RoutedExperts) -> None:
-    """Keep less of the routed experts; what runs beside them is not run again."""
-    if isinstance(experts, RoutedExperts):  # the operator itself can do without the pre-activation
-        experts.recompute_up = True
-        return
-    forward = experts.forward
-
-    def recomputed(x: torch.Tensor, routing: Routing, beside: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return forward(x, routing, beside)
-        out = checkpoint(forward, x, routing, use_reentrant=False, preserve_rng_state=False)
-        return out if beside is None else out + beside()
-
-    experts.forward = recomputed  # type: ignore[method-assign]
