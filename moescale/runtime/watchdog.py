@@ -131,8 +131,19 @@ class Watchdog:
         self._stopped.set()
         if self._talker.ident is not None:
             self._talker.join(self.interval_seconds + 1)  # no longer: it may be stuck at a store that is frozen
-        if left is not None and self.ranks.is_first and self._store_held_by_first and not self._store_failed:
-            time.sleep(3 * self.interval_seconds)  # the store goes with this rank, so the others must read it first
+        if left is not None and self.ranks.is_first and self._store_held_by_first:
+            self._let_others_read(time.monotonic() + 3 * self.interval_seconds)
+
+    def _let_others_read(self, deadline: float) -> None:
+        """Stay, with the store that goes with this rank, until the others leave as well or have had time to read it."""
+        while time.monotonic() < deadline and not self._store_failed and not self._talker.is_alive():
+            if all(beat.left is not None for beat, _ in self._seen.copy().values()):
+                return
+            time.sleep(self.interval_seconds / 20)
+            try:
+                self._read()
+            except RuntimeError:
+                return
 
     def diagnose(self, error: Exception) -> str:
         """Who is to blame that a collective failed on this rank; waits until the others had time to tell.

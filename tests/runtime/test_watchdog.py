@@ -117,6 +117,24 @@ def test_a_collective_that_failed_is_explained_by_the_rank_that_left_first_and_w
     assert "[Connection closed by peer]" in text
 
 
+def leave_with_an_error_that_all_have() -> float:
+    watchdog = Watchdog(
+        current_ranks(),
+        dist.PrefixStore("agreed", dist.distributed_c10d._get_default_store()),
+        hang_seconds=60.0,
+        interval_seconds=5.0,
+    )
+    watchdog.start()
+    dist.barrier()
+    began = time.monotonic()
+    watchdog.stop(left="Preempted: stopped after the same step")
+    return time.monotonic() - began
+
+
+def test_the_holder_of_the_store_does_not_stay_for_ranks_that_leave_as_well(three_ranks):
+    assert max(three_ranks.run(leave_with_an_error_that_all_have)) < 5
+
+
 def hang_under_fsdp(in_backward: bool) -> list[str]:
     verdicts: list[str] = []
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
