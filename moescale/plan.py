@@ -26,6 +26,8 @@ from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
 
 PLAN_FORMAT = 1
+MAX_TOKENS_PER_STEP = 2**30
+"""Beyond any training's; 16 GiB of token ids and targets."""
 RECOMPUTABLE_OPERATORS = ("experts",)
 """Operators of an MoE layer that a plan can name to be run again by themselves."""
 
@@ -127,13 +129,13 @@ class ParallelPlan:
         """Read and validate a plan. ``path`` names it in errors. Raises ConfigError."""
         try:
             document = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: is not JSON ({error}); compile it again") from None
         if not isinstance(document, dict):
             raise ConfigError(f"{path}: must be a JSON object, not {type(document).__name__}")
         if document.get("format") != PLAN_FORMAT:
             raise ConfigError(
-                f"{path}: format ({document.get('format')}) must be {PLAN_FORMAT}; compile it again with this version"
+                f"{path}: format ({document.get('format')!r}) must be {PLAN_FORMAT}; compile it again with this version"
             )
         return _parse(cls, document, "plan")
 
@@ -212,6 +214,11 @@ def validate(plan: ParallelPlan) -> None:
     for name, value in positive:
         if value < 1:
             raise ConfigError(f"plan.{name} ({value}) must be at least 1")
+    if plan.tokens_per_step > MAX_TOKENS_PER_STEP:
+        raise ConfigError(
+            f"plan.tokens_per_step ({plan.tokens_per_step}) must be at most {MAX_TOKENS_PER_STEP}: the sequences of "
+            "whole steps are read ahead into memory"
+        )
     _check_mesh(plan)
     _check_recompute(plan)
     if plan.prediction is not None:

@@ -52,6 +52,15 @@ def test_a_plan_survives_its_file(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["plan.json"]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[" * 100_000, "is not JSON"), ('{"format": "1"}', r"format \('1'\) must be 1"), ("[]", "must be a JSON object")],
+)
+def test_a_file_that_holds_no_plan_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        ParallelPlan.from_json(text)
+
+
 def test_a_plan_that_cannot_be_written_names_its_path(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/plan\.json\) cannot be written: (Not a directory|File exists)"):
@@ -64,6 +73,7 @@ def test_a_plan_that_cannot_be_written_names_its_path(tmp_path):
         ({"plan_gpus": 8}, r"plan\.plan_gpus \(8\) must be pp \* dp_shard \* cp \* tp \(1 \* 4 \* 1 \* 1 = 4\)"),
         ({"runtime_gpus": 4}, r"plan\.runtime_gpus \(4\) must be plan_gpus \* dp_replicate \(4 \* 2 = 8\)"),
         ({"tokens_per_step": 1000}, r"plan\.tokens_per_step \(1000\) must be .* = 6144\)"),
+        ({"tokens_per_step": 10**20}, r"plan\.tokens_per_step \(1000.*\) must be at most 1073741824: the sequences"),
         ({"micro_batch_sequences": 0}, r"plan\.micro_batch_sequences \(0\) must be at least 1"),
         ({"mesh": {"dp_replicate": 2, "dp_shard": 4, "ep": 3}}, r"plan\.mesh\.ep \(3\) must divide dp_shard \* cp"),
         ({"mesh": {"dp_replicate": 2, "dp_shards": 4}}, r"plan\.mesh\.dp_shards is not a field.*mean 'dp_shard'"),

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moescale.errors import MoescaleError
-from moescale.report.metrics import StepMetrics, TrainSummary
+from moescale.report.metrics import StepMetrics, TrainSummary, to_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -22,9 +22,9 @@ METRICS_FILE = "metrics.jsonl"
 class RunLog:
     """Observer of a training run; a context manager around it.
 
-    ``metrics.jsonl`` holds one object per step and per validation. After a resume the records of steps that are done
-    again are dropped first, in TensorBoard too, so each step appears once; so does each validation, which a finished
-    run that is started again repeats.
+    ``metrics.jsonl`` holds one object per step and per validation, with null for what is not finite. After a resume the
+    records of steps that are done again are dropped first, in TensorBoard too, so each step appears once; so does each
+    validation, which a finished run that is started again repeats.
 
     Raises:
         MoescaleError: from any of its methods, where the folder cannot be written; it loses no state of the training.
@@ -57,7 +57,7 @@ class RunLog:
         self._task = self._progress.add_task("train", total=total_steps, status="starting")
         self._first_step = 0
         self._file: Any = None
-        self._old_validations: dict[int, float] = {}
+        self._old_validations: dict[int, float | None] = {}
         self._writer: Any = None
 
     def __enter__(self) -> RunLog:
@@ -139,7 +139,7 @@ class RunLog:
         path = self.folder / METRICS_FILE
         with _writing(path):
             self._open_file()
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(to_json(record) + "\n")
             self._file.flush()
 
     def _open_file(self) -> None:
@@ -156,8 +156,9 @@ class RunLog:
         path = self.folder / METRICS_FILE
         with _writing(path):
             self._open_file()
+            done_before = step in self._old_validations
             loss = self._old_validations.pop(step, None)
-            if loss is not None:
+            if done_before:
                 self._file.close()
                 _keep_records(path, lambda record: record["step"] != step or "validation_loss" not in record)
                 self._file = path.open("a")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,19 @@ def test_a_step_is_logged_with_the_extremes_of_the_load(tmp_path):
         log.on_step(metrics(1))
     (record,) = records_in(tmp_path)
     assert (record["expert_load_max"], record["expert_load_min"]) == ([1.5, 1.1], [0.5, 0.9])
+
+
+def test_what_is_not_finite_is_null_and_a_validation_that_is_not_is_there_once(tmp_path):
+    for _ in range(2):
+        with make_log(tmp_path) as log:
+            log.on_resume(1, tmp_path / "checkpoints")
+            log.on_validation(1, math.nan)
+            log.on_step(replace(metrics(2), loss=math.nan, gradient_norm=math.inf, expert_load=[[math.nan, 1.0]]))
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in lines and "Infinity" not in lines
+    validation, step = records_in(tmp_path)
+    assert validation == {"step": 1, "validation_loss": None, "validation_perplexity": None}
+    assert (step["loss"], step["gradient_norm"], step["expert_load_max"]) == (None, None, [None])
 
 
 @pytest.mark.parametrize("second_loss, in_tensorboard", [(2.5, [2.5]), (2.25, [2.5, 2.25])])
