@@ -23,7 +23,7 @@ from moescale.data.loader import Loader, validation_batches
 from moescale.errors import CheckpointError, ConfigError
 from moescale.model.flops import flops_per_token, peak_flops
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
-from moescale.report.metrics import Observer, SilentObserver, TrainSummary
+from moescale.report.metrics import Observer, SilentObserver, TrainSummary, to_json
 from moescale.report.run_log import RunLog
 from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, DamagedCheckpointError, read_state
 from moescale.runtime.device import choose_device, make_deterministic
@@ -60,7 +60,7 @@ class RunInputs:
     initialize: Literal["auto", "pretrained", "random"] = "auto"
     """Weights to start from: those of the model's folder, or random; auto: pretrained where the folder has any."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N; auto: a GPU, or the CPU where there is none and the plan is for one device."""
     resume: Literal["last", "last-good", "never"] = "last"
     """Continue from the newest checkpoint in output; last-good: skip damaged ones; never: refuse if there are any."""
     compile: bool | None = None
@@ -97,8 +97,10 @@ def run_command(
     device = choose_device(inputs.device)
     plan = _plan(inputs, config, corpus, device)
     _check_corpus(config, corpus, plan)
+    _check_devices(inputs, plan, device)
     if plan.runtime_gpus > 1 and not was_launched():
-        _check_gpus(plan, device)
+        with hold_output(inputs.output):
+            pass  # in use: refused here already, before the ranks write to the other run's logs
         raise SystemExit(run_local_ranks(plan.runtime_gpus, sys.argv[1:], inputs.output / "logs"))
     if inputs.deterministic:
         make_deterministic()
@@ -109,11 +111,18 @@ def run_command(
             except DamagedCheckpointError as error:
                 raise CheckpointError(f"{error}; pass --resume last-good to skip it") from error
     if json and member.ranks.is_first:
-        print(json_module.dumps(asdict(summary), indent=2))
+        print(to_json(asdict(summary), indent=2))
 
 
-def _check_gpus(plan: ParallelPlan, device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.device_count() < plan.runtime_gpus:
+def _check_devices(inputs: RunInputs, plan: ParallelPlan, device: torch.device) -> None:
+    if plan.runtime_gpus == 1:
+        return
+    if inputs.device == "auto" and device.type == "cpu":
+        raise ConfigError(
+            f"plan.runtime_gpus ({plan.runtime_gpus}) needs GPUs, and torch sees none here; pass --device cpu if the "
+            "plan is to run on as many CPU processes"
+        )
+    if device.type == "cuda" and not was_launched() and torch.cuda.device_count() < plan.runtime_gpus:
         raise ConfigError(
             f"plan.runtime_gpus ({plan.runtime_gpus}) exceeds this machine's {torch.cuda.device_count()} GPUs; start "
             "it on all machines with torchrun, or compile a plan for fewer"

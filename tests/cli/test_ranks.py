@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from moescale.cli import main
 from moescale.convert.hf_config import read_model_config
 from moescale.plan import MeshShape, ParallelPlan, one_device_plan, save_plan
 from moescale.runtime import launch
 from moescale.runtime.launch import _status
+from moescale.runtime.output_lock import hold_output
 
 STEPS = 12
 
@@ -247,6 +249,32 @@ def test_a_rank_that_never_arrives_is_named_in_time(tmp_path, model_folder, stdl
     assert done.returncode == 4, done.stderr
     assert f"rank {present}, before the first step: rank {absent}" in done.stderr
     assert "within 2 s" in done.stderr
+
+
+def error_in_this_process(capsys, arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments[3:])
+    assert caught.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_second_run_that_is_refused_leaves_the_logs_of_the_first(tmp_path, model_folder, stdlib_corpus, capsys):
+    plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2)
+    arguments = command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--steps", 1)
+    with hold_output(tmp_path / "run"):
+        assert "another process trains into it" in error_in_this_process(capsys, arguments)
+    assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_a_plan_for_gpus_runs_on_cpus_only_where_it_is_told_to(
+    tmp_path, model_folder, stdlib_corpus, capsys, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2)
+    arguments = command(model_folder, stdlib_corpus, plan, tmp_path / "run")
+    without_device = [argument for argument in arguments if argument not in ("--device", "cpu")]
+    message = error_in_this_process(capsys, without_device)
+    assert "plan.runtime_gpus (2) needs GPUs, and torch sees none here; pass --device cpu" in message
 
 
 def run_launched(arguments: list[str], **environment: object) -> tuple[int, str]:
