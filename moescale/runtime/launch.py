@@ -29,6 +29,8 @@ COLLECTIVE_TIMEOUT = timedelta(days=2)
 """Of the back ends themselves: longer than any --hang-seconds, for the watchdog knows better who is only slow."""
 INTERRUPTED = 128 + signal.SIGINT
 """Exit status of what Ctrl-C has ended."""
+UNCAUGHT = 1
+"""Exit status of Python after an error that nobody caught, which Ctrl-C is while it imports its first modules."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
 STOPPED_BEFORE_TRAINING = "stopped by SIGTERM before training began; nothing is lost, the same command starts again"
@@ -339,7 +341,7 @@ def _status(codes: Sequence[int], killed: Collection[int] = (), passed_on: Colle
         killed: ranks that did not end by themselves after another one had.
         passed_on: signals that this process was sent and passed on to all ranks.
     """
-    ended_by: set[int] = set()  # signals that are no failure: the rank was importing or leaving, else it answers them
+    stopped = False
     for rank in sorted(killed):
         print(
             f"error: rank {rank} still ran {GRACE_SECONDS:.0f} s after another one had failed, and was killed; the "
@@ -348,18 +350,21 @@ def _status(codes: Sequence[int], killed: Collection[int] = (), passed_on: Colle
             flush=True,
         )
     for rank, code in enumerate(codes):
-        if -code in passed_on:
-            ended_by.add(-code)
+        if -code in passed_on:  # no failure: it was importing or leaving, in between it answers the signal itself
+            stopped = True
         elif code < 0 and rank not in killed:
             print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
             return RankFailure.exit_status
-    others = (RankFailure.exit_status, INTERRUPTED)  # a rank interrupted as it leaves has saved what the others have
-    own = next((code for code in codes if code > 0 and code not in others), None)
+    interrupted = {INTERRUPTED}  # says less than 75: a rank interrupted as it leaves has saved what the others have
+    if signal.SIGINT in passed_on:
+        interrupted |= {-signal.SIGINT, UNCAUGHT}
+    weak = interrupted | {RankFailure.exit_status}
+    own = next((code for code in codes if code > 0 and code not in weak), None)
     if own is not None:
         return own
-    if signal.SIGINT in ended_by or INTERRUPTED in codes:
+    if interrupted.intersection(codes):
         return INTERRUPTED
-    if signal.SIGTERM in ended_by:
+    if stopped:
         print(STOPPED_BEFORE_TRAINING, file=sys.stderr, flush=True)
         return Preempted.exit_status
     return RankFailure.exit_status if any(codes) else 0

@@ -179,6 +179,7 @@ def test_a_rank_that_had_to_be_killed_does_not_hide_why_another_one_failed(capsy
         ((-signal.SIGINT, -signal.SIGINT), 130),
         ((130, -signal.SIGINT), 130),
         ((4, -signal.SIGINT), 130),
+        ((-signal.SIGINT, 1), 130),
         ((75, -signal.SIGINT), 75),
         ((130, 75), 75),
         ((130, 2), 2),
