@@ -2,7 +2,7 @@
 
 Four back ends sit behind one signature: ``triton`` (our kernels; CUDA GPUs from Ampere on), ``grouped_mm`` (PyTorch's
 grouped matrix product), ``torch`` (plain PyTorch, the readable definition) and ``cute`` (the experts' products in CuTe,
-from the optional package quack-kernels; Hopper, bf16). ``auto`` picks by device, capability and what is installed.
+from the optional package quack-kernels; Hopper, bf16). ``auto`` picks by device and capability, never ``cute``.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def cute_usable() -> bool:
         importlib.import_module("moescale.kernels.experts_cute")
     except Exception as error:  # whatever a broken installation raises; there is another back end
         warnings.warn(
-            f"quack-kernels is installed but cannot be used ({type(error).__name__}: {error}); the experts run in "
-            "Triton instead. Install it again by pip install 'moescale[cute]', or remove it",
+            f"quack-kernels is installed but cannot be used ({type(error).__name__}: {error}); install it again by "
+            "pip install 'moescale[cute]', or remove it",
             stacklevel=2,
         )
         return False
@@ -94,9 +94,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype, requested: str = "a
 
 @torch.compiler.assume_constant_result
 def choose_experts_backend(device: torch.device, dtype: torch.dtype, requested: str = "auto") -> str:
-    """As :func:`choose_backend`, for the experts' products: ``auto`` takes ``cute`` where it can be used."""
-    if requested == "auto" and _objection_to_cute(device, dtype) is None and cute_usable():
-        return "cute"
+    """As :func:`choose_backend` for the experts' products, ``auto`` being what MOESCALE_EXPERTS says, if set."""
+    if requested == "auto":
+        requested = os.environ.get("MOESCALE_EXPERTS", "auto")
     return choose_backend(device, dtype, requested)
 
 

@@ -92,6 +92,7 @@ def _linear_cross_entropy_op(
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
         if wants_weight:
             _accumulate_product(grad_weight, grad_logits.t(), hidden[chunk], is_first=start == 0)
+        del logits, grad_logits  # before the next chunk's are made: they are the largest tensors here
     return loss, grad_hidden, grad_weight
 
 

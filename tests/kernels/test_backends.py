@@ -75,25 +75,24 @@ def test_cute_runs_on_hopper_in_bf16_only(monkeypatch):
     assert choose_backend(CUDA, torch.bfloat16) == "triton"
 
 
-def test_auto_takes_cute_for_the_experts_where_it_can_be_used(monkeypatch):
+def test_the_experts_back_end_can_be_set_from_outside(monkeypatch):
     monkeypatch.setattr(backends, "cute_available", lambda: True)
-    monkeypatch.setattr(backends, "cute_usable", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose_experts_backend(CUDA, torch.bfloat16) == "triton"
+    monkeypatch.setenv("MOESCALE_EXPERTS", "cute")
     assert choose_experts_backend(CUDA, torch.bfloat16) == "cute"
     assert choose_experts_backend(CUDA, torch.bfloat16, "triton") == "triton"
-    assert choose_experts_backend(CUDA, torch.float32) == "triton"
-    assert choose_experts_backend(CPU, torch.bfloat16) == "torch"
-    monkeypatch.setattr(backends, "cute_usable", lambda: False)
-    assert choose_experts_backend(CUDA, torch.bfloat16) == "triton"
+    with pytest.raises(KernelInputError, match="needs a Hopper GPU"):
+        choose_experts_backend(CPU, torch.bfloat16)
 
 
-def test_a_cute_that_cannot_be_imported_is_told_of_and_not_used(monkeypatch):
+def test_a_cute_that_cannot_be_imported_is_told_of_(monkeypatch):
     def broken(name):
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(backends, "cute_available", lambda: True)
     monkeypatch.setattr(backends.importlib, "import_module", broken)
-    with pytest.warns(UserWarning, match=r"cannot be used \(RuntimeError: no compiler here\).*in Triton instead"):
+    with pytest.warns(UserWarning, match=r"cannot be used \(RuntimeError: no compiler here\).*install it again"):
         assert not backends.cute_usable.__wrapped__()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,6 +69,27 @@ def test_validation_computes_no_gradient(backend: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(cross_entropy, "_accumulate_product", None)
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, backend=backend), expected)
+
+
+def test_one_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier: list[weakref.ref] = []
+    softmax_losses, product = cross_entropy._softmax_losses_torch, F.linear
+
+    def watched_softmax(*arguments):
+        losses, grad_logits = softmax_losses(*arguments)
+        earlier.append(weakref.ref(grad_logits))
+        return losses, grad_logits
+
+    def watched_product(*arguments):
+        assert all(reference() is None for reference in earlier), "an earlier chunk is still there"
+        logits = product(*arguments)
+        earlier.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(cross_entropy, "_softmax_losses_torch", watched_softmax)
+    monkeypatch.setattr(cross_entropy.F, "linear", watched_product)
+    linear_cross_entropy(*make(41, 8, 23), backend="torch")
+    assert len(earlier) == 2 * 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -140,6 +140,7 @@ def test_wrong_buffers_are_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events", "ignore:.*no current CUDA context")
 @pytest.mark.parametrize("buffer_dtype", DTYPES)
 def test_on_the_gpu_the_gradient_is_added_inside_one_product(buffer_dtype: torch.dtype) -> None:
     x, weight = make(1024, 512, width=256, bias=False, dtype=torch.bfloat16)

@@ -23,7 +23,7 @@ def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> None:
         result = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=softmax_scale)
         return result[0].transpose(1, 2)
 
-    for module in (_elementwise, experts_module):
-        monkeypatch.setattr(module, "choose_backend", triton)
+    monkeypatch.setattr(_elementwise, "choose_backend", triton)
+    monkeypatch.setattr(experts_module, "choose_experts_backend", triton)
     monkeypatch.setattr(attention_module, "attention", cudnn_attention)
     monkeypatch.setattr(moe_module, "router_logits", router._router_logits_op)
