@@ -43,6 +43,8 @@ class TrainSettings:
     """Steps between checkpoints; 0: only at the end and when stopped."""
     checkpoint_minutes: float = 0.0
     """Minutes between checkpoints, besides checkpoint_every; 0: off."""
+    final_checkpoint: bool = True
+    """Write a checkpoint after the last step; without it and any other, a run leaves no weights (to measure with)."""
     keep_checkpoints: int = 2
     """Checkpoints kept, newest first."""
     background_checkpoints: bool = True
@@ -72,6 +74,11 @@ class TrainSettings:
         for name, holds, rule in rules:
             if not holds:
                 raise ConfigError(f"run.{name} ({getattr(self, name)}) {rule}")
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        """Whether a run that is not asked to stop writes any."""
+        return self.final_checkpoint or self.checkpoint_every > 0 or self.checkpoint_minutes > 0
 
 
 def learning_rate_at(settings: TrainSettings, step: int, total_steps: int) -> float:

@@ -170,7 +170,7 @@ class Trainer:
 
         Raises ConfigError before the first step where the disk cannot take what comes at the last one.
         """
-        if self.step < self.total_steps:
+        if self.step < self.total_steps and self.settings.writes_checkpoints:
             self.writer.check_room(self.optimizer.tensors(), self.optimizer.tensor_parts())
         started, first_step, tokens = time.monotonic(), self.step, 0
         last_saved_step, last_saved_time = self.step if self.step else None, time.monotonic()
@@ -201,7 +201,7 @@ class Trainer:
                     )
             if self.validation is not None and not self._due(self.settings.validation_every):
                 self._validate()
-            if last_saved_step != self.step:
+            if self.settings.final_checkpoint and last_saved_step != self.step:
                 self._save()
         return TrainSummary(
             steps=self.step,

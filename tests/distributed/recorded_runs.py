@@ -30,7 +30,8 @@ class Run(NamedTuple):
 
 def record_run(steps: int, fields: dict[str, Any]) -> Run:
     """Train for ``steps`` with :func:`plans.make_trainer`'s ``fields``; nothing is saved."""
-    one = make_trainer(Path("unused"), total_steps=steps, **fields)
+    settings = {"final_checkpoint": False, **fields.get("settings", {})}
+    one = make_trainer(Path("unused"), total_steps=steps, **fields | {"settings": settings})
     gradients: dict[str, tuple[tuple[slice, ...], torch.Tensor]] = {}
     update = one.optimizer.step
 
@@ -41,7 +42,6 @@ def record_run(steps: int, fields: dict[str, Any]) -> Run:
         update(learning_rate, norm)
 
     one.optimizer.step = record_then_update  # type: ignore[method-assign]
-    one._save = lambda: None  # type: ignore[method-assign]
     one.train()
     return Run(one.observer.losses, [metrics.gradient_norm for metrics in one.observer.metrics], gradients)
 

@@ -302,3 +302,11 @@ def test_metrics_of_steps_done_again_appear_once(tmp_path):
     assert records[0]["mfu"] == pytest.approx(records[0]["tokens_per_second"] * 1e6 / 1e12)
     assert len(records[0]["expert_load_max"]) == 2
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_without_a_final_checkpoint_nothing_is_written(tmp_path):
+    one = trainer(tmp_path / "checkpoints", total_steps=2, final_checkpoint=False)
+    assert one.train().checkpoint is None
+    assert not (tmp_path / "checkpoints").exists() and one.observer.saves == []
+    every = trainer(tmp_path / "checkpoints", total_steps=3, final_checkpoint=False, checkpoint_every=2)
+    assert every.train().checkpoint == str(tmp_path / "checkpoints" / "step-00000002")
