@@ -266,26 +266,26 @@ class CostModel:
     ) -> None:
         """Add the micro-batch's gradients to their buffers; copy weights out of what FSDP2 gathered, gradients into it.
 
-        Undivided weights of layers are added to inside the product. The experts' measured rate contains that, for bf16
-        buffers; that of dense products writes bf16 gradients and adds nothing. Of FSDP2's copies, those that its
-        collectives start from and end in are the compute stream's work (``foreach_all_gather_copy_out``,
-        ``foreach_reduce`` in torch.distributed.fsdp).
+        Undivided weights of layers, experts that a rank has to itself among them, are added to inside the product. The
+        experts' measured rate contains that, for bf16 buffers; that of dense products writes bf16 gradients and adds
+        nothing. Of FSDP2's copies, those that its collectives start from and end in are the compute stream's work
+        (``foreach_all_gather_copy_out``, ``foreach_reduce`` in torch.distributed.fsdp).
         """
         size, gradient_size = self.itemsize, DTYPE_BYTES[gradient]
         dense, routed = (part / size for part in self._layer_bytes(kind, mesh))
         ranks = mesh.dp_shard * mesh.cp
+        # What the measured rates contain of it. In fp32 autograd makes every gradient and then reads it again.
+        in_bf16 = self.request.compute_dtype == "bf16"
+        added_to_own_experts = routed * (2 * gradient_size - (2 * size if in_bf16 else -size))
         if ranks * mesh.dp_replicate == 1:
-            # What the measured rates contain of it. In fp32 autograd makes every gradient and then reads it again.
-            in_bf16 = self.request.compute_dtype == "bf16"
             inside_dense = size if in_bf16 and kind is not self.workload.outside else -size
-            inside_experts = 2 * size if in_bf16 else -size
-            added = dense * (2 * gradient_size - inside_dense) + routed * (2 * gradient_size - inside_experts)
+            added = dense * (2 * gradient_size - inside_dense) + added_to_own_experts
             copied = 0.0
         else:
             expert_shards = ranks // mesh.ep
             own_experts = expert_shards * mesh.dp_replicate == 1
             added = dense / ranks * 3 * gradient_size
-            added += routed * (size + 2 * gradient_size) if own_experts else routed / expert_shards * 3 * gradient_size
+            added += added_to_own_experts if own_experts else routed / expert_shards * 3 * gradient_size
             passes = 2 if plan.reshard_after_forward else 1
             copied = (dense + (0.0 if own_experts else routed)) * (passes * 2 * size + size + gradient_size)
         ledger.exposed["gradient accumulation"] += count * added / self.cluster.memory_bytes_per_second

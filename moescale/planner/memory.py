@@ -8,7 +8,8 @@ all of which FSDP2 keeps the weights outside the layers gathered:
   (on one device, in bf16, it is added to its buffer instead) and the last layer's weights on their way;
 - **gradient of the last combination**, where experts lie on several ranks: every layer's activations, and the
   gradients of the rows that came back, those that travel, and those that arrive; **gradient of the last experts**: of
-  rows two of the three, and the experts' weight gradients, and the pre-activation where it is computed again;
+  rows two of the three, and the experts' weight gradients unless these go straight into their buffers, and the
+  pre-activation where it is computed again;
 - **backward of the last layers**: the second to last of them, with the activations of all but the last; gathered are
   its weights and those of the layer before, and there are its own gradients and what the last layer's are being
   reduced from. Earlier layers find less, for every layer gives back what it kept.
@@ -174,8 +175,11 @@ class MemoryModel:
         rows = dims["k"] * hidden
         ahead = self._layer_gathered_bytes(last, mesh) if plan.reshard_after_forward else 0.0
         communication = gathered + ahead + self._output_gradient_bytes(mesh)
-        _, routed = self._layer_parameters[last.name]
-        in_experts = 2 * rows + routed * self.itemsize / (mesh.tp * mesh.ep)
+        in_experts: float = 2 * rows
+        own_experts = mesh.dp_shard * mesh.cp // mesh.ep * mesh.dp_replicate == 1
+        if not (own_experts and self.request.compute_dtype == "bf16"):  # else they are added to inside the product
+            _, routed = self._layer_parameters[last.name]
+            in_experts += routed * self.itemsize / (mesh.tp * mesh.ep)
         if "experts" in recompute_name(plan).split("+"):
             in_experts += dims["n"] * dims["k"] * 2 * dims["f"] * self.itemsize / mesh.tp
         return {
