@@ -323,14 +323,17 @@ def _wrong_type(name: str, value: Any) -> str | None:
     if name in _FLAGS and not isinstance(value, bool):
         return f"must be true or false, not {_json_type(value)}"
     if name in _INTEGERS:
-        if not isinstance(value, int) or isinstance(value, bool):
-            return f"must be an integer, not {_json_type(value)}"
-        if value < 0:
-            return "must not be negative"
+        return _wrong_integer(value) or ("must not be negative" if value < 0 else None)
     if name in _NUMBERS:
         return _wrong_number(value)
     if name == "topk_method" and not isinstance(value, str):
         return f"must be a text, not {_json_type(value)}"
+    return None
+
+
+def _wrong_integer(value: Any) -> str | None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return f"must be an integer, not {_json_type(value)}"
     return None
 
 
@@ -402,10 +405,9 @@ def _yarn(scaling: Mapping[str, Any], name: str) -> YarnConfig | None:
         if scaling.get(key) is None:
             raise ConfigError(f"{name}.{key} is missing")
     original = scaling["original_max_position_embeddings"]
-    if not isinstance(original, int) or isinstance(original, bool):
-        raise ConfigError(
-            f"{name}.original_max_position_embeddings ({original!r}) must be an integer, not {_json_type(original)}"
-        )
+    problem = _wrong_integer(original)
+    if problem:
+        raise ConfigError(f"{name}.original_max_position_embeddings ({original!r}) {problem}")
 
     def number(key: str, default: float) -> float:
         value = _scaling_number(scaling, name, key)

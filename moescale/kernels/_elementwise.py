@@ -6,12 +6,12 @@ import functools
 
 import torch
 
-from moescale.kernels.backends import choose_backend, without_cute
+from moescale.kernels.backends import choose_backend
 
 
 def runs_triton(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
     """Whether an operator without a ``grouped_mm`` form runs its Triton kernels; otherwise it runs plain torch."""
-    return choose_backend(device, dtype, without_cute(backend)) == "triton"
+    return choose_backend(device, dtype, backend) == "triton"
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

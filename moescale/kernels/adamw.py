@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from moescale.kernels.backends import KernelInputError, choose_backend, without_cute
+from moescale.kernels.backends import KernelInputError, choose_backend
 
 BLOCK = 128
 """Values of a row that share one scale in the 8-bit format."""
@@ -157,7 +157,7 @@ def adamw_update(
         raise KernelInputError("adamw: parameter and gradient must be contiguous")
     if parameter.numel() == 0:
         return
-    if choose_backend(parameter.device, parameter.dtype, without_cute(backend)) == "triton":
+    if choose_backend(parameter.device, parameter.dtype, backend) == "triton":
         from moescale.kernels import _adamw_triton
 
         _adamw_triton.update(parameter, gradient, state, hyperparameters, gradient_scale, seed, first_index)

@@ -50,9 +50,7 @@ def cute_available() -> bool:
 
 @functools.cache
 def cute_usable() -> bool:
-    """Whether they can be imported as well: they come with a compiler of their own. Warns where they cannot."""
-    if not cute_available():
-        return False
+    """Whether what is installed can be imported: it comes with a compiler of its own. Warns where it cannot."""
     try:
         importlib.import_module("moescale.kernels.experts_cute")
     except Exception as error:  # whatever a broken installation raises; there is another back end
@@ -63,11 +61,6 @@ def cute_usable() -> bool:
         )
         return False
     return True
-
-
-def without_cute(requested: str) -> str:
-    """Return the back end for what has no CuTe kernels, which is all but the experts' products: Triton for ``cute``."""
-    return "triton" if requested == "cute" else requested
 
 
 def triton_interpreted() -> bool:
@@ -81,8 +74,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype, requested: str = "a
     """Return the back end that runs an operator on ``device`` in ``dtype``.
 
     ``auto`` takes Triton on CUDA from capability 8.0 on, ``grouped_mm`` for bf16 on older CUDA devices and plain torch
-    everywhere else. A back end asked for by name is used or refused with :class:`KernelInputError`, never replaced.
+    everywhere else. A back end asked for by name is used or refused with :class:`KernelInputError`, never replaced; but
+    ``cute`` has the experts' products alone (:func:`choose_experts_backend`), and Triton for what goes with them.
     """
+    if requested == "cute":
+        requested = "triton"
     if requested != "auto":
         return _checked_request(device, dtype, requested)
     if device.type != "cuda":
@@ -97,7 +93,12 @@ def choose_experts_backend(device: torch.device, dtype: torch.dtype, requested: 
     """As :func:`choose_backend` for the experts' products, ``auto`` being what MOESCALE_EXPERTS says, if set."""
     if requested == "auto":
         requested = os.environ.get("MOESCALE_EXPERTS", "auto")
-    return choose_backend(device, dtype, requested)
+    if requested != "cute":
+        return choose_backend(device, dtype, requested)
+    objection = objection_to_cute(device, dtype)
+    if objection:
+        raise KernelInputError(f"kernels.backend ('cute') {objection}, or use 'auto'")
+    return requested
 
 
 def _checked_request(device: torch.device, dtype: torch.dtype, requested: str) -> str:
@@ -105,8 +106,6 @@ def _checked_request(device: torch.device, dtype: torch.dtype, requested: str) -
         raise KernelInputError(
             f"kernels.backend ({requested!r}) must be one of auto, {', '.join(BACKENDS)}{nearest(requested, BACKENDS)}"
         )
-    if requested == "cute" and (objection := _objection_to_cute(device, dtype)):
-        raise KernelInputError(f"kernels.backend ('cute') {objection}, or use 'auto'")
     if requested != "triton":
         return requested
     if not triton_available():
@@ -128,7 +127,7 @@ def _checked_request(device: torch.device, dtype: torch.dtype, requested: str) -
     return requested
 
 
-def _objection_to_cute(device: torch.device, dtype: torch.dtype) -> str | None:
+def objection_to_cute(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the back end ``cute`` cannot run there, and the remedy; None where nothing speaks against it."""
     if not cute_available():
         return (

@@ -29,7 +29,6 @@ from moescale.kernels.backends import (
     check_shape,
     choose_experts_backend,
     debug_checks_enabled,
-    without_cute,
 )
 from moescale.kernels.expert_order import check_ids, sort_pairs
 
@@ -218,7 +217,7 @@ def _experts(
     """Return (y, pre-activation or empty, row_pair, pair_row, ends)."""
     ops = _implementation(backend)
     top_k = topk_ids.shape[1]
-    row_pair, pair_row, ends = sort_pairs(topk_ids, gate_up.shape[0], backend=without_cute(backend))
+    row_pair, pair_row, ends = sort_pairs(topk_ids, gate_up.shape[0], backend=backend)
     rows = ops.gather_rows(x.contiguous(), row_pair, top_k)
     out, pre = _mlp_forward(ops, rows, gate_up.contiguous(), down.contiguous(), ends, save_pre)
     y = ops.combine_rows(out, pair_row, top_k, topk_weights.contiguous())

@@ -11,7 +11,6 @@ from moescale.kernels.backends import (
     check_gradient_buffer,
     check_shape,
     choose_backend,
-    without_cute,
 )
 
 
@@ -41,7 +40,7 @@ def grouped_gemm(
     check_dtype("grouped_gemm", "weight", weight, (rows.dtype,))
     check_device("grouped_gemm", "weight", weight, rows.device)
     check_device("grouped_gemm", "ends", ends, rows.device)
-    backend = choose_backend(rows.device, rows.dtype, without_cute(backend))
+    backend = choose_backend(rows.device, rows.dtype, backend)
     multiple = 16 // rows.dtype.itemsize
     if backend != "torch" and (n % multiple or k % multiple):
         raise KernelInputError(

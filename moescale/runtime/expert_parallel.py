@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
-from moescale.kernels.backends import KernelInputError, choose_backend, debug_checks_enabled, without_cute
+from moescale.kernels.backends import KernelInputError, choose_backend, debug_checks_enabled
 from moescale.kernels.expert_order import check_ids, sort_pairs
 from moescale.kernels.experts import expert_mlp
 from moescale.kernels.router import Routing
@@ -294,7 +294,7 @@ class ExpertParallel(nn.Module):
         The result [T, H] of ``beside``, for example of the shared experts, is added to it; it is computed while rows
         travel to the experts, and its gradient while theirs travel back. The ids of one token must differ.
         """
-        backend = choose_backend(x.device, x.dtype, without_cute(self.backend))
+        backend = choose_backend(x.device, x.dtype, self.backend)
         top_k, local_experts = routing.topk_ids.shape[1], self.gate_up.shape[0]
         order = self.exchange.lay_out(self._sort(routing, backend))
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from moescale.errors import ConfigError, Preempted
 from moescale.runtime.ranks import ONE_RANK, Ranks, current_ranks
-from moescale.runtime.watchdog import FAILED_PREFIX, RankFailure, Watchdog
+from moescale.runtime.watchdog import FAILED_PREFIX, RankFailure, Watchdog, first_line
 
 COLLECTIVE_TIMEOUT = timedelta(days=2)
 """Of the back ends themselves: longer than any --hang-seconds, for the watchdog knows better who is only slow."""
@@ -180,7 +180,7 @@ def _meet(place: _Place, device: torch.device, hang_seconds: float) -> Watchdog:
             watchdog.start()
     except RuntimeError as error:
         absent = f"; {_arrival_text(missing, hang_seconds)}" if missing else ""
-        raise RankFailure(f"{who}: the ranks could not connect [{_first_line(error)}]{absent}") from error
+        raise RankFailure(f"{who}: the ranks could not connect [{first_line(str(error))}]{absent}") from error
     return watchdog
 
 
@@ -213,7 +213,7 @@ def _wait_for_all(place: _Place, missing: list[int], held_by_first: bool, second
         remedy = "set MASTER_PORT to a port that is free" if holds_store else "see the log of rank 0"
         raise RankFailure(
             f"rank {rank}, before the first step: the store at {host}:{port} could not be opened "
-            f"[{_first_line(error)}]; {remedy}, then start again"
+            f"[{first_line(str(error))}]; {remedy}, then start again"
         ) from error
     store.set(f"arrived/{rank}", "")
     while missing:
@@ -225,10 +225,6 @@ def _wait_for_all(place: _Place, missing: list[int], held_by_first: bool, second
         else:
             time.sleep(0.1)
     return store
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
 
 
 def _arrival_text(missing: Sequence[int], seconds: float) -> str:

@@ -221,7 +221,7 @@ class Watchdog:
             if beat is not None and beat.left is None:
                 text += f"; last seen in step {beat.step + 1} ({beat.phase}), {beat.place}"
         if cause is not None:
-            text += f" [{(cause.strip().splitlines() or ['no message'])[0][:200]}]"
+            text += f" [{first_line(cause)}]"
         return text + ". The same command resumes from the newest checkpoint"
 
     def _verdict_on_store(self, what: str, place: str, cause: str | None = None) -> str:
@@ -260,6 +260,11 @@ class Watchdog:
     def _print_and_exit(self, verdict: str) -> None:
         print(f"error: {verdict}", file=sys.stderr, flush=True)
         os._exit(RankFailure.exit_status)  # the main thread is stuck and cannot be asked
+
+
+def first_line(text: str) -> str:
+    """The first line of an error's message, shortened."""
+    return (text.strip().splitlines() or ["no message"])[0][:200]
 
 
 @dataclass(frozen=True, kw_only=True)

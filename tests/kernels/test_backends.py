@@ -58,20 +58,21 @@ def test_a_back_end_asked_for_by_name_is_used_or_refused(monkeypatch):
 def test_cute_is_refused_without_its_package_naming_what_to_install(monkeypatch):
     monkeypatch.setattr(backends, "cute_available", lambda: False)
     with pytest.raises(KernelInputError, match=r"needs the packages .*quack-kernels.*pip install 'moescale\[cute\]'"):
-        choose_backend(CUDA, torch.bfloat16, "cute")
+        choose_experts_backend(CUDA, torch.bfloat16, "cute")
 
 
 def test_cute_runs_on_hopper_in_bf16_only(monkeypatch):
     monkeypatch.setattr(backends, "cute_available", lambda: True)
     with pytest.raises(KernelInputError, match=r"needs a Hopper GPU, CUDA capability \(9, 0\); cpu is no CUDA device"):
-        choose_backend(CPU, torch.bfloat16, "cute")
+        choose_experts_backend(CPU, torch.bfloat16, "cute")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     with pytest.raises(KernelInputError, match=r"cuda:0 has \(10, 0\)"):
-        choose_backend(CUDA, torch.bfloat16, "cute")
+        choose_experts_backend(CUDA, torch.bfloat16, "cute")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(KernelInputError, match="computes in torch.bfloat16 only, not in torch.float32"):
-        choose_backend(CUDA, torch.float32, "cute")
-    assert choose_backend(CUDA, torch.bfloat16, "cute") == "cute"
+        choose_experts_backend(CUDA, torch.float32, "cute")
+    assert choose_experts_backend(CUDA, torch.bfloat16, "cute") == "cute"
+    assert choose_backend(CUDA, torch.bfloat16, "cute") == "triton"
     assert choose_backend(CUDA, torch.bfloat16) == "triton"
 
 
@@ -86,7 +87,7 @@ def test_the_experts_back_end_can_be_set_from_outside(monkeypatch):
         choose_experts_backend(CPU, torch.bfloat16)
 
 
-def test_a_cute_that_cannot_be_imported_is_told_of_(monkeypatch):
+def test_a_cute_that_cannot_be_imported_is_told_of(monkeypatch):
     def broken(name):
         raise RuntimeError("no compiler here")
 
