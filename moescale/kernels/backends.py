@@ -2,7 +2,7 @@
 
 Four back ends sit behind one signature: ``triton`` (our kernels; CUDA GPUs from Ampere on), ``grouped_mm`` (PyTorch's
 grouped matrix product), ``torch`` (plain PyTorch, the readable definition) and ``cute`` (the experts' products in CuTe,
-from the optional package quack-kernels; Hopper, bf16). ``auto`` picks by device and capability, never ``cute``.
+from the optional package quack-kernels; Hopper, bf16). ``auto`` picks by device, capability and what is installed.
 """
 
 from __future__ import annotations
@@ -90,15 +90,20 @@ def choose_backend(device: torch.device, dtype: torch.dtype, requested: str = "a
 
 @torch.compiler.assume_constant_result
 def choose_experts_backend(device: torch.device, dtype: torch.dtype, requested: str = "auto") -> str:
-    """As :func:`choose_backend` for the experts' products, ``auto`` being what MOESCALE_EXPERTS says, if set."""
+    """As :func:`choose_backend` for the experts' products: ``auto`` takes ``cute`` where it is installed and can run.
+
+    The environment variable MOESCALE_EXPERTS says what ``auto`` is instead.
+    """
     if requested == "auto":
         requested = os.environ.get("MOESCALE_EXPERTS", "auto")
-    if requested != "cute":
+    if requested not in ("auto", "cute"):
         return choose_backend(device, dtype, requested)
     objection = objection_to_cute(device, dtype)
-    if objection:
+    if requested == "cute" and objection:
         raise KernelInputError(f"kernels.backend ('cute') {objection}, or use 'auto'")
-    return requested
+    if requested == "cute" or (objection is None and cute_usable()):
+        return "cute"
+    return choose_backend(device, dtype)
 
 
 def _checked_request(device: torch.device, dtype: torch.dtype, requested: str) -> str:

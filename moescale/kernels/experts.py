@@ -218,7 +218,7 @@ def _experts(
     ops = _implementation(backend)
     top_k = topk_ids.shape[1]
     row_pair, pair_row, ends = sort_pairs(topk_ids, gate_up.shape[0], backend=backend)
-    rows = ops.gather_rows(x.contiguous(), row_pair, top_k)
+    rows = ops.gather_rows(x.contiguous(), row_pair, pair_row, top_k)
     out, pre = _mlp_forward(ops, rows, gate_up.contiguous(), down.contiguous(), ends, save_pre)
     y = ops.combine_rows(out, pair_row, top_k, topk_weights.contiguous())
     return y, pre, row_pair, pair_row, ends
@@ -252,8 +252,8 @@ def _experts_backward(
     weights = topk_weights.contiguous()
     grad_rows, grad_weights, grad_gate_up, grad_down = _mlp_backward(
         ops,
-        ops.gather_rows(grad.contiguous(), row_pair, top_k),
-        ops.gather_rows(x.contiguous(), row_pair, top_k),
+        ops.gather_rows(grad.contiguous(), row_pair, pair_row, top_k),
+        ops.gather_rows(x.contiguous(), row_pair, pair_row, top_k),
         pre,
         gate_up.contiguous(),
         down.contiguous(),

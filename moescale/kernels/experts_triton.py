@@ -150,13 +150,15 @@ def _swiglu_backward_kernel(
 
 
 @triton.jit
-def _gather_kernel(x, row_pair, rows, H, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """rows[r] = x[token of r]."""
-    row = tl.program_id(0).to(tl.int64)
-    token = (tl.load(row_pair + row) // TOP_K).to(tl.int64)
+def _gather_kernel(x, pair_row, rows, H, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """rows[row of (t, k)] = x[t], for every k: a token is read once and written K times."""
+    token = tl.program_id(0).to(tl.int64)
     for begin in tl.range(0, H, BLOCK):
         column = begin + tl.arange(0, BLOCK)
-        tl.store(rows + row * H + column, tl.load(x + token * H + column, mask=column < H), mask=column < H)
+        part = tl.load(x + token * H + column, mask=column < H)
+        for k in tl.static_range(TOP_K):
+            row = tl.load(pair_row + token * TOP_K + k).to(tl.int64)
+            tl.store(rows + row * H + column, part, mask=(column < H) & (row >= 0))
 
 
 @triton.jit
@@ -213,13 +215,13 @@ def _pair_values_kernel(row_values, pair_row, pair_values, num_pairs, BLOCK: tl.
     tl.store(pair_values + pair, tl.load(row_values + row, mask=row >= 0, other=0.0), mask=inside)
 
 
-def gather_rows(x: torch.Tensor, row_pair: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Return x [T, H] as sorted rows [R, H]."""
-    num_rows, hidden = row_pair.numel(), x.shape[1]
-    rows = x.new_empty((num_rows, hidden))
-    if num_rows:
+def gather_rows(x: torch.Tensor, row_pair: torch.Tensor, pair_row: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Return x [T, H] as sorted rows [R, H]; rows that belong to no expert are left unwritten."""
+    num_tokens, hidden = x.shape
+    rows = x.new_empty((row_pair.numel(), hidden))
+    if num_tokens:
         block = min(2048, triton.next_power_of_2(hidden))
-        _gather_kernel[(num_rows,)](x, row_pair, rows, hidden, TOP_K=top_k, BLOCK=block)
+        _gather_kernel[(num_tokens,)](x, pair_row, rows, hidden, TOP_K=top_k, BLOCK=block)
     return rows
 
 

@@ -68,7 +68,7 @@ def group_rows(ends: torch.Tensor, num_rows: int) -> torch.Tensor:
     return ends
 
 
-def gather_rows(x: torch.Tensor, row_pair: torch.Tensor, top_k: int) -> torch.Tensor:
+def gather_rows(x: torch.Tensor, row_pair: torch.Tensor, pair_row: torch.Tensor, top_k: int) -> torch.Tensor:
     """Return x [T, H] as sorted rows [R, H]."""
     return x[row_pair // top_k]
 

@@ -98,7 +98,7 @@ def call_every_operator() -> None:
     for buffer_dtype in (torch.bfloat16, fp32):
         _cross_entropy_triton.add_scaled(empty(64, 2048, dtype=buffer_dtype), empty(64, 2048), empty(dtype=fp32))
     rows, pairs, weights = empty(12, 2048), empty(12, dtype=int32), empty(2, 6, dtype=fp32)
-    experts_triton.gather_rows(x, pairs, 6)
+    experts_triton.gather_rows(empty(2, 2048), pairs, pairs, 6)
     experts_triton.combine_rows(rows, pairs, 6, weights)
     experts_triton.combine_rows(rows, pairs, 6)
     experts_triton.combine_rows_backward(x, rows, pairs, weights)

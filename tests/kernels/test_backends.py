@@ -76,10 +76,31 @@ def test_cute_runs_on_hopper_in_bf16_only(monkeypatch):
     assert choose_backend(CUDA, torch.bfloat16) == "triton"
 
 
+@pytest.mark.parametrize(
+    "installed, usable, capability, dtype, chosen",
+    [
+        (True, True, (9, 0), torch.bfloat16, "cute"),
+        (False, True, (9, 0), torch.bfloat16, "triton"),
+        (True, False, (9, 0), torch.bfloat16, "triton"),
+        (True, True, (8, 0), torch.bfloat16, "triton"),
+        (True, True, (9, 0), torch.float32, "triton"),
+        (True, True, (7, 5), torch.bfloat16, "grouped_mm"),
+    ],
+)
+def test_the_experts_run_in_cute_where_it_can(monkeypatch, installed, usable, capability, dtype, chosen):
+    monkeypatch.setattr(backends, "cute_available", lambda: installed)
+    monkeypatch.setattr(backends, "cute_usable", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_experts_backend(CUDA, dtype) == chosen
+
+
 def test_the_experts_back_end_can_be_set_from_outside(monkeypatch):
     monkeypatch.setattr(backends, "cute_available", lambda: True)
+    monkeypatch.setattr(backends, "cute_usable", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("MOESCALE_EXPERTS", "triton")
     assert choose_experts_backend(CUDA, torch.bfloat16) == "triton"
+    assert choose_experts_backend(CUDA, torch.bfloat16, "cute") == "cute"
     monkeypatch.setenv("MOESCALE_EXPERTS", "cute")
     assert choose_experts_backend(CUDA, torch.bfloat16) == "cute"
     assert choose_experts_backend(CUDA, torch.bfloat16, "triton") == "triton"

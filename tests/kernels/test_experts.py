@@ -88,6 +88,17 @@ def test_weight_gradients_are_added_to_the_buffers_and_not_returned(backend):
     torch.testing.assert_close(x.grad, 2 * expected[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def uninitialized_is_nan():
+    """Tensors that nothing has written yet hold NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
+@pytest.mark.usefixtures("uninitialized_is_nan")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pairs_with_an_id_out_of_range_contribute_nothing(backend):
     ids, inputs = make_inputs(9, 2, 3, 16, 8)
