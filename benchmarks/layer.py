@@ -16,13 +16,15 @@ import statistics
 import subprocess
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from moescale.config import ModelConfig
-from moescale.kernels.attention import attention
+from moescale.kernels.attention import Documents, attention
+from moescale.kernels.backends import choose_attention_backend
 from moescale.kernels.cross_entropy import linear_cross_entropy
 from moescale.kernels.mla_rope import mla_rope
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
@@ -224,10 +226,17 @@ def elementwise(rows: list[dict]) -> None:
         )
 
 
+def our_attention_backends() -> tuple[str, ...]:
+    chosen = choose_attention_backend(torch.device("cuda"), torch.bfloat16, (192, 128))
+    return ("torch", "cute") if chosen == "cute" else ("torch",)
+
+
 def attention_paths(rows: list[dict]) -> None:
     """Attention alone: causal, and within documents of about 300 tokens by the ways torch offers."""
     q, k, v = randn(BATCH, LENGTH, 16, 192), randn(BATCH, LENGTH, 16, 192), randn(BATCH, LENGTH, 16, 128)
-    documents = (torch.arange(LENGTH, device="cuda") // 300).to(torch.int32).expand(BATCH, -1).contiguous()
+    starts = (torch.arange(LENGTH) % 300 == 0).expand(BATCH, -1)
+    packed = Documents.from_starts(starts, torch.device("cuda"))
+    documents = packed.ids
     heads_first = [t.transpose(1, 2) for t in (q, k, v)]
     mask = (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)
     bias = torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill_(~mask, float("-inf"))
@@ -248,10 +257,16 @@ def attention_paths(rows: list[dict]) -> None:
         block_mask = compiled_mask(same_document, BATCH, None, LENGTH, LENGTH, device="cuda")
         return (compiled_flex(*heads_first, block_mask=block_mask, scale=0.07),)
 
+    def ours(documents: Documents | None, backend: str) -> tuple[torch.Tensor]:
+        return (attention(q, k, v, softmax_scale=0.07, documents=documents, backend=backend),)
+
     compiled_mask, compiled_flex = torch.compile(create_block_mask), torch.compile(flex_attention)
     paths = {
-        "moescale causal": lambda: (attention(q, k, v, softmax_scale=0.07, document_ids=None),),
-        "moescale documents": lambda: (attention(q, k, v, softmax_scale=0.07, document_ids=documents),),
+        **{
+            f"moescale {backend} {name}": partial(ours, documents, backend)
+            for backend in our_attention_backends()
+            for name, documents in (("causal", None), ("documents", packed))
+        },
         "cudnn causal": sdpa(SDPBackend.CUDNN_ATTENTION, is_causal=True),
         "cudnn documents, bool mask": sdpa(SDPBackend.CUDNN_ATTENTION, attn_mask=mask),
         "cudnn documents, additive mask": sdpa(SDPBackend.CUDNN_ATTENTION, attn_mask=bias),

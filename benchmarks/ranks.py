@@ -26,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("tests", 
 from step import profile  # noqa: E402
 
 import plans  # noqa: E402
+from moescale.kernels.attention import Documents  # noqa: E402
 from moescale.runtime import session  # noqa: E402
 from moescale.runtime.checkpoint import CheckpointStore  # noqa: E402
 from moescale.runtime.launch import Membership, join_ranks, was_launched  # noqa: E402
@@ -141,12 +142,12 @@ def report(arguments: argparse.Namespace, axes: dict[str, int], recorder: plans.
 def refuse_synchronisation(trainer: Trainer) -> None:
     run = trainer.micro_batches.run
 
-    def checked(tokens: torch.Tensor, targets: torch.Tensor, document_ids: torch.Tensor | None) -> None:
+    def checked(tokens: torch.Tensor, targets: torch.Tensor, documents: Documents | None) -> None:
         if trainer.step < 3:  # compilation and tuning may wait
-            return run(tokens, targets, document_ids)
+            return run(tokens, targets, documents)
         tokens, targets = tokens.to(trainer.device), targets.to(trainer.device)
         with synchronisation_refused():
-            run(tokens, targets, document_ids)
+            run(tokens, targets, documents)
 
     trainer.micro_batches.run = checked
 

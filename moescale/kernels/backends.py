@@ -1,8 +1,9 @@
 """Which implementation an operator runs with, and how its inputs are refused.
 
 Four back ends sit behind one signature: ``triton`` (our kernels; CUDA GPUs from Ampere on), ``grouped_mm`` (PyTorch's
-grouped matrix product), ``torch`` (plain PyTorch, the readable definition) and ``cute`` (the experts' products in CuTe,
-from the optional package quack-kernels; Hopper, bf16). ``auto`` picks by device, capability and what is installed.
+grouped matrix product), ``torch`` (plain PyTorch, the readable definition) and ``cute`` (the experts' products and
+attention in CuTe, from the optional packages quack-kernels and flash-attn-4; Hopper, bf16). ``auto`` picks by device,
+capability and what is installed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 MINIMUM_CAPABILITY = (8, 0)
 HOPPER = (9, 0)
 
+CutePart = Literal["experts", "attention"]
+# What each part of the back end ``cute`` imports, and the package that has it.
+CUTE_PACKAGES: dict[CutePart, tuple[str, str]] = {
+    "experts": ("quack", "quack-kernels"),
+    "attention": ("flash_attn.cute", "flash-attn-4"),
+}
+# Widths of key and value, both of DeepSeek-V2's whole family, at which attention in CuTe has been tested.
+CUTE_ATTENTION_WIDTHS = (192, 128)
+
 
 class KernelInputError(MoescaleError, ValueError):
     """An operator was called with a shape, dtype, device or expert id that it cannot take."""
@@ -43,20 +53,23 @@ def triton_available() -> bool:
 
 
 @functools.cache
-def cute_available() -> bool:
-    """Whether the packages of the back end ``cute`` are installed."""
-    return triton_available() and importlib.util.find_spec("quack") is not None
+def cute_available(part: CutePart) -> bool:
+    """Whether the packages of the back end ``cute`` for ``part`` are installed."""
+    try:
+        return triton_available() and importlib.util.find_spec(CUTE_PACKAGES[part][0]) is not None
+    except ModuleNotFoundError:  # not even what the module lies in
+        return False
 
 
 @functools.cache
-def cute_usable() -> bool:
+def cute_usable(part: CutePart) -> bool:
     """Whether what is installed can be imported: it comes with a compiler of its own. Warns where it cannot."""
     try:
-        importlib.import_module("moescale.kernels.experts_cute")
+        importlib.import_module(f"moescale.kernels.{part}_cute")
     except Exception as error:  # whatever a broken installation raises; there is another back end
         warnings.warn(
-            f"quack-kernels is installed but cannot be used ({type(error).__name__}: {error}); install it again by "
-            "pip install 'moescale[cute]', or remove it",
+            f"{CUTE_PACKAGES[part][1]} is installed but cannot be used ({type(error).__name__}: {error}); install it "
+            "again by pip install 'moescale[cute]', or remove it",
             stacklevel=2,
         )
         return False
@@ -75,7 +88,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, requested: str = "a
 
     ``auto`` takes Triton on CUDA from capability 8.0 on, ``grouped_mm`` for bf16 on older CUDA devices and plain torch
     everywhere else. A back end asked for by name is used or refused with :class:`KernelInputError`, never replaced; but
-    ``cute`` has the experts' products alone (:func:`choose_experts_backend`), and Triton for what goes with them.
+    ``cute`` has the experts' products and attention alone, and Triton for everything else.
     """
     if requested == "cute":
         requested = "triton"
@@ -98,12 +111,35 @@ def choose_experts_backend(device: torch.device, dtype: torch.dtype, requested: 
         requested = os.environ.get("MOESCALE_EXPERTS", "auto")
     if requested not in ("auto", "cute"):
         return choose_backend(device, dtype, requested)
-    objection = objection_to_cute(device, dtype)
-    if requested == "cute" and objection:
-        raise KernelInputError(f"kernels.backend ('cute') {objection}, or use 'auto'")
-    if requested == "cute" or (objection is None and cute_usable()):
+    if _takes_cute("experts", requested, objection_to_cute("experts", device, dtype)):
         return "cute"
     return choose_backend(device, dtype)
+
+
+@torch.compiler.assume_constant_result
+def choose_attention_backend(
+    device: torch.device, dtype: torch.dtype, widths: tuple[int, int], requested: str = "auto"
+) -> str:
+    """Return the back end of attention with ``widths`` of key and value: ``cute`` or ``torch``, the best that it has.
+
+    ``auto`` takes ``cute`` where it is installed and can run, unless the environment variable MOESCALE_ATTENTION says
+    what it is instead.
+    """
+    if requested == "auto":
+        requested = os.environ.get("MOESCALE_ATTENTION", "auto")
+    if requested not in ("auto", "cute", "torch"):
+        raise KernelInputError(f"attention's back end ({requested!r}) must be one of auto, cute, torch")
+    objection = objection_to_cute("attention", device, dtype)
+    if objection is None and widths != CUTE_ATTENTION_WIDTHS:
+        objection = f"takes keys and values {CUTE_ATTENTION_WIDTHS} wide, not {widths}; take a model with such"
+    takes_cute = requested != "torch" and _takes_cute("attention", requested, objection)
+    return "cute" if takes_cute else "torch"
+
+
+def _takes_cute(part: CutePart, requested: str, objection: str | None) -> bool:
+    if requested == "cute" and objection:
+        raise KernelInputError(f"kernels.backend ('cute') {objection}, or use 'auto'")
+    return requested == "cute" or (objection is None and cute_usable(part))
 
 
 def _checked_request(device: torch.device, dtype: torch.dtype, requested: str) -> str:
@@ -132,11 +168,11 @@ def _checked_request(device: torch.device, dtype: torch.dtype, requested: str) -
     return requested
 
 
-def objection_to_cute(device: torch.device, dtype: torch.dtype) -> str | None:
+def objection_to_cute(part: CutePart, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the back end ``cute`` cannot run there, and the remedy; None where nothing speaks against it."""
-    if not cute_available():
+    if not cute_available(part):
         return (
-            "needs the packages triton and quack-kernels, which are not both installed; install them by "
+            f"needs the packages triton and {CUTE_PACKAGES[part][1]}, which are not both installed; install them by "
             "pip install 'moescale[cute]'"
         )
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -85,8 +85,8 @@ def choose_experts(shape: ExpertShape, routing: str, seed: int = 0) -> torch.Ten
 
 def our_backends() -> tuple[str, ...]:
     """The back ends of the experts to measure here."""
-    objection = objection_to_cute(torch.device("cuda"), torch.bfloat16)
-    return ("triton", "cute") if objection is None and cute_usable() else ("triton",)
+    objection = objection_to_cute("experts", torch.device("cuda"), torch.bfloat16)
+    return ("triton", "cute") if objection is None and cute_usable("experts") else ("triton",)
 
 
 def forward_backward_flops(shape: ExpertShape) -> float:

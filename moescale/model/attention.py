@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moescale.config import ModelConfig
-from moescale.kernels.attention import attention
+from moescale.kernels.attention import Documents, attention
 from moescale.kernels.mla_rope import mla_rope
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
 from moescale.model.linear import Linear
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """[B, S, H] -> [B, S, H], causal; with ``document_ids`` tokens see only their own document."""
+    """[B, S, H] -> [B, S, H], causal; with ``documents`` tokens see only their own document."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class LatentAttention(nn.Module):
         self.output = Linear(heads * config.v_head_dim, hidden, bias=bias)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, document_ids: torch.Tensor | None = None
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: Documents | None = None
     ) -> torch.Tensor:
         heads = self.config.num_heads
         if self.config.q_lora_rank is None:
@@ -67,5 +67,5 @@ class LatentAttention(nn.Module):
         latent, k_rope = self.kv_down(x).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         kv = self.kv_up(self.kv_norm(latent))
         q, k, v = mla_rope(q.unflatten(-1, (heads, -1)), kv.unflatten(-1, (heads, -1)), k_rope, cos, sin)
-        mixed = attention(q, k, v, softmax_scale=self.softmax_scale, document_ids=document_ids)  # [B, S, N, Dv]
+        mixed = attention(q, k, v, softmax_scale=self.softmax_scale, documents=documents)  # [B, S, N, Dv]
         return self.output(mixed.flatten(-2))

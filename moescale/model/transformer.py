@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moescale.config import ModelConfig
+from moescale.kernels.attention import Documents
 from moescale.kernels.cross_entropy import linear_cross_entropy
 from moescale.model.attention import LatentAttention, RMSNorm
 from moescale.model.moe import DenseFeedForward, FeedForwardOutput, MixtureOfExperts
@@ -48,9 +49,9 @@ class Block(nn.Module):
             self.feed_forward = DenseFeedForward(config.hidden_size, config.dense_intermediate_size)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, document_ids: torch.Tensor | None = None
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: Documents | None = None
     ) -> FeedForwardOutput:
-        attended = self.attention(self.attention_norm(x), cos, sin, document_ids)
+        attended = self.attention(self.attention_norm(x), cos, sin, documents)
         normed, x = self.feed_forward_norm.after_adding(attended, x)
         output = self.feed_forward(normed)
         return FeedForwardOutput(x + output.hidden, output.aux_loss, output.tokens_per_expert)
@@ -79,11 +80,11 @@ class Transformer(nn.Module):
         self,
         tokens: torch.Tensor,
         targets: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
+        documents: Documents | None = None,
     ) -> ModelOutput:
         """Run ``tokens`` [B, S] int64; with ``targets`` [B, S] (-100: not a target) return the loss, else logits.
 
-        ``document_ids`` [B, S] int32 keeps attention within documents.
+        ``documents`` keeps attention within documents.
         """
         cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device)
         x = self.embedding(tokens)
@@ -91,9 +92,9 @@ class Transformer(nn.Module):
         counts: list[torch.Tensor] = []
         for layer, block in enumerate(self.layers):
             if layer in self.recompute_layers and torch.is_grad_enabled():
-                output = checkpoint(block, x, cos, sin, document_ids, use_reentrant=False, preserve_rng_state=False)
+                output = checkpoint(block, x, cos, sin, documents, use_reentrant=False, preserve_rng_state=False)
             else:
-                output = block(x, cos, sin, document_ids)
+                output = block(x, cos, sin, documents)
             x = output.hidden
             if output.aux_loss is not None:
                 aux_loss = aux_loss + output.aux_loss

@@ -205,7 +205,7 @@ def _attention_rates(device: torch.device) -> tuple[list[float], list[float]]:
         grad = torch.randn(batch, length, HEADS, V_DIM, device=device).bfloat16()
 
         def run(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v, grad: torch.Tensor = grad) -> None:
-            out = attention(q, k, v, softmax_scale=QK_DIM**-0.5, document_ids=None)
+            out = attention(q, k, v, softmax_scale=QK_DIM**-0.5, documents=None)
             torch.autograd.grad(out, (q, k, v), grad)
 
         rates.append(3.0 * batch * length * HEADS * length * (QK_DIM + V_DIM) / _seconds(run))

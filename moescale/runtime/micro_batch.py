@@ -2,14 +2,15 @@
 
 On a GPU the work of a micro-batch is the same thousands of kernel launches every time, more than the host can queue in
 the time they run. So the second micro-batch of a shape is recorded as a CUDA graph, and from then on replayed: the host
-copies tokens and targets into the graph's inputs and launches it. Whatever a graph cannot hold (document boundaries,
-other shapes, several ranks) runs as it is.
+copies tokens, targets and where documents lie into the graph's inputs and launches it. Whatever a graph cannot hold
+(other shapes, several ranks) runs as it is.
 """
 
 from __future__ import annotations
 
 import torch
 
+from moescale.kernels.attention import Documents
 from moescale.model.transformer import ModelOutput, Transformer
 from moescale.runtime.ranks import Ranks
 
@@ -34,9 +35,9 @@ class MicroBatches:
         """[MoE layers, E]: rows routed to each expert."""
         self._target_weight = scalar.clone()
         self._aux_weight = scalar.clone()
-        self._seen: tuple[int, ...] | None = None
+        self._seen: list[torch.Size] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._graph_inputs: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._graph_inputs: list[torch.Tensor] = []
 
     def start_step(self, *, num_targets: int, num_micro_batches: int) -> None:
         """Clear the sums; every token's loss then counts ``1 / num_targets`` and aux losses their mean times alpha."""
@@ -46,20 +47,18 @@ class MicroBatches:
         self._target_weight.fill_(1.0 / max(1, num_targets))
         self._aux_weight.fill_(self.model.config.aux_loss_alpha / num_micro_batches)
 
-    def run(self, tokens: torch.Tensor, targets: torch.Tensor, document_ids: torch.Tensor | None) -> None:
+    def run(self, tokens: torch.Tensor, targets: torch.Tensor, documents: Documents | None) -> None:
         """Forward and backward of one micro-batch, [B, S] each; adds to the sums and to the gradients."""
-        if not self.capture or document_ids is not None:
-            self._run(tokens.to(self.device), targets.to(self.device), document_ids)
-            return
-        shape = tuple(tokens.shape)
-        if self._graph_inputs is not None and self._graph_inputs[0].shape == shape:
-            self._replay(tokens, targets)
-        elif self._graph is None and self._seen == shape:
-            self._record(tokens, targets)
-            self._replay(tokens, targets)
+        inputs = [tokens, targets, *(documents or ())]
+        shapes = [tensor.shape for tensor in inputs]
+        if self._graph is not None and [tensor.shape for tensor in self._graph_inputs] == shapes:
+            self._replay(inputs)
+        elif self.capture and self._graph is None and self._seen == shapes:
+            self._record(inputs)
+            self._replay(inputs)
         else:  # the first time compiles and tunes, which a recording must not
-            self._seen = shape
-            self._run(tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True), None)
+            self._seen = shapes
+            self._run(*(tensor.to(self.device, non_blocking=self.capture) for tensor in inputs))
 
     def add_up(self, ranks: Ranks) -> None:
         """After a step's last micro-batch: make the sums those of all ranks. A collective, one reduction."""
@@ -71,8 +70,10 @@ class MicroBatches:
         self.aux_loss.copy_(values[1])
         self.expert_rows.copy_(values[2:].view_as(self.expert_rows))
 
-    def _run(self, tokens: torch.Tensor, targets: torch.Tensor, document_ids: torch.Tensor | None) -> None:
-        output: ModelOutput = self.model(tokens, targets=targets, document_ids=document_ids)
+    def _run(self, tokens: torch.Tensor, targets: torch.Tensor, *documents: torch.Tensor) -> None:
+        output: ModelOutput = self.model(
+            tokens, targets=targets, documents=Documents(*documents) if documents else None
+        )
         assert output.loss_sum is not None
         loss = output.loss_sum * self._target_weight
         if self.model.config.aux_loss_alpha:
@@ -83,18 +84,18 @@ class MicroBatches:
         if output.tokens_per_expert is not None:
             self.expert_rows += output.tokens_per_expert
 
-    def _record(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
-        inputs = (torch.empty_like(tokens, device=self.device), torch.empty_like(targets, device=self.device))
+    def _record(self, inputs: list[torch.Tensor]) -> None:
+        graph_inputs = [torch.empty_like(tensor, device=self.device) for tensor in inputs]
         # What earlier micro-batches left in the allocator's cache is out of reach for the graph's own memory pool.
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._run(inputs[0], inputs[1], None)
-        self._graph, self._graph_inputs = graph, inputs
+            self._run(*graph_inputs)
+        self._graph, self._graph_inputs = graph, graph_inputs
 
-    def _replay(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
-        assert self._graph is not None and self._graph_inputs is not None
-        for buffer, value in zip(self._graph_inputs, (tokens, targets), strict=True):
+    def _replay(self, inputs: list[torch.Tensor]) -> None:
+        assert self._graph is not None
+        for buffer, value in zip(self._graph_inputs, inputs, strict=True):
             buffer.copy_(value, non_blocking=True)
         self._graph.replay()

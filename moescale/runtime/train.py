@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from moescale.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
+from moescale.kernels.attention import Documents
 from moescale.model.transformer import Transformer
 from moescale.report.metrics import Observer, StepMetrics, TrainSummary
 from moescale.runtime import checkpoint as checkpoints
@@ -247,7 +248,7 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             self.on_progress(self.step, f"micro-batch {number}")
             sum_over_replicas_at_the_last(self.model, last=number == len(batches))
-            sums.run(batch.tokens, batch.targets, self._document_ids(batch))
+            sums.run(batch.tokens, batch.targets, self._documents(batch))
         self.on_progress(self.step, "gradient norm and update")
         sums.add_up(self.ranks)
         gradient_norm = self.optimizer.gradient_norm()
@@ -276,10 +277,10 @@ class Trainer:
             skipped=skipped,
         )
 
-    def _document_ids(self, batch: Batch) -> torch.Tensor | None:
+    def _documents(self, batch: Batch) -> Documents | None:
         if batch.document_starts is None:
             return None
-        return batch.document_starts.to(self.device, non_blocking=True).cumsum(-1, dtype=torch.int32)
+        return Documents.from_starts(batch.document_starts, self.device)
 
     def _on_nonfinite(self, batches: Sequence[Batch], loss: float, norm: float) -> None:
         self.optimizer.zero_gradients()
@@ -305,7 +306,7 @@ class Trainer:
             output = self.model(
                 batch.tokens.to(self.device),
                 targets=batch.targets.to(self.device),
-                document_ids=self._document_ids(batch),
+                documents=self._documents(batch),
             )
             loss_sum += output.loss_sum
             num_targets += int((batch.targets >= 0).sum())

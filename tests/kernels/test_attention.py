@@ -6,26 +6,49 @@ import pytest
 import torch
 from agreement import DEVICE, randn
 
-from moescale.kernels.attention import attention
+from moescale.kernels.attention import Documents, attention
+from moescale.kernels.backends import HOPPER, cute_available
 
 
 def by_definition(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, documents: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, documents: Documents | None
 ) -> torch.Tensor:
     length = q.shape[1]
     allowed = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     if documents is not None:
-        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+        allowed = allowed & (documents.ids[:, None, :, None] == documents.ids[:, None, None, :])
     scores = torch.einsum("bsnd,btnd->bnst", q.float(), k.float()) * scale
     return torch.einsum("bnst,btnd->bsnd", scores.masked_fill(~allowed, float("-inf")).softmax(-1), v.float())
+
+
+def documents_at(*starts: tuple[int, ...], length: int) -> Documents:
+    """Documents of sequences of ``length`` tokens that begin at these tokens of each."""
+    marks = torch.zeros(len(starts), length, dtype=torch.bool)
+    for row, begins in zip(marks, starts, strict=True):
+        row[list(begins)] = True
+    return Documents.from_starts(marks, DEVICE)
+
+
+def test_documents_begin_where_marked_and_with_every_sequence() -> None:
+    documents = documents_at((3, 5), (), (1,), length=6)
+    ids = [[0, 0, 0, 1, 1, 2], [0] * 6, [0, 1, 1, 1, 1, 1]]
+    for row, expected in zip(documents.ids.tolist(), ids, strict=True):
+        assert [n - row[0] for n in row] == expected
+    assert documents.ids.dtype == documents.offsets.dtype == torch.int32
+    assert documents.offsets.tolist() == [0, 3, 5, 6, 12, 13] + [18] * 58
+
+
+@pytest.mark.parametrize("number", [63, 64, 127])
+def test_offsets_always_close_with_the_number_of_tokens(number: int) -> None:
+    offsets = documents_at(range(number), length=200).offsets.tolist()
+    assert len(offsets) in (64, 128) and offsets[:number] == list(range(number)) and offsets[number] == 200
 
 
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_attention_is_causal_and_stays_within_documents(with_documents: bool) -> None:
     q, k, v = randn(2, 9, 3, 12), randn(2, 9, 3, 12, seed=1), randn(2, 9, 3, 8, seed=2)
-    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [5] * 9], dtype=torch.int32, device=DEVICE)
-    documents = documents if with_documents else None
-    ours = attention(q, k, v, softmax_scale=0.4, document_ids=documents)
+    documents = documents_at((3, 5), (), length=9) if with_documents else None
+    ours = attention(q, k, v, softmax_scale=0.4, documents=documents)
     expected = by_definition(q, k, v, 0.4, documents)
     assert ours.shape == (2, 9, 3, 8)
     torch.testing.assert_close(ours, expected)
@@ -36,21 +59,33 @@ def test_attention_is_causal_and_stays_within_documents(with_documents: bool) ->
 
 def test_a_packed_document_gets_what_it_gets_alone() -> None:
     q, k, v = randn(1, 8, 2, 6), randn(1, 8, 2, 6, seed=1), randn(1, 8, 2, 4, seed=2)
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]], dtype=torch.int32, device=DEVICE)
-    packed = attention(q, k, v, softmax_scale=1.0, document_ids=documents)
-    alone = attention(q[:, 3:], k[:, 3:], v[:, 3:], softmax_scale=1.0, document_ids=None)
+    packed = attention(q, k, v, softmax_scale=1.0, documents=documents_at((3,), length=8))
+    alone = attention(q[:, 3:], k[:, 3:], v[:, 3:], softmax_scale=1.0, documents=None)
     torch.testing.assert_close(packed[:, 3:], alone)
 
 
+RUNS_CUTE = torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER and cute_available("attention")
+GPU_BACKENDS = [
+    "torch",
+    pytest.param("cute", marks=pytest.mark.skipif(not RUNS_CUTE, reason="needs a Hopper GPU and moescale[cute]")),
+]
+
+
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Argument aux_data")
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize("with_documents", [False, True])
-@pytest.mark.parametrize("length", [2048, 300])
-def test_bf16_error_is_at_most_twice_that_of_rounding_the_result(length: int, with_documents: bool) -> None:
+@pytest.mark.parametrize("length", [2048, 300, 1])
+def test_bf16_error_is_at_most_twice_that_of_rounding_the_result(
+    length: int, with_documents: bool, backend: str
+) -> None:
     dtype = torch.bfloat16
     q, k = randn(2, length, 4, 192, dtype=dtype), randn(2, length, 4, 192, dtype=dtype, seed=1)
     v = randn(2, length, 4, 128, dtype=dtype, seed=2)
-    documents = (torch.arange(length, device=DEVICE) // 120).to(torch.int32).expand(2, -1) if with_documents else None
-    ours = attention(q, k, v, softmax_scale=0.07, document_ids=documents)
+    # Documents of 120 tokens, but for three of one token; of the second sequence one of all its tokens.
+    starts = (*range(0, length, 120), *(n for n in (7, 8, 9) if n < length))
+    documents = documents_at(starts, (), length=length) if with_documents else None
+    ours = attention(q, k, v, softmax_scale=0.07, documents=documents, backend=backend)
     expected = by_definition(q, k, v, 0.07, documents)
     direction = randn(2, length, 4, 128, dtype=dtype, seed=3, grad=False)
     gradients = torch.autograd.grad((ours * direction).sum(), (q, k, v))
@@ -58,3 +93,23 @@ def test_bf16_error_is_at_most_twice_that_of_rounding_the_result(length: int, wi
     for a, b in zip([ours, *gradients], [expected, *exact], strict=True):
         # bf16 rounds to 2^-9, probabilities and results once each: about 0.003 in the norm, doubled.
         assert (a.float() - b.float()).norm() < 0.006 * b.float().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Argument aux_data")
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_a_compiled_layer_takes_any_number_of_documents(backend: str) -> None:
+    dtype = torch.bfloat16
+    q, k = randn(1, 512, 2, 192, dtype=dtype), randn(1, 512, 2, 192, dtype=dtype, seed=1)
+    v = randn(1, 512, 2, 128, dtype=dtype, seed=2)
+
+    def layer(documents: Documents) -> torch.Tensor:
+        return attention(q, k, v, softmax_scale=0.07, documents=documents, backend=backend).sin()
+
+    compiled = torch.compile(layer, fullgraph=True)
+    for number in (1, 63, 64, 200, 511):
+        documents = documents_at(tuple(range(number)), length=512)
+        ours, plain = compiled(documents), layer(documents)
+        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=1e-2)
+        (ours_q,), (plain_q,) = (torch.autograd.grad(x.float().sum(), (q,)) for x in (ours, plain))
+        assert (ours_q - plain_q).norm() <= 0.02 * plain_q.norm()

@@ -7,7 +7,12 @@ import torch
 
 from moescale.kernels import backends
 from moescale.kernels._elementwise import runs_triton
-from moescale.kernels.backends import KernelInputError, choose_backend, choose_experts_backend
+from moescale.kernels.backends import (
+    KernelInputError,
+    choose_attention_backend,
+    choose_backend,
+    choose_experts_backend,
+)
 
 CUDA = torch.device("cuda:0")
 CPU = torch.device("cpu")
@@ -56,13 +61,13 @@ def test_a_back_end_asked_for_by_name_is_used_or_refused(monkeypatch):
 
 
 def test_cute_is_refused_without_its_package_naming_what_to_install(monkeypatch):
-    monkeypatch.setattr(backends, "cute_available", lambda: False)
+    monkeypatch.setattr(backends, "cute_available", lambda part: False)
     with pytest.raises(KernelInputError, match=r"needs the packages .*quack-kernels.*pip install 'moescale\[cute\]'"):
         choose_experts_backend(CUDA, torch.bfloat16, "cute")
 
 
 def test_cute_runs_on_hopper_in_bf16_only(monkeypatch):
-    monkeypatch.setattr(backends, "cute_available", lambda: True)
+    monkeypatch.setattr(backends, "cute_available", lambda part: True)
     with pytest.raises(KernelInputError, match=r"needs a Hopper GPU, CUDA capability \(9, 0\); cpu is no CUDA device"):
         choose_experts_backend(CPU, torch.bfloat16, "cute")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
@@ -88,15 +93,15 @@ def test_cute_runs_on_hopper_in_bf16_only(monkeypatch):
     ],
 )
 def test_the_experts_run_in_cute_where_it_can(monkeypatch, installed, usable, capability, dtype, chosen):
-    monkeypatch.setattr(backends, "cute_available", lambda: installed)
-    monkeypatch.setattr(backends, "cute_usable", lambda: usable)
+    monkeypatch.setattr(backends, "cute_available", lambda part: installed)
+    monkeypatch.setattr(backends, "cute_usable", lambda part: usable)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_experts_backend(CUDA, dtype) == chosen
 
 
 def test_the_experts_back_end_can_be_set_from_outside(monkeypatch):
-    monkeypatch.setattr(backends, "cute_available", lambda: True)
-    monkeypatch.setattr(backends, "cute_usable", lambda: True)
+    monkeypatch.setattr(backends, "cute_available", lambda part: True)
+    monkeypatch.setattr(backends, "cute_usable", lambda part: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("MOESCALE_EXPERTS", "triton")
     assert choose_experts_backend(CUDA, torch.bfloat16) == "triton"
@@ -112,12 +117,49 @@ def test_a_cute_that_cannot_be_imported_is_told_of(monkeypatch):
     def broken(name):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(backends, "cute_available", lambda: True)
+    monkeypatch.setattr(backends, "cute_available", lambda part: True)
     monkeypatch.setattr(backends.importlib, "import_module", broken)
     with pytest.warns(UserWarning, match=r"cannot be used \(RuntimeError: no compiler here\).*install it again"):
-        assert not backends.cute_usable.__wrapped__()
+        assert not backends.cute_usable.__wrapped__("experts")
 
 
 def test_operators_without_cute_kernels_run_triton_in_any_dtype(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert runs_triton(CUDA, torch.float32, "cute")
+
+
+WIDTHS = (192, 128)
+
+
+@pytest.mark.parametrize(
+    "installed, usable, capability, dtype, widths, chosen",
+    [
+        (True, True, (9, 0), torch.bfloat16, WIDTHS, "cute"),
+        (False, True, (9, 0), torch.bfloat16, WIDTHS, "torch"),
+        (True, False, (9, 0), torch.bfloat16, WIDTHS, "torch"),
+        (True, True, (10, 0), torch.bfloat16, WIDTHS, "torch"),
+        (True, True, (9, 0), torch.float32, WIDTHS, "torch"),
+        (True, True, (9, 0), torch.bfloat16, (128, 128), "torch"),
+    ],
+)
+def test_attention_runs_in_cute_where_it_can(monkeypatch, installed, usable, capability, dtype, widths, chosen):
+    monkeypatch.setattr(backends, "cute_available", lambda part: installed)
+    monkeypatch.setattr(backends, "cute_usable", lambda part: usable)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_attention_backend(CUDA, dtype, widths) == chosen
+
+
+def test_attentions_back_end_can_be_set_from_outside(monkeypatch):
+    monkeypatch.setattr(backends, "cute_available", lambda part: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("MOESCALE_ATTENTION", "torch")
+    assert choose_attention_backend(CUDA, torch.bfloat16, WIDTHS) == "torch"
+    assert choose_attention_backend(CUDA, torch.bfloat16, WIDTHS, "cute") == "cute"
+    with pytest.raises(KernelInputError, match=r"takes keys and values \(192, 128\) wide, not \(96, 64\)"):
+        choose_attention_backend(CUDA, torch.bfloat16, (96, 64), "cute")
+    monkeypatch.setenv("MOESCALE_ATTENTION", "flash")
+    with pytest.raises(KernelInputError, match=r"back end \('flash'\) must be one of auto, cute, torch"):
+        choose_attention_backend(CUDA, torch.bfloat16, WIDTHS)
+    monkeypatch.setattr(backends, "cute_available", lambda part: False)
+    with pytest.raises(KernelInputError, match=r"needs the packages triton and flash-attn-4"):
+        choose_attention_backend(CUDA, torch.bfloat16, WIDTHS, "cute")

@@ -14,7 +14,7 @@ from moescale.kernels.experts import expert_mlp, experts, experts_reference
 from synchronisation import synchronisation_refused
 
 BACKENDS = ["torch", "grouped_mm", "triton"]  # on the CPU, Triton runs in its interpreter (conftest.py)
-RUNS_CUTE = torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER and cute_available()
+RUNS_CUTE = torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER and cute_available("experts")
 NEEDS_CUTE = pytest.mark.skipif(not RUNS_CUTE, reason="needs a Hopper GPU and pip install 'moescale[cute]'")
 GPU_BACKENDS = ["triton", pytest.param("cute", marks=NEEDS_CUTE)]
 

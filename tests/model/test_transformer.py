@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from moescale.kernels.attention import Documents
 from moescale.model.transformer import Transformer, build_on_meta, initialize
 from tiny import tiny_config
 
@@ -44,9 +45,9 @@ def test_attention_stays_within_documents():
     """A document gives the same logits at any place in a sequence as it gives alone: RoPE is relative."""
     model = build()
     sequence = tokens(1, 12)
-    ids = torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)
+    starts = torch.arange(12) == 5
     with torch.no_grad():
-        together = model(sequence, document_ids=ids).logits
+        together = model(sequence, documents=Documents.from_starts(starts.unsqueeze(0), torch.device("cpu"))).logits
         first, second = model(sequence[:, :5]).logits, model(sequence[:, 5:]).logits
     torch.testing.assert_close(together, torch.cat([first, second], dim=1), rtol=1e-4, atol=1e-4)
 

@@ -18,7 +18,7 @@ def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     def triton(*args: Any, **kwargs: Any) -> str:
         return "triton"
 
-    def cudnn_attention(q, k, v, *, softmax_scale, document_ids):
+    def cudnn_attention(q, k, v, *, softmax_scale, documents):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         result = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=softmax_scale)
         return result[0].transpose(1, 2)

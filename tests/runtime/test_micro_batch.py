@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from moescale.kernels.attention import Documents
 from moescale.model.transformer import Transformer, build_on_meta, initialize
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
@@ -15,6 +16,12 @@ from synchronisation import synchronisation_refused
 from tiny import tiny_config
 
 SHAPE = (2, 32)
+
+
+def documents_of(lengths: int, device: str = "cpu") -> Documents:
+    """Documents of so many tokens each, and what is left of a sequence."""
+    starts = (torch.arange(SHAPE[1]) % lengths == 0).expand(SHAPE)
+    return Documents.from_starts(starts, torch.device(device))
 
 
 def batches(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -95,14 +102,17 @@ def test_products_add_to_the_buffers_what_autograd_hands_out_otherwise(name, way
 
 
 @pytest.mark.gpu
-def test_a_recorded_micro_batch_gives_the_losses_and_gradients_of_the_plain_one():
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_a_recorded_micro_batch_gives_the_losses_and_gradients_of_the_plain_one(with_documents):
     results = []
     for capture in (False, True):
         _, optimizer, runner = build("cuda", torch.bfloat16, capture=capture)
         runner.start_step(num_targets=5 * 62, num_micro_batches=5)
-        for tokens, targets in batches(5):
-            runner.run(tokens.pin_memory(), targets.pin_memory(), None)
+        for number, (tokens, targets) in enumerate(batches(5)):
+            documents = documents_of(5 + number, "cuda") if with_documents else None
+            runner.run(tokens.pin_memory(), targets.pin_memory(), documents)
         torch.cuda.synchronize()
+        assert (runner._graph is not None) == capture
         gradients = {name: optimizer.gradient(name).clone() for name in optimizer.parameters}
         results.append((runner.loss_sum.clone(), runner.expert_rows.clone(), gradients))
     (plain_loss, plain_rows, plain), (loss, rows, recorded) = results
@@ -117,7 +127,7 @@ def test_a_recorded_micro_batch_gives_the_losses_and_gradients_of_the_plain_one(
 def test_forward_and_backward_never_wait_for_the_gpu(with_documents):
     _, _, runner = build("cuda", torch.bfloat16, capture=False)
     inputs = [(tokens.cuda(), targets.cuda()) for tokens, targets in batches(3)]
-    documents = torch.zeros(SHAPE, dtype=torch.int32, device="cuda") if with_documents else None
+    documents = documents_of(9, "cuda") if with_documents else None
     runner.start_step(num_targets=62 * 3, num_micro_batches=3)
     runner.run(*inputs[0], documents)  # compiles, which may synchronise
     with synchronisation_refused():
@@ -127,13 +137,15 @@ def test_forward_and_backward_never_wait_for_the_gpu(with_documents):
 
 
 @pytest.mark.gpu
-def test_only_what_a_graph_can_hold_is_recorded():
+def test_only_what_comes_again_in_one_shape_is_recorded():
     _, _, runner = build("cuda", torch.float32, capture=True)
     assert not runner.capture  # fp32 gradients have no fixed address
     _, _, runner = build("cuda", torch.bfloat16, capture=True)
     runner.start_step(num_targets=62, num_micro_batches=2)
     ((tokens, targets),) = batches(1)
-    documents = torch.zeros(SHAPE, dtype=torch.int32, device="cuda")
-    for _ in range(3):
-        runner.run(tokens, targets, documents)
+    runner.run(tokens, targets, None)
+    runner.run(tokens, targets, documents_of(9, "cuda"))
+    runner.run(tokens[:1], targets[:1], None)
     assert runner._graph is None
+    runner.run(tokens[:1], targets[:1], None)
+    assert runner._graph is not None

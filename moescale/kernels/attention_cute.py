@@ -1,0 +1,57 @@
+"""Causal attention in CuTe, from the package flash-attn-4: the back end ``cute`` (Hopper, bf16).
+
+Documents are sequences of their own length there, so nothing is computed across them and no mask is kept. Called below
+the package's documented interface, whose autograd function a compiled layer cannot hold; so its version is fixed.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+# Of the compiler, about an argument that the kernels of Hopper leave out.
+warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor | None, softmax_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (result [B, S, N, Dv], fp32 logarithms of the sums: [B, N, S], with documents [N, B * S])."""
+    operands = [_by_documents(x, offsets) for x in (q, k, v)]
+    result = _flash_attn_fwd(
+        *operands, **_bounds(offsets, q.shape[1]), softmax_scale=softmax_scale, causal=True, return_lse=True
+    )
+    return result[0].view(v.shape), result[1]
+
+
+def backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    offsets: torch.Tensor | None,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of q, k and v."""
+    operands = [_by_documents(x, offsets) for x in (q, k, v, out, grad)]
+    gradients = _flash_attn_bwd(
+        *operands, sums, **_bounds(offsets, q.shape[1]), softmax_scale=softmax_scale, causal=True
+    )
+    grad_q, grad_k, grad_v = (g.view(x.shape) for g, x in zip(gradients, (q, k, v), strict=True))
+    return grad_q, grad_k, grad_v
+
+
+def _by_documents(x: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """[B, S, N, D] as it is, with documents as [B * S, N, D]."""
+    return x.contiguous() if offsets is None else x.contiguous().flatten(0, 1)
+
+
+def _bounds(offsets: torch.Tensor | None, length: int) -> dict:
+    """Where documents begin and end, and the longest that one can be."""
+    if offsets is None:
+        return {}
+    return {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": length, "max_seqlen_k": length}
