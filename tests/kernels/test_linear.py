@@ -153,5 +153,8 @@ def test_on_the_gpu_the_gradient_is_added_inside_one_product(buffer_dtype: torch
         torch.cuda.synchronize()
     kernels = [event.key for event in profile.key_averages() if "emset" not in event.key]
     assert not any("elementwise" in kernel for kernel in kernels), kernels
-    step = 2.0**-8 if buffer_dtype == torch.bfloat16 else 2.0**-20
-    assert ((buffer.float() - exact).abs() <= exact.abs() * step + 1e-3).all()
+    if buffer_dtype == torch.bfloat16:  # cuBLAS rounds the product, too, before it adds
+        allowed = (exact.abs() + (exact - before).abs()) * 2.0**-8
+    else:
+        allowed = exact.abs() * 2.0**-20
+    assert ((buffer.float() - exact).abs() <= allowed + 1e-3).all()

@@ -30,9 +30,11 @@ def batches(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(t, torch.cat([t[:, 1:], torch.full((SHAPE[0], 1), -100)], dim=1)) for t in tokens]
 
 
-def build(device: str, dtype: torch.dtype, *, capture: bool) -> tuple[Transformer, AdamW, MicroBatches]:
+def build(
+    device: str, dtype: torch.dtype, *, capture: bool, **overrides: Any
+) -> tuple[Transformer, AdamW, MicroBatches]:
     # Sizes that the GPU kernels take: multiples of 8.
-    model = build_on_meta(tiny_config(), dtype).to_empty(device=device)
+    model = build_on_meta(tiny_config(**overrides), dtype).to_empty(device=device)
     initialize(model, 0)
     optimizer = AdamW(model.named_parameters(), TrainSettings(), OptimizerFormat(master="bf16_remainder"))
     optimizer.accumulate_in_products(model)
@@ -101,12 +103,18 @@ def test_products_add_to_the_buffers_what_autograd_hands_out_otherwise(name, way
         assert a.any(), key
 
 
+# The widths that attention in CuTe takes.
+WIDE_HEADS = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+
+
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Argument aux_data")
+@pytest.mark.parametrize("overrides", [{}, WIDE_HEADS], ids=["narrow", "wide"])
 @pytest.mark.parametrize("with_documents", [False, True])
-def test_a_recorded_micro_batch_gives_the_losses_and_gradients_of_the_plain_one(with_documents):
+def test_a_recorded_micro_batch_gives_the_losses_and_gradients_of_the_plain_one(with_documents, overrides):
     results = []
     for capture in (False, True):
-        _, optimizer, runner = build("cuda", torch.bfloat16, capture=capture)
+        _, optimizer, runner = build("cuda", torch.bfloat16, capture=capture, **overrides)
         runner.start_step(num_targets=5 * 62, num_micro_batches=5)
         for number, (tokens, targets) in enumerate(batches(5)):
             documents = documents_of(5 + number, "cuda") if with_documents else None
@@ -123,9 +131,11 @@ def test_a_recorded_micro_batch_gives_the_losses_and_gradients_of_the_plain_one(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Argument aux_data")
+@pytest.mark.parametrize("overrides", [{}, WIDE_HEADS], ids=["narrow", "wide"])
 @pytest.mark.parametrize("with_documents", [False, True])
-def test_forward_and_backward_never_wait_for_the_gpu(with_documents):
-    _, _, runner = build("cuda", torch.bfloat16, capture=False)
+def test_forward_and_backward_never_wait_for_the_gpu(with_documents, overrides):
+    _, _, runner = build("cuda", torch.bfloat16, capture=False, **overrides)
     inputs = [(tokens.cuda(), targets.cuda()) for tokens, targets in batches(3)]
     documents = documents_of(9, "cuda") if with_documents else None
     runner.start_step(num_targets=62 * 3, num_micro_batches=3)
