@@ -3,8 +3,8 @@
     python benchmarks/gradient_accumulation.py --output gradient_accumulation.json
 
 The same model (the public configuration cut to a few layers), weights and batches three times: buffers in fp32; buffers
-in bf16, as the planner's ``gradient_dtype bf16`` has it (a micro-batch's product is added in fp32 and the sum rounded
-once); and for scale the gradient of another step's batches, which shows how much of a gradient is noise of the sample.
+in bf16, as the planner's ``gradient_dtype bf16`` has it (a micro-batch's product is rounded, added, and the sum
+rounded); and for scale the gradient of another step's batches, which shows how much of a gradient is noise of the sample.
 """
 
 from __future__ import annotations

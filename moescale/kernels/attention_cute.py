@@ -6,10 +6,15 @@ the package's documented interface, whose autograd function a compiled layer can
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import torch
-from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+# Compiled kernels are kept on disk, as Triton and Inductor keep theirs; without this every start compiles them.
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # noqa: E402
 
 # Of the compiler, about an argument that the kernels of Hopper leave out.
 warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)

@@ -128,7 +128,7 @@ def _softmax_losses_torch(
 
 
 def _accumulate_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, is_first: bool) -> None:
-    """``total (+)= a @ b``, added in the product's epilogue and rounded once."""
+    """``total (+)= a @ b``, added in the product's epilogue."""
     if is_first:
         torch.mm(a, b, out=total)
     else:

@@ -191,7 +191,7 @@ def weight_gradient(
     """Return left[rows of e].T @ right[rows of e] for every expert, [E, M, N], or add it to ``buffer`` in place.
 
     Shapes: left [R, M], right [R, N]; the columns of ``left`` alternate between gate and up in ``up_wgrad``. The sum
-    runs in fp32; the result is rounded once, also when it is added to a buffer in bf16.
+    runs in fp32 and is rounded to the dtype of what it is stored in or added to; a sum in bf16 is rounded again.
     """
     out = left.new_empty((groups.num_experts, left.shape[1], right.shape[1])) if buffer is None else buffer
     if left.shape[0] == 0:

@@ -273,8 +273,8 @@ def weight_gradient(
 ) -> torch.Tensor:
     """Return left[rows of e].T @ right[rows of e] for every expert, [E, M, N], or add it to ``buffer`` in place.
 
-    Shapes: left [R, M], right [R, N]. The sum runs in fp32; the result is rounded once, also when it is added to a
-    buffer in bf16.
+    Shapes: left [R, M], right [R, N]. The sum runs in fp32 and is rounded to the dtype of what it is stored in or
+    added to; a sum in bf16 is rounded again.
     """
     num_rows, m = left.shape
     n = right.shape[1]

@@ -1,8 +1,8 @@
 """A linear layer whose backward adds the weight's gradient to a buffer, inside the product that makes it.
 
 Without a buffer (inference, fp32 weights, weights divided over ranks) it is ``torch.nn.functional.linear`` and nothing
-else. With one, autograd gets no gradient for the weight: that saves writing it, reading it again and adding it, and the
-sum is rounded once, where it is stored. The operators do not declare that they write to the buffer, for the reason
+else. With one, autograd gets no gradient for the weight: that saves writing it, reading it again and adding it. A sum
+in fp32 is rounded once; one in bf16 also before it is added, as autograd would round it, too. The operators do not declare that they write to the buffer, for the reason
 given in :mod:`moescale.kernels.experts`; a compiled backward keeps them because it needs what else they return.
 """
 
@@ -36,7 +36,7 @@ def linear(
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``total += a @ b``; on a GPU, and wherever all have one dtype, inside the product and rounded once."""
+    """``total += a @ b``; on a GPU, and wherever all have one dtype, inside the product."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.is_cuda:

@@ -92,7 +92,8 @@ def test_bf16_error_is_at_most_twice_that_of_rounding_the_result(
     exact = torch.autograd.grad((expected * direction).sum(), (q, k, v))
     for a, b in zip([ours, *gradients], [expected, *exact], strict=True):
         # bf16 rounds to 2^-9, probabilities and results once each: about 0.003 in the norm, doubled.
-        assert (a.float() - b.float()).norm() < 0.006 * b.float().norm()
+        # A token that sees itself alone gives q and k no gradient, but for the rounding of what cancels.
+        assert (a.float() - b.float()).norm() < 0.006 * b.float().norm() + 1e-4
 
 
 @pytest.mark.gpu
