@@ -4,7 +4,7 @@
 
 The same model (the public configuration cut to a few layers), weights and batches three times: buffers in fp32; buffers
 in bf16, as the planner's ``gradient_dtype bf16`` has it (a micro-batch's product is rounded, added, and the sum
-rounded); and for scale the gradient of another step's batches, which shows how much of a gradient is noise of the sample.
+rounded); and for scale the gradient of another step's batches: how much of a gradient is noise of the sample.
 """
 
 from __future__ import annotations
