@@ -19,10 +19,10 @@ from moescale.model.flops import flops_per_token
 
 PROFILED_MICRO_BATCHES = 2
 KINDS: tuple[tuple[str, str], ...] = (
-    ("experts: products, SwiGLU", r"_rows_kernel|_weight_gradient_kernel|_up_kernel|_swiglu_backward_kernel"),
+    ("experts: products, SwiGLU", r"_rows_kernel|_weight_gradient_kernel|_up_kernel|_swiglu_backward_kernel|quack"),
     ("experts: gather, combine", r"_gather_kernel|_combine_kernel"),
     ("update: AdamW, gradient norm, clearing", r"_adamw_kernel|LpNorm|FillFunctor<c10::BFloat16>|lpnorm"),
-    ("attention", r"cudnn"),
+    ("attention", r"cudnn|flash_attn"),
     ("dense products", r"nvjet|splitK"),
     ("loss: softmax", r"_softmax_kernel|_scale_kernel"),
     ("norms, RoPE, SwiGLU outside the experts", r"_forward_kernel|_backward_kernel|reduce_kernel"),

@@ -17,7 +17,8 @@ from xml.sax.saxutils import escape
 BACKENDS = {
     "reference_published": ("reference, published (H100)", "#999999"),
     "grouped_mm": ("torch grouped_mm, compiled", "#56b4e9"),
-    "triton": ("moescale", "#d55e00"),
+    "triton": ("moescale, Triton", "#d55e00"),
+    "cute": ("moescale, CuTe", "#cc79a7"),
     "dense": ("one dense expert, cuBLAS", "#009e73"),
 }
 BAR, GAP, HEIGHT, LEFT, TOP, BOTTOM = 22, 26, 240, 56, 64, 40

@@ -3,8 +3,8 @@
 Without a buffer (inference, fp32 weights, weights divided over ranks) it is ``torch.nn.functional.linear`` and nothing
 else. With one, autograd gets no gradient for the weight: that saves writing it, reading it again and adding it. A sum
 in fp32 is rounded once; one in bf16 also before it is added, as autograd would round it, too. The operators do not
-declare that they write to the buffer, for the reason given in :mod:`moescale.kernels.experts`; a compiled backward keeps
-them because it needs what else they return.
+declare that they write to the buffer, for the reason given in :mod:`moescale.kernels.experts`; a compiled backward
+keeps them because it needs what else they return.
 """
 
 from __future__ import annotations
