@@ -57,7 +57,7 @@ def cute_available(part: CutePart) -> bool:
     """Whether the packages of the back end ``cute`` for ``part`` are installed."""
     try:
         return triton_available() and importlib.util.find_spec(CUTE_PACKAGES[part][0]) is not None
-    except ModuleNotFoundError:  # not even what the module lies in
+    except Exception:  # finding a module imports the package that it lies in: absent, or another's and broken
         return False
 
 

@@ -163,3 +163,12 @@ def test_attentions_back_end_can_be_set_from_outside(monkeypatch):
     monkeypatch.setattr(backends, "cute_available", lambda part: False)
     with pytest.raises(KernelInputError, match=r"needs the packages triton and flash-attn-4"):
         choose_attention_backend(CUDA, torch.bfloat16, WIDTHS, "cute")
+
+
+def test_a_package_that_fails_while_it_is_looked_for_is_not_available(monkeypatch):
+    def broken(name):
+        raise OSError("built for another torch")
+
+    monkeypatch.setattr(backends.importlib.util, "find_spec", broken)
+    monkeypatch.setattr(backends, "triton_available", lambda: True)
+    assert not backends.cute_available.__wrapped__("attention")
