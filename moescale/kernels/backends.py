@@ -129,11 +129,12 @@ def choose_attention_backend(
         requested = os.environ.get("MOESCALE_ATTENTION", "auto")
     if requested not in ("auto", "cute", "torch"):
         raise KernelInputError(f"attention's back end ({requested!r}) must be one of auto, cute, torch")
+    if requested == "torch":
+        return "torch"
     objection = objection_to_cute("attention", device, dtype)
     if objection is None and widths != CUTE_ATTENTION_WIDTHS:
         objection = f"takes keys and values {CUTE_ATTENTION_WIDTHS} wide, not {widths}; take a model with such"
-    takes_cute = requested != "torch" and _takes_cute("attention", requested, objection)
-    return "cute" if takes_cute else "torch"
+    return "cute" if _takes_cute("attention", requested, objection) else "torch"
 
 
 def _takes_cute(part: CutePart, requested: str, objection: str | None) -> bool:
@@ -170,15 +171,16 @@ def _checked_request(device: torch.device, dtype: torch.dtype, requested: str) -
 
 def objection_to_cute(part: CutePart, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the back end ``cute`` cannot run there, and the remedy; None where nothing speaks against it."""
+    if device.type != "cuda":  # before looking for packages, which nobody needs there
+        return f"needs a Hopper GPU, CUDA capability {HOPPER}; {device} is no CUDA device; take one"
     if not cute_available(part):
         return (
             f"needs the packages triton and {CUTE_PACKAGES[part][1]}, which are not both installed; install them by "
             "pip install 'moescale[cute]'"
         )
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    capability = torch.cuda.get_device_capability(device)
     if capability != HOPPER:
-        has = f"has {capability}" if capability else "is no CUDA device"
-        return f"needs a Hopper GPU, CUDA capability {HOPPER}; {device} {has}; take one"
+        return f"needs a Hopper GPU, CUDA capability {HOPPER}; {device} has {capability}; take one"
     if dtype != torch.bfloat16:
         return f"computes in torch.bfloat16 only, not in {dtype}; use that"
     return None

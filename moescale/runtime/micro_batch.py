@@ -2,8 +2,9 @@
 
 On a GPU the work of a micro-batch is the same thousands of kernel launches every time, more than the host can queue in
 the time they run. So the second micro-batch of a shape is recorded as a CUDA graph, and from then on replayed: the host
-copies tokens, targets and where documents lie into the graph's inputs and launches it. Whatever a graph cannot hold
-(other shapes, several ranks) runs as it is.
+copies tokens and targets into the graph's inputs and launches it. Whatever a graph cannot hold (other shapes, several
+ranks) runs as it is. So do micro-batches with documents: how many there are decides a shape, and one that differs from
+the recorded would need a second set of activations beside the graph's own.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ class MicroBatches:
         """Forward and backward of one micro-batch, [B, S] each; adds to the sums and to the gradients."""
         inputs = [tokens, targets, *(documents or ())]
         shapes = [tensor.shape for tensor in inputs]
+        may_record = self.capture and documents is None
         if self._graph is not None and [tensor.shape for tensor in self._graph_inputs] == shapes:
             self._replay(inputs)
-        elif self.capture and self._graph is None and self._seen == shapes:
+        elif may_record and self._graph is None and self._seen == shapes:
             self._record(inputs)
             self._replay(inputs)
         else:  # the first time compiles and tunes, which a recording must not
