@@ -8,11 +8,30 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib import metadata
+from pathlib import Path
 
 import torch
 
-# Compiled kernels are kept on disk, as Triton and Inductor keep theirs; without this every start compiles them.
-os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+TESTED_VERSION = "4.0.0b36"  # as in pyproject.toml
+if metadata.version("flash-attn-4") != TESTED_VERSION:
+    raise ImportError(f"version {metadata.version('flash-attn-4')}, tested is {TESTED_VERSION}")
+
+
+def _keep_kernels_on_disk() -> None:
+    """Have compiled kernels kept in the user's own folder, as Triton's are; else every start compiles them."""
+    if "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED" in os.environ:
+        return
+    try:
+        folder = Path.home() / ".cache" / "moescale" / "flash-attn-4"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or none to write to
+        return
+    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
+
+
+_keep_kernels_on_disk()
 
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # noqa: E402
 

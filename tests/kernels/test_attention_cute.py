@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -80,7 +83,7 @@ def backward(
 
 
 @pytest.fixture
-def package(monkeypatch):
+def package(monkeypatch, tmp_path):
     """flash-attn-4, as this file plays it."""
     modules = {name: ModuleType(name) for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface")}
     modules["flash_attn.cute.interface"]._flash_attn_fwd = forward
@@ -88,8 +91,13 @@ def package(monkeypatch):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "moescale.kernels.attention_cute", raising=False)
+    monkeypatch.setattr(metadata, "version", lambda name: "4.0.0b36")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    for name in ("ENABLED", "DIR"):  # recorded first, so that what the module sets is undone
+        monkeypatch.setenv(f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}", "")
+        monkeypatch.delenv(f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}")
     yield importlib.import_module("moescale.kernels.attention_cute")
-    sys.modules.pop("moescale.kernels.attention_cute")
+    sys.modules.pop("moescale.kernels.attention_cute", None)
 
 
 @pytest.mark.usefixtures("package")
@@ -113,3 +121,17 @@ def test_forward_and_backward_match_plain_torch(with_documents, compiled):
     results = [[out.detach(), *torch.autograd.grad(out, inputs, direction)] for out in (run(q, k, v), plain)]
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_kernels_are_kept_in_the_users_own_folder(package, tmp_path):
+    folder = Path(os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
+    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+    assert folder.is_relative_to(tmp_path) and folder.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.usefixtures("package")
+def test_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "4.1.0")
+    monkeypatch.delitem(sys.modules, "moescale.kernels.attention_cute")
+    with pytest.raises(ImportError, match="version 4.1.0, tested is 4.0.0b36"):
+        importlib.import_module("moescale.kernels.attention_cute")
