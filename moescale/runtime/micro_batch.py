@@ -36,9 +36,9 @@ class MicroBatches:
         """[MoE layers, E]: rows routed to each expert."""
         self._target_weight = scalar.clone()
         self._aux_weight = scalar.clone()
-        self._seen: list[torch.Size] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._graph_inputs: list[torch.Tensor] = []
+        self._graph_inputs: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def start_step(self, *, num_targets: int, num_micro_batches: int) -> None:
         """Clear the sums; every token's loss then counts ``1 / num_targets`` and aux losses their mean times alpha."""
@@ -50,17 +50,18 @@ class MicroBatches:
 
     def run(self, tokens: torch.Tensor, targets: torch.Tensor, documents: Documents | None) -> None:
         """Forward and backward of one micro-batch, [B, S] each; adds to the sums and to the gradients."""
-        inputs = [tokens, targets, *(documents or ())]
-        shapes = [tensor.shape for tensor in inputs]
-        may_record = self.capture and documents is None
-        if self._graph is not None and [tensor.shape for tensor in self._graph_inputs] == shapes:
-            self._replay(inputs)
-        elif may_record and self._graph is None and self._seen == shapes:
-            self._record(inputs)
-            self._replay(inputs)
+        if not self.capture or documents is not None:
+            self._run(tokens.to(self.device), targets.to(self.device), documents)
+            return
+        shape = tuple(tokens.shape)
+        if self._graph_inputs is not None and self._graph_inputs[0].shape == shape:
+            self._replay(tokens, targets)
+        elif self._graph is None and self._seen == shape:
+            self._record(tokens, targets)
+            self._replay(tokens, targets)
         else:  # the first time compiles and tunes, which a recording must not
-            self._seen = shapes
-            self._run(*(tensor.to(self.device, non_blocking=self.capture) for tensor in inputs))
+            self._seen = shape
+            self._run(tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True), None)
 
     def add_up(self, ranks: Ranks) -> None:
         """After a step's last micro-batch: make the sums those of all ranks. A collective, one reduction."""
@@ -72,10 +73,8 @@ class MicroBatches:
         self.aux_loss.copy_(values[1])
         self.expert_rows.copy_(values[2:].view_as(self.expert_rows))
 
-    def _run(self, tokens: torch.Tensor, targets: torch.Tensor, *documents: torch.Tensor) -> None:
-        output: ModelOutput = self.model(
-            tokens, targets=targets, documents=Documents(*documents) if documents else None
-        )
+    def _run(self, tokens: torch.Tensor, targets: torch.Tensor, documents: Documents | None) -> None:
+        output: ModelOutput = self.model(tokens, targets=targets, documents=documents)
         assert output.loss_sum is not None
         loss = output.loss_sum * self._target_weight
         if self.model.config.aux_loss_alpha:
@@ -86,18 +85,18 @@ class MicroBatches:
         if output.tokens_per_expert is not None:
             self.expert_rows += output.tokens_per_expert
 
-    def _record(self, inputs: list[torch.Tensor]) -> None:
-        graph_inputs = [torch.empty_like(tensor, device=self.device) for tensor in inputs]
+    def _record(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+        inputs = (torch.empty_like(tokens, device=self.device), torch.empty_like(targets, device=self.device))
         # What earlier micro-batches left in the allocator's cache is out of reach for the graph's own memory pool.
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._run(*graph_inputs)
-        self._graph, self._graph_inputs = graph, graph_inputs
+            self._run(inputs[0], inputs[1], None)
+        self._graph, self._graph_inputs = graph, inputs
 
-    def _replay(self, inputs: list[torch.Tensor]) -> None:
-        assert self._graph is not None
-        for buffer, value in zip(self._graph_inputs, inputs, strict=True):
+    def _replay(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+        assert self._graph is not None and self._graph_inputs is not None
+        for buffer, value in zip(self._graph_inputs, (tokens, targets), strict=True):
             buffer.copy_(value, non_blocking=True)
         self._graph.replay()
