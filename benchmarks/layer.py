@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from moescale.config import ModelConfig
 from moescale.kernels.attention import Documents, attention
-from moescale.kernels.backends import choose_attention_backend
+from moescale.kernels.backends import runs_cute
 from moescale.kernels.cross_entropy import linear_cross_entropy
 from moescale.kernels.mla_rope import mla_rope
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
@@ -226,11 +226,6 @@ def elementwise(rows: list[dict]) -> None:
         )
 
 
-def our_attention_backends() -> tuple[str, ...]:
-    chosen = choose_attention_backend(torch.device("cuda"), torch.bfloat16, (192, 128))
-    return ("torch", "cute") if chosen == "cute" else ("torch",)
-
-
 def attention_paths(rows: list[dict]) -> None:
     """Attention alone: causal, and within documents of about 300 tokens by the ways torch offers."""
     q, k, v = randn(BATCH, LENGTH, 16, 192), randn(BATCH, LENGTH, 16, 192), randn(BATCH, LENGTH, 16, 128)
@@ -260,11 +255,12 @@ def attention_paths(rows: list[dict]) -> None:
     def ours(documents: Documents | None, backend: str) -> tuple[torch.Tensor]:
         return (attention(q, k, v, softmax_scale=0.07, documents=documents, backend=backend),)
 
+    backends = ("torch", "cute") if runs_cute("attention", torch.device("cuda"), torch.bfloat16) else ("torch",)
     compiled_mask, compiled_flex = torch.compile(create_block_mask), torch.compile(flex_attention)
     paths = {
         **{
             f"moescale {backend} {name}": partial(ours, documents, backend)
-            for backend in our_attention_backends()
+            for backend in backends
             for name, documents in (("causal", None), ("documents", packed))
         },
         "cudnn causal": sdpa(SDPBackend.CUDNN_ATTENTION, is_causal=True),

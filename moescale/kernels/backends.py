@@ -76,6 +76,11 @@ def cute_usable(part: CutePart) -> bool:
     return True
 
 
+def runs_cute(part: CutePart, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the back end ``cute`` can run ``part`` there."""
+    return objection_to_cute(part, device, dtype) is None and cute_usable(part)
+
+
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moescale.kernels.backends import cute_usable, objection_to_cute
+from moescale.kernels.backends import runs_cute
 from moescale.kernels.expert_order import sort_pairs
 from moescale.kernels.experts import expert_mlp, experts
 from moescale.kernels.router import route, router_logits
@@ -85,8 +85,7 @@ def choose_experts(shape: ExpertShape, routing: str, seed: int = 0) -> torch.Ten
 
 def our_backends() -> tuple[str, ...]:
     """The back ends of the experts to measure here."""
-    objection = objection_to_cute("experts", torch.device("cuda"), torch.bfloat16)
-    return ("triton", "cute") if objection is None and cute_usable("experts") else ("triton",)
+    return ("triton", "cute") if runs_cute("experts", torch.device("cuda"), torch.bfloat16) else ("triton",)
 
 
 def forward_backward_flops(shape: ExpertShape) -> float:
