@@ -6,8 +6,8 @@ The documents are the library's source files as one JSON Lines file of their own
 trained on a part of them. Every run has a process of its own, and the variants take turns; times are medians.
 
 - ``prepare``: moescale.data.prepare, from the JSON Lines file to a corpus on disk.
-- ``prepare_by_tokenizer_alone``: the same without the table of words (moescale/data/words.py), as it works with
-  tokenizers that the table does not understand.
+- ``prepare_by_tokenizer_alone``: the same without moescale/data/prepare/word_table.py, as it works with tokenizers
+  that the table does not understand.
 - ``datasets_map``: load_dataset("json"), a batched map that tokenises and appends the end token, a second batched map
   that concatenates and cuts into sequences (the ``group_texts`` of transformers' language-modelling examples), and
   save_to_disk. It keeps input_ids alone: attention masks and labels, which those examples add, would only slow it.
@@ -33,9 +33,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from moescale.data import encode
-from moescale.data.prepare import prepare
-from moescale.data.settings import PrepareSettings
+from moescale.data.prepare import encode, prepare
+from moescale.data.prepare.settings import PrepareSettings
 
 END_TOKEN = "<|end_of_text|>"
 VARIANTS = ("prepare", "prepare_by_tokenizer_alone", "datasets_map", "datasets_map_as_in_examples")

@@ -105,7 +105,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, stdlib_sources: Path)
 def stdlib_corpus(tmp_path_factory: pytest.TempPathFactory, stdlib_sources: Path, model_folder: Path) -> Path:
     """The sources, prepared in sequences of 64 tokens with a validation split."""
     from moescale.data.prepare import prepare
-    from moescale.data.settings import PrepareSettings
+    from moescale.data.prepare.settings import PrepareSettings
 
     folder = tmp_path_factory.mktemp("prepared") / "corpus"
     settings = PrepareSettings(

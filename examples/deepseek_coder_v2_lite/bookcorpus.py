@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moescale.data.prepare import prepare
-from moescale.data.settings import PrepareSettings
+from moescale.data.prepare import PrepareSettings, prepare
 from moescale.errors import MoescaleError
 
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from moescale.data.prepare import prepare
-from moescale.data.settings import PrepareSettings
+from moescale.data.prepare import PrepareSettings, prepare
 
 
 def prepare_command(settings: Annotated[PrepareSettings, Parameter(name="*")], *, json: bool = False) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moescale.data.settings import PrepareSettings
+from moescale.data.prepare.settings import PrepareSettings
 
 DOCUMENTS = [
     f"def function_{number}(x):\n    return x * {number}  # é 漢字\n" * (1 + number % 3) for number in range(60)

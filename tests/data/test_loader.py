@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from moescale.data.loader import Loader, read_batch, validation_batches
+from moescale.data.batch import read_batch
+from moescale.data.loader import Loader, validation_batches
 from moescale.errors import ConfigError, DataError
 
 LENGTH = 8

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-from moescale.data.chunks import Chunk, LongFile, ReadableChunk, TextRange
+from moescale.data.prepare.work_items import Chunk, LongFile, ReadableChunk, TextRange
 
 Encode = Callable[[str], Iterable[int]]
 

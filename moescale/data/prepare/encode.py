@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import tokenizers
 
-from moescale.data.chunks import LineRange, Lines, NotText, ReadableChunk, Rows, TextRange, WholeFiles
-from moescale.data.cuts import parts_of
-from moescale.data.readers import BYTE_ORDER_MARK, looks_binary, open_bytes
-from moescale.data.words import word_encoder
+from moescale.data.prepare.readers import BYTE_ORDER_MARK, looks_binary, open_bytes
+from moescale.data.prepare.splitting import parts_of
+from moescale.data.prepare.word_table import word_encoder
+from moescale.data.prepare.work_items import LineRange, Lines, NotText, ReadableChunk, Rows, TextRange, WholeFiles
 from moescale.errors import DataError
 
 MALFORMED_JSON = "malformed_json"

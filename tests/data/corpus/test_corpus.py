@@ -32,8 +32,8 @@ def test_a_corpus_knows_its_measures(prepared):
 
 def test_sequences_are_found_across_shards(settings, lines_file, tmp_path, monkeypatch):
     one = open_corpus(prepare(settings(lines_file, document_boundaries=True), progress=False).output)
-    monkeypatch.setattr("moescale.data.shards._SHARD_TOKENS", 16 * 50)
-    monkeypatch.setattr("moescale.data.shards._WRITE_TOKENS", 1000)
+    monkeypatch.setattr("moescale.data.prepare.shard_writer._SHARD_TOKENS", 16 * 50)
+    monkeypatch.setattr("moescale.data.prepare.shard_writer._WRITE_TOKENS", 1000)
     made = settings(lines_file, document_boundaries=True, output=tmp_path / "sharded")
     many = open_corpus(prepare(made, progress=False).output)
     assert len(list((tmp_path / "sharded").glob("*.bin"))) > 3

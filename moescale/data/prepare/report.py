@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moescale.data.manifest import BadItems, Manifest
-from moescale.data.shards import SplitCounts
+from moescale.data.corpus.manifest import BadItems, Manifest, SplitCounts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.normalizers import NFC
 
-from moescale.data import words
-from moescale.data.words import word_encoder
+from moescale.data.prepare import word_table
+from moescale.data.prepare.word_table import word_encoder
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -135,7 +135,7 @@ def test_tokens_of_any_characters_are_the_tokenizers_own(tokenizers_by_name, tex
         assert tokens is None or tokens.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
 
 
-ENCODERS: dict[int, words.WordEncoder] = {}
+ENCODERS: dict[int, word_table.WordEncoder] = {}
 
 
 def encoder_of_cached(tokenizer):
@@ -169,20 +169,20 @@ def encoder_of_cached(tokenizer):
 def test_every_stable_character_means_the_same_to_both_libraries(element):
     import re
 
-    text = "".join(map(chr, sorted(words._stable_characters())))
+    text = "".join(map(chr, sorted(word_table._stable_characters())))
     pieces = pre_tokenizers.Split(Regex(element), "removed").pre_tokenize_str(text)
     outside_for_tokenizers = "".join(piece for piece, _ in pieces)
-    outside_for_python = re.sub(words.translated(element), "", text)
+    outside_for_python = re.sub(word_table.translated(element), "", text)
     assert outside_for_tokenizers == outside_for_python
 
 
 def test_digits_are_the_characters_that_the_digits_stage_isolates():
     import re
 
-    text = "".join(map(chr, sorted(words._stable_characters())))
+    text = "".join(map(chr, sorted(word_table._stable_characters())))
     pieces = [piece for piece, _ in pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str(text)]
-    assert pieces == words._cut_by(words.translated(r"\p{N}"), [text])(text)
-    assert re.fullmatch(words.translated(r"\p{N}"), "5")
+    assert pieces == word_table._cut_by(word_table.translated(r"\p{N}"), [text])(text)
+    assert re.fullmatch(word_table.translated(r"\p{N}"), "5")
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ def test_digits_are_the_characters_that_the_digits_stage_isolates():
     ],
 )
 def test_patterns_outside_the_small_language_are_refused(pattern):
-    with pytest.raises(words._Unsupported):
-        words.translated(pattern)
+    with pytest.raises(word_table._Unsupported):
+        word_table.translated(pattern)
 
 
 def test_texts_with_added_tokens_or_rare_characters_are_left_to_the_tokenizer(tokenizers_by_name):
@@ -234,20 +234,20 @@ def test_tokenizers_of_other_kinds_are_left_alone(stdlib_sources, change):
 
 
 def test_any_of_hundreds_of_added_tokens_is_found():
-    find = words._any_of([f"<|place holder {number}|>" for number in range(800)] + ["<think>", "[X]"]).search
+    find = word_table._any_of([f"<|place holder {number}|>" for number in range(800)] + ["<think>", "[X]"]).search
     assert find("a <|place holder 799|> b").group() == "<|place holder 799|>"
     assert find("a [X] b").group() == "[X]"
     assert find("<|place holder 800> <think [X <|") is None
-    assert words._any_of([]).search("anything") is None
+    assert word_table._any_of([]).search("anything") is None
 
 
 def test_a_disagreement_on_the_hard_cases_leaves_the_tokenizer_alone(tokenizers_by_name, monkeypatch):
-    monkeypatch.setattr(words, "_GPT2_PATTERN", r"\s+|\S+")
+    monkeypatch.setattr(word_table, "_GPT2_PATTERN", r"\s+|\S+")
     assert encoder_of(tokenizers_by_name["gpt2"]) is None
 
 
 def test_a_full_table_starts_again(tokenizers_by_name, monkeypatch):
-    monkeypatch.setattr(words, "_TABLE_WORDS", 10)
+    monkeypatch.setattr(word_table, "_TABLE_WORDS", 10)
     tokenizer = tokenizers_by_name["gpt2"]
     encoder = encoder_of(tokenizer)
     text = " ".join(f"word{number}" for number in range(1000))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moescale.data.corpus import open_corpus
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "deepseek_coder_v2_lite" / "bookcorpus.py"
+SCRIPT = Path(__file__).parents[3] / "examples" / "deepseek_coder_v2_lite" / "bookcorpus.py"
 
 
 def run(*arguments) -> subprocess.CompletedProcess:

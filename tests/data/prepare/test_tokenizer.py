@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from moescale.data.prepare import prepare
-from moescale.data.tokenizer import load_tokenizer
+from moescale.data.prepare.tokenizer import load_tokenizer
 from moescale.errors import DataError
 
 END_TOKEN = "<|end_of_text|>"

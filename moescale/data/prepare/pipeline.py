@@ -16,17 +16,17 @@ import numpy as np
 from moescale.config import fingerprint
 from moescale.data import shuffle
 from moescale.data.corpus import PreparedCorpus
-from moescale.data.encode import EncodedChunk, token_dtype
-from moescale.data.manifest import SOURCE_FILES, BadItems, Manifest, read_manifest
-from moescale.data.pool import encode
-from moescale.data.progress import Progress
-from moescale.data.report import PrepareReport
-from moescale.data.resources import Resources, resources_for
-from moescale.data.settings import PrepareSettings
-from moescale.data.shards import SplitWriter
-from moescale.data.sources import Source, open_source
-from moescale.data.staging import staged, writing
-from moescale.data.tokenizer import CorpusTokenizer, load_tokenizer
+from moescale.data.corpus.manifest import SOURCE_FILES, BadItems, Manifest, read_manifest
+from moescale.data.prepare.atomic_folder import staged, writing
+from moescale.data.prepare.encode import EncodedChunk, token_dtype
+from moescale.data.prepare.memory_budget import Resources, resources_for
+from moescale.data.prepare.progress import Progress
+from moescale.data.prepare.report import PrepareReport
+from moescale.data.prepare.settings import PrepareSettings
+from moescale.data.prepare.shard_writer import SplitWriter
+from moescale.data.prepare.sources import Source, open_source
+from moescale.data.prepare.tokenizer import CorpusTokenizer, load_tokenizer
+from moescale.data.prepare.workers import encode
 from moescale.errors import DataError
 
 _FIRST_POSITIONS = 10

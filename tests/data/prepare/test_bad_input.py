@@ -77,8 +77,8 @@ def test_escaped_surrogate_pairs_are_text(settings, tmp_path):
 
 
 def test_positions_hold_across_chunks_and_files_and_stop_at_ten(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("moescale.data.resources._MOST_CHUNK_BYTES", 200)
-    monkeypatch.setattr("moescale.data.resources._LEAST_CHUNK_BYTES", 200)
+    monkeypatch.setattr("moescale.data.prepare.memory_budget._MOST_CHUNK_BYTES", 200)
+    monkeypatch.setattr("moescale.data.prepare.memory_budget._LEAST_CHUNK_BYTES", 200)
     for name in ("a", "b"):
         (tmp_path / "source").mkdir(exist_ok=True)
         lines = [GOOD if number % 10 else b"{" for number in range(1, 81)]

@@ -16,14 +16,14 @@ import pytest
 
 from moescale.data.corpus import open_corpus
 from moescale.data.prepare import prepare
-from moescale.data.staging import staging_folder
+from moescale.data.prepare.atomic_folder import staging_folder
 from moescale.errors import DataError
 
 PREPARE = """
 import sys
 from pathlib import Path
 from moescale.data.prepare import prepare
-from moescale.data.settings import PrepareSettings
+from moescale.data.prepare.settings import PrepareSettings
 if __name__ == "__main__":
     source, tokenizer, output = sys.argv[1:]
     prepare(
@@ -127,7 +127,7 @@ def test_a_manifest_that_cannot_be_written_leaves_nothing(settings, tmp_path, li
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moescale.data.manifest.Manifest.write", fail)
+    monkeypatch.setattr("moescale.data.corpus.manifest.Manifest.write", fail)
     with pytest.raises(DataError, match=r"cannot be written: No space left on device; make room"):
         prepare(settings(lines_file), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == [lines_file.name]

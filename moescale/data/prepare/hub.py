@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moescale.data.chunks import Chunk
-from moescale.data.readers import row_chunks
+from moescale.data.prepare.readers import row_chunks
+from moescale.data.prepare.work_items import Chunk
 from moescale.errors import DataError, nearest
 
 _TIMEOUT_SECONDS = 20

@@ -9,51 +9,16 @@ from __future__ import annotations
 import hashlib
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
-from moescale.data.staging import writing
+from moescale.data.corpus.manifest import Shard, SplitCounts, WrittenFile
+from moescale.data.prepare.atomic_folder import writing
 
 _SHARD_TOKENS = 1 << 27
 _WRITE_TOKENS = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class WrittenFile:
-    name: str
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """Some sequences of a split: a file of tokens, and the file of document starts beside it."""
-
-    num_sequences: int
-    tokens: WrittenFile
-    starts: WrittenFile | None
-
-    @staticmethod
-    def from_dict(value: dict[str, Any]) -> Shard:
-        return Shard(
-            num_sequences=value["num_sequences"],
-            tokens=WrittenFile(**value["tokens"]),
-            starts=WrittenFile(**value["starts"]) if value["starts"] else None,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitCounts:
-    """What went into a split: ``tokens_in == tokens_packed + tokens_dropped``, end tokens included."""
-
-    documents: int
-    tokens_in: int
-    tokens_packed: int
-    tokens_dropped: int
-    num_sequences: int
 
 
 class _HashedFile:

@@ -8,8 +8,7 @@ from typing import Literal, Protocol, overload
 
 import numpy as np
 
-from moescale.data.manifest import Manifest, read_manifest
-from moescale.data.shards import Shard, WrittenFile
+from moescale.data.corpus.manifest import Manifest, Shard, WrittenFile, read_manifest
 from moescale.errors import DataError, nearest
 
 _REMEDY = "remove {} and prepare the corpus again"
@@ -72,7 +71,7 @@ def open_corpus(path: Path, split: str = "train", missing_ok: bool = False) -> C
     if not path.is_dir():
         raise DataError(f"corpus {path} is not a folder; make one with `moescale prepare`")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        from moescale.data.saved_dataset import open_saved_dataset, splits_of
+        from moescale.data.corpus.saved_dataset import open_saved_dataset, splits_of
 
         splits = splits_of(path)
         if split in splits:

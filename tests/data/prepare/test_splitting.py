@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
-from moescale.data import cuts
-from moescale.data.chunks import LongFile, WholeFiles
 from moescale.data.corpus import open_corpus
-from moescale.data.encode import Encoder
-from moescale.data.prepare import prepare
+from moescale.data.prepare import prepare, splitting
+from moescale.data.prepare.encode import Encoder
+from moescale.data.prepare.work_items import LongFile, WholeFiles
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def long_text(stdlib_sources):
 
 @pytest.mark.parametrize("size", [5_000, 17_000, 299_999, 300_000, 400_000])
 def test_parts_have_the_tokens_of_the_whole(encode, long_text, size):
-    parts = list(cuts.parts_of(long_text, encode, size))
+    parts = list(splitting.parts_of(long_text, encode, size))
     assert "".join(parts) == long_text
     assert all(len(part) <= size for part in parts)
     assert len(parts) <= 1 + 2 * len(long_text) // size
@@ -41,7 +40,7 @@ def test_parts_have_the_tokens_of_the_whole(encode, long_text, size):
     "text", ["漢字かな交じり文。" * 3000, "0123456789" * 3000, "\n    " * 6000, "word<|end_of_text|>" * 2000]
 )
 def test_texts_without_words_are_cut_where_tokens_allow(encode, text):
-    parts = list(cuts.parts_of(text, encode, 8000))
+    parts = list(splitting.parts_of(text, encode, 8000))
     assert [token for part in parts for token in encode(part)] == encode(text)
 
 
@@ -49,19 +48,19 @@ def test_texts_without_words_are_cut_where_tokens_allow(encode, text):
 @pytest.mark.parametrize("size", [8000, 8001, 8003])
 def test_a_run_longer_than_any_part_has_the_tokens_of_the_whole(encode, long_text, character, size):
     text = long_text[:20_000] + "x" + character * 50_001 + "y" + long_text[20_000:40_000]
-    parts = list(cuts.parts_of(text, encode, size))
+    parts = list(splitting.parts_of(text, encode, size))
     assert len(parts) > 2
     assert [token for part in parts for token in encode(part)] == encode(text)
 
 
 def test_memory_does_not_decide_how_a_run_of_whitespace_is_tokenised(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("moescale.data.sources._LONG_DOCUMENT_BYTES", 20_000)
+    monkeypatch.setattr("moescale.data.prepare.sources._LONG_DOCUMENT_BYTES", 20_000)
     source = tmp_path / "spaces.txt"
     source.write_text("x" + " " * 600_001 + "y")
     contents = []
     for number, chunk_bytes in enumerate((1 << 17, 150_001)):
-        monkeypatch.setattr("moescale.data.resources._LEAST_CHUNK_BYTES", chunk_bytes)
-        monkeypatch.setattr("moescale.data.resources._MOST_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("moescale.data.prepare.memory_budget._LEAST_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("moescale.data.prepare.memory_budget._MOST_CHUNK_BYTES", chunk_bytes)
         report = prepare(settings(source, output=tmp_path / str(number)), progress=False)
         contents.append((report.output / "train-00000.bin").read_bytes())
     assert contents[0] == contents[1]
@@ -74,7 +73,7 @@ def test_a_tokenizer_that_marks_the_beginning_of_its_input_gets_whole_texts(toke
     def encode(text):
         return marking.encode(text, add_special_tokens=False).ids
 
-    parts = list(cuts.parts_of(long_text, encode, 50_000))
+    parts = list(splitting.parts_of(long_text, encode, 50_000))
     assert [token for part in parts for token in encode(part)] == encode(long_text)
 
 
@@ -85,7 +84,7 @@ def test_parts_of_a_file_meet_at_cuts(encode, long_text, tmp_path, size):
     path.write_text(text)
     num_bytes = path.stat().st_size
     other = WholeFiles(paths=["other"])
-    chunks = list(cuts.in_parts(iter([other, LongFile(path=str(path), num_bytes=num_bytes)]), encode, size))
+    chunks = list(splitting.in_parts(iter([other, LongFile(path=str(path), num_bytes=num_bytes)]), encode, size))
     assert chunks[0] is other
     ranges = chunks[1:]
     assert [part.start for part in ranges] == [0, *(part.end for part in ranges[:-1])]
@@ -97,7 +96,7 @@ def test_parts_of_a_file_meet_at_cuts(encode, long_text, tmp_path, size):
 
 
 def test_a_long_text_is_encoded_in_parts_to_the_same_tokens(tokenizer, encode, long_text, monkeypatch):
-    monkeypatch.setattr("moescale.data.encode._PART_CHARACTERS", 20_000)
+    monkeypatch.setattr("moescale.data.prepare.encode._PART_CHARACTERS", 20_000)
     encoder = Encoder(tokenizer_json=tokenizer.to_str(), end_token_id=0, vocabulary_size=512, text_column="text")
     assert encoder.tokens_of(long_text).tolist() == encode(long_text)
     encoder._by_words = None
@@ -118,8 +117,8 @@ def test_long_files_give_the_same_corpus_as_short_ones(
     (root / "4.txt").write_bytes(("é" * 20_000).encode() + b"\xe9" + b"tail" * 1000)
     options = {"validation_fraction": validation_fraction, "document_boundaries": True, "num_workers": num_workers}
     whole = prepare(settings(root, output=tmp_path / "whole", **options), progress=False)
-    monkeypatch.setattr("moescale.data.sources._LONG_DOCUMENT_BYTES", 20_000)
-    monkeypatch.setattr("moescale.data.pool._LONG_FILE_PART_BYTES", 8001)
+    monkeypatch.setattr("moescale.data.prepare.sources._LONG_DOCUMENT_BYTES", 20_000)
+    monkeypatch.setattr("moescale.data.prepare.workers._LONG_FILE_PART_BYTES", 8001)
     parts = prepare(settings(root, output=tmp_path / "parts", **options), progress=False)
     assert whole.documents == parts.documents == 5
     assert whole.splits == parts.splits

@@ -12,11 +12,11 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any
 
-from moescale.data.chunks import ReadableChunk
-from moescale.data.cuts import in_parts
-from moescale.data.encode import EncodedChunk, Encoder
-from moescale.data.resources import Resources
-from moescale.data.sources import Source
+from moescale.data.prepare.encode import EncodedChunk, Encoder
+from moescale.data.prepare.memory_budget import Resources
+from moescale.data.prepare.sources import Source
+from moescale.data.prepare.splitting import in_parts
+from moescale.data.prepare.work_items import ReadableChunk
 from moescale.errors import DataError
 
 _LONG_FILE_PART_BYTES = 1 << 17

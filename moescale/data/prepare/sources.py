@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from moescale.data.chunks import Chunk, WholeFiles
-from moescale.data.readers import (
+from moescale.data.prepare.atomic_folder import staging_folder
+from moescale.data.prepare.readers import (
     COMPRESSIONS,
     compression_of,
     line_chunks,
@@ -19,7 +19,7 @@ from moescale.data.readers import (
     row_chunks,
     table_texts,
 )
-from moescale.data.staging import staging_folder
+from moescale.data.prepare.work_items import Chunk, WholeFiles
 from moescale.errors import DataError, nearest
 
 _KINDS = {".jsonl": "lines", ".ndjson": "lines", ".parquet": "parquet", ".arrow": "arrow"}
@@ -116,7 +116,7 @@ def open_source(source: str, *, text_column: str, split: str, output: Path) -> S
     elif path.is_file():
         found = LocalSource(kind="file", name=str(path), text_column=text_column, files=[_file(path, path.name)])
     else:
-        from moescale.data.hub import open_hub_dataset
+        from moescale.data.prepare.hub import open_hub_dataset
 
         return open_hub_dataset(source, text_column=text_column, split=split)
     if not found.files:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from moescale.data.settings import PrepareSettings
+from moescale.data.prepare.settings import PrepareSettings
 from moescale.errors import ConfigError
 
 # Measured as proportional set sizes on Linux, and rounded up (tests/data/test_memory.py holds the sum to the bound).

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from moescale.config import fingerprint
-from moescale.data.shards import Shard, SplitCounts
 from moescale.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -16,6 +15,41 @@ SOURCE_FILES = "source.jsonl"
 """One JSON line per file read: its name, size in bytes and time of change."""
 _FORMAT = "moescale corpus"
 _VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenFile:
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Some sequences of a split: a file of tokens, and the file of document starts beside it."""
+
+    num_sequences: int
+    tokens: WrittenFile
+    starts: WrittenFile | None
+
+    @staticmethod
+    def from_dict(value: dict[str, Any]) -> Shard:
+        return Shard(
+            num_sequences=value["num_sequences"],
+            tokens=WrittenFile(**value["tokens"]),
+            starts=WrittenFile(**value["starts"]) if value["starts"] else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitCounts:
+    """What went into a split: ``tokens_in == tokens_packed + tokens_dropped``, end tokens included."""
+
+    documents: int
+    tokens_in: int
+    tokens_packed: int
+    tokens_dropped: int
+    num_sequences: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moescale.data.chunks import Chunk, LineRange, Lines, LongFile, NotText, Rows, WholeFiles
+from moescale.data.prepare.work_items import Chunk, LineRange, Lines, LongFile, NotText, Rows, WholeFiles
 from moescale.errors import DataError, nearest
 
 BYTE_ORDER_MARK = codecs.BOM_UTF8

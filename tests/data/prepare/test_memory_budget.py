@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from moescale.data.resources import resources_for
-from moescale.data.settings import PrepareSettings
+from moescale.data.prepare.memory_budget import resources_for
+from moescale.data.prepare.settings import PrepareSettings
 from moescale.errors import ConfigError
 
 PREPARE = """
 import sys
 from pathlib import Path
 from moescale.data.prepare import prepare
-from moescale.data.settings import PrepareSettings
+from moescale.data.prepare.settings import PrepareSettings
 if __name__ == "__main__":
     source, tokenizer, output, gigabytes = sys.argv[1:]
     prepare(

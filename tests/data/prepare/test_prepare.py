@@ -195,8 +195,8 @@ def test_processes_and_chunks_do_not_change_a_byte(settings, tmp_path, monkeypat
     options = {"validation_fraction": validation_fraction, "document_boundaries": True}
     variants = []
     for name, num_workers, chunk_bytes in (("one", 1, 1 << 20), ("two", 2, 1 << 16), ("odd", 1, 1001)):
-        monkeypatch.setattr("moescale.data.resources._MOST_CHUNK_BYTES", chunk_bytes)
-        monkeypatch.setattr("moescale.data.resources._LEAST_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("moescale.data.prepare.memory_budget._MOST_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("moescale.data.prepare.memory_budget._LEAST_CHUNK_BYTES", chunk_bytes)
         made = settings(source, num_workers=num_workers, output=tmp_path / name, **options)
         report = prepare(made, progress=False)
         assert report.num_workers == num_workers
