@@ -5,8 +5,8 @@ from __future__ import annotations
 import json as json_module
 import math
 import sys
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ from moescale import __version__
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import PRESETS, read_model_config, resolve_model
 from moescale.convert.weight_files import has_weights
-from moescale.data.corpus import Corpus, open_corpus
+from moescale.data.corpus import Corpus, Verification, open_corpus
 from moescale.data.loader import Loader, validation_batches
 from moescale.errors import CheckpointError, ConfigError
 from moescale.model.flops import flops_per_token, peak_flops
@@ -30,7 +30,7 @@ from moescale.runtime.device import choose_device, make_deterministic
 from moescale.runtime.launch import Membership, join_ranks, run_local_ranks, was_launched
 from moescale.runtime.mapping import compile_layers, optimizer_format
 from moescale.runtime.output_lock import hold_output
-from moescale.runtime.ranks import Ranks
+from moescale.runtime.ranks import Ranks, place_on_host
 from moescale.runtime.session import PlacedModel, place_model
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
@@ -105,9 +105,11 @@ def run_command(
     if inputs.deterministic:
         make_deterministic()
     with join_ranks(device, hang_seconds=inputs.hang_seconds) as member:
-        with hold_output(inputs.output, member.ranks):
+        with hold_output(inputs.output, member.ranks), _verifying(inputs, corpus, member) as verification:
             try:
-                summary = _train(inputs, settings, folder, config, corpus, plan, member, show_progress=not json)
+                summary = _train(
+                    inputs, settings, folder, config, corpus, verification, plan, member, show_progress=not json
+                )
             except DamagedCheckpointError as error:
                 raise CheckpointError(f"{error}; pass --resume last-good to skip it") from error
     if json and member.ranks.is_first:
@@ -135,6 +137,7 @@ def _train(
     folder: Path,
     config: ModelConfig,
     corpus: Corpus,
+    verification: Verification,
     plan: ParallelPlan,
     member: Membership,
     *,
@@ -162,6 +165,7 @@ def _train(
         seed=settings.seed,
         rank=ranks.rank,
         world_size=ranks.size,
+        verification=verification,
     )
     with ExitStack() as stack:
         observer: Observer = SilentObserver()
@@ -203,9 +207,29 @@ def _train(
             summary = trainer.train()
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(plan, device, trainer.step) from error
+        verification.check()
+        if not verification.is_done:
+            share = verification.verified_bytes / max(1, verification.num_bytes)
+            _warn(f"the run ended before its corpus was verified: {share:.0%} of {inputs.data} was", ranks)
         if log is not None:
             log.finish(summary)
     return summary
+
+
+@contextmanager
+def _verifying(inputs: RunInputs, corpus: Corpus, member: Membership) -> Iterator[Verification]:
+    """Begin to verify the run's corpus and its validation split; a small one is verified when the block begins."""
+    for notice in corpus.notices:
+        _warn(notice, member.ranks)
+    validation = open_corpus(inputs.data, split="validation", missing_ok=True)
+    part, num_parts = place_on_host()
+    with Verification(
+        [corpus] if validation is None else [corpus, validation],
+        part=part,
+        num_parts=num_parts,
+        on_progress=lambda: member.progress(0, "verifying the corpus"),
+    ) as verification:
+        yield verification
 
 
 def _steps_of_one_epoch(corpus: Corpus, plan: ParallelPlan, checkpoint: Checkpoint | None) -> int:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moescale.data.corpus import Corpus
-
-NO_TARGET = -100
+from moescale.data.corpus import NO_TARGET, Corpus
+from moescale.errors import DataError
 
 
 @dataclass(kw_only=True)
@@ -19,7 +18,8 @@ class Batch:
     tokens: torch.Tensor
     """[B, S] int64"""
     targets: torch.Tensor
-    """[B, S] int64: the next token; -100 at a sequence's end and where the next token begins another document."""
+    """[B, S] int64: the next token; -100 at a sequence's end, where the next token begins another document, and where a
+    saved dataset's labels or masks leave the next token out."""
     sequence_ids: torch.Tensor
     """[B] int64: indices of the sequences in the corpus; -1 for one that only keeps ranks in step."""
     document_starts: torch.Tensor | None
@@ -27,15 +27,24 @@ class Batch:
 
 
 def read_batch(corpus: Corpus, sequence_ids: np.ndarray) -> Batch:
-    """Read the sequences ``sequence_ids`` int64 [B] and derive their targets."""
+    """Read the sequences ``sequence_ids`` int64 [B] and derive their targets.
+
+    Raises:
+        DataError: a token id or label is outside the corpus's vocabulary, which only damage can bring about.
+    """
     tokens = np.empty((len(sequence_ids), corpus.sequence_length), dtype=np.int64)
+    labels = np.empty_like(tokens)
     starts = np.empty(tokens.shape, dtype=bool) if corpus.document_boundaries else None
     for row, index in enumerate(sequence_ids):
-        tokens[row], row_starts = corpus.sequence(int(index))
+        sequence = corpus.sequence(int(index))
+        tokens[row] = sequence.tokens
+        labels[row] = sequence.tokens if sequence.labels is None else sequence.labels
         if starts is not None:
-            starts[row] = row_starts
+            starts[row] = sequence.document_starts
+    _check_ids(corpus, sequence_ids, tokens, least=0)
+    _check_ids(corpus, sequence_ids, labels, least=NO_TARGET)
     targets = np.full_like(tokens, NO_TARGET)
-    targets[:, :-1] = tokens[:, 1:]
+    targets[:, :-1] = labels[:, 1:]
     if starts is not None:
         targets[:, :-1][starts[:, 1:]] = NO_TARGET
     return Batch(
@@ -43,4 +52,16 @@ def read_batch(corpus: Corpus, sequence_ids: np.ndarray) -> Batch:
         targets=torch.from_numpy(targets),
         sequence_ids=torch.from_numpy(np.array(sequence_ids, dtype=np.int64)),
         document_starts=None if starts is None else torch.from_numpy(starts),
+    )
+
+
+def _check_ids(corpus: Corpus, sequence_ids: np.ndarray, ids: np.ndarray, *, least: int) -> None:
+    """Find ids that the model has no row for before a device does, whose answer would be an assertion or garbage."""
+    if ids.size == 0 or (ids.min() >= least and ids.max() < corpus.vocabulary_size):
+        return
+    wrong = (ids < least) | (ids >= corpus.vocabulary_size)
+    row, place = (int(number) for number in np.argwhere(wrong)[0])
+    raise DataError(
+        f"{corpus.name}: sequence {int(sequence_ids[row])} has id {int(ids[row, place])} at token {place}, outside the "
+        f"corpus's vocabulary of {corpus.vocabulary_size:,}: it is damaged; prepare the corpus again"
     )

@@ -17,7 +17,7 @@ import torch
 
 from moescale.data import shuffle as shuffling
 from moescale.data.batch import NO_TARGET, Batch, read_batch
-from moescale.data.corpus import Corpus
+from moescale.data.corpus import Corpus, Verification
 from moescale.errors import ConfigError, DataError
 
 
@@ -28,6 +28,8 @@ class Loader:
         sequences_per_step: of all ranks together; a multiple of ``world_size * micro_batch_sequences``.
         shuffle: take each epoch in its own pseudo-random order that follows from ``seed``; else in the corpus's.
         prefetch_steps: steps that a thread reads ahead.
+        verification: of the corpus; its errors are raised with the next step, and no sequence is handed out a second
+            time before it is done.
 
     Raises:
         ConfigError: ``sequences_per_step`` cannot be shared out.
@@ -44,6 +46,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         prefetch_steps: int = 2,
+        verification: Verification | None = None,
     ) -> None:
         if sequences_per_step < 1 or sequences_per_step % (world_size * micro_batch_sequences):
             raise ConfigError(
@@ -58,6 +61,7 @@ class Loader:
         self.rank = rank
         self.world_size = world_size
         self.prefetch_steps = prefetch_steps
+        self.verification = verification
         self._position = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,7 +88,7 @@ class Loader:
         self._position = int(state["position"])
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        position = self._position
+        position = began = self._position
         ahead: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=max(1, self.prefetch_steps))
         stopped = threading.Event()
 
@@ -105,6 +109,10 @@ class Loader:
                 if isinstance(step, Exception):
                     raise step
                 position += self.sequences_per_step
+                if self.verification is not None:
+                    self.verification.check()
+                    if position - began > self.corpus.num_sequences:
+                        self.verification.wait()
                 self._position = position
                 yield step
         finally:

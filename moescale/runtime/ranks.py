@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,3 +52,8 @@ def current_ranks() -> Ranks:
     if not dist.is_initialized():
         return ONE_RANK
     return Ranks(rank=dist.get_rank(), size=dist.get_world_size())
+
+
+def place_on_host() -> tuple[int, int]:
+    """Number of this process among those of this host, and how many there are: what they share is files and memory."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

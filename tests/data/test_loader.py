@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moescale.data.batch import read_batch
+from moescale.data.corpus import PackedSequence
 from moescale.data.loader import Loader, validation_batches
 from moescale.errors import ConfigError, DataError
 
@@ -22,7 +23,7 @@ class MemoryCorpus:
     """Sequence ``i`` holds ``i * S .. i * S + S - 1``; a document starts at every fifth token of the corpus."""
 
     sequence_length = LENGTH
-    fingerprint = "memory"
+    name = fingerprint = "memory"
 
     def __init__(self, num_sequences: int, document_boundaries: bool = False) -> None:
         self.num_sequences = num_sequences
@@ -36,10 +37,13 @@ class MemoryCorpus:
         if self.fail_from is not None and self.reads > self.fail_from:
             raise DataError("disk is gone")
         tokens = np.arange(index * LENGTH, (index + 1) * LENGTH, dtype=np.uint16)
-        return tokens, tokens % 5 == 0 if self.document_boundaries else None
+        return PackedSequence(tokens, tokens % 5 == 0 if self.document_boundaries else None)
 
-    def verify(self):
-        pass
+    notices = ()
+    num_bytes = 1 << 40
+
+    def verifying(self, part=0, num_parts=1):
+        yield 1
 
 
 def make_loader(corpus=None, **changes) -> Loader:
@@ -226,3 +230,16 @@ def test_validation_filler_has_no_targets():
     *_, last = validation_batches(MemoryCorpus(3), micro_batch_sequences=1, rank=0, world_size=2)
     assert last.sequence_ids.tolist() == [-1]
     assert (last.targets == -100).all()
+
+
+@pytest.mark.parametrize("vocabulary_size", [20, 24])
+def test_an_id_outside_the_vocabulary_is_found_before_it_reaches_a_device(vocabulary_size):
+    corpus = MemoryCorpus(3)
+    corpus.vocabulary_size = vocabulary_size
+    if vocabulary_size == 24:
+        read_batch(corpus, np.array([2]))
+        return
+    with pytest.raises(
+        DataError, match="memory: sequence 2 has id 20 at token 4, outside the corpus's vocabulary of 20"
+    ):
+        read_batch(corpus, np.array([0, 2]))

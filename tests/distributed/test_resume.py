@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gloo_ranks import GlooRanks
+from moescale.data.corpus import PackedSequence
 from moescale.data.loader import Loader
 from moescale.data.shuffle import permuted
 from moescale.errors import CheckpointError
@@ -190,11 +191,11 @@ class NumberedCorpus:
 
     num_sequences = vocabulary_size = 20
     sequence_length = SEQUENCE_LENGTH
-    fingerprint = "numbered"
+    name = fingerprint = "numbered"
     document_boundaries = False
 
-    def sequence(self, index: int) -> tuple[np.ndarray, None]:
-        return np.full(SEQUENCE_LENGTH, index, dtype=np.uint16), None
+    def sequence(self, index: int) -> PackedSequence:
+        return PackedSequence(np.full(SEQUENCE_LENGTH, index, dtype=np.uint16), None)
 
 
 def train_on_corpus(folder: Path, until: int, fields: dict[str, int]) -> list[list[tuple[int, list[int]]]]:

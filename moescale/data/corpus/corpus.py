@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Protocol, overload
 
 import numpy as np
 
 from moescale.data.corpus.manifest import Manifest, Shard, WrittenFile, read_manifest
+from moescale.data.corpus.sequence import PackedSequence
 from moescale.errors import DataError, nearest
 
+_PIECE_BYTES = 1 << 22
+_BITS_SET = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
 _REMEDY = "remove {} and prepare the corpus again"
 
 
 class Corpus(Protocol):
     """Sequences of one length, in a fixed order."""
+
+    @property
+    def name(self) -> str:
+        """Where it is, for messages."""
+        ...
 
     @property
     def num_sequences(self) -> int: ...
@@ -38,13 +47,31 @@ class Corpus(Protocol):
         """Whether sequences come with the places where documents start."""
         ...
 
-    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return tokens (an integer type) [S], and where documents start, bool [S], or None."""
+    @property
+    def notices(self) -> list[str]:
+        """What a user should know of how the corpus is read; empty where nothing is left out."""
         ...
 
-    def verify(self) -> None:
-        """Read everything and compare it with the checksums, where there are any; DataError names a damaged file."""
+    def sequence(self, index: int) -> PackedSequence: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files."""
         ...
+
+    def verifying(self, part: int = 0, num_parts: int = 1) -> Iterator[int]:
+        """Read a part of the files piece by piece, compare them with what is known of them, and yield pieces' sizes.
+
+        Raises:
+            DataError: names a damaged file.
+        """
+        ...
+
+
+def verify(corpus: Corpus) -> None:
+    """Read everything and compare it with the checksums, where there are any; DataError names a damaged file."""
+    for _ in corpus.verifying():
+        pass
 
 
 @overload
@@ -94,9 +121,11 @@ class PreparedCorpus:
         self.vocabulary_size = manifest.vocabulary_size
         self.document_boundaries = manifest.document_boundaries
         self.fingerprint = manifest.corpus_fingerprint(split)
+        self.name = str(folder)
         self._folder = folder
         self._shards = manifest.shards[split]
-        dtype = np.dtype(manifest.dtype)
+        self._num_documents = manifest.counts[split].documents
+        self._dtype = dtype = np.dtype(manifest.dtype)
         self._tokens = []
         self._starts = []
         for shard in self._shards:
@@ -117,31 +146,66 @@ class PreparedCorpus:
     def num_sequences(self) -> int:
         return int(self._ends[-1])
 
-    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+    @property
+    def notices(self) -> list[str]:
+        return []
+
+    def sequence(self, index: int) -> PackedSequence:
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
         number = int(np.searchsorted(self._ends, index, side="right"))
         row = index - int(self._ends[number - 1] if number else 0)
         tokens = self._tokens[number][row]
         if not self.document_boundaries:
-            return tokens, None
+            return PackedSequence(tokens, None)
         first = row * self.sequence_length
         first_byte, skip = divmod(first, 8)
         last_byte = -(-(first + self.sequence_length) // 8)
         bits = np.unpackbits(self._starts[number][first_byte:last_byte], bitorder="little")
-        return tokens, bits[skip : skip + self.sequence_length].astype(bool)
+        return PackedSequence(tokens, bits[skip : skip + self.sequence_length].astype(bool))
 
-    def verify(self) -> None:
-        for shard in self._shards:
-            for file in files_of(shard):
-                self._check_size(file)
-                with open(self._folder / file.name, "rb") as stream:
-                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                if digest != file.sha256:
-                    raise DataError(
-                        f"{self._folder / file.name} has changed: its SHA-256 is {digest}, "
-                        f"the manifest says {file.sha256}; {_REMEDY.format(self._folder)}"
-                    )
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for shard in self._shards for file in files_of(shard))
+
+    def verifying(self, part: int = 0, num_parts: int = 1) -> Iterator[int]:
+        for number, shard in enumerate(self._shards):
+            for kind, file in enumerate(files_of(shard)):
+                if (number + kind) % num_parts == part:
+                    yield from self._verifying_file(file, is_first=number == 0, has_tokens=kind == 0)
+
+    def _verifying_file(self, file: WrittenFile, *, is_first: bool, has_tokens: bool) -> Iterator[int]:
+        """Compare a file with its checksum, and what it holds with the manifest, which might be of another corpus."""
+        self._check_size(file)
+        path = self._folder / file.name
+        digest = hashlib.sha256()
+        largest_id = num_starts = 0
+        is_head = starts_at_once = True
+        with open(path, "rb") as stream:
+            while piece := stream.read(_PIECE_BYTES):
+                if not has_tokens:
+                    starts_at_once = bool(piece[0] & 1) if is_head else starts_at_once
+                    is_head = False
+                    num_starts += int(_BITS_SET[np.frombuffer(piece, np.uint8)].sum(dtype=np.int64))
+                elif len(piece) % self._dtype.itemsize == 0:
+                    largest_id = max(largest_id, int(np.frombuffer(piece, self._dtype).max()))
+                digest.update(piece)
+                yield len(piece)
+        if digest.hexdigest() != file.sha256:
+            raise DataError(
+                f"{path} has changed: its SHA-256 is {digest.hexdigest()}, the manifest says {file.sha256}; "
+                f"{_REMEDY.format(self._folder)}"
+            )
+        if largest_id >= self.vocabulary_size:
+            raise DataError(
+                f"{path} has token id {largest_id}, the manifest a vocabulary of {self.vocabulary_size}; "
+                f"{_REMEDY.format(self._folder)}"
+            )
+        if not has_tokens and (num_starts > self._num_documents or (is_first and not starts_at_once)):
+            raise DataError(
+                f"{path} has {num_starts} document starts, {'' if starts_at_once else 'none at its first token, '}"
+                f"the manifest {self._num_documents} documents; {_REMEDY.format(self._folder)}"
+            )
 
     def _check_size(self, file: WrittenFile) -> None:
         path = self._folder / file.name

@@ -2,11 +2,14 @@
 
 Such a folder holds Arrow streams, listed in ``state.json``; that of a dataset dictionary has ``dataset_dict.json`` and
 a folder per split. The files are mapped; a sequence is a view into them.
+
+Columns mean what they mean to transformers: ``labels`` and ``attention_mask`` decide which tokens are targets.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from moescale.config import fingerprint
+from moescale.data.corpus.columns import COLUMNS, TOKENS, Block
+from moescale.data.corpus.sequence import PackedSequence
 from moescale.errors import DataError
-
-_COLUMN = "input_ids"
 
 
 def splits_of(folder: Path) -> dict[str, Path]:
@@ -33,13 +36,14 @@ def open_saved_dataset(folder: Path) -> SavedDataset:
     """Open one dataset.
 
     Raises:
-        DataError: a file is missing or damaged, or there is no column ``input_ids`` of integer lists of one length.
+        DataError: a file is missing or damaged, or there is no column ``input_ids`` of integer lists of one length, or
+            another column says what training cannot follow.
     """
     state = _read_json(folder / "state.json")
-    entries = _list_in(folder / "state.json", "_data_files")
-    blocks: list[np.ndarray] = []
+    blocks: list[Block] = []
     sizes = []
-    for entry in entries:
+    unused: dict[str, None] = {}
+    for entry in _list_in(folder / "state.json", "_data_files"):
         if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
             raise DataError(
                 f"{folder / 'state.json'} is damaged: an entry of _data_files has no filename; save the dataset again"
@@ -48,27 +52,32 @@ def open_saved_dataset(folder: Path) -> SavedDataset:
         if not path.is_file():
             raise DataError(f"{path} is missing, though {folder / 'state.json'} lists it")
         sizes.append(path.stat().st_size)
-        blocks.extend(_read_blocks(path))
-    lengths = {block.shape[1] for block in blocks}
-    if len(lengths) > 1:
-        raise DataError(
-            f"{folder}: column '{_COLUMN}' has lists of lengths {sorted(lengths)}; sequences need one length"
-        )
+        of_file, other_columns = _read_blocks(path)
+        blocks.extend(of_file)
+        unused |= dict.fromkeys(other_columns)
     if not blocks:
         raise DataError(f"{folder} holds no sequences")
-    return SavedDataset(blocks, fingerprint(["saved dataset", state.get("_fingerprint"), sizes]))
+    lengths = {block.sequence_length for block in blocks}
+    if len(lengths) > 1:
+        raise DataError(
+            f"{folder}: column '{TOKENS}' has lists of lengths {sorted(lengths)}; sequences need one length"
+        )
+    columns = sorted({name for block in blocks for name in block.columns} - {TOKENS})
+    identity = ["saved dataset", state.get("_fingerprint"), sizes, *([columns] if columns else [])]
+    return SavedDataset(folder, blocks, fingerprint(identity), list(unused))
 
 
 class SavedDataset:
-    """A corpus of blocks of token ids, integer [sequences of the block, S]; it knows no document boundaries."""
+    """A corpus of record batches; documents are known where ``position_ids`` or padding at the left tell of them."""
 
-    document_boundaries = False
-
-    def __init__(self, blocks: list[np.ndarray], fingerprint: str) -> None:
+    def __init__(self, folder: Path, blocks: list[Block], fingerprint: str, unused_columns: list[str]) -> None:
+        self.name = str(folder)
+        self.fingerprint = fingerprint
+        self.sequence_length = blocks[0].sequence_length
+        self.document_boundaries = any(block.has_documents for block in blocks)
+        self.unused_columns = unused_columns
         self._blocks = blocks
         self._ends = np.cumsum([len(block) for block in blocks])
-        self.fingerprint = fingerprint
-        self.sequence_length = int(blocks[0].shape[1])
 
     @property
     def num_sequences(self) -> int:
@@ -77,18 +86,32 @@ class SavedDataset:
     @cached_property
     def vocabulary_size(self) -> int:
         """The largest id plus one: nothing in the folder says more, so the first use reads all of it."""
-        if min(int(block.min()) for block in self._blocks) < 0:
-            raise DataError(f"column '{_COLUMN}' has negative token ids")
-        return max(int(block.max()) for block in self._blocks) + 1
+        return max(block.largest_id() for block in self._blocks) + 1
 
-    def sequence(self, index: int) -> tuple[np.ndarray, None]:
+    @property
+    def notices(self) -> list[str]:
+        if not self.unused_columns:
+            return []
+        return [f"{self.name}: columns that training does not use: {', '.join(self.unused_columns)}"]
+
+    def sequence(self, index: int) -> PackedSequence:
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
         number = int(np.searchsorted(self._ends, index, side="right"))
-        return self._blocks[number][index - int(self._ends[number - 1] if number else 0)], None
+        block, row = self._blocks[number], index - int(self._ends[number - 1] if number else 0)
+        starts = block.document_starts(row) if self.document_boundaries else None
+        return PackedSequence(block.tokens(row), starts, block.labels(row))
 
-    def verify(self) -> None:
-        """Nothing to compare with: the library writes no checksums."""
+    @property
+    def num_bytes(self) -> int:
+        return sum(block.num_bytes for block in self._blocks)
+
+    def verifying(self, part: int = 0, num_parts: int = 1) -> Iterator[int]:
+        """Read every id. The library writes no checksums, so another id of the vocabulary cannot be noticed."""
+        for block in self._blocks[part::num_parts]:
+            if block.largest_id() >= self.vocabulary_size:
+                raise DataError(f"{self.name} has changed while it was read; save the dataset again")
+            yield block.num_bytes
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -110,38 +133,21 @@ def _list_in(path: Path, key: str) -> list[Any]:
     return value
 
 
-def _read_blocks(path: Path) -> list[np.ndarray]:
-    """Return the file's lists as arrays [rows, S] that share its mapped memory, one per record batch."""
+def _read_blocks(path: Path) -> tuple[list[Block], list[str]]:
+    """Return the file's record batches, which share its mapped memory, and the columns that have no meaning here."""
     import pyarrow
     from pyarrow import ipc
 
     try:
         reader = ipc.open_stream(pyarrow.memory_map(str(path)))
-        if _COLUMN not in reader.schema.names:
-            raise DataError(f"{path} has no column '{_COLUMN}' (it has {', '.join(reader.schema.names)})")
-        columns = [batch.column(_COLUMN) for batch in reader if batch.num_rows]
+        if TOKENS not in reader.schema.names:
+            raise DataError(f"{path} has no column '{TOKENS}' (it has {', '.join(reader.schema.names)})")
+        used = [name for name in reader.schema.names if name in COLUMNS]
+        blocks = []
+        for batch in reader:
+            batch.validate(full=True)
+            if batch.num_rows:
+                blocks.append(Block(path, {name: batch.column(name) for name in used}))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged: {error}") from error
-    return [_as_rows(column, path) for column in columns]
-
-
-def _as_rows(column: Any, path: Path) -> np.ndarray:
-    import pyarrow
-
-    kind = column.type
-    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
-    is_list = is_list or pyarrow.types.is_fixed_size_list(kind)
-    if not is_list or not pyarrow.types.is_integer(kind.value_type):
-        raise DataError(f"{path}: column '{_COLUMN}' is of type {kind}; it must hold lists of integers")
-    if column.null_count or column.values.null_count:
-        raise DataError(f"{path}: column '{_COLUMN}' has missing values")
-    values = column.flatten()
-    length = len(values) // len(column)
-    if not pyarrow.types.is_fixed_size_list(kind):
-        lengths = np.diff(column.offsets.to_numpy())
-        if (lengths != length).any():
-            found = sorted({int(lengths.min()), int(lengths.max())})
-            raise DataError(
-                f"{path}: column '{_COLUMN}' has lists of lengths {found[0]} to {found[-1]}; sequences need one length"
-            )
-    return values.to_numpy(zero_copy_only=True).reshape(len(column), length)
+    return blocks, [name for name in reader.schema.names if name not in COLUMNS]
