@@ -152,7 +152,7 @@ def _check_alignment(backend: str, gate_up: torch.Tensor) -> None:
         )
 
 
-def _implementation(backend: str) -> SimpleNamespace:
+def operators_of(backend: str) -> SimpleNamespace:
     """Return the functions that make up the operator in a back end, with one signature."""
     if backend in ("triton", "cute"):
         module = importlib.import_module(f"moescale.kernels.experts_{backend}")
@@ -215,7 +215,7 @@ def _experts(
     save_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (y, pre-activation or empty, row_pair, pair_row, ends)."""
-    ops = _implementation(backend)
+    ops = operators_of(backend)
     top_k = topk_ids.shape[1]
     row_pair, pair_row, ends = sort_pairs(topk_ids, gate_up.shape[0], backend=backend)
     rows = ops.gather_rows(x.contiguous(), row_pair, pair_row, top_k)
@@ -247,7 +247,7 @@ def _experts_backward(
     down_gradient: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    ops = _implementation(backend)
+    ops = operators_of(backend)
     top_k = topk_weights.shape[1]
     weights = topk_weights.contiguous()
     grad_rows, grad_weights, grad_gate_up, grad_down = _mlp_backward(
@@ -313,7 +313,7 @@ def _expert_mlp(
     save_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (result, pre-activation or empty)."""
-    ops = _implementation(backend)
+    ops = operators_of(backend)
     weights = (gate_up.contiguous(), down.contiguous())
     return _mlp_forward(ops, rows.contiguous(), *weights, ends, save_pre, zero_tail=True)
 
@@ -336,7 +336,7 @@ def _expert_mlp_backward(
     down_gradient: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    ops = _implementation(backend)
+    ops = operators_of(backend)
     buffers = (gate_up_gradient, down_gradient)
     weights = (gate_up.contiguous(), down.contiguous())
     grad_rows, _, grad_gate_up, grad_down = _mlp_backward(

@@ -67,9 +67,10 @@ class OffsetGroups(RowGroups):
     offsets: torch.Tensor
 
 
-def group_rows(ends: torch.Tensor, num_rows: int) -> OffsetGroups:
+def group_rows(ends: torch.Tensor, num_rows: int, expected_rows: int | None = None) -> OffsetGroups:
     """Return the groups of ``num_rows`` rows sorted by expert, with cumulative counts ``ends`` [E] int32."""
-    return OffsetGroups(ends=ends, num_rows=num_rows, offsets=F.pad(ends, (1, 0)))
+    offsets = F.pad(ends, (1, 0))
+    return OffsetGroups(ends=ends, num_rows=num_rows, expected_rows=expected_rows or num_rows, offsets=offsets)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -90,15 +91,16 @@ def multiply_rows(
     transposed: bool = False,
     zero_tail: bool = False,
     kernel: str = "down",
+    out: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N].
 
     Rows that belong to no expert are left unwritten, or zeroed with ``zero_tail``. ``kernel`` names the entry of
-    ``TILES``; the columns of ``rows`` alternate between gate and up in ``up_dgrad``.
+    ``TILES``; the columns of ``rows`` alternate between gate and up in ``up_dgrad``. ``out``: where to write the result.
     """
     num_rows, n = rows.shape[0], weight.shape[2 if transposed else 1]
-    out = rows.new_empty((num_rows, n))
+    out = rows.new_empty((num_rows, n)) if out is None else out
     if num_rows == 0:
         return out
     _multiply(
@@ -125,12 +127,17 @@ def multiply_up(
     *,
     write_pre: bool,
     write_act: bool,
+    pre: torch.Tensor | None = None,
+    act: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the pre-activation [R, 2F], by pairs, and the activation [R, F]; one that is not written is empty."""
+    """Return the pre-activation [R, 2F], by pairs, and the activation [R, F]; one that is not written is empty.
+
+    ``pre``, ``act``: where to write them.
+    """
     num_rows, ffn = rows.shape[0], gate_up.shape[1] // 2
-    pre = rows.new_empty((num_rows, 2 * ffn) if write_pre else 0)
-    act = rows.new_empty((num_rows, ffn) if write_act else 0)
+    pre = rows.new_empty((num_rows, 2 * ffn) if write_pre else 0) if pre is None else pre
+    act = rows.new_empty((num_rows, ffn) if write_act else 0) if act is None else act
     tile = tile or TILES["up"]
     if num_rows and not write_act:
         _multiply(rows, gate_up, pre, groups, tile, by_pairs=True)
@@ -155,12 +162,16 @@ def multiply_down_dgrad(
     groups: OffsetGroups,
     row_weights: torch.Tensor | None,
     *,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (grad_pre [R, 2F], by pairs; weighted activation [R, F]; gradient [R] of the row weights, if any)."""
+    """Return (grad_pre [R, 2F], by pairs; weighted activation [R, F]; gradient [R] of the row weights, if any).
+
+    ``out``: where to write the three.
+    """
     num_rows, ffn = pre.shape[0], pre.shape[1] // 2
     tile = tile or TILES["down_dgrad"]
-    grad_pre, act = torch.empty_like(pre), pre.new_empty((num_rows, ffn))
+    grad_pre, act = (torch.empty_like(pre), pre.new_empty((num_rows, ffn))) if out is None else out[:2]
     partial_sums = pre.new_empty((num_rows, -(-ffn // tile.n)), dtype=torch.float32)
     operands = {"mAuxOut": act}
     weighted = row_weights is not None
@@ -176,7 +187,9 @@ def multiply_down_dgrad(
             cu_seqlens_m=groups.offsets,
             **tile.arguments(),
         )
-    return grad_pre, act, partial_sums.sum(1) if weighted else partial_sums.new_empty(0)
+    if not weighted:
+        return grad_pre, act, partial_sums.new_empty(0)
+    return grad_pre, act, torch.sum(partial_sums, 1, out=None if out is None else out[2])
 
 
 def weight_gradient(

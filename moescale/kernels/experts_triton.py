@@ -279,16 +279,21 @@ def multiply_up(
     *,
     write_pre: bool,
     write_act: bool,
+    pre: torch.Tensor | None = None,
+    act: torch.Tensor | None = None,
     launch: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the pre-activation [R, 2F] and the activation [R, F]; one that is not written is empty."""
+    """Return the pre-activation [R, 2F] and the activation [R, F]; one that is not written is empty.
+
+    ``pre``, ``act``: where to write them.
+    """
     num_rows, hidden = rows.shape
     num_experts, ffn = gate_up.shape[0], gate_up.shape[1] // 2
-    pre = rows.new_empty((num_rows, 2 * ffn) if write_pre else 0)
-    act = rows.new_empty((num_rows, ffn) if write_act else 0)
+    pre = rows.new_empty((num_rows, 2 * ffn) if write_pre else 0) if pre is None else pre
+    act = rows.new_empty((num_rows, ffn) if write_act else 0) if act is None else act
     if num_rows == 0:
         return pre, act
-    launch = launch or find_launch("up", rows.device, rows.dtype, num_rows, num_experts, 2 * ffn, hidden)
+    launch = launch or find_launch("up", rows.device, rows.dtype, groups.expected_rows, num_experts, 2 * ffn, hidden)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     grid = num_programs(launch, rows.device)
     half_m, half_n, store_n = block_m // 2, block_n // 2, launch.store_n // 2
@@ -330,13 +335,19 @@ def multiply_down_dgrad(
     groups: RowGroups,
     row_weights: torch.Tensor | None,
     *,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     launch: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (grad_pre [R, 2F], weighted activation [R, F], gradient [R] of the row weights)."""
+    """Return (grad_pre [R, 2F], weighted activation [R, F], gradient [R] of the row weights).
+
+    ``out``: where to write the three.
+    """
     num_rows, ffn = pre.shape[0], pre.shape[1] // 2
-    grad_act = multiply_rows(grad_out, down, groups, transposed=True, kernel="down_dgrad", launch=launch)
-    grad_pre = torch.empty_like(pre)
-    grad_weights = torch.empty(num_rows, dtype=torch.float32, device=pre.device)
+    if out is None:
+        grad_weights = torch.empty(num_rows, dtype=torch.float32, device=pre.device)
+        out = (torch.empty_like(pre), pre.new_empty((num_rows, ffn)), grad_weights)
+    grad_pre, grad_act, grad_weights = out
+    multiply_rows(grad_out, down, groups, transposed=True, kernel="down_dgrad", out=grad_act, launch=launch)
     if num_rows:
         _swiglu_backward_kernel[(num_rows,)](
             grad_act,

@@ -218,20 +218,21 @@ def multiply_rows(
     transposed: bool = False,
     zero_tail: bool = False,
     kernel: str = "down",
+    out: torch.Tensor | None = None,
     launch: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N].
 
     Rows that belong to no expert are left unwritten, or zeroed with ``zero_tail``. ``kernel`` names the entry of the
-    launch table.
+    launch table. ``out``: where to write the result.
     """
     num_rows, k = rows.shape
     num_experts = weight.shape[0]
     n = weight.shape[2] if transposed else weight.shape[1]
-    out = rows.new_empty((num_rows, n))
+    out = rows.new_empty((num_rows, n)) if out is None else out
     if num_rows == 0:
         return out
-    launch = launch or find_launch(kernel, rows.device, rows.dtype, num_rows, num_experts, n, k)
+    launch = launch or find_launch(kernel, rows.device, rows.dtype, groups.expected_rows, num_experts, n, k)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     grid = num_programs(launch, rows.device)
     _rows_kernel[(grid,)](
@@ -282,7 +283,7 @@ def weight_gradient(
     out = left.new_empty((num_experts, m, n)) if buffer is None else buffer
     if num_rows == 0:
         return out if buffer is not None else out.zero_()
-    launch = launch or find_launch(kernel, left.device, left.dtype, num_rows, num_experts, m, n)
+    launch = launch or find_launch(kernel, left.device, left.dtype, groups.expected_rows, num_experts, m, n)
     if out.dtype.itemsize > left.dtype.itemsize:
         launch = dataclasses.replace(launch, store_splits=4)  # the same shared memory for wider elements
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k

@@ -134,6 +134,8 @@ class RowGroups:
 
     ends: torch.Tensor
     num_rows: int
+    expected_rows: int
+    """Of ``num_rows``, how many to choose launch parameters for."""
     _tables: dict[tuple[int, bool], torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @property
@@ -160,6 +162,9 @@ class RowGroups:
         return self._tables[key]
 
 
-def group_rows(ends: torch.Tensor, num_rows: int) -> RowGroups:
-    """Return the groups of ``num_rows`` rows sorted by expert, with cumulative counts ``ends``."""
-    return RowGroups(ends=ends, num_rows=num_rows)
+def group_rows(ends: torch.Tensor, num_rows: int, expected_rows: int | None = None) -> RowGroups:
+    """Return the groups of ``num_rows`` rows sorted by expert, with cumulative counts ``ends``.
+
+    ``expected_rows``: of a buffer for the worst routing, the rows that launch parameters are chosen for.
+    """
+    return RowGroups(ends=ends, num_rows=num_rows, expected_rows=expected_rows or num_rows)

@@ -1,0 +1,194 @@
+"""The exchange between ranks, with all ranks played by one process: their blocks are tensors of the same device.
+
+On the CPU in Triton's interpreter, on a GPU for real. What is compared is a layer's whole forward and backward with the
+definition on all experts, and the row order with cases worked out by hand.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from moescale.kernels.backends import triton_interpreted
+from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
+from moescale.kernels.expert_order import sort_pairs
+from moescale.kernels.experts import experts_reference, operators_of
+
+if not torch.cuda.is_available() and not triton_interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1 or a GPU", allow_module_level=True)
+
+from moescale.kernels.dispatch import mlp  # noqa: E402
+from moescale.kernels.dispatch.triton import order_rows, publish_pairs, pull_rows, pull_sums, pull_values  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXPERTS, HIDDEN, WIDTH = 8, 32, 16
+
+
+class Rank(NamedTuple):
+    """One rank's inputs and what the layer made of them."""
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    grad: torch.Tensor
+
+
+def shape_of(num_ranks: int, num_tokens: int, top_k: int, experts: int = EXPERTS) -> ExchangeShape:
+    return ExchangeShape(
+        num_ranks=num_ranks,
+        num_tokens=num_tokens,
+        hidden_size=HIDDEN,
+        num_experts=experts,
+        top_k=top_k,
+        dtype=torch.float32,
+    )
+
+
+def make_buffers(shape: ExchangeShape) -> list[ExchangeBuffers]:
+    """The buffers of all ranks, full of NaN and of ids that do not exist."""
+    blocks = [torch.full((shape.num_bytes,), 255, dtype=torch.uint8, device=DEVICE) for _ in range(shape.num_ranks)]
+    addresses = [block.data_ptr() for block in blocks]
+    return [ExchangeBuffers.carve(shape, rank, block, addresses) for rank, block in enumerate(blocks)]
+
+
+def make_rank(num_tokens: int, top_k: int, choice: str, rank: int, num_ranks: int) -> Rank:
+    generator = torch.Generator().manual_seed(rank * 7 + top_k)
+    scores = torch.rand(num_tokens, EXPERTS, generator=generator)
+    if choice == "one rank":  # all rows to the last rank, as far as a token's ids must differ
+        scores[:, EXPERTS - EXPERTS // num_ranks :] += 1
+    elif choice == "one expert":
+        scores[:, 3] += 1
+    elif choice == "ten times":
+        scores[:, 1] += 0.9 * (torch.rand(num_tokens, generator=generator) < 0.9)
+    ids = scores.topk(top_k).indices.to(torch.int32)
+    if choice == "some nowhere":
+        ids[::3, 0] = -1
+    return Rank(
+        x=torch.randn(num_tokens, HIDDEN, generator=generator).to(DEVICE),
+        ids=ids.to(DEVICE),
+        weights=torch.rand(num_tokens, top_k, generator=generator).to(DEVICE),
+        grad=torch.randn(num_tokens, HIDDEN, generator=generator).to(DEVICE),
+    )
+
+
+def publish(buffers: ExchangeBuffers, rank: Rank) -> None:
+    _, pair_rows, ends = sort_pairs(rank.ids, EXPERTS, backend="triton")
+    publish_pairs(buffers, rank.ids, rank.weights, pair_rows, ends)
+    buffers.tokens.local[: len(rank.x)] = rank.x
+
+
+@pytest.mark.parametrize("kept", ["all", "some", "none"])
+@pytest.mark.parametrize("choice", ["random", "one rank", "one expert", "ten times", "some nowhere"])
+@pytest.mark.parametrize(("tokens", "top_k"), [((5, 5), 2), ((6, 1), 3), ((3, 0), 1), ((4, 4, 4, 4), 2), ((2,) * 8, 3)])
+def test_any_routing_gives_the_results_and_gradients_of_one_device(tokens, top_k, choice, kept) -> None:
+    num_ranks, num_local = len(tokens), EXPERTS // len(tokens)
+    shape = shape_of(num_ranks, max(tokens), top_k)
+    buffers = make_buffers(shape)
+    kept_rows = {"all": shape.max_rows, "some": shape.num_pairs // 2, "none": 0}[kept]
+    ranks = [make_rank(count, top_k, choice, rank, num_ranks) for rank, count in enumerate(tokens)]
+    generator = torch.Generator().manual_seed(0)
+    gate_up = (torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator) / 4).to(DEVICE)
+    down = (torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator) / 4).to(DEVICE)
+    ops = operators_of("triton")
+    local = [slice(rank * num_local, (rank + 1) * num_local) for rank in range(num_ranks)]
+    rows = torch.full((num_ranks, 2, shape.max_rows, HIDDEN), float("nan"), device=DEVICE)
+
+    for buffer, rank in zip(buffers, ranks, strict=True):
+        publish(buffer, rank)
+    orders = [order_rows(buffer, kept_rows=kept_rows) for buffer in buffers]
+    pres = []
+    for number, (buffer, order) in enumerate(zip(buffers, orders, strict=True)):
+        pull_rows(buffer, buffer.tokens, order, rows[number, 0])
+        pre = mlp.forward_rows(
+            ops,
+            rows[number, 0],
+            gate_up[local[number]],
+            down[local[number]],
+            order,
+            kept=kept_rows,
+            expected_rows=shape.num_pairs,
+            out=buffer.results.local,
+        )
+        pres.append(pre)
+    out = [
+        pull_sums(buffer, order, len(rank.x), rank.weights)
+        for buffer, order, rank in zip(buffers, orders, ranks, strict=True)
+    ]
+
+    for buffer, rank in zip(buffers, ranks, strict=True):
+        buffer.results.local.fill_(float("nan"))
+        buffer.gradients.local[: len(rank.x)] = rank.grad
+    gradients = [torch.zeros_like(gate_up), torch.zeros_like(down)]
+    for number, (buffer, order) in enumerate(zip(buffers, orders, strict=True)):
+        pull_rows(buffer, buffer.gradients, order, rows[number, 1])
+        mlp.backward_rows(
+            ops,
+            rows[number, 0],
+            rows[number, 1],
+            pres[number],
+            gate_up[local[number]],
+            down[local[number]],
+            order,
+            expected_rows=shape.num_pairs,
+            out=buffer.results.local,
+            values=buffer.values.local,
+            gate_up_gradient=gradients[0][local[number]],
+            down_gradient=gradients[1][local[number]],
+        )
+    everywhere = [
+        torch.cat([getattr(rank, name) for rank in ranks]).requires_grad_(name in ("x", "weights"))
+        for name in ("x", "ids", "weights")
+    ]
+    parameters = [gate_up.clone().requires_grad_(), down.clone().requires_grad_()]
+    expected = experts_reference(*everywhere, *parameters)
+    expected.backward(torch.cat([rank.grad for rank in ranks]))
+    torch.testing.assert_close(torch.cat(out), expected.detach(), rtol=1e-4, atol=1e-5)
+    grad_x = torch.cat([pull_sums(b, o, len(r.x)) for b, o, r in zip(buffers, orders, ranks, strict=True)])
+    grad_weights = torch.cat([pull_values(b, o, len(r.x)) for b, o, r in zip(buffers, orders, ranks, strict=True)])
+    torch.testing.assert_close(grad_x, everywhere[0].grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_weights, everywhere[2].grad, rtol=1e-4, atol=1e-5)
+    for ours, parameter in zip(gradients, parameters, strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_lie_by_expert_then_by_rank_then_as_their_rank_sorted_them() -> None:
+    # 4 experts on 2 ranks, top-2 of 2 tokens each: expert 0 and 1 on rank 0, 2 and 3 on rank 1.
+    shape = shape_of(2, 2, 2, experts=4)
+    buffers = make_buffers(shape)
+    ids = [torch.tensor([[1, 2], [0, 1]]), torch.tensor([[3, 1], [0, 2]])]
+    for buffer, chosen in zip(buffers, ids, strict=True):
+        chosen = chosen.to(torch.int32).to(DEVICE)
+        _, pair_rows, ends = sort_pairs(chosen, 4, backend="triton")
+        publish_pairs(buffer, chosen, torch.ones(2, 2, device=DEVICE) * (1 + buffer.rank), pair_rows, ends)
+    first, second = (order_rows(buffer, kept_rows=3) for buffer in buffers)
+    # Rank 0 holds: expert 0 of rank 0 (pair 2), of rank 1 (pair 2); expert 1 of rank 0 (pairs 0, 3), of rank 1 (pair 1).
+    assert first.pair_row.tolist() == [[2, -1, 0, 3], [-1, 4, 1, -1]]
+    assert (
+        first.ends.tolist() == [2, 5] and first.kept_ends.tolist() == [2, 3] and first.further_ends.tolist() == [0, 2]
+    )
+    assert first.row_weights[:5].tolist() == [1, 2, 1, 1, 2]
+    # Rank 1: expert 2 of rank 0 (pair 1), of rank 1 (pair 3); expert 3 of rank 1 (pair 0).
+    assert second.pair_row.tolist() == [[-1, 0, -1, -1], [2, -1, -1, 1]]
+    assert second.ends.tolist() == [2, 3] and second.further_ends.tolist() == [0, 0]
+    rows = shape.max_rows
+    assert first.slots.tolist() == [2, rows + 0, 0, 3]
+    assert second.slots.tolist() == [rows + 2, 4, 1, rows + 1]
+
+
+@pytest.mark.parametrize(("ranks", "top_k", "rows"), [(2, 6, 2 * 10 * 4), (4, 1, 40), (8, 3, 80)])
+def test_a_rank_has_room_for_the_worst_routing(ranks, top_k, rows) -> None:
+    assert shape_of(ranks, 10, top_k).max_rows == rows
+
+
+def test_tensors_of_a_block_do_not_overlap_and_are_aligned() -> None:
+    shape = shape_of(2, 7, 3)
+    (buffers, _) = make_buffers(shape)
+    spans = []
+    for name in shape.fields():
+        tensor = getattr(buffers, name)
+        assert tensor.local.data_ptr() == tensor.addresses[0] and tensor.local.data_ptr() % 16 == 0
+        spans.append((tensor.local.data_ptr(), tensor.local.data_ptr() + tensor.local.nbytes))
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert spans[-1][1] - spans[0][0] <= shape.num_bytes
