@@ -118,7 +118,7 @@ def forward_backward_seconds(trainer: Trainer, batches: list[RandomBatch]) -> fl
     started = time.perf_counter()
     trainer.micro_batches.start_step(num_targets=num_targets, num_micro_batches=len(batches))
     for batch in batches:
-        trainer.micro_batches.run(batch.tokens, batch.targets, None)
+        trainer.micro_batches.run(batch.tokens, batch.targets)
     torch.cuda.synchronize()
     return time.perf_counter() - started
 

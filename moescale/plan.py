@@ -28,6 +28,8 @@ from moescale.errors import ConfigError, nearest
 PLAN_FORMAT = 1
 MAX_TOKENS_PER_STEP = 2**30
 """Beyond any training's; 16 GiB of token ids and targets."""
+SAVED_ROWS_FACTOR = 1.125
+"""Rows per layer whose pre-activation an expert-parallel rank keeps, over those of even routing; it recomputes more."""
 RECOMPUTABLE_OPERATORS = ("experts",)
 """Operators of an MoE layer that a plan can name to be run again by themselves."""
 
@@ -95,6 +97,8 @@ class ParallelPlan:
     """In which gradients are accumulated and reduced."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory."""
+    dense_sharding: Literal["zero1", "fsdp"] = "zero1"
+    """How ranks share what several of them hold: the update of whole weights, or every layer's weights (FSDP2)."""
     prediction: Prediction | None = None
     alternatives: tuple[dict[str, Any], ...] = ()
     """Decisions that lost, each with the number that lost it."""
@@ -137,7 +141,8 @@ class ParallelPlan:
             raise ConfigError(
                 f"{path}: format ({document.get('format')!r}) must be {PLAN_FORMAT}; compile it again with this version"
             )
-        return _parse(cls, document, "plan")
+        # Plans of 0.1.0, which had FSDP2 alone.
+        return _parse(cls, {"dense_sharding": "fsdp"} | document, "plan")
 
 
 def expert_shard_dim(shape: Sequence[int], shards: int) -> int:

@@ -31,16 +31,16 @@ class Documents(NamedTuple):
     """int32: where each document begins in the tokens [B * S], in order; then B * S, at least once."""
 
     @classmethod
-    def from_starts(cls, starts: torch.Tensor, device: torch.device) -> Documents:
+    def from_starts(cls, starts: torch.Tensor, device: torch.device, least_offsets: int = LEAST_OFFSETS) -> Documents:
         """Return the documents that begin where ``starts`` [B, S] bool, on the CPU, says; and with each sequence.
 
-        The length of ``offsets`` is a power of two, as what is compiled for one length serves all micro-batches of
-        about as many documents.
+        The length of ``offsets`` is a power of two of at least ``least_offsets``: what is compiled or recorded for one
+        length serves all micro-batches of at most as many documents.
         """
         starts = starts.clone()
         starts[:, 0] = True
         begins = starts.flatten().nonzero().flatten().to(torch.int32)
-        length = max(LEAST_OFFSETS, 1 << len(begins).bit_length())
+        length = max(least_offsets, 1 << len(begins).bit_length())
         offsets = F.pad(begins, (0, length - len(begins)), value=starts.numel())
         ids = starts.cumsum(-1, dtype=torch.int32)
         if device.type == "cuda":

@@ -97,7 +97,7 @@ def multiply_rows(
     """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N].
 
     Rows that belong to no expert are left unwritten, or zeroed with ``zero_tail``. ``kernel`` names the entry of
-    ``TILES``; the columns of ``rows`` alternate between gate and up in ``up_dgrad``. ``out``: where to write the result.
+    ``TILES``; the columns of ``rows`` alternate between gate and up in ``up_dgrad``. ``out``: where to write it.
     """
     num_rows, n = rows.shape[0], weight.shape[2 if transposed else 1]
     out = rows.new_empty((num_rows, n)) if out is None else out

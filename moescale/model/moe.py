@@ -1,21 +1,21 @@
 """Feed-forward layers: a gated MLP, and the mixture of experts (DeepSeek-V2, arXiv:2405.04434, section 2.2).
 
 Every token goes to ``top_k`` of E routed experts and to all shared experts. Routed experts are stacked in memory, so
-that one grouped product serves them all; the shared experts act as a single MLP of their summed width. Dispatch and
-experts stay apart (:class:`RoutedExperts`), so that expert parallelism replaces that one object.
+one grouped GEMM serves them all; the shared experts act as a single MLP of their summed width. :class:`RoutedExperts`
+holds the weights of this rank's experts, its :class:`Dispatcher` brings them the rows: expert parallelism swaps that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from moescale.config import ModelConfig
-from moescale.kernels.experts import experts
+from moescale.kernels.experts import experts as run_experts
 from moescale.kernels.router import Routing, route, router_logits
 from moescale.kernels.swiglu import swiglu
 from moescale.model.linear import Linear
@@ -74,8 +74,61 @@ class Router(nn.Module):
         )
 
 
+class Dispatcher(Protocol):
+    """Brings tokens to the experts that they chose and their results back."""
+
+    num_ranks: int
+    """Ranks that share the experts of a layer among them."""
+    is_recordable: bool
+    """Whether a CUDA graph can hold its work: no size that the host must know, no call of the host's."""
+
+    def __call__(
+        self,
+        experts: RoutedExperts,
+        x: torch.Tensor,
+        routing: Routing,
+        overlapped: Callable[[], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Return what the experts of all ranks make of x [T, H], plus the result of ``overlapped``.
+
+        A dispatcher that waits for other ranks runs ``overlapped`` meanwhile.
+        """
+        ...
+
+
+class LocalDispatcher:
+    """For a rank that holds all experts: rows are gathered and combined in its own memory."""
+
+    num_ranks = 1
+    is_recordable = True
+
+    def __call__(
+        self,
+        experts: RoutedExperts,
+        x: torch.Tensor,
+        routing: Routing,
+        overlapped: Callable[[], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        out = run_experts(
+            x,
+            routing.topk_ids,
+            routing.topk_weights,
+            experts.gate_up,
+            experts.down,
+            tokens_per_expert=routing.tokens_per_expert,
+            gate_up_gradient=experts.gate_up_gradient,
+            down_gradient=experts.down_gradient,
+            backend=experts.backend,
+            recompute_up=experts.recompute_up,
+        )
+        return out if overlapped is None else out + overlapped()
+
+
 class RoutedExperts(nn.Module):
-    """All routed experts of a layer, stacked: ``gate_up`` [E, 2F, H] (gate rows first) and ``down`` [E, H, F]."""
+    """This rank's routed experts of a layer, stacked: ``gate_up`` [E, 2F, H] (gate rows first), ``down`` [E, H, F].
+
+    All experts of the layer until a plan leaves it with E / P of them and sets the ``dispatcher`` for P ranks.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -83,29 +136,28 @@ class RoutedExperts(nn.Module):
         width = config.expert_intermediate_size
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
         self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
+        self.dispatcher: Dispatcher = LocalDispatcher()
         self.backend = "auto"
         self.recompute_up = False  # save no pre-activation, compute it again in the backward
-        # Buffers to which the backward adds the weights' gradients, set by an optimizer that keeps such.
         self.gate_up_gradient: torch.Tensor | None = None
         self.down_gradient: torch.Tensor | None = None
 
     def forward(
-        self, x: torch.Tensor, routing: Routing, beside: Callable[[], torch.Tensor] | None = None
+        self, x: torch.Tensor, routing: Routing, overlapped: Callable[[], torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """[T, H] -> [T, H]: the sum over the chosen experts, weighted by the router, plus the result of ``beside``."""
-        out = experts(
-            x,
-            routing.topk_ids,
-            routing.topk_weights,
-            self.gate_up,
-            self.down,
-            tokens_per_expert=routing.tokens_per_expert,
-            gate_up_gradient=self.gate_up_gradient,
-            down_gradient=self.down_gradient,
-            backend=self.backend,
-            recompute_up=self.recompute_up,
-        )
-        return out if beside is None else out + beside()
+        """[T, H] -> [T, H]: the sum over the chosen experts, weighted by the router, plus what ``overlapped`` returns.
+
+        The ids of one token must differ.
+        """
+        return self.dispatcher(self, x, routing, overlapped)
+
+    def set_gradient_buffers(self, buffer: Callable[[str], torch.Tensor | None]) -> None:
+        """Take the buffers, found by parameter name, to which the backward adds the weights' gradients."""
+        self.gate_up_gradient = buffer("gate_up")
+        self.down_gradient = buffer("down")
+
+    def extra_repr(self) -> str:
+        return f"local_experts={self.gate_up.shape[0]}, ranks={self.dispatcher.num_ranks}"
 
 
 class MixtureOfExperts(nn.Module):
@@ -123,7 +175,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: torch.Tensor) -> FeedForwardOutput:
         flat = x.flatten(0, 1)  # [T, H]
         routing = self.router(flat, num_sequences=x.shape[0])
-        # Experts that lie on several ranks compute the shared ones while rows travel.
-        beside = None if self.shared_experts is None else partial(self.shared_experts, flat)
-        hidden = self.experts(flat, routing, beside).view_as(x)
+        # A dispatcher between ranks computes the shared experts while it waits for the others.
+        overlapped = None if self.shared_experts is None else partial(self.shared_experts, flat)
+        hidden = self.experts(flat, routing, overlapped).view_as(x)
         return FeedForwardOutput(hidden, routing.aux_loss, routing.tokens_per_expert)

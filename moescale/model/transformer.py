@@ -7,6 +7,7 @@ linear cross-entropy, which never holds a micro-batch's logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -68,8 +69,11 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute_layers: frozenset[int] = frozenset()
-        # Buffer to which the loss adds the output weight's gradient, set by an optimizer that keeps such.
         self.output_gradient: torch.Tensor | None = None
+
+    def set_gradient_buffers(self, buffer: Callable[[str], torch.Tensor | None]) -> None:
+        """Take the buffer to which the loss adds the output weight's gradient."""
+        self.output_gradient = buffer("embedding.weight" if self.output is None else "output.weight")
 
     @property
     def output_weight(self) -> torch.Tensor:

@@ -31,7 +31,7 @@ from moescale.kernels.backends import KernelInputError, choose_backend, debug_ch
 from moescale.kernels.expert_order import check_ids, sort_pairs
 from moescale.kernels.experts import expert_mlp
 from moescale.kernels.router import Routing
-from moescale.model.moe import MixtureOfExperts
+from moescale.model.moe import Dispatcher, MixtureOfExperts, RoutedExperts
 from moescale.model.transformer import Transformer
 from moescale.plan import ParallelPlan, expert_shard_dim
 
@@ -255,75 +255,62 @@ def _row_operators(backend: str) -> Any:
     return experts_unfused
 
 
-class ExpertParallel(nn.Module):
-    """A rank's part of a layer's routed experts: ``gate_up`` [E / P, 2F, H] (gate rows first), ``down`` [E / P, H, F].
+class AllToAllDispatcher:
+    """Dispatch by two all-to-alls of any process group: CPU ranks, GPUs of several hosts or without peer access.
 
-    Takes the place of :class:`moescale.model.moe.RoutedExperts` and computes the same, for the tokens of this rank;
-    their number may differ between the ranks of ``group``, K and H may not. The gradients of the weights are those of
-    all tokens of the group.
+    The number of tokens may differ between the ranks of ``group``, K and H may not. The gradients of the weights are
+    those of all tokens of the group.
     """
 
-    def __init__(
-        self,
-        gate_up: nn.Parameter,
-        down: nn.Parameter,
-        *,
-        group: dist.ProcessGroup,
-        exchange: Exchange,
-        backend: str = "auto",
-        recompute: bool = False,
-    ) -> None:
-        """``recompute``: keep only the rows that arrived, and compute the experts again in the backward."""
-        super().__init__()
-        self.gate_up = gate_up
-        self.down = down
+    is_recordable = False
+
+    def __init__(self, group: dist.ProcessGroup, exchange: Exchange) -> None:
         self.group = group
         self.exchange = exchange
-        self.backend = backend
-        self.recompute = recompute
-        # As in RoutedExperts: buffers to which the backward adds the weights' gradients.
-        self.gate_up_gradient: torch.Tensor | None = None
-        self.down_gradient: torch.Tensor | None = None
+        self.num_ranks = group.size()
 
     @torch.compiler.disable  # the exchange reads counts on the host, and its autograd functions hold a collective
-    def forward(
-        self, x: torch.Tensor, routing: Routing, beside: Callable[[], torch.Tensor] | None = None
+    def __call__(
+        self,
+        experts: RoutedExperts,
+        x: torch.Tensor,
+        routing: Routing,
+        overlapped: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
-        """[T, H] -> [T, H]: the sum over the chosen experts, weighted by the router.
+        """As :class:`moescale.model.moe.Dispatcher`.
 
-        The result [T, H] of ``beside``, for example of the shared experts, is added to it; it is computed while rows
-        travel to the experts, and its gradient while theirs travel back. The ids of one token must differ.
+        ``overlapped`` is computed while rows are on their way to the experts, its gradient while theirs return.
         """
-        backend = choose_backend(x.device, x.dtype, self.backend)
-        top_k, local_experts = routing.topk_ids.shape[1], self.gate_up.shape[0]
-        order = self.exchange.lay_out(self._sort(routing, backend))
+        backend = choose_backend(x.device, x.dtype, experts.backend)
+        top_k, local_experts = routing.topk_ids.shape[1], experts.gate_up.shape[0]
+        order = self.exchange.lay_out(self._sort(routing, local_experts, backend))
 
         there = _Flight(self.group, order.sent, order.received)
         slots = _Depart.apply(_FillSlots.apply(x, order, top_k, backend), there)
         row_slot, _, ends = sort_pairs(order.slot_expert.unsqueeze(1), local_experts, backend=backend)
         slot_row = torch.empty_like(row_slot)
         slot_row[row_slot] = torch.arange(row_slot.numel(), dtype=torch.int32, device=x.device)
-        companion = None if beside is None else beside()
+        companion = None if overlapped is None else overlapped()
         rows = _Reorder.apply(_Arrive.apply(slots, there), row_slot, slot_row)
 
         compute = partial(
             expert_mlp,
-            gate_up_gradient=self.gate_up_gradient,
-            down_gradient=self.down_gradient,
-            backend=self.backend,
+            gate_up_gradient=experts.gate_up_gradient,
+            down_gradient=experts.down_gradient,
+            backend=experts.backend,
         )
-        if self.recompute and torch.is_grad_enabled():
+        if experts.recompute_up and torch.is_grad_enabled():  # keep only the rows that arrived
             compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
-        rows = compute(rows, self.gate_up, self.down, ends)
+        rows = compute(rows, experts.gate_up, experts.down, ends)
 
         back = _Flight(self.group, order.received, order.sent)
         slots = _Arrive.apply(_Depart.apply(_Reorder.apply(rows, slot_row, row_slot), back), back)
         out = _Combine.apply(slots, routing.topk_weights, order, backend)
         return out if companion is None else out + companion
 
-    def _sort(self, routing: Routing, backend: str) -> SortedPairs:
-        ranks = self.group.size()
-        num_experts = self.gate_up.shape[0] * ranks
+    def _sort(self, routing: Routing, local_experts: int, backend: str) -> SortedPairs:
+        ranks = self.num_ranks
+        num_experts = local_experts * ranks
         if debug_checks_enabled():
             check_ids(routing.topk_ids, num_experts, routing.tokens_per_expert)
         row_pair, pair_row, ends = sort_pairs(routing.topk_ids, num_experts, backend=backend)
@@ -338,8 +325,32 @@ class ExpertParallel(nn.Module):
             top_k=routing.topk_ids.shape[1],
         )
 
-    def extra_repr(self) -> str:
-        return f"local_experts={self.gate_up.shape[0]}, ranks={self.group.size()}"
+
+def shard_experts(
+    model: Transformer,
+    plan: ParallelPlan,
+    meshes: ExpertMeshes,
+    *,
+    dispatcher: Dispatcher,
+    precision: MixedPrecisionPolicy | None = None,
+) -> None:
+    """Leave every MoE layer with this rank's routed experts and give it the ``dispatcher``, in place.
+
+    The parameters keep their names; dimension 0 is left with the E / P experts of this rank. With
+    ``plan.dense_sharding`` fsdp, ranks that hold the same experts (edp, dp_replicate) share them by FSDP2 in
+    ``precision``, with gradients summed, not averaged. Otherwise they stay plain parameters, which must be in the
+    compute dtype already. Also runs on the meta device. ``plan.check_model`` has made sure that ep divides the experts.
+    """
+    mesh = meshes.experts
+    assert mesh["ep"].size() == plan.mesh.ep, (mesh, plan.mesh)
+    for block in model.layers:
+        if isinstance(block.feed_forward, MixtureOfExperts):
+            experts = block.feed_forward.experts
+            experts.gate_up = _local_experts(experts.gate_up, mesh["ep"])
+            experts.down = _local_experts(experts.down, mesh["ep"])
+            experts.dispatcher = dispatcher
+            if plan.dense_sharding == "fsdp":
+                _share(experts, mesh, plan.moe_layers.reshard_after_forward, precision or MixedPrecisionPolicy())
 
 
 class ExpertMeshes(Protocol):
@@ -351,44 +362,12 @@ class ExpertMeshes(Protocol):
         ...
 
 
-def shard_experts(
-    model: Transformer,
-    plan: ParallelPlan,
-    meshes: ExpertMeshes,
-    *,
-    exchange: Exchange | None = None,
-    precision: MixedPrecisionPolicy | None = None,
-) -> None:
-    """Replace the routed experts of every MoE layer by this rank's :class:`ExpertParallel`, in place.
-
-    The parameters keep their names; dimension 0 is left with the E / P experts of this rank. Ranks that hold the same
-    experts (edp, dp_replicate) share them by FSDP2 in ``precision``, with gradients summed, not averaged. A rank alone
-    with its experts keeps plain parameters, which must be in the compute dtype already. Also runs on the meta device.
-    ``plan.check_model`` has made sure that ep divides the experts.
-    """
-    mesh = meshes.experts
-    assert mesh["ep"].size() == plan.mesh.ep, (mesh, plan.mesh)
-    for block in model.layers:
-        if isinstance(block.feed_forward, MixtureOfExperts):
-            full = block.feed_forward.experts
-            local = ExpertParallel(
-                _local_experts(full.gate_up, mesh["ep"]),
-                _local_experts(full.down, mesh["ep"]),
-                group=mesh["ep"].get_group(),
-                exchange=exchange or SplitExchange(),
-                backend=full.backend,
-                recompute="experts" in plan.moe_layers.recompute,
-            )
-            block.feed_forward.experts = local  # type: ignore[assignment]
-            _share(local, mesh, plan.moe_layers.reshard_after_forward, precision or MixedPrecisionPolicy())
-
-
 def _local_experts(weight: nn.Parameter, ep: DeviceMesh) -> nn.Parameter:
     part = weight.detach().chunk(ep.size())[ep.get_local_rank()]
     return nn.Parameter(part.clone(), requires_grad=weight.requires_grad)  # a copy, so that the whole can be freed
 
 
-def _share(experts: ExpertParallel, mesh: DeviceMesh, reshard: bool, precision: MixedPrecisionPolicy) -> None:
+def _share(experts: RoutedExperts, mesh: DeviceMesh, reshard: bool, precision: MixedPrecisionPolicy) -> None:
     replicas, shards = mesh["dp_replicate"].size(), mesh["edp"].size()
     if replicas * shards == 1:
         return

@@ -1,8 +1,10 @@
 """Plan -> PyTorch: what a plan decides, applied to a model on the meta device or with memory already.
 
-Parameters outside the routed experts are sharded over ``dp_shard`` by FSDP2, block by block; routed experts are divided
-over ``ep``, and shared by the ranks of the ``edp`` axis in the same manner; both are replicated over ``dp_replicate``.
-Gradients are summed, not averaged: each rank's loss is its part of the mean over all targets of a step.
+Routed experts are sharded over ``ep``. With ``dense_sharding`` zero1 every rank then holds whole weights, and ranks
+that hold the same ones share their update (:mod:`moescale.runtime.zero`). With fsdp, parameters outside the routed
+experts are sharded over ``dp_shard`` by FSDP2, block by block, experts over ``edp`` in the same manner, and both are
+replicated over ``dp_replicate``. Gradients are summed, not averaged: each rank's loss is its part of the mean over all
+targets of a step.
 """
 
 from __future__ import annotations
@@ -16,20 +18,25 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from moescale.errors import ConfigError
-from moescale.model.moe import RoutedExperts
+from moescale.kernels.dispatch.buffers import ExchangeShape
+from moescale.model.moe import Dispatcher, LocalDispatcher, RoutedExperts
 from moescale.model.transformer import Transformer
 from moescale.plan import LayerPlan, ParallelPlan, expert_shard_dim
-from moescale.runtime.expert_parallel import Exchange, ExpertParallel, PaddedExchange, SplitExchange, shard_experts
+from moescale.runtime.expert_parallel import AllToAllDispatcher, PaddedExchange, SplitExchange, shard_experts
 from moescale.runtime.meshes import Meshes
 from moescale.runtime.optimizer import OptimizerFormat
+from moescale.runtime.peer_dispatch import PeerDispatcher, peers_are_readable
 
 
-def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = None) -> None:
-    """Divide the model over ``meshes`` and set what it recomputes, in place; parameter names stay.
+def apply_plan(
+    model: Transformer, plan: ParallelPlan, meshes: Meshes | None = None, dispatcher: Dispatcher | None = None
+) -> None:
+    """Shard the model over ``meshes`` and set what it recomputes, in place; parameter names stay.
 
     Args:
         model: best on the meta device, given memory afterwards by ``to_empty``: then no rank ever holds it whole.
         meshes: from :func:`moescale.runtime.meshes.build_meshes`; None for one device.
+        dispatcher: of the routed experts; :func:`choose_dispatcher`'s by default.
 
     Raises ConfigError for a plan this runtime cannot run.
     """
@@ -46,11 +53,12 @@ def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = N
                 f"plan.runtime_gpus ({plan.runtime_gpus}) must be 1 where the model is not divided over ranks"
             )
     else:
-        _shard(model, plan, meshes, layer_plans)
+        _shard(model, plan, meshes, layer_plans, dispatcher)
     for block, layer_plan in zip(model.layers, layer_plans, strict=True):
-        experts = getattr(block.feed_forward, "experts", None)
-        if "experts" in layer_plan.recompute and isinstance(experts, RoutedExperts):
-            experts.recompute_up = True
+        if "experts" in layer_plan.recompute:
+            for module in block.modules():
+                if isinstance(module, RoutedExperts):
+                    module.recompute_up = True
 
 
 def sum_over_replicas_at_the_last(model: nn.Module, *, last: bool) -> None:
@@ -62,9 +70,9 @@ def sum_over_replicas_at_the_last(model: nn.Module, *, last: bool) -> None:
 def compile_layers(model: Transformer) -> None:
     """Compile every block by itself: equal blocks share one compilation, and the first step waits for two."""
     for block in model.layers:
-        # The exchange between experts is no part of a graph, so a block that holds one is compiled in pieces.
-        divided = isinstance(getattr(block.feed_forward, "experts", None), ExpertParallel)
-        block.compile(fullgraph=not divided)
+        # Dispatch between ranks is not traced, so a block with one is compiled in pieces.
+        dispatchers = [module.dispatcher for module in block.modules() if isinstance(module, RoutedExperts)]
+        block.compile(fullgraph=all(isinstance(dispatcher, LocalDispatcher) for dispatcher in dispatchers))
 
 
 def optimizer_format(plan: ParallelPlan) -> OptimizerFormat:
@@ -77,36 +85,58 @@ def optimizer_format(plan: ParallelPlan) -> OptimizerFormat:
     )
 
 
-def choose_exchange(plan: ParallelPlan, device_type: str) -> Exchange:
-    """The exchange of routed rows: without reading counts on the host on GPUs, as long as its slots stay few.
+def choose_dispatcher(model: Transformer, plan: ParallelPlan, meshes: Meshes) -> Dispatcher:
+    """The dispatcher of all MoE layers: by reading peers' memory where GPUs can, else by all-to-all. A collective."""
+    group = meshes.experts["ep"].get_group()
+    device_type = meshes.experts.device_type
+    num_tokens = plan.micro_batch_sequences * plan.sequence_length
+    if device_type == "cuda" and plan.dense_sharding == "zero1":
+        device = torch.device("cuda", torch.cuda.current_device())
+        if peers_are_readable(group, device):
+            config = model.config
+            assert config.num_experts is not None and config.top_k is not None
+            shape = ExchangeShape(
+                num_ranks=plan.mesh.ep,
+                num_tokens=num_tokens,
+                hidden_size=config.hidden_size,
+                num_experts=config.num_experts,
+                top_k=config.top_k,
+                dtype=next(model.parameters()).dtype,
+            )
+            return PeerDispatcher(shape, group, device)
+    # Padded slots spare the host a look at the counts, at up to ``ep`` times the rows: for two GPUs a gain.
+    padded = device_type == "cuda" and plan.mesh.ep == 2
+    return AllToAllDispatcher(group, PaddedExchange(num_tokens) if padded else SplitExchange())
 
-    A padded exchange sends up to ``ep`` times as many slots; two GPUs gain more from an unbroken queue than they lose.
-    """
-    if device_type == "cuda" and plan.mesh.ep == 2:
-        return PaddedExchange(plan.micro_batch_sequences * plan.sequence_length)
-    return SplitExchange()
 
-
-def _shard(model: Transformer, plan: ParallelPlan, meshes: Meshes, layer_plans: list[LayerPlan]) -> None:
+def _shard(
+    model: Transformer,
+    plan: ParallelPlan,
+    meshes: Meshes,
+    layer_plans: list[LayerPlan],
+    dispatcher: Dispatcher | None,
+) -> None:
     precision = MixedPrecisionPolicy(
         reduce_dtype=torch.float32 if plan.compute_dtype == "bf16" and plan.gradient_dtype == "fp32" else None,
         cast_forward_inputs=False,
     )
     if plan.mesh.ep > 1:
-        exchange = choose_exchange(plan, meshes.dense.device_type)
-        shard_experts(model, plan, meshes, exchange=exchange, precision=precision)
+        dispatcher = dispatcher or choose_dispatcher(model, plan, meshes)
+        shard_experts(model, plan, meshes, dispatcher=dispatcher, precision=precision)
+    if plan.dense_sharding == "zero1":
+        return
     mesh = meshes.dense if plan.mesh.dp_replicate > 1 else meshes.dense["dp_shard"]
     # Experts that a rank has to itself stay plain parameters.
     own = {
         parameter
         for module in model.modules()
-        if isinstance(module, ExpertParallel) and not isinstance(module, FSDPModule)
+        if isinstance(module, RoutedExperts) and module.dispatcher.num_ranks > 1 and not isinstance(module, FSDPModule)
         for parameter in module.parameters()
     }
     stacked = {
         parameter
         for module in model.modules()
-        if isinstance(module, RoutedExperts)
+        if isinstance(module, RoutedExperts) and module.dispatcher.num_ranks == 1
         for parameter in (module.gate_up, module.down)
     }
 

@@ -2,16 +2,20 @@
 
 On a GPU the work of a micro-batch is the same thousands of kernel launches every time, more than the host can queue in
 the time they run. So the second micro-batch of a shape is recorded as a CUDA graph, and from then on replayed: the host
-copies tokens and targets into the graph's inputs and launches it. Whatever a graph cannot hold (other shapes, several
-ranks) runs as it is. So do micro-batches with documents: how many there are decides a shape, and one that differs from
-the recorded would need a second set of activations beside the graph's own.
+copies tokens, targets and document boundaries into the graph's inputs and launches it. On several ranks too, where
+nothing in the model calls the host: weights whole on every rank, and a dispatcher that reads peers' memory.
+
+A graph keeps the memory of its activations. So one is dropped before a micro-batch of another shape runs: two sets
+might not fit. Boundaries lie in a buffer with room for at most twice their number, which only ever grows.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from moescale.kernels.attention import Documents
+from moescale.kernels.attention import LEAST_OFFSETS, Documents
+from moescale.model.moe import RoutedExperts
 from moescale.model.transformer import ModelOutput, Transformer
 from moescale.runtime.ranks import Ranks
 
@@ -22,9 +26,7 @@ class MicroBatches:
     def __init__(self, model: Transformer, *, capture: bool) -> None:
         self.model = model
         self.device = next(model.parameters()).device
-        # A recording needs gradients at fixed addresses: the buffers that fp32 parameters do without.
-        has_buffers = all(parameter.dtype != torch.float32 for parameter in model.parameters())
-        self.capture = capture and self.device.type == "cuda" and has_buffers
+        self.capture = capture and self.device.type == "cuda" and _is_recordable(model)
         config = model.config
         scalar = torch.zeros((), device=self.device)
         self.loss_sum = scalar.clone()
@@ -36,9 +38,10 @@ class MicroBatches:
         """[MoE layers, E]: rows routed to each expert."""
         self._target_weight = scalar.clone()
         self._aux_weight = scalar.clone()
-        self._seen: tuple[int, ...] | None = None
+        self._num_offsets = LEAST_OFFSETS
+        self._seen: tuple[torch.Size, ...] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._graph_inputs: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._graph_inputs: tuple[torch.Tensor, ...] = ()
 
     def start_step(self, *, num_targets: int, num_micro_batches: int) -> None:
         """Clear the sums; every token's loss then counts ``1 / num_targets`` and aux losses their mean times alpha."""
@@ -48,20 +51,30 @@ class MicroBatches:
         self._target_weight.fill_(1.0 / max(1, num_targets))
         self._aux_weight.fill_(self.model.config.aux_loss_alpha / num_micro_batches)
 
-    def run(self, tokens: torch.Tensor, targets: torch.Tensor, documents: Documents | None) -> None:
-        """Forward and backward of one micro-batch, [B, S] each; adds to the sums and to the gradients."""
-        if not self.capture or documents is not None:
-            self._run(tokens.to(self.device), targets.to(self.device), documents)
-            return
-        shape = tuple(tokens.shape)
-        if self._graph_inputs is not None and self._graph_inputs[0].shape == shape:
-            self._replay(tokens, targets)
-        elif self._graph is None and self._seen == shape:
-            self._record(tokens, targets)
-            self._replay(tokens, targets)
+    def run(self, tokens: torch.Tensor, targets: torch.Tensor, document_starts: torch.Tensor | None = None) -> None:
+        """Forward and backward of one micro-batch, [B, S] each, on the CPU; adds to the sums and to the gradients."""
+        inputs: tuple[torch.Tensor, ...] = (tokens, targets)
+        if document_starts is not None:
+            documents = Documents.from_starts(document_starts, self.device, self._num_offsets)
+            self._num_offsets = documents.offsets.numel()
+            inputs += documents
+        shapes = tuple(value.shape for value in inputs)
+        if self._graph is not None and shapes == self._seen:
+            self._replay(inputs)
+        elif self.capture and shapes == self._seen:
+            self._record(inputs)
+            self._replay(inputs)
         else:  # the first time compiles and tunes, which a recording must not
-            self._seen = shape
-            self._run(tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True), None)
+            self.forget()
+            self._seen = shapes
+            self._run(*(value.to(self.device, non_blocking=True) for value in inputs))
+
+    def forget(self) -> None:
+        """Drop the recorded graph, if any, and the memory it keeps."""
+        if self._graph is not None:
+            torch.cuda.synchronize(self.device)
+            self._graph, self._graph_inputs = None, ()
+            torch.cuda.empty_cache()
 
     def add_up(self, ranks: Ranks) -> None:
         """After a step's last micro-batch: make the sums those of all ranks. A collective, one reduction."""
@@ -73,8 +86,10 @@ class MicroBatches:
         self.aux_loss.copy_(values[1])
         self.expert_rows.copy_(values[2:].view_as(self.expert_rows))
 
-    def _run(self, tokens: torch.Tensor, targets: torch.Tensor, documents: Documents | None) -> None:
-        output: ModelOutput = self.model(tokens, targets=targets, documents=documents)
+    def _run(self, tokens: torch.Tensor, targets: torch.Tensor, *documents: torch.Tensor) -> None:
+        output: ModelOutput = self.model(
+            tokens, targets=targets, documents=Documents(*documents) if documents else None
+        )
         assert output.loss_sum is not None
         loss = output.loss_sum * self._target_weight
         if self.model.config.aux_loss_alpha:
@@ -85,18 +100,30 @@ class MicroBatches:
         if output.tokens_per_expert is not None:
             self.expert_rows += output.tokens_per_expert
 
-    def _record(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
-        inputs = (torch.empty_like(tokens, device=self.device), torch.empty_like(targets, device=self.device))
+    def _record(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        held = tuple(torch.empty_like(value, device=self.device) for value in inputs)
         # What earlier micro-batches left in the allocator's cache is out of reach for the graph's own memory pool.
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._run(inputs[0], inputs[1], None)
-        self._graph, self._graph_inputs = graph, inputs
+            self._run(*held)
+        self._graph, self._graph_inputs = graph, held
 
-    def _replay(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
-        assert self._graph is not None and self._graph_inputs is not None
-        for buffer, value in zip(self._graph_inputs, (tokens, targets), strict=True):
+    def _replay(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert self._graph is not None
+        for buffer, value in zip(self._graph_inputs, inputs, strict=True):
             buffer.copy_(value, non_blocking=True)
         self._graph.replay()
+
+
+def _is_recordable(model: Transformer) -> bool:
+    """Whether a micro-batch is work of the device alone, at fixed addresses.
+
+    Gradients need buffers, which fp32 parameters do without; FSDP2 gathers weights into memory of its own and calls the
+    host in every layer.
+    """
+    has_buffers = all(parameter.dtype != torch.float32 for parameter in model.parameters())
+    is_whole = not any(isinstance(module, FSDPModule) for module in model.modules())
+    dispatchers = [module.dispatcher for module in model.modules() if isinstance(module, RoutedExperts)]
+    return has_buffers and is_whole and all(dispatcher.is_recordable for dispatcher in dispatchers)

@@ -1,6 +1,7 @@
 """AdamW over a model's parameters, with gradients accumulated as the plan says.
 
-Every rank updates the part of each parameter that it holds, and rounds as one device would that holds it all.
+Every rank updates its part of each parameter, and rounds as one device would that holds it all. Of a parameter that
+several ranks hold whole, each updates some rows: gradients are summed before, weights handed round after.
 Parameters are kept in the compute dtype; what stands beside them (master weights, moments, in which formats) is the
 plan's choice and :mod:`moescale.kernels.adamw`'s work. The gradient of each micro-batch of a bf16 parameter is added to
 a buffer, by the product that makes it (:meth:`AdamW.accumulate_in_products`) or as soon as autograd has produced it: in
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -29,14 +31,11 @@ from moescale.kernels.adamw import (
     master_weight,
     set_master_weight,
 )
-from moescale.model.linear import Linear
-from moescale.model.moe import RoutedExperts
-from moescale.model.transformer import Transformer
 from moescale.runtime.device import available_host_bytes
-from moescale.runtime.expert_parallel import ExpertParallel
-from moescale.runtime.layout import Part, local_tensor, whole
+from moescale.runtime.layout import Part, Sharing, local_tensor, whole
 from moescale.runtime.ranks import ONE_RANK, Ranks
 from moescale.runtime.settings import TrainSettings
+from moescale.runtime.zero import share_weights, sum_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +67,18 @@ class AdamW:
         self.format = format
         self.ranks = ranks
         self.parameters = dict(named_parameters)
-        self.parts = parts or {name: whole(parameter.shape) for name, parameter in self.parameters.items()}
-        self.weights = {name: local_tensor(parameter) for name, parameter in self.parameters.items()}
-        """This rank's part of every parameter, in the parameter's own memory."""
+        self.held = parts or {name: whole(parameter.shape) for name, parameter in self.parameters.items()}
+        """What of every parameter is in this rank's memory."""
+        self.parts = {name: self.held[name].own for name in self.parameters}
+        """What of every parameter this rank updates."""
+        self.weights = {
+            name: self.held[name].own_rows(local_tensor(parameter)) for name, parameter in self.parameters.items()
+        }
+        """The same, in the parameter's own memory."""
+        self._shared: dict[Sharing, list[str]] = {}
+        for name, part in self.held.items():
+            if part.sharing is not None and (part.sharing.shards or part.sharing.replicas):
+                self._shared.setdefault(part.sharing, []).append(name)
         self.states: dict[str, AdamWState] = {}
         self._gradients: dict[str, torch.Tensor] = {}
         self.num_updates = 0
@@ -97,7 +105,7 @@ class AdamW:
             )
 
     def _accumulate_in_buffer(self, name: str, parameter: torch.nn.Parameter) -> None:
-        self._gradients[name] = torch.zeros_like(self.weights[name], dtype=self.format.gradients)
+        self._gradients[name] = torch.zeros_like(local_tensor(parameter), dtype=self.format.gradients)
 
         def add_to_buffer(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:  # None where the backward has added to the buffer itself
@@ -107,32 +115,42 @@ class AdamW:
         parameter.register_post_accumulate_grad_hook(add_to_buffer)
 
     def accumulate_in_products(self, model: torch.nn.Module) -> None:
-        """Have the products of ``model`` add their weight gradients to the buffers by themselves.
+        """Have the GEMMs of ``model`` add their weight gradients to the buffers by themselves.
 
-        Those of a weight divided over ranks are added once they are reduced.
+        Those of a weight sharded by FSDP2 are added once they are reduced.
         """
         for prefix, module in model.named_modules():
-            path = f"{prefix}." if prefix else ""
-            if isinstance(module, RoutedExperts | ExpertParallel):
-                module.gate_up_gradient = self._buffer(f"{path}gate_up", module.gate_up)
-                module.down_gradient = self._buffer(f"{path}down", module.down)
-            elif isinstance(module, Linear):
-                module.weight_gradient = self._buffer(f"{path}weight", module.weight)
-            elif isinstance(module, Transformer):
-                name = "embedding.weight" if module.output is None else "output.weight"
-                module.output_gradient = self._buffer(f"{path}{name}", module.output_weight)
+            set_buffers = getattr(module, "set_gradient_buffers", None)
+            if set_buffers is not None:
+                set_buffers(partial(self._buffer, f"{prefix}." if prefix else ""))
 
-    def _buffer(self, name: str, weight: torch.Tensor) -> torch.Tensor | None:
-        return None if isinstance(weight, DTensor) else self._gradients.get(name)
+    def _buffer(self, prefix: str, name: str) -> torch.Tensor | None:
+        name = prefix + name
+        return None if isinstance(self.parameters[name], DTensor) else self._gradients.get(name)
 
     def gradient(self, name: str) -> torch.Tensor:
-        """The gradient accumulated so far for this rank's part of a parameter; zeros where nothing has reached it."""
+        """The gradient accumulated so far for what this rank updates; zeros where nothing has reached it.
+
+        The sum over all ranks from :meth:`sum_gradients` on.
+        """
+        return self.held[name].own_rows(self._held_gradient(name))
+
+    def _held_gradient(self, name: str) -> torch.Tensor:
         if name in self._gradients:
             return self._gradients[name]
         parameter = self.parameters[name]
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         return local_tensor(parameter.grad)
+
+    def sum_gradients(self, on_progress: Callable[[], None] = lambda: None) -> None:
+        """Sum the gradients of what several ranks hold, once a step. A collective."""
+        for sharing, names in self._shared.items():
+            sum_gradients([self._held_gradient(name) for name in names], sharing, on_progress)
+
+    def _share_weights(self) -> None:
+        for sharing, names in self._shared.items():
+            share_weights([local_tensor(self.parameters[name]) for name in names], sharing, lambda: None)
 
     def gradient_norm(self) -> torch.Tensor:
         """L2 norm over all gradients of all ranks: fp32 scalar on their device. A collective, one reduction."""
@@ -178,6 +196,7 @@ class AdamW:
                 )
             if self.format.offload:
                 _copy_state(state, kept)
+        self._share_weights()
         self.zero_gradients()
 
     def zero_gradients(self) -> None:
@@ -229,6 +248,7 @@ class AdamW:
             state = self.states[name]
             if state.master is not None:
                 set_master_weight(weight, state, state.master)
+        self._share_weights()
 
 
 def _runs(

@@ -103,7 +103,7 @@ class Trainer:
         self.on_progress = on_progress
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
         self.optimizer.accumulate_in_products(model)
-        self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs and ranks.size == 1)
+        self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs)
         self.device = next(model.parameters()).device
         self.step = 0
         self.skipped_steps = 0
@@ -248,9 +248,10 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             self.on_progress(self.step, f"micro-batch {number}")
             sum_over_replicas_at_the_last(self.model, last=number == len(batches))
-            sums.run(batch.tokens, batch.targets, self._documents(batch))
-        self.on_progress(self.step, "gradient norm and update")
+            sums.run(batch.tokens, batch.targets, batch.document_starts)
+        self.on_progress(self.step, "gradient sums, norm and update")
         sums.add_up(self.ranks)
+        self.optimizer.sum_gradients(lambda: self.on_progress(self.step, "gradient sums, norm and update"))
         gradient_norm = self.optimizer.gradient_norm()
         mean_loss, norm = (sums.loss_sum / max(1, num_targets)).item(), gradient_norm.item()
         learning_rate = learning_rate_at(self.settings, self.step, self.total_steps)

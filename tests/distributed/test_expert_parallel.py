@@ -16,11 +16,13 @@ from gloo_ranks import GlooRanks
 from moescale.kernels.backends import KernelInputError
 from moescale.kernels.experts import experts
 from moescale.kernels.router import Routing
+from moescale.model.moe import RoutedExperts
 from moescale.model.transformer import Transformer, build_on_meta, initialize
 from moescale.plan import MeshShape, one_device_plan
 from moescale.runtime import expert_parallel
 from moescale.runtime.expert_parallel import (
-    ExpertParallel,
+    AllToAllDispatcher,
+    Exchange,
     PaddedExchange,
     SortedPairs,
     SplitExchange,
@@ -82,11 +84,22 @@ def compare(
         assert error <= tolerance, f"{name} of {case} is off by {error:.1e}"
 
 
+def experts_layer(
+    gate_up: torch.nn.Parameter, down: torch.nn.Parameter, exchange: Exchange, backend: str = "auto"
+) -> RoutedExperts:
+    """This rank's experts behind a dispatcher to all ranks."""
+    layer = RoutedExperts(tiny_config())
+    layer.gate_up, layer.down, layer.backend = gate_up, down, backend
+    assert dist.group.WORLD is not None
+    layer.dispatcher = AllToAllDispatcher(dist.group.WORLD, exchange)
+    return layer
+
+
 def check_case(
     case: Case,
     exchange_name: str,
     *,
-    beside: bool = False,
+    overlapped: bool = False,
     buffers: bool = False,
     dtype: torch.dtype = torch.float32,
     tolerance: float = RELATIVE_ERROR,
@@ -112,18 +125,18 @@ def check_case(
 
     whole = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     expected = experts(whole["x"], ids, whole["topk_weights"], whole["gate_up"], whole["down"])
-    if beside:
+    if overlapped:
         expected = expected + whole["x"].tanh()
     expected.backward(grad)
 
     local = {name: torch.nn.Parameter(leaf[part[name]].clone()) for name, leaf in leaves.items()}
     exchange = SplitExchange() if exchange_name == "split" else PaddedExchange(max(tokens))
-    layer = ExpertParallel(local["gate_up"], local["down"], group=dist.group.WORLD, exchange=exchange, backend=backend)
+    layer = experts_layer(local["gate_up"], local["down"], exchange, backend)
     if buffers:  # which hold gradients of earlier micro-batches
         layer.gate_up_gradient = torch.full_like(local["gate_up"], 0.5).detach()
         layer.down_gradient = torch.full_like(local["down"], 0.5).detach()
     routing = make_routing(ids[mine], local["topk_weights"])
-    actual = layer(local["x"], routing, (lambda: local["x"].tanh()) if beside else None)
+    actual = layer(local["x"], routing, (lambda: local["x"].tanh()) if overlapped else None)
     actual.backward(grad[mine])
 
     compare("the result", case, actual, expected[mine], tolerance)
@@ -140,7 +153,7 @@ def check_case(
 def check_cases(exchange_name: str) -> None:
     for case in CASES:
         check_case(case, exchange_name)
-    check_case(CASES[1], exchange_name, beside=True)
+    check_case(CASES[1], exchange_name, overlapped=True)
     check_case(CASES[1], exchange_name, buffers=True)
     # bf16 has 8 bits; one device rounds other intermediate values than two exchanges do.
     check_case(CASES[1], exchange_name, dtype=torch.bfloat16, tolerance=2**-6)
@@ -170,12 +183,12 @@ def check_order_of_work() -> None:
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            events.append("beside")
+            events.append("overlapped")
             return x.clone()
 
         @staticmethod
         def backward(ctx, grad):
-            events.append("beside")
+            events.append("overlapped")
             return grad
 
     depart, arrive = expert_parallel._Flight.depart, expert_parallel._Flight.arrive
@@ -184,16 +197,16 @@ def check_order_of_work() -> None:
         patch.setattr(expert_parallel._Flight, "arrive", lambda *a: events.append("arrive") or arrive(*a))
         x = torch.randn(3, HIDDEN, requires_grad=True)
         weights = [torch.nn.Parameter(torch.randn(EXPERTS // 2, *shape)) for shape in ((8, HIDDEN), (HIDDEN, 4))]
-        layer = ExpertParallel(*weights, group=dist.group.WORLD, exchange=SplitExchange())
+        layer = experts_layer(*weights, SplitExchange())
         routing = make_routing(torch.tensor([[0], [7], [3]], dtype=torch.int32), torch.ones(3, 1))
         out = layer(x, routing, lambda: Recorded.apply(x))
-        assert events == ["depart", "beside", "arrive", "depart", "arrive"]
+        assert events == ["depart", "overlapped", "arrive", "depart", "arrive"]
         events.clear()
         out.sum().backward()
-        assert events == ["depart", "arrive", "depart", "beside", "arrive"]
+        assert events == ["depart", "arrive", "depart", "overlapped", "arrive"]
 
 
-def test_work_beside_the_experts_runs_while_rows_travel_in_both_passes() -> None:
+def test_overlapped_work_runs_while_rows_are_on_their_way_in_both_passes() -> None:
     run_ranks(2, check_order_of_work)
 
 
@@ -236,10 +249,12 @@ def check_sharding(sharding: Sharding) -> None:
         plan_gpus=ranks // sharding.replicas,
         runtime_gpus=ranks,
         tokens_per_step=5 * ranks,
+        dense_sharding="fsdp",
         mesh=MeshShape(dp_replicate=sharding.replicas, dp_shard=ranks // sharding.replicas, ep=sharding.ep),
     )
     for unsharded in (model, meta):
-        shard_experts(unsharded, plan, SimpleNamespace(experts=mesh))
+        dispatcher = AllToAllDispatcher(mesh["ep"].get_group(), SplitExchange())
+        shard_experts(unsharded, plan, SimpleNamespace(experts=mesh), dispatcher=dispatcher)
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in whole.named_parameters()]
 
     expected = whole(tokens).logits

@@ -24,9 +24,9 @@ MESHES: dict[int, list[dict[str, Any]]] = {
     8: [dict(dp_shard=8, ep=4), dict(dp_replicate=2, dp_shard=4, ep=2)],
 }
 RECOMPUTES: list[dict[str, Any]] = [
-    dict(recompute=recompute, reshard=reshard, dp_shard=2, **mesh)
+    dict(recompute=recompute, reshard=reshard, dense_sharding=sharding, dp_shard=2, **mesh)
     for recompute in ("block", ("experts",))
-    for reshard in (True, False)
+    for sharding, reshard in (("fsdp", True), ("fsdp", False), ("zero1", False))
     for mesh in ({}, {"ep": 2})
 ]
 
@@ -50,9 +50,11 @@ def two_ranks():
     group.close()
 
 
-def test_every_mesh_trains_as_one_device_does(ranks):
+@pytest.mark.parametrize("dense_sharding", ["zero1", "fsdp"])
+def test_every_mesh_trains_as_one_device_does(ranks, dense_sharding):
     for mesh in MESHES[ranks.size]:
-        assert_same_run(ranks.run(record_run, STEPS, mesh), on_one_device(STEPS))
+        fields = mesh | dict(dense_sharding=dense_sharding)
+        assert_same_run(ranks.run(record_run, STEPS, fields), on_one_device(STEPS))
 
 
 def test_every_recompute_mode_and_resharding_trains_as_one_device_does(two_ranks):
@@ -69,8 +71,9 @@ def test_recomputing_on_one_device_changes_nothing():
 
 def test_accumulated_micro_batches_train_as_one(two_ranks):
     for mesh in (dict(dp_shard=2), dict(dp_replicate=2), dict(dp_shard=2, ep=2)):
-        runs = two_ranks.run(record_run, 5, dict(accumulation=4, **mesh))
-        assert_same_run(runs, on_one_device(5))
+        for dense_sharding in ("zero1", "fsdp"):
+            runs = two_ranks.run(record_run, 5, dict(accumulation=4, dense_sharding=dense_sharding, **mesh))
+            assert_same_run(runs, on_one_device(5))
 
 
 def test_ranks_whose_experts_nobody_chose_still_train_as_one_device_does(two_ranks):
@@ -81,12 +84,14 @@ def test_ranks_whose_experts_nobody_chose_still_train_as_one_device_does(two_ran
         assert_same_run(two_ranks.run(record_run, 5, fields | mesh), alone)
 
 
+@pytest.mark.parametrize("dense_sharding", ["zero1", "fsdp"])
 @pytest.mark.parametrize("experts", [6, 7])
-def test_experts_that_do_not_divide_by_the_ranks_train_as_one_device_does(two_ranks, experts):
-    """7 experts on 2 ranks are divided by rows; with an odd width they are not, and one rank holds more of them."""
+def test_experts_that_do_not_divide_by_the_ranks_train_as_one_device_does(two_ranks, experts, dense_sharding):
+    """FSDP2 shards 7 experts on 2 ranks by rows, or, with an odd width, unevenly, as ZeRO-1 always does."""
     for width in (24, 25) if experts == 7 else (24,):
         fields = dict(model=dict(num_experts=experts, expert_intermediate_size=width))
-        assert_same_run(two_ranks.run(record_run, 5, fields | dict(dp_shard=2)), record_run(5, fields))
+        runs = two_ranks.run(record_run, 5, fields | dict(dp_shard=2, dense_sharding=dense_sharding))
+        assert_same_run(runs, record_run(5, fields))
 
 
 FORMATS = [
@@ -111,7 +116,7 @@ def test_every_optimizer_format_trains_within_the_noise_of_bf16(two_ranks):
                 alone.losses, record_run(STEPS, dict(accumulation=accumulation, **format)).losses, strict=True
             )
         )
-        for mesh in (dict(dp_shard=2), dict(dp_shard=2, ep=2)):
+        for mesh in (dict(dp_shard=2), dict(dp_shard=2, ep=2), dict(dp_shard=2, ep=2, dense_sharding="fsdp")):
             losses = two_ranks.run(record_run, STEPS, format | mesh)[0].losses
             difference = max(abs(a - b) for a, b in zip(losses, alone.losses, strict=True))
             assert difference <= 2 * noise, f"{format} on {mesh}: {difference:.1e}, noise {noise:.1e}"

@@ -163,13 +163,13 @@ def test_rows_lie_by_expert_then_by_rank_then_as_their_rank_sorted_them() -> Non
         _, pair_rows, ends = sort_pairs(chosen, 4, backend="triton")
         publish_pairs(buffer, chosen, torch.ones(2, 2, device=DEVICE) * (1 + buffer.rank), pair_rows, ends)
     first, second = (order_rows(buffer, kept_rows=3) for buffer in buffers)
-    # Rank 0 holds: expert 0 of rank 0 (pair 2), of rank 1 (pair 2); expert 1 of rank 0 (pairs 0, 3), of rank 1 (pair 1).
+    # Rank 0, expert 0: pair 2 of rank 0, pair 2 of rank 1. Expert 1: pairs 0 and 3 of rank 0, pair 1 of rank 1.
     assert first.pair_row.tolist() == [[2, -1, 0, 3], [-1, 4, 1, -1]]
     assert (
         first.ends.tolist() == [2, 5] and first.kept_ends.tolist() == [2, 3] and first.further_ends.tolist() == [0, 2]
     )
     assert first.row_weights[:5].tolist() == [1, 2, 1, 1, 2]
-    # Rank 1: expert 2 of rank 0 (pair 1), of rank 1 (pair 3); expert 3 of rank 1 (pair 0).
+    # Rank 1, expert 2: pair 1 of rank 0, pair 3 of rank 1. Expert 3: pair 0 of rank 1.
     assert second.pair_row.tolist() == [[-1, 0, -1, -1], [2, -1, -1, 1]]
     assert second.ends.tolist() == [2, 3] and second.further_ends.tolist() == [0, 0]
     rows = shape.max_rows

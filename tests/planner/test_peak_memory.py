@@ -96,7 +96,13 @@ def fake_runtime(gpu_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_parallel, "sort_pairs", sort_pairs)
     monkeypatch.setattr(expert_parallel, "_row_operators", lambda backend: operators)
     monkeypatch.setattr(expert_parallel.SplitExchange, "lay_out", lay_out)
-    monkeypatch.setattr(mapping, "choose_exchange", lambda *args: expert_parallel.SplitExchange())
+    monkeypatch.setattr(
+        mapping,
+        "choose_dispatcher",
+        lambda model, plan, meshes: expert_parallel.AllToAllDispatcher(
+            meshes.experts["ep"].get_group(), expert_parallel.SplitExchange()
+        ),
+    )
 
 
 def plan_with(pins: dict[str, str]) -> PlanResult:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from moescale.kernels.attention import Documents
 from moescale.model.transformer import Transformer, build_on_meta, initialize
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
@@ -18,10 +17,9 @@ from tiny import tiny_config
 SHAPE = (2, 32)
 
 
-def documents_of(lengths: int, device: str = "cpu") -> Documents:
-    """Documents of so many tokens each, and what is left of a sequence."""
-    starts = (torch.arange(SHAPE[1]) % lengths == 0).expand(SHAPE)
-    return Documents.from_starts(starts, torch.device(device))
+def documents_of(lengths: int) -> torch.Tensor:
+    """Starts of documents of so many tokens each, and what is left of a sequence."""
+    return (torch.arange(SHAPE[1]) % lengths == 0).repeat(SHAPE[0], 1)
 
 
 def batches(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -117,10 +115,10 @@ def test_a_recorded_micro_batch_gives_the_losses_and_gradients_of_the_plain_one(
         _, optimizer, runner = build("cuda", torch.bfloat16, capture=capture, **overrides)
         runner.start_step(num_targets=5 * 62, num_micro_batches=5)
         for number, (tokens, targets) in enumerate(batches(5)):
-            documents = documents_of(5 + number, "cuda") if with_documents else None
+            documents = documents_of(5 + number) if with_documents else None
             runner.run(tokens.pin_memory(), targets.pin_memory(), documents)
         torch.cuda.synchronize()
-        assert (runner._graph is not None) == (capture and not with_documents)
+        assert (runner._graph is not None) == capture
         gradients = {name: optimizer.gradient(name).clone() for name in optimizer.parameters}
         results.append((runner.loss_sum.clone(), runner.expert_rows.clone(), gradients))
     (plain_loss, plain_rows, plain), (loss, rows, recorded) = results
@@ -137,7 +135,7 @@ def test_a_recorded_micro_batch_gives_the_losses_and_gradients_of_the_plain_one(
 def test_forward_and_backward_never_wait_for_the_gpu(with_documents, overrides):
     _, _, runner = build("cuda", torch.bfloat16, capture=False, **overrides)
     inputs = [(tokens.cuda(), targets.cuda()) for tokens, targets in batches(3)]
-    documents = documents_of(9, "cuda") if with_documents else None
+    documents = documents_of(9) if with_documents else None
     runner.start_step(num_targets=62 * 3, num_micro_batches=3)
     runner.run(*inputs[0], documents)  # compiles, which may synchronise
     with synchronisation_refused():
@@ -147,16 +145,27 @@ def test_forward_and_backward_never_wait_for_the_gpu(with_documents, overrides):
 
 
 @pytest.mark.gpu
-def test_only_what_comes_again_in_one_shape_is_recorded():
+def test_what_comes_again_in_one_shape_is_recorded_and_another_shape_drops_it():
     _, _, runner = build("cuda", torch.float32, capture=True)
     assert not runner.capture  # fp32 gradients have no fixed address
     _, _, runner = build("cuda", torch.bfloat16, capture=True)
     runner.start_step(num_targets=62, num_micro_batches=2)
     ((tokens, targets),) = batches(1)
-    runner.run(tokens, targets, None)
-    for _ in range(2):  # the number of documents decides a shape: never recorded
-        runner.run(tokens, targets, documents_of(9, "cuda"))
-    runner.run(tokens[:1], targets[:1], None)
-    assert runner._graph is None
-    runner.run(tokens[:1], targets[:1], None)
-    assert runner._graph is not None
+    runner.run(tokens, targets)
+    for recorded, length in ((False, 9), (True, 5), (True, 9), (True, 32)):  # any number of documents that fits
+        runner.run(tokens, targets, documents_of(length))
+        assert (runner._graph is not None) == recorded
+    for recorded in (False, True):
+        runner.run(tokens[:1], targets[:1])
+        assert (runner._graph is not None) == recorded
+
+
+@pytest.mark.gpu
+def test_more_documents_than_there_was_room_for_are_recorded_again(monkeypatch):
+    monkeypatch.setattr("moescale.runtime.micro_batch.LEAST_OFFSETS", 4)
+    _, _, runner = build("cuda", torch.bfloat16, capture=True)
+    runner.start_step(num_targets=62, num_micro_batches=2)
+    ((tokens, targets),) = batches(1)
+    for recorded, length in ((False, 32), (True, 32), (False, 4), (True, 4), (True, 32)):
+        runner.run(tokens, targets, documents_of(length))
+        assert (runner._graph is not None) == recorded

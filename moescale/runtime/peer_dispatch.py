@@ -1,0 +1,187 @@
+"""Dispatch between GPUs of one host without the host: ranks read each other's rows through symmetric memory.
+
+Four barriers a layer and micro-batch, and the reason why one set of buffers serves all layers:
+
+    forward   publish tokens and routing | A | pull rows, experts write results        | B | combine peers' results
+    backward  publish tokens, gradients  | C | pull both, experts write rows' gradients | D | combine them
+
+What peers read between A and B, ranks overwrite behind B (or D) at the earliest: the next publishing. What they read
+behind B is overwritten by the experts of the next layer, behind the next A, which no rank passes before all have
+combined. Nothing has a size that the host must know, and there is no collective: a micro-batch is one CUDA graph.
+
+Rows are pulled again in the backward instead of kept: 16 MB a layer over the link at 4,096 tokens, against 100 MB saved.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+from torch.autograd.function import once_differentiable
+
+from moescale.kernels.backends import KernelInputError, choose_experts_backend, debug_checks_enabled
+from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
+from moescale.kernels.expert_order import check_ids, sort_pairs
+from moescale.kernels.experts import operators_of
+from moescale.kernels.router import Routing
+from moescale.model.moe import RoutedExperts
+from moescale.plan import SAVED_ROWS_FACTOR
+
+
+class PeerDispatcher:
+    """The dispatcher of all MoE layers of a rank, whose group's GPUs read each other's memory."""
+
+    is_recordable = True
+
+    def __init__(self, shape: ExchangeShape, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Allocate the buffers and exchange their addresses: a collective of ``group``."""
+        block = symmetric_memory.empty(shape.num_bytes, dtype=torch.uint8, device=device)
+        self._memory = symmetric_memory.rendezvous(block, group)
+        self.buffers = ExchangeBuffers.carve(shape, group.rank(), block, self._memory.buffer_ptrs)
+        self.num_ranks = shape.num_ranks
+        self.saved_rows = min(shape.max_rows, math.ceil(SAVED_ROWS_FACTOR * shape.num_pairs))
+
+    def barrier(self) -> None:
+        """Have the device wait until all ranks of the group have come to this barrier."""
+        self._memory.barrier(channel=0)
+
+    @torch.compiler.disable
+    def __call__(
+        self,
+        experts: RoutedExperts,
+        x: torch.Tensor,
+        routing: Routing,
+        overlapped: Callable[[], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """As :class:`moescale.model.moe.Dispatcher`. Raises KernelInputError for more tokens than there is room for."""
+        shape = self.buffers.shape
+        if x.shape[0] > shape.num_tokens:
+            raise KernelInputError(
+                f"experts: {x.shape[0]} tokens exceed the {shape.num_tokens} for which ranks have set buffers aside; "
+                "give the plan's micro-batch, or a smaller one"
+            )
+        if debug_checks_enabled():
+            check_ids(routing.topk_ids, shape.num_experts, routing.tokens_per_expert)
+        out = _PeerExperts.apply(
+            x, routing.topk_weights, experts.gate_up, experts.down, routing.topk_ids, self, experts
+        )
+        return out if overlapped is None else out + overlapped()
+
+
+class _PeerExperts(torch.autograd.Function):
+    """The routed experts of a layer, forward and backward, as the module's docstring lays out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        topk_ids: torch.Tensor,
+        dispatcher: PeerDispatcher,
+        experts: RoutedExperts,
+    ) -> torch.Tensor:
+        from moescale.kernels.dispatch import mlp
+        from moescale.kernels.dispatch import triton as exchange
+
+        buffers, shape = dispatcher.buffers, dispatcher.buffers.shape
+        backend = choose_experts_backend(x.device, x.dtype, experts.backend)
+        ops = operators_of(backend)
+        needs_backward = any(ctx.needs_input_grad)
+        kept = dispatcher.saved_rows if needs_backward and not experts.recompute_up else 0
+        topk_weights = topk_weights.contiguous()
+        _, pair_rows, ends = sort_pairs(topk_ids, shape.num_experts, backend=backend)
+        exchange.publish_pairs(buffers, topk_ids, topk_weights, pair_rows, ends)
+        buffers.tokens.local[: x.shape[0]].copy_(x)
+        dispatcher.barrier()
+        order = exchange.order_rows(buffers, kept_rows=kept)
+        rows = exchange.pull_rows(buffers, buffers.tokens, order, _new_rows(buffers))
+        pre = mlp.forward_rows(
+            ops,
+            rows,
+            gate_up,
+            down,
+            order,
+            kept=kept,
+            expected_rows=shape.num_pairs,
+            out=buffers.results.local,
+        )
+        del rows
+        dispatcher.barrier()
+        out = exchange.pull_sums(buffers, order, x.shape[0], topk_weights)
+        if needs_backward:
+            ctx.save_for_backward(x, gate_up, down, pre)
+            ctx.order, ctx.dispatcher, ctx.ops = order, dispatcher, ops
+            ctx.gradient_buffers = (experts.gate_up_gradient, experts.down_gradient)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from moescale.kernels.dispatch import mlp
+        from moescale.kernels.dispatch import triton as exchange
+
+        x, gate_up, down, pre = ctx.saved_tensors
+        dispatcher, order = ctx.dispatcher, ctx.order
+        buffers = dispatcher.buffers
+        num_tokens = x.shape[0]
+        buffers.tokens.local[:num_tokens].copy_(x)
+        buffers.gradients.local[:num_tokens].copy_(grad)
+        dispatcher.barrier()
+        rows = exchange.pull_rows(buffers, buffers.tokens, order, _new_rows(buffers))
+        grad_rows = exchange.pull_rows(buffers, buffers.gradients, order, _new_rows(buffers))
+        grad_gate_up, grad_down = mlp.backward_rows(
+            ctx.ops,
+            rows,
+            grad_rows,
+            pre,
+            gate_up,
+            down,
+            order,
+            expected_rows=buffers.shape.num_pairs,
+            out=buffers.results.local,
+            values=buffers.values.local,
+            gate_up_gradient=ctx.gradient_buffers[0],
+            down_gradient=ctx.gradient_buffers[1],
+        )
+        del rows, grad_rows
+        dispatcher.barrier()
+        grad_x = exchange.pull_sums(buffers, order, num_tokens)
+        grad_weights = exchange.pull_values(buffers, order, num_tokens)
+        return grad_x, grad_weights, grad_gate_up, grad_down, None, None, None
+
+
+def _new_rows(buffers: ExchangeBuffers) -> torch.Tensor:
+    return buffers.results.local.new_empty((buffers.shape.max_rows, buffers.shape.hidden_size))
+
+
+def peers_are_readable(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Find out whether the GPUs of all ranks of ``group`` can read each other's memory. A collective of ``group``."""
+    if device.type != "cuda":
+        return False
+    mine = (os.uname().nodename, _boot_id(), device.index)
+    places: list[Any] = [None] * group.size()
+    dist.all_gather_object(places, mine, group=group)
+    same_host = len({place[:2] for place in places}) == 1
+    others = [place[2] for place in places if place[2] != device.index]
+    readable = same_host and all(
+        number < torch.cuda.device_count() and torch.cuda.can_device_access_peer(device, number) for number in others
+    )
+    answers: list[Any] = [None] * group.size()
+    dist.all_gather_object(answers, readable, group=group)
+    return all(answers)
+
+
+def _boot_id() -> str:
+    """Tells hosts of the same name apart."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
