@@ -26,7 +26,6 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("tests", 
 from step import profile  # noqa: E402
 
 import plans  # noqa: E402
-from moescale.kernels.attention import Documents  # noqa: E402
 from moescale.runtime import session  # noqa: E402
 from moescale.runtime.checkpoint import CheckpointStore  # noqa: E402
 from moescale.runtime.launch import Membership, join_ranks, was_launched  # noqa: E402
@@ -142,12 +141,12 @@ def report(arguments: argparse.Namespace, axes: dict[str, int], recorder: plans.
 def refuse_synchronisation(trainer: Trainer) -> None:
     run = trainer.micro_batches.run
 
-    def checked(tokens: torch.Tensor, targets: torch.Tensor, documents: Documents | None) -> None:
+    def checked(tokens: torch.Tensor, targets: torch.Tensor, document_starts: torch.Tensor | None = None) -> None:
         if trainer.step < 3:  # compilation and tuning may wait
-            return run(tokens, targets, documents)
+            return run(tokens, targets, document_starts)
         tokens, targets = tokens.to(trainer.device), targets.to(trainer.device)
         with synchronisation_refused():
-            run(tokens, targets, documents)
+            run(tokens, targets, document_starts)
 
     trainer.micro_batches.run = checked
 

@@ -5,11 +5,11 @@ Four barriers a layer and micro-batch, and the reason why one set of buffers ser
     forward   publish tokens and routing | A | pull rows, experts write results        | B | combine peers' results
     backward  publish tokens, gradients  | C | pull both, experts write rows' gradients | D | combine them
 
-What peers read between A and B, ranks overwrite behind B (or D) at the earliest: the next publishing. What they read
-behind B is overwritten by the experts of the next layer, behind the next A, which no rank passes before all have
-combined. Nothing has a size that the host must know, and there is no collective: a micro-batch is one CUDA graph.
+What peers read between A and B, ranks overwrite after B (or D) at the earliest, when they publish again. What they read
+after B is overwritten by the experts of the next layer, after the next A, which no rank passes before all have
+combined. No size depends on the host and nothing is a collective, so a micro-batch is one CUDA graph.
 
-Rows are pulled again in the backward instead of kept: 16 MB a layer over the link at 4,096 tokens, against 100 MB saved.
+Rows are pulled again in the backward, not saved: 16 MB a layer over the link at 4,096 tokens, against 100 MB of memory.
 """
 
 from __future__ import annotations

@@ -1,0 +1,211 @@
+"""Compare losses and every gradient of a model on several GPUs with one GPU's, under natural and skewed routing.
+
+    torchrun --nproc-per-node 2 benchmarks/rank_parity.py [--ep 2] [--dense-sharding zero1] [--output parity.json]
+
+Three of DeepSeek-Coder-V2-Lite's layers, bf16, 16 sequences a step. The yardstick is what cutting the step into other
+micro-batches changes on one GPU: noise of bf16 sums in another order. The routing is natural; ``skewed`` (one expert of
+64 gets ten times its share), ``one rank`` (all rows to the first rank's experts), ``one expert`` (top-1, all tokens).
+Forward and backward run with torch's synchronisation debug mode set to error from the third micro-batch on, also
+unrecorded, and the time of a micro-batch is that of its replayed graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("tests", "tests/distributed", "benchmarks")]
+
+from ranks import SIZES  # noqa: E402
+
+import moescale.model.moe as moe  # noqa: E402
+import plans  # noqa: E402
+from moescale.runtime import session  # noqa: E402
+from moescale.runtime.checkpoint import CheckpointStore  # noqa: E402
+from moescale.runtime.launch import Membership, join_ranks  # noqa: E402
+from moescale.runtime.mapping import compile_layers, optimizer_format  # noqa: E402
+from moescale.runtime.ranks import ONE_RANK, Ranks  # noqa: E402
+from moescale.runtime.settings import TrainSettings  # noqa: E402
+from moescale.runtime.train import Trainer  # noqa: E402
+from synchronisation import synchronisation_refused  # noqa: E402
+from tiny import tiny_config  # noqa: E402
+
+ROUTINGS = ("natural", "skewed", "one rank", "one expert")
+SEQUENCE_LENGTH = 2048
+
+router_logits = moe.router_logits
+
+
+def bias_of(routing: str, num_experts: int, ranks: int) -> torch.Tensor:
+    bias = torch.zeros(num_experts, device="cuda")
+    if routing == "one rank":
+        bias[: num_experts // ranks] = 100.0
+    elif routing == "one expert":
+        bias[3] = 100.0
+    elif routing == "skewed":
+        bias[3] = 100.0  # every token, that is 64 / 6 = 10.7 times an expert's share
+    return bias
+
+
+def make_trainer(
+    routing: str, member: Membership, ranks: Ranks, capture: bool, accumulation: int, arguments: argparse.Namespace
+) -> Trainer:
+    plans.SEQUENCE_LENGTH, plans.SEQUENCES_PER_STEP = SEQUENCE_LENGTH, 16
+    top_k = 1 if routing == "one expert" else 6
+    config = tiny_config(**SIZES | dict(num_layers=3, top_k=top_k))
+    world = member.ranks.size if ranks.size > 1 else 1
+    axes: dict[str, Any] = {"dp_shard": world, "ep": arguments.ep if world > 1 else 1}
+    plan = plans.make_plan(
+        config,
+        compute_dtype="bf16",
+        dense_sharding=arguments.dense_sharding,
+        accumulation=accumulation,
+        **axes,
+    )
+    bias = bias_of(routing, SIZES["num_experts"], member.ranks.size)
+    moe.router_logits = lambda x, weight: router_logits(x, weight) + bias
+    torch._dynamo.reset()
+    placed = session.place_model(config, plan, ranks, member.device)
+    placed.initialize(seed=0)
+    compile_layers(placed.model)
+    source = plans.SyntheticSteps(plan, config.vocab_size)
+    source.ranks = ranks
+    return Trainer(
+        model=placed.model,
+        settings=TrainSettings(learning_rate=1e-4, cuda_graphs=capture, final_checkpoint=False),
+        total_steps=1000,
+        source=source,
+        store=CheckpointStore(Path(tempfile.gettempdir()) / "never-written", keep=1),
+        observer=plans.Recorder(),
+        optimizer_format=optimizer_format(plan),
+        ranks=ranks,
+        parts=placed.parts,
+        on_progress=member.progress,
+    )
+
+
+def first_gradients(trainer: Trainer) -> tuple[float, dict[str, tuple[tuple[slice, ...], torch.Tensor]]]:
+    """Loss and gradients of the first step, before its update: of each parameter the part that this rank updates."""
+    found: dict[str, tuple[tuple[slice, ...], torch.Tensor]] = {}
+    optimizer = trainer.optimizer
+
+    def keep(learning_rate: float, norm: torch.Tensor) -> None:
+        for name in optimizer.parameters:
+            found[name] = (optimizer.parts[name].index, optimizer.gradient(name).float().cpu())
+        optimizer.zero_gradients()
+
+    step, optimizer.step = optimizer.step, keep  # type: ignore[method-assign]
+    metrics = trainer._train_step(next(iter(trainer.source)))
+    optimizer.step = step  # type: ignore[method-assign]
+    return metrics.loss, found
+
+
+def time_of_micro_batch(trainer: Trainer, repeats: int = 5) -> float:
+    """Milliseconds of a replayed or repeated micro-batch."""
+    batches = next(iter(trainer.source))
+    trainer.micro_batches.start_step(num_targets=1, num_micro_batches=1)
+    batch = batches[0]
+    for _ in range(3):
+        trainer.micro_batches.run(batch.tokens, batch.targets)
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    for _ in range(repeats):
+        trainer.micro_batches.run(batch.tokens, batch.targets)
+    torch.cuda.synchronize()
+    return 1e3 * (time.monotonic() - started) / repeats
+
+
+def refuse_waits(trainer: Trainer) -> None:
+    """Run unrecorded micro-batches with any wait of the host for the GPU an error."""
+    batch = next(iter(trainer.source))[0]
+    tokens, targets = batch.tokens.cuda(), batch.targets.cuda()
+    trainer.micro_batches._run(tokens, targets)
+    torch.cuda.synchronize()
+    with synchronisation_refused():
+        trainer.micro_batches._run(tokens, targets)
+    torch.cuda.synchronize()
+    trainer.optimizer.zero_gradients()
+
+
+def whole(parts: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient, put together from the ranks' parts."""
+    gradients = {name: torch.full_like(value, float("nan")) for name, (_, value) in reference.items()}
+    for rank in parts:
+        for name, (index, value) in rank.items():
+            gradients[name][index] = value
+    return gradients
+
+
+def error(gradients: dict[str, torch.Tensor], reference: dict[str, Any]) -> tuple[float, str]:
+    errors = {
+        name: float((gradients[name] - value).norm() / value.norm().clamp(min=1e-20))
+        for name, (_, value) in reference.items()
+    }
+    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    return errors[worst], worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ep", type=int, default=2)
+    parser.add_argument("--dense-sharding", default="zero1")
+    parser.add_argument("--routings", nargs="*", default=ROUTINGS)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    with join_ranks(torch.device("cuda")) as member:
+        for routing in arguments.routings:
+            trainer = make_trainer(routing, member, member.ranks, True, 4, arguments)
+            loss, mine = first_gradients(trainer)
+            recorded = trainer.micro_batches._graph is not None
+            if arguments.dense_sharding == "zero1":
+                refuse_waits(trainer)
+            milliseconds = time_of_micro_batch(trainer)
+            peak = torch.cuda.max_memory_allocated()
+            trainer.micro_batches.forget()
+            del trainer
+            torch.cuda.empty_cache()
+            parts = member.ranks.gather(mine)
+            if not member.ranks.is_first:
+                member.ranks.gather(None)
+                continue
+            row = {"routing": routing, "recorded": recorded, "milliseconds": milliseconds, "peak_gib": peak / 2**30}
+            alone = {}
+            for accumulation in (8, 4):
+                trainer = make_trainer(routing, member, ONE_RANK, True, accumulation, arguments)
+                alone[accumulation] = first_gradients(trainer)
+                trainer.micro_batches.forget()
+                del trainer
+                torch.cuda.empty_cache()
+            reference = alone[8][1]
+            noise = error({name: value for name, (_, value) in alone[4][1].items()}, reference)
+            ours = error(whole(parts, reference), reference)
+            row |= {
+                "loss": loss,
+                "loss_alone": alone[8][0],
+                "loss_noise": abs(alone[4][0] - alone[8][0]),
+                "worst_gradient_error": ours,
+                "worst_gradient_noise": noise,
+            }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            member.ranks.gather(None)
+    if rows and arguments.output:
+        document = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "ep": arguments.ep,
+            "rows": rows,
+        }
+        arguments.output.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
