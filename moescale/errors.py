@@ -44,3 +44,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return ``text`` with what a terminal would act on, and what no encoding has, spelt as escapes.
+
+    Names of files and contents of records may hold anything: terminal escapes, line breaks, bytes that are not UTF-8.
+    Characters of ``keep`` stay as they are.
+    """
+    return "".join(
+        character if character in keep or character.isprintable() else _escape(character) for character in text
+    )
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python carries a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

@@ -15,7 +15,7 @@ from cyclopts.config import Toml
 from rich.console import Console
 
 from moescale import __version__
-from moescale.errors import ConfigError, MoescaleError, Preempted, nearest
+from moescale.errors import ConfigError, MoescaleError, Preempted, nearest, printable
 
 app = App(
     name="moescale",
@@ -138,4 +138,4 @@ def _print_error(text: str) -> None:
 
 
 def _print(text: str, style: str) -> None:
-    Console(stderr=True).print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+    Console(stderr=True).print(printable(text, keep="\n"), style=style, highlight=False, soft_wrap=True, markup=False)

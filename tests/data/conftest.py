@@ -30,14 +30,14 @@ def lines_file(tmp_path: Path) -> Path:
 def settings(tmp_path: Path, model_folder: Path):
     """Make settings with short sequences and one process; keywords override."""
 
-    def make(source: Path | str, **changes) -> PrepareSettings:
+    def make(source: Path | str | tuple[str, ...], **changes) -> PrepareSettings:
         defaults = {
             "tokenizer": str(model_folder),
             "sequence_length": 16,
             "output": tmp_path / "output",
             "num_workers": 1,
         }
-        return PrepareSettings(source=str(source), **(defaults | changes))
+        return PrepareSettings(source=source if isinstance(source, tuple) else str(source), **(defaults | changes))
 
     return make
 

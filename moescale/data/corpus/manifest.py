@@ -13,8 +13,11 @@ from moescale.errors import DataError
 MANIFEST = "manifest.json"
 SOURCE_FILES = "source.jsonl"
 """One JSON line per file read: its name, size in bytes and time of change."""
+FIRST_POSITIONS = 10
+"""Of items of one kind, how many positions are kept."""
 _FORMAT = "moescale corpus"
-_VERSION = 1
+_VERSION = 2
+_READABLE_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +57,15 @@ class SplitCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class BadItems:
-    """Lines, rows or files of one kind of fault."""
+    """Lines, rows, files or characters that have something in common, such as a fault."""
 
     count: int
     first: list[str]
     """Positions of the first ones, as ``path:line`` (counted from 1) or ``path``."""
+
+    @staticmethod
+    def from_value(value: Any) -> BadItems:
+        return BadItems(count=value, first=[]) if isinstance(value, int) else BadItems(**value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,11 @@ class Manifest:
     dtype: str
     document_boundaries: bool
     bad: dict[str, BadItems]
-    skipped: dict[str, int]
+    """What was left out of the documents, by the kind of fault."""
+    skipped: dict[str, BadItems]
+    """Files passed over, by reason."""
+    read: dict[str, BadItems]
+    """Files that were read, by the way in which they were."""
     counts: dict[str, SplitCounts]
     shards: dict[str, list[Shard]]
 
@@ -101,7 +112,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path} is damaged: {error}; remove {folder} and prepare the corpus again") from error
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
         raise DataError(f"{path} is not the manifest of a moescale corpus")
-    if value.get("version") != _VERSION:
+    if value.get("version") not in _READABLE_VERSIONS:
         raise DataError(
             f"{path} has format version {value.get('version')}; this moescale reads version {_VERSION}: "
             f"remove {folder} and prepare the corpus again"
@@ -114,7 +125,8 @@ def read_manifest(folder: Path) -> Manifest:
             dtype=value["dtype"],
             document_boundaries=value["document_boundaries"],
             bad={kind: BadItems(**items) for kind, items in value["bad"].items()},
-            skipped=value["skipped"],
+            skipped={reason: BadItems.from_value(items) for reason, items in value["skipped"].items()},
+            read={kind: BadItems(**items) for kind, items in value.get("read", {}).items()},
             counts={split: SplitCounts(**counts) for split, counts in value["counts"].items()},
             shards={split: [Shard.from_dict(shard) for shard in shards] for split, shards in value["shards"].items()},
         )

@@ -8,12 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 
-from moescale.data.prepare.readers import BYTE_ORDER_MARK, looks_binary, open_bytes
+from moescale.data.prepare.compression import open_bytes
+from moescale.data.prepare.file_kinds import problem_of
+from moescale.data.prepare.readers import BYTE_ORDER_MARK, looks_binary
+from moescale.data.prepare.record_files import value_at
 from moescale.data.prepare.splitting import parts_of
+from moescale.data.prepare.unknown_text import UnknownText
 from moescale.data.prepare.word_table import word_encoder
 from moescale.data.prepare.work_items import LineRange, Lines, NotText, ReadableChunk, Rows, TextRange, WholeFiles
 from moescale.errors import DataError
@@ -22,9 +27,22 @@ MALFORMED_JSON = "malformed_json"
 INVALID_UTF8 = "invalid_utf8"
 MISSING_COLUMN = "missing_column"
 EMPTY_DOCUMENT = "empty_document"
+UNKNOWN_CHARACTERS = "unknown_characters"
+UNKNOWN_TOKENS = "unknown_tokens"
 
 _PART_CHARACTERS = 1 << 16
 _HEAD_BYTES = 1 << 16
+
+
+class Fault(NamedTuple):
+    """Something that is not among a chunk's tokens."""
+
+    kind: str
+    where: int | str
+    """The item's number within the chunk, or its path."""
+    amount: int = 1
+    detail: str = ""
+    """What helps to see why, such as the fields that a record has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +59,8 @@ class EncodedChunk:
     """uint16 or uint32 [tokens]"""
     lengths: np.ndarray
     """int64 [documents]: tokens per document, the end token included."""
-    bad: list[tuple[str, int | str]]
-    """Kind of fault, and the item's number within the chunk or its path."""
-    num_binary: int = 0
+    bad: list[Fault]
+    binary: list[str] = field(default_factory=list)
     """Files passed over because they are not text."""
     continues: bool = False
     """The first document here was begun in the chunk before."""
@@ -54,16 +71,18 @@ class _Texts:
     """Good documents and faults of a chunk, as it is read."""
 
     texts: list[str] = field(default_factory=list)
-    bad: list[tuple[str, int | str]] = field(default_factory=list)
+    places: list[int | str] = field(default_factory=list)
+    bad: list[Fault] = field(default_factory=list)
     num_items: int = 0
     num_bytes: int = 0
-    num_binary: int = 0
+    binary: list[str] = field(default_factory=list)
 
     def add(self, text: str, where: int | str) -> None:
         if text:
             self.texts.append(text)
+            self.places.append(where)
         else:
-            self.bad.append((EMPTY_DOCUMENT, where))
+            self.bad.append(Fault(EMPTY_DOCUMENT, where))
 
 
 class Encoder:
@@ -73,6 +92,7 @@ class Encoder:
         self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         self.text_column = text_column
         self.dtype = token_dtype(vocabulary_size)
+        self._unknown = UnknownText(self.tokenizer)
         self._by_words = word_encoder(self.tokenizer, self.dtype)
         self._end = np.array([end_token_id], dtype=self.dtype)
 
@@ -82,7 +102,7 @@ class Encoder:
         read = _Texts()
         if isinstance(chunk, NotText):
             read.num_items = 1
-            read.bad.append((INVALID_UTF8, chunk.path))
+            read.bad.append(Fault(INVALID_UTF8, chunk.path))
         elif isinstance(chunk, WholeFiles):
             _read_files(chunk.paths, read)
         elif isinstance(chunk, Rows):
@@ -90,7 +110,7 @@ class Encoder:
         else:
             for line in chunk.lines if isinstance(chunk, Lines) else _lines_of(chunk):
                 self._read_line(line, read)
-        tokens, lengths = self._encode(read.texts)
+        tokens, lengths = self._encode(read)
         return EncodedChunk(
             path=None if isinstance(chunk, WholeFiles | NotText) else chunk.path,
             num_items=read.num_items,
@@ -98,7 +118,7 @@ class Encoder:
             tokens=tokens,
             lengths=lengths,
             bad=read.bad,
-            num_binary=read.num_binary,
+            binary=read.binary,
         )
 
     def _read_line(self, line: bytes, read: _Texts) -> None:
@@ -108,15 +128,15 @@ class Encoder:
         try:
             record = json.loads(line.decode())
         except UnicodeDecodeError:
-            read.bad.append((INVALID_UTF8, number))
+            read.bad.append(Fault(INVALID_UTF8, number))
         except (ValueError, RecursionError):
-            read.bad.append((MALFORMED_JSON if line.strip() else EMPTY_DOCUMENT, number))
+            read.bad.append(Fault(MALFORMED_JSON if line.strip() else EMPTY_DOCUMENT, number))
         else:
-            text = record.get(self.text_column) if isinstance(record, dict) else None
+            text = value_at(record, self.text_column) if isinstance(record, dict) else None
             if not isinstance(text, str):
-                read.bad.append((MISSING_COLUMN, number))
+                read.bad.append(Fault(MISSING_COLUMN, number, detail=_fields_of(record)))
             elif b"\\u" in line and not _is_encodable(text):
-                read.bad.append((INVALID_UTF8, number))
+                read.bad.append(Fault(INVALID_UTF8, number))
             else:
                 read.add(text, number)
 
@@ -128,25 +148,35 @@ class Encoder:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{part.path} cannot be read any more; it changed meanwhile: {error}") from error
         tokens = [self.tokens_of(text), *([self._end] if part.is_last else [])]
+        bad = [*self._unknown_in(text, tokens[0], part.path)]
         return EncodedChunk(
             path=None,
             num_items=1,
             num_bytes=part.end - part.start,
             tokens=np.concatenate(tokens),
             lengths=np.array([sum(map(len, tokens))], dtype=np.int64),
-            bad=[],
+            bad=bad,
             continues=part.start > 0,
         )
 
-    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, read: _Texts) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of all texts one after the other, and the number of each."""
         parts: list[np.ndarray] = []
-        lengths = np.empty(len(texts), dtype=np.int64)
-        for number, text in enumerate(texts):
+        lengths = np.empty(len(read.texts), dtype=np.int64)
+        for number, text in enumerate(read.texts):
             tokens = self.tokens_of(text)
+            read.bad.extend(self._unknown_in(text, tokens, read.places[number]))
             parts += tokens, self._end
             lengths[number] = len(tokens) + 1
         return np.concatenate(parts) if parts else np.empty(0, self.dtype), lengths
+
+    def _unknown_in(self, text: str, tokens: np.ndarray, where: int | str) -> Iterator[Fault]:
+        if self._unknown.is_possible:
+            count, first = self._unknown.count(text, tokens.tolist())
+            if count and first:
+                yield Fault(UNKNOWN_CHARACTERS, where, count, f"such as {first!r}")
+            elif count:
+                yield Fault(UNKNOWN_TOKENS, where, count)
 
     def tokens_of(self, text: str) -> np.ndarray:
         """Return the tokens of one text; a long one goes in parts, because an Encoding takes 100 bytes a token."""
@@ -169,6 +199,14 @@ def token_dtype(vocabulary_size: int) -> np.dtype:
     return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
 
 
+def _fields_of(record: object) -> str:
+    """Describe a record without the text column."""
+    if not isinstance(record, dict):
+        return f"a line is a {type(record).__name__}, not an object"
+    names = [repr(str(name)[:40]) for name in list(record)[:12]]
+    return f"a record has the fields {', '.join(names) or 'none'}"
+
+
 def _is_encodable(text: str) -> bool:
     """Whether ``text`` is free of lone surrogates, which JSON escapes can spell and UTF-8 cannot."""
     try:
@@ -183,7 +221,10 @@ def _lines_of(chunk: LineRange) -> Iterator[bytes]:
         position = chunk.start
         if position:
             stream.seek(position - 1)
-            position += len(stream.readline()) - 1  # the line that began before belongs to the chunk before
+            before = stream.readline(chunk.end - chunk.start)  # of a line that belongs to the chunk before
+            if not before.endswith(b"\n"):
+                return  # it fills this chunk: no line begins here, and where it ends need not be known
+            position += len(before) - 1
         while position < chunk.end and (line := stream.readline()):
             yield line if position else line.removeprefix(BYTE_ORDER_MARK)
             position += len(line)
@@ -197,9 +238,9 @@ def _read_rows(texts: Sequence[str | bytes | None], read: _Texts) -> None:
             read.add(text, number)
         elif isinstance(text, bytes):
             read.num_bytes += len(text)
-            read.bad.append((INVALID_UTF8, number))
+            read.bad.append(Fault(INVALID_UTF8, number))
         else:
-            read.bad.append((MISSING_COLUMN, number))
+            read.bad.append(Fault(MISSING_COLUMN, number))
 
 
 def _read_files(paths: Sequence[str], read: _Texts) -> None:
@@ -207,16 +248,20 @@ def _read_files(paths: Sequence[str], read: _Texts) -> None:
         try:
             with open_bytes(path) as stream:
                 content = stream.read(_HEAD_BYTES)
-                is_binary = looks_binary(content)
-                content += b"" if is_binary else stream.read()
+                problem = problem_of(content)
+                is_binary = problem is None and looks_binary(content)
+                content += b"" if is_binary or problem else stream.read()
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from error
         read.num_items += 1
         read.num_bytes += len(content)
         if is_binary:
-            read.num_binary += 1
+            read.binary.append(path)
+            continue
+        if problem is not None:
+            read.bad.append(Fault(problem, path))
             continue
         try:
             read.add(content.decode(), path)
         except UnicodeDecodeError:
-            read.bad.append((INVALID_UTF8, path))
+            read.bad.append(Fault(INVALID_UTF8, path))

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moescale.data.corpus.manifest import BadItems
 from moescale.data.prepare.readers import row_chunks
+from moescale.data.prepare.record_files import value_at
 from moescale.data.prepare.work_items import Chunk
 from moescale.errors import DataError, nearest
 
@@ -28,7 +30,9 @@ class HubSource:
     dataset: Any
     kind: str = "hub dataset"
     num_bytes: int | None = None
-    skipped: dict[str, int] = field(default_factory=dict)
+    window_bytes: int = 0
+    skipped: dict[str, BadItems] = field(default_factory=dict)
+    read: dict[str, BadItems] = field(default_factory=dict)
 
     def identity(self) -> list[list[str | int]]:
         return [[self.name, self.split, self.revision]]
@@ -39,7 +43,7 @@ class HubSource:
     def _texts(self) -> Iterator[str | None]:
         try:
             for row in self.dataset:
-                text = row.get(self.text_column)
+                text = value_at(row, self.text_column)
                 yield text if isinstance(text, str) else None
         except Exception as error:  # as when opening
             raise DataError(f"dataset '{self.name}' broke off while it was read ({_first_line(error)})") from error
@@ -70,7 +74,7 @@ def open_hub_dataset(name: str, *, text_column: str, split: str) -> HubSource:
             f"Hugging Face hub ({_first_line(error)})"
         ) from error
     columns = dataset.column_names
-    if columns is not None and text_column not in columns:
+    if columns is not None and text_column not in columns and text_column.split(".")[0] not in columns:
         raise DataError(
             f"dataset '{name}' has no column '{text_column}'{nearest(text_column, columns)} "
             f"(it has {', '.join(columns)}); name the one with the text in text_column"

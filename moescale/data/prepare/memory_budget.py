@@ -33,19 +33,24 @@ class Resources:
     """Chunks begun and not yet written."""
 
 
-def resources_for(settings: PrepareSettings, *, vocabulary_size: int, source_bytes: int | None) -> Resources:
+def resources_for(
+    settings: PrepareSettings, *, vocabulary_size: int, source_bytes: int | None, window_bytes: int = 0
+) -> Resources:
     """Share out ``settings.memory_gigabytes``: first to processes, then to the size of their chunks.
+
+    ``window_bytes`` is what any of them may take besides, to decompress what it reads.
 
     Raises:
         ConfigError: it is less than one process needs.
     """
     budget = int(settings.memory_gigabytes * 1e9)
-    process_bytes = _PROCESS_BYTES + _VOCABULARY_ENTRY_BYTES * vocabulary_size
+    process_bytes = _PROCESS_BYTES + _VOCABULARY_ENTRY_BYTES * vocabulary_size + window_bytes
     worker_bytes = process_bytes + _IN_FLIGHT_PER_WORKER * _LEAST_CHUNK_BYTES * _BYTES_PER_CHUNK_BYTE
     if budget < worker_bytes:
         raise ConfigError(
             f"prepare.memory_gigabytes ({settings.memory_gigabytes}) must be at least {worker_bytes / 1e9:.2f}: one "
             f"process with this tokenizer's vocabulary of {vocabulary_size:,} needs that"
+            + (f", with a window of {window_bytes:,} bytes to decompress a .zst file" if window_bytes else "")
         )
     cores = settings.num_workers or len(os.sched_getaffinity(0))
     if settings.num_workers is None and source_bytes is not None and source_bytes < _SMALL_SOURCE_BYTES:

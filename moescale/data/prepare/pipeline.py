@@ -16,9 +16,10 @@ import numpy as np
 from moescale.config import fingerprint
 from moescale.data import shuffle
 from moescale.data.corpus import PreparedCorpus
-from moescale.data.corpus.manifest import SOURCE_FILES, BadItems, Manifest, read_manifest
+from moescale.data.corpus.manifest import FIRST_POSITIONS, SOURCE_FILES, BadItems, Manifest, read_manifest
 from moescale.data.prepare.atomic_folder import staged, writing
-from moescale.data.prepare.encode import EncodedChunk, token_dtype
+from moescale.data.prepare.encode import MISSING_COLUMN, EncodedChunk, Fault, token_dtype
+from moescale.data.prepare.file_kinds import DOCUMENT
 from moescale.data.prepare.memory_budget import Resources, resources_for
 from moescale.data.prepare.progress import Progress
 from moescale.data.prepare.report import PrepareReport
@@ -29,28 +30,29 @@ from moescale.data.prepare.tokenizer import CorpusTokenizer, load_tokenizer
 from moescale.data.prepare.workers import encode
 from moescale.errors import DataError
 
-_FIRST_POSITIONS = 10
-
 
 def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
     """Tokenise ``settings.source`` and pack it into ``settings.output``, or find that this was done before.
 
     Raises:
         DataError: the source or tokenizer cannot be used; with ``strict``, a bad line; the output exists and was made
-            from other input or is damaged, or cannot be written; a split has less than one sequence.
+            from other input or is damaged, or cannot be written; there is less than one sequence to train on.
     """
     began = time.monotonic()
     _check_output(settings.output)
     tokenizer = load_tokenizer(settings.tokenizer, settings.end_token)
-    source = open_source(
-        settings.source, text_column=settings.text_column, split=settings.split, output=settings.output
-    )
+    source = open_source(settings)
     made_from = _made_from(settings, source, tokenizer)
     if settings.output.is_dir() and any(settings.output.iterdir()):
         manifest = _check_same_input(settings, source, made_from)
         return PrepareReport.of(manifest, output=settings.output, unchanged=True, seconds=0.0, num_workers=0)
 
-    resources = resources_for(settings, vocabulary_size=tokenizer.vocabulary_size, source_bytes=source.num_bytes)
+    resources = resources_for(
+        settings,
+        vocabulary_size=tokenizer.vocabulary_size,
+        source_bytes=source.num_bytes,
+        window_bytes=source.window_bytes,
+    )
     with staged(settings.output) as folder:
         manifest = _write(
             settings, source, tokenizer, folder, made_from, resources, Progress(source.num_bytes, progress)
@@ -100,7 +102,7 @@ def _made_from(settings: PrepareSettings, source: Source, tokenizer: CorpusToken
         "end_token_id": tokenizer.end_token_id,
         "sequence_length": settings.sequence_length,
         "text_column": settings.text_column,
-        "split": settings.split,
+        "split": settings.split or "train",
         "validation_fraction": settings.validation_fraction,
         "document_boundaries": settings.document_boundaries,
         "seed": settings.seed,
@@ -124,7 +126,8 @@ def _check_same_input(settings: PrepareSettings, source: Source, made_from: dict
         )
     for split in manifest.shards:
         PreparedCorpus(output, manifest, split)  # checks that every file is there, whole
-    for kind, items in manifest.bad.items():
+    left_out = manifest.bad | {reason: items for reason, items in manifest.skipped.items() if reason == "binary"}
+    for kind, items in left_out.items():
         if settings.strict:
             raise DataError(f"{items.first[0]}: {kind.replace('_', ' ')} (strict); {output} was prepared without it")
     return manifest
@@ -155,24 +158,53 @@ class _Accounts:
     def __init__(self, strict: bool) -> None:
         self.strict = strict
         self.bad: dict[str, BadItems] = {}
+        self.hints: dict[str, str] = {}
+        """What helps with a kind of fault, of its first case."""
+        self.binary = BadItems(count=0, first=[])
         self.documents = 0
-        self.num_binary = 0
         self._path: str | None = None
         self._items_before = 0
 
     def add(self, chunk: EncodedChunk) -> None:
         if chunk.path != self._path:
             self._path, self._items_before = chunk.path, 0
-        for kind, where in chunk.bad:
-            position = where if isinstance(where, str) else f"{chunk.path}:{self._items_before + where + 1}"
+        for fault in chunk.bad:
+            self._add_fault(fault, chunk.path)
+        for path in chunk.binary:
             if self.strict:
-                raise DataError(f"{position}: {kind.replace('_', ' ')} (strict)")
-            known = self.bad.get(kind, BadItems(count=0, first=[]))
-            first = [*known.first, position] if len(known.first) < _FIRST_POSITIONS else known.first
-            self.bad[kind] = BadItems(count=known.count + 1, first=first)
+                raise DataError(f"{path}: not read: binary (strict); leave it out with --exclude")
+            self.binary = _added(self.binary, 1, path)
         self._items_before += chunk.num_items
         self.documents += len(chunk.lengths) - chunk.continues
-        self.num_binary += chunk.num_binary
+
+    def _add_fault(self, fault: Fault, path: str | None) -> None:
+        where = fault.where
+        position = where if isinstance(where, str) else f"{path}:{self._items_before + where + 1}"
+        detail = f": {fault.detail}" if fault.detail else ""
+        if self.strict:
+            raise DataError(f"{position}: {fault.kind.replace('_', ' ')} (strict){detail}")
+        known = self.bad.get(fault.kind, BadItems(count=0, first=[]))
+        self.bad[fault.kind] = _added(known, fault.amount, position)
+        if fault.detail:
+            self.hints.setdefault(fault.kind, fault.detail)
+
+    def to_text(self) -> str:
+        """What was left out, for the error of a corpus with nothing in it."""
+        lines = [
+            f"{items.count:,} {kind.replace('_', ' ')} ({', '.join(items.first[:3])})"
+            + (f": {self.hints[kind]}" if kind in self.hints else "")
+            for kind, items in sorted(self.bad.items())
+        ]
+        if MISSING_COLUMN in self.bad:
+            lines.append("name the one with the text in text_column")
+        if self.binary.count:
+            lines.append(f"{self.binary.count:,} binary ({', '.join(self.binary.first[:3])})")
+        return "; ".join(lines)
+
+
+def _added(known: BadItems, count: int, position: str) -> BadItems:
+    first = [*known.first, position] if len(known.first) < FIRST_POSITIONS else known.first
+    return BadItems(count=known.count + count, first=first)
 
 
 def _write(
@@ -220,15 +252,21 @@ def _write(
         for writer in writers.values():
             writer.abandon()
         raise
-    for split, count in counts.items():
-        if count.num_sequences == 0:
-            left_out = sum(items.count for items in accounts.bad.values())
-            raise DataError(
-                f"{settings.source}: the {split} split has {count.tokens_in} tokens of {count.documents} documents "
-                f"({left_out} bad ones left out), less than one sequence of prepare.sequence_length "
-                f"({settings.sequence_length})"
-            )
-    skipped = source.skipped | ({"binary": accounts.num_binary} if accounts.num_binary else {})
+    if counts["train"].num_sequences == 0:
+        left_out = accounts.to_text()
+        raise DataError(
+            f"{source.name}: the train split has {counts['train'].tokens_in} tokens of {counts['train'].documents} "
+            f"documents, less than one sequence of prepare.sequence_length ({settings.sequence_length})"
+            + (f"; left out: {left_out}" if left_out else "")
+        )
+    if settings.strict and any(count.num_sequences == 0 for count in counts.values()):
+        held_out = counts["validation"]
+        raise DataError(
+            f"prepare.validation_fraction ({settings.validation_fraction}) sets {held_out.tokens_in} tokens of "
+            f"{held_out.documents} documents aside, less than one sequence of prepare.sequence_length "
+            f"({settings.sequence_length}) (strict); raise it"
+        )
+    skipped = source.skipped | ({"binary": accounts.binary} if accounts.binary.count else {})
     return Manifest(
         made_from=made_from,
         sequence_length=settings.sequence_length,
@@ -237,9 +275,19 @@ def _write(
         document_boundaries=settings.document_boundaries,
         bad=dict(sorted(accounts.bad.items())),
         skipped=skipped,
+        read=_read_without(source.read, accounts.binary),
         counts=counts,
-        shards={split: writer.shards for split, writer in writers.items()},
+        shards={split: writer.shards for split, writer in writers.items() if writer.shards},
     )
+
+
+def _read_without(read: dict[str, BadItems], binary: BadItems) -> dict[str, BadItems]:
+    """Return the accounts of the files read, less those that turned out to be no text."""
+    text = read.get(DOCUMENT)
+    if text is None or not binary.count:
+        return read
+    first = [name for name in text.first if not any(path.endswith(name) for path in binary.first)]
+    return read | {DOCUMENT: BadItems(count=text.count - binary.count, first=first)}
 
 
 def _deal(chunk: EncodedChunk, first_document: int, writers: dict[str, SplitWriter], settings: PrepareSettings) -> None:

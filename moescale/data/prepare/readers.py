@@ -1,37 +1,18 @@
-"""Reading the files of a source: decompression, lines, tables, and long texts."""
+"""The files of a source as work items: lines, records, rows, and long texts."""
 
 from __future__ import annotations
 
 import codecs
-import io
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
 
+from moescale.data.prepare.compression import compression_of, open_bytes
 from moescale.data.prepare.work_items import Chunk, LineRange, Lines, LongFile, NotText, Rows, WholeFiles
-from moescale.errors import DataError, nearest
+from moescale.errors import DataError
 
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 """Which some programs write at the beginning of a file; in JSON Lines it is no part of the first record."""
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _SNIFFED_BYTES = 8192
 _VALIDATED_BYTES = 1 << 16
-
-
-def compression_of(path: Path | str) -> str | None:
-    """Return the compression that the extension names, or None."""
-    return COMPRESSIONS.get(Path(path).suffix.lower())
-
-
-def open_bytes(path: Path | str) -> BinaryIO:
-    """Open a file for reading, decompressed by its extension (.gz, .zst); reading a damaged one raises OSError."""
-    compression = compression_of(path)
-    if compression is None:
-        return open(path, "rb", buffering=1 << 20)
-    # Arrow's readers take files of several frames and notice a missing end; zstandard's stop there without a word.
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression), 1 << 20)
 
 
 def line_chunks(path: str, num_bytes: int, chunk_bytes: int) -> Iterator[Chunk]:
@@ -49,7 +30,21 @@ def line_chunks(path: str, num_bytes: int, chunk_bytes: int) -> Iterator[Chunk]:
                     is_first = False
                 yield Lines(path=path, lines=lines)
     except OSError as error:
-        raise DataError(f"{path} cannot be decompressed: {error}; it is damaged or not what its name says") from error
+        raise DataError(f"{path} cannot be decompressed: {error}") from error
+
+
+def record_chunks(path: str, records: Iterable[bytes], chunk_bytes: int) -> Iterator[Chunk]:
+    """Group records, each the JSON text of one, into chunks of about ``chunk_bytes``."""
+    pending: list[bytes] = []
+    size = 0
+    for record in records:
+        pending.append(record)
+        size += 64 + len(record)
+        if size >= chunk_bytes:
+            yield Lines(path=path, lines=pending)
+            pending, size = [], 0
+    if pending:
+        yield Lines(path=path, lines=pending)
 
 
 def looks_binary(head: bytes) -> bool:
@@ -88,67 +83,3 @@ def row_chunks(path: str, texts: Iterable[str | bytes | None], chunk_bytes: int)
             pending, size = [], 0
     if pending:
         yield Rows(path=path, texts=pending)
-
-
-def table_texts(path: str, kind: str, column: str) -> Iterator[str | bytes | None]:
-    """Yield the text column of a Parquet or Arrow file, a record batch at a time; bytes that are no UTF-8 as bytes."""
-    import pyarrow
-    from pyarrow import ipc, parquet
-
-    try:
-        if kind == "parquet":
-            table = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-            _check_column(table.schema_arrow, column, path)
-            batches: Iterable[pyarrow.RecordBatch] = table.iter_batches(batch_size=256, columns=[column])
-        else:
-            mapped = pyarrow.memory_map(path)
-            is_file_format = mapped.read(6) == b"ARROW1"
-            mapped.seek(0)
-            if is_file_format:
-                reader = ipc.open_file(mapped)
-                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-            else:
-                reader = ipc.open_stream(mapped)
-                batches = reader
-            _check_column(reader.schema, column, path)
-        for batch in batches:
-            texts = batch.column(column)
-            for start in range(0, len(texts), 256):
-                yield from _values_of(texts.slice(start, 256))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as {kind}: {error}") from error
-
-
-def _values_of(texts: Any) -> list[str | bytes | None]:
-    """Return an Arrow array of strings as a list, with bytes where a string is not valid UTF-8, which Arrow allows."""
-    import pyarrow.types
-
-    if pyarrow.types.is_dictionary(texts.type):  # such as the categories of pandas
-        texts = texts.dictionary_decode()
-    try:
-        return texts.to_pylist()
-    except UnicodeDecodeError:
-        return [_decoded(value) for value in texts.cast(pyarrow.large_binary()).to_pylist()]
-
-
-def _decoded(value: bytes | None) -> str | bytes | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return value
-
-
-def _check_column(schema: Any, column: str, path: str) -> None:
-    import pyarrow.types
-
-    if column not in schema.names:
-        raise DataError(
-            f"{path} has no column '{column}'{nearest(column, schema.names)} (it has {', '.join(schema.names)}); "
-            "name the one with the text in text_column"
-        )
-    kind = schema.field(column).type
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
-    text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
-    if not any(is_text(kind) for is_text in text):
-        raise DataError(f"{path}: column '{column}' is of type {kind}; text_column must name a column of strings")

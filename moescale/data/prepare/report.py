@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moescale.data.corpus.manifest import BadItems, Manifest, SplitCounts
+from moescale.data.corpus.manifest import FIRST_POSITIONS, BadItems, Manifest, SplitCounts
+from moescale.errors import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +17,11 @@ class PrepareReport:
     output: Path
     unchanged: bool
     """The output was there already, made from the same input, and nothing was done."""
+    sequence_length: int
     splits: dict[str, SplitCounts]
     bad: dict[str, BadItems]
-    skipped: dict[str, int]
+    skipped: dict[str, BadItems]
+    read: dict[str, BadItems]
     seconds: float
     num_workers: int
     memory_limited: bool = False
@@ -37,9 +40,11 @@ class PrepareReport:
         return PrepareReport(
             output=output,
             unchanged=unchanged,
+            sequence_length=manifest.sequence_length,
             splits=manifest.counts,
             bad=manifest.bad,
             skipped=manifest.skipped,
+            read=manifest.read,
             seconds=seconds,
             num_workers=num_workers,
             memory_limited=memory_limited,
@@ -85,9 +90,23 @@ class PrepareReport:
                 f"  {split}: {counts.num_sequences:,} sequences of {counts.documents:,} documents; "
                 f"{counts.tokens_in:,} tokens in, {counts.tokens_packed:,} packed, {counts.tokens_dropped:,} dropped"
             )
+            if counts.num_sequences == 0:
+                lines[-1] += f"; too few for one sequence, so there is no {split} split"
+                if self.tokens_in and self.documents:
+                    lines[-1] += f": prepare.validation_fraction {self._least_fraction():.2g} would make one"
+        if len(self.read) > 1 or "text" not in self.read:
+            for kind, items in self.read.items():
+                lines.append(f"  read as {kind}: {items.count:,} ({_listed(items)})")
         for kind, items in self.bad.items():
-            first = ", ".join(items.first) + (", ..." if items.count > len(items.first) else "")
-            lines.append(f"  left out, {kind.replace('_', ' ')}: {items.count:,} ({first})")
-        for reason, count in self.skipped.items():
-            lines.append(f"  skipped, {reason}: {count:,}")
-        return "\n".join(lines)
+            lines.append(f"  left out, {kind.replace('_', ' ')}: {items.count:,} ({_listed(items)})")
+        for reason, items in self.skipped.items():
+            lines.append(f"  skipped, {reason}: {items.count:,}" + (f" ({_listed(items)})" if items.first else ""))
+        return "\n".join(map(printable, lines))
+
+    def _least_fraction(self) -> float:
+        """A share of the documents that most likely holds a sequence, by the documents' mean length."""
+        return min(0.5, 2 * max(self.sequence_length / (self.tokens_in / self.documents), 2.0) / self.documents)
+
+
+def _listed(items: BadItems) -> str:
+    return ", ".join(items.first) + (", ..." if items.count > len(items.first) >= FIRST_POSITIONS else "")

@@ -7,24 +7,31 @@ from pathlib import Path
 
 from moescale.errors import ConfigError
 
+DEFAULT_TEXT_COLUMN = "text"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
     """What to tokenise, with what, and into which sequences."""
 
-    source: str
-    """Text, JSON Lines (also .gz, .zst), Parquet or Arrow file, a folder of these or of source files, or a dataset's
-    name on the Hugging Face hub."""
+    source: tuple[str, ...]
+    """Files, folders and patterns such as 'data/*.jsonl', read one after the other, or names of datasets on the Hugging
+    Face hub. Files are JSON Lines, JSON arrays, CSV, TSV, Parquet, Arrow, or text; also .gz, .zst."""
     tokenizer: str
     """Folder with a tokenizer.json, the file itself, or a model's name on the Hugging Face hub."""
     sequence_length: int
     """Tokens per packed sequence."""
     output: Path
     """Folder to write; made whole or not at all."""
-    text_column: str = "text"
-    """Field of a JSON line, or column of a table, that holds a document's text."""
-    split: str = "train"
-    """Split to read of a dataset on the hub or of a saved dataset dictionary."""
+    text_column: str = DEFAULT_TEXT_COLUMN
+    """Field of a record, or column of a table, that holds a document's text; 'doc.text' is the field text of doc."""
+    split: str | None = None
+    """Split to read, of a dataset on the hub, of a saved dataset dictionary, or of files whose names tell (train,
+    validation, test); default: train. 'all' reads every local file."""
+    include: tuple[str, ...] = ()
+    """Patterns of the files of a folder that are read, such as '*.py'; default: all that hold documents."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of files and folders that are not read."""
     validation_fraction: float = 0.0
     """Share of the documents set aside for validation, chosen by seed."""
     document_boundaries: bool = False
@@ -32,7 +39,7 @@ class PrepareSettings:
     end_token: str | None = None
     """Token that closes every document; default: the end token of the tokenizer's own configuration."""
     strict: bool = False
-    """Stop at the first bad line or document instead of counting it."""
+    """Stop at the first bad line or document, and at a file that is passed over, instead of counting it."""
     num_workers: int | None = None
     """Processes that tokenise; default: one per available core."""
     memory_gigabytes: float = 2.0
@@ -41,6 +48,12 @@ class PrepareSettings:
     """Seed of the choice of validation documents."""
 
     def __post_init__(self) -> None:
+        for name in ("source", "include", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, str):  # one, as a caller in Python may well give it
+                object.__setattr__(self, name, (value,))
+        if not self.source:
+            raise ConfigError("prepare.source is empty; name a file, a folder or a dataset")
         if self.sequence_length < 2:
             raise ConfigError(f"prepare.sequence_length ({self.sequence_length}) must be at least 2")
         if not 0 <= self.validation_fraction < 1:

@@ -1,28 +1,31 @@
-"""Where documents come from: files and folders, sorted out by extension, and the order in which they are read."""
+"""Where documents come from, and the order in which they are read."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from moescale.data.prepare.atomic_folder import staging_folder
-from moescale.data.prepare.readers import (
-    COMPRESSIONS,
-    compression_of,
-    line_chunks,
-    long_document,
-    open_bytes,
-    row_chunks,
-    table_texts,
+from moescale.data.corpus.manifest import FIRST_POSITIONS, BadItems
+from moescale.data.prepare.compression import compression_of, window_bytes_of
+from moescale.data.prepare.discovery import (
+    EXCLUDED,
+    OTHER_SPLIT,
+    FoundFiles,
+    SourceFile,
+    Wanted,
+    find_files,
+    is_pattern,
 )
+from moescale.data.prepare.file_kinds import ARRAY, ARROW, CSV, DOCUMENT, LINES, PARQUET, RECORDS, TSV
+from moescale.data.prepare.readers import line_chunks, long_document, record_chunks, row_chunks
+from moescale.data.prepare.record_files import array_elements, csv_texts
+from moescale.data.prepare.settings import DEFAULT_TEXT_COLUMN, PrepareSettings
+from moescale.data.prepare.tables import arrow_texts, parquet_texts
 from moescale.data.prepare.work_items import Chunk, WholeFiles
-from moescale.errors import DataError, nearest
+from moescale.errors import ConfigError, DataError
 
-_KINDS = {".jsonl": "lines", ".ndjson": "lines", ".parquet": "parquet", ".arrow": "arrow"}
 _MAX_FILES_PER_CHUNK = 512
 _LONG_DOCUMENT_BYTES = 4 << 20
 
@@ -30,14 +33,30 @@ _LONG_DOCUMENT_BYTES = 4 << 20
 class Source(Protocol):
     """Documents in a fixed order."""
 
-    kind: str
-    name: str
-    skipped: dict[str, int]
-    """Number of files passed over, by reason."""
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def skipped(self) -> dict[str, BadItems]:
+        """Files passed over, by reason."""
+        ...
+
+    @property
+    def read(self) -> dict[str, BadItems]:
+        """Files that are read, by the way in which they are."""
+        ...
 
     @property
     def num_bytes(self) -> int | None:
         """Size of the text, None where it is known only when all is read."""
+        ...
+
+    @property
+    def window_bytes(self) -> int:
+        """Memory that a process which reads it takes beyond its share, for decompressing."""
         ...
 
     def identity(self) -> list[list[str | int]]:
@@ -49,33 +68,37 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceFile:
-    """One file of a source, and how it is read: "document", "lines", "parquet" or "arrow"."""
-
-    path: Path
-    name: str
-    """Relative to the source folder."""
-    kind: str
-    num_bytes: int
-    modified_ns: int
-
-
 @dataclass(kw_only=True)
 class LocalSource:
-    """A file, a folder of files, or a folder written by ``datasets.save_to_disk``."""
+    """Files of this machine."""
 
     kind: str
     name: str
     text_column: str
     files: list[SourceFile]
-    skipped: dict[str, int] = field(default_factory=dict)
+    memory_bytes: int
+    """What one piece of a table may take."""
+    skipped: dict[str, BadItems] = field(default_factory=dict)
+
+    @property
+    def read(self) -> dict[str, BadItems]:
+        counted = FoundFiles()
+        for file in self.files:
+            counted.skip(file.kind, file.name)
+        return counted.skipped
 
     @property
     def num_bytes(self) -> int | None:
-        if any(file.kind in ("parquet", "arrow") or compression_of(file.path) for file in self.files):
+        if any(file.kind in (PARQUET, ARROW) or compression_of(file.path) for file in self.files):
             return None
         return sum(file.num_bytes for file in self.files)
+
+    @property
+    def window_bytes(self) -> int:
+        try:
+            return max(map(window_bytes_of, (file.path for file in self.files)), default=0)
+        except OSError as error:
+            raise DataError(f"{error.filename or self.name} cannot be decompressed: {error}") from error
 
     def identity(self) -> list[list[str | int]]:
         return [[file.name, file.num_bytes, file.modified_ns] for file in self.files]
@@ -85,7 +108,7 @@ class LocalSource:
         pending_bytes = 0
         for file in self.files:
             is_long = file.num_bytes > _LONG_DOCUMENT_BYTES and compression_of(file.path) is None
-            if file.kind == "document" and not is_long:
+            if file.kind == DOCUMENT and not is_long:
                 pending.append(str(file.path))
                 pending_bytes += file.num_bytes
                 if pending_bytes < chunk_bytes and len(pending) < _MAX_FILES_PER_CHUNK:
@@ -93,127 +116,135 @@ class LocalSource:
             if pending:
                 yield WholeFiles(paths=pending)
                 pending, pending_bytes = [], 0
-            path = str(file.path)
-            if file.kind == "lines":
-                yield from line_chunks(path, file.num_bytes, chunk_bytes)
-            elif file.kind in ("parquet", "arrow"):
-                yield from row_chunks(path, table_texts(path, file.kind, self.text_column), chunk_bytes)
+            if file.kind in RECORDS:
+                yield from self._records(file, chunk_bytes)
             elif is_long:
-                yield long_document(path, file.num_bytes)
+                yield long_document(str(file.path), file.num_bytes)
         if pending:
             yield WholeFiles(paths=pending)
 
+    def _records(self, file: SourceFile, chunk_bytes: int) -> Iterator[Chunk]:
+        path = str(file.path)
+        if file.kind == LINES:
+            yield from line_chunks(path, file.num_bytes, chunk_bytes)
+        elif file.kind == ARRAY:
+            yield from record_chunks(path, array_elements(path), chunk_bytes)
+        elif file.kind in (CSV, TSV):
+            yield from row_chunks(path, csv_texts(path, self.text_column), chunk_bytes)
+        elif file.kind == PARQUET:
+            yield from row_chunks(path, parquet_texts(path, self.text_column, self.memory_bytes), chunk_bytes)
+        else:
+            yield from row_chunks(path, arrow_texts(path, self.text_column), chunk_bytes)
 
-def open_source(source: str, *, text_column: str, split: str, output: Path) -> Source:
-    """Find what ``source`` names: a local path, else a dataset on the hub. ``output`` is left out of a folder.
+
+@dataclass(kw_only=True)
+class JoinedSource:
+    """Several sources one after the other."""
+
+    sources: Sequence[Source]
+    kind: str = "several"
+
+    @property
+    def name(self) -> str:
+        return ", ".join(source.name for source in self.sources)
+
+    @property
+    def skipped(self) -> dict[str, BadItems]:
+        return _added_up([source.skipped for source in self.sources])
+
+    @property
+    def read(self) -> dict[str, BadItems]:
+        return _added_up([source.read for source in self.sources])
+
+    @property
+    def num_bytes(self) -> int | None:
+        sizes = [source.num_bytes for source in self.sources]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+
+    @property
+    def window_bytes(self) -> int:
+        return max(source.window_bytes for source in self.sources)
+
+    def identity(self) -> list[list[str | int]]:
+        return [line for source in self.sources for line in source.identity()]
+
+    def chunks(self, chunk_bytes: int) -> Iterator[Chunk]:
+        for source in self.sources:
+            yield from source.chunks(chunk_bytes)
+
+
+def open_source(settings: PrepareSettings) -> Source:
+    """Find what ``settings.source`` names: local paths and patterns, else datasets on the hub.
 
     Raises:
-        DataError: there is no such path or dataset, or nothing in it can be read as text.
+        DataError: there is no such path or dataset, or nothing in it can be read as text; with ``strict``, something
+            in it is not read.
+        ConfigError: a setting means nothing for this source.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = _saved_dataset(path, text_column, split) or _folder(path, text_column, output)
-    elif path.is_file():
-        found = LocalSource(kind="file", name=str(path), text_column=text_column, files=[_file(path, path.name)])
-    else:
-        from moescale.data.prepare.hub import open_hub_dataset
-
-        return open_hub_dataset(source, text_column=text_column, split=split)
-    if not found.files:
-        skipped = ", ".join(f"{count} {kind}" for kind, count in found.skipped.items()) or "it is empty"
-        raise DataError(f"{path} holds no file to read ({skipped})")
-    return found
-
-
-def _folder(root: Path, text_column: str, output: Path) -> LocalSource:
-    files: list[SourceFile] = []
-    hidden = 0
-    for folder, subfolders, names in os.walk(root):
-        ours = {output.resolve(), staging_folder(output).resolve()}
-        subfolders[:] = sorted(name for name in subfolders if (Path(folder) / name).resolve() not in ours)
-        hidden += sum(name.startswith(".") for name in subfolders + names)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            path = Path(folder) / name
-            if not name.startswith(".") and path.is_file():
-                files.append(_file(path, path.relative_to(root).as_posix()))
-    files.sort(key=lambda file: file.name)
-    return LocalSource(
-        kind="folder",
-        name=str(root),
-        text_column=text_column,
-        files=files,
-        skipped={"hidden": hidden} if hidden else {},
+    wanted = Wanted(
+        text_column=settings.text_column,
+        split=settings.split,
+        include=settings.include,
+        exclude=settings.exclude,
+        output=settings.output,
     )
-
-
-def _saved_dataset(root: Path, text_column: str, split: str) -> LocalSource | None:
-    """Return the files of a folder that ``datasets.save_to_disk`` wrote, or None for any other folder."""
-    splits = _list_in(root / "dataset_dict.json", "splits")
-    if splits is not None and all(isinstance(name, str) for name in splits):
-        if split not in splits:
-            raise DataError(f"{root} has no split '{split}'{nearest(split, splits)} (it has {', '.join(splits)})")
-        found = _saved_dataset(root / split, text_column, split)
-        if found is None:
-            raise DataError(
-                f"{root / split / 'state.json'} is missing or damaged, though {root / 'dataset_dict.json'} lists "
-                f"'{split}': the saved dataset is not whole; save it again"
+    opened: list[Source] = []
+    local: list[str] = []
+    for number, name in enumerate(settings.source):
+        if _is_local(name):
+            local.append(name)
+            if number + 1 < len(settings.source) and _is_local(settings.source[number + 1]):
+                continue
+            found = find_files(local, wanted)
+            opened.append(
+                LocalSource(
+                    kind=found.kind,
+                    name=", ".join(local),
+                    text_column=settings.text_column,
+                    files=found.files,
+                    memory_bytes=int(settings.memory_gigabytes * 1e9) // 4,
+                    skipped=found.skipped,
+                )
             )
-        return found
-    entries = _list_in(root / "state.json", "_data_files")
-    if entries is None:
-        return None
-    names: list[str] = []
-    for entry in entries:
-        if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
-            raise DataError(
-                f"{root / 'state.json'} is damaged: an entry of _data_files has no filename; save the dataset again"
+            local = []
+        else:
+            from moescale.data.prepare.hub import open_hub_dataset
+
+            opened.append(open_hub_dataset(name, text_column=settings.text_column, split=settings.split or "train"))
+    source = opened[0] if len(opened) == 1 else JoinedSource(sources=opened)
+    _check_settings(settings, opened)
+    return source
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).expanduser().exists() or is_pattern(name)
+
+
+def _check_settings(settings: PrepareSettings, opened: list[Source]) -> None:
+    """Refuse settings that these sources cannot follow, and what ``strict`` forbids to pass over."""
+    local = [source for source in opened if isinstance(source, LocalSource)]
+    has_records = len(local) < len(opened) or any(file.kind in RECORDS for source in local for file in source.files)
+    if settings.text_column != DEFAULT_TEXT_COLUMN and not has_records:
+        raise ConfigError(
+            f"prepare.text_column ('{settings.text_column}') means nothing for {', '.join(settings.source)}, which "
+            "holds no tables or records: each of its files is one document; leave it out"
+        )
+    if not settings.strict:
+        return
+    for source in opened:
+        for reason, items in source.skipped.items():
+            if reason == EXCLUDED or (reason == OTHER_SPLIT and settings.split is not None):
+                continue  # as asked for
+            remedy = "choose with --split" if reason == OTHER_SPLIT else "leave it out with --exclude"
+            raise DataError(f"{items.first[0]}: not read: {reason} (strict); {remedy}")
+
+
+def _added_up(accounts: Sequence[dict[str, BadItems]]) -> dict[str, BadItems]:
+    total: dict[str, BadItems] = {}
+    for account in accounts:
+        for reason, items in account.items():
+            known = total.get(reason, BadItems(count=0, first=[]))
+            total[reason] = replace(
+                known, count=known.count + items.count, first=[*known.first, *items.first][:FIRST_POSITIONS]
             )
-        names.append(entry["filename"])
-    for name in names:
-        if not (root / name).is_file():
-            raise DataError(f"{root / name} is missing, though {root / 'state.json'} lists it")
-    return LocalSource(
-        kind="saved dataset",
-        name=str(root),
-        text_column=text_column,
-        files=[_file(root / name, name) for name in names],
-    )
-
-
-def _list_in(path: Path, key: str) -> list[Any] | None:
-    """Return the list under ``key`` of a JSON object; None where there is no such file, object or list.
-
-    The names of these files are ordinary ones, which anything in a source tree may have.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, list) else None
-
-
-def _file(path: Path, name: str) -> SourceFile:
-    status = path.stat()
-    return SourceFile(path=path, name=name, kind=_kind(path), num_bytes=status.st_size, modified_ns=status.st_mtime_ns)
-
-
-def _kind(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix == ".json":
-        # The same extension names JSON Lines and single JSON documents of a source tree: the first line tells.
-        return "lines" if _starts_with_a_record(path) else "document"
-    return _KINDS.get(suffix, "document")
-
-
-def _starts_with_a_record(path: Path) -> bool:
-    try:
-        with open_bytes(path) as stream:
-            first = stream.readline(1 << 26).strip()
-        return first not in (b"{", b"[", b"") and isinstance(json.loads(first), dict)
-    except (OSError, ValueError, RecursionError):  # a damaged file is named when it is read
-        return False
+    return total

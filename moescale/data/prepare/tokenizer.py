@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tokenizers
 
+from moescale.data.prepare.added_tokens import ADDED_TOKENS, add_missing_tokens
 from moescale.errors import DataError, nearest
 
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
@@ -21,7 +22,7 @@ class CorpusTokenizer:
 
     tokenizer: tokenizers.Tokenizer
     sha256: str
-    """Of tokenizer.json."""
+    """Of tokenizer.json, and of the tokens that the files next to it add."""
     end_token: str
     end_token_id: int
     vocabulary_size: int
@@ -44,10 +45,11 @@ def load_tokenizer(name: str, end_token: str | None = None) -> CorpusTokenizer:
     # A tokenizer.json may carry the truncation and padding of the last training run: both would change the text.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    added = add_missing_tokens(tokenizer, files)
     end_token, end_token_id = _end_token(tokenizer, files, end_token)
     return CorpusTokenizer(
         tokenizer=tokenizer,
-        sha256=hashlib.sha256(content).hexdigest(),
+        sha256=hashlib.sha256(content + (json.dumps(added).encode() if added else b"")).hexdigest(),
         end_token=end_token,
         end_token_id=end_token_id,
         vocabulary_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
@@ -55,7 +57,7 @@ def load_tokenizer(name: str, end_token: str | None = None) -> CorpusTokenizer:
 
 
 def _find(name: str) -> dict[str, Path]:
-    """Return the paths of tokenizer.json and of the files beside it that may name the end token."""
+    """Return the paths of tokenizer.json and of the files next to it that name other tokens."""
     path = Path(name).expanduser()
     if path.is_file():
         folder, found = path.parent, {"tokenizer.json": path}
@@ -67,7 +69,7 @@ def _find(name: str) -> dict[str, Path]:
         raise DataError(f"tokenizer '{name}' does not exist")
     else:
         return _download(name)
-    return found | {file: folder / file for file in _SIDE_FILES if (folder / file).is_file()}
+    return found | {file: folder / file for file in (*_SIDE_FILES, ADDED_TOKENS) if (folder / file).is_file()}
 
 
 def _download(name: str) -> dict[str, Path]:
@@ -75,7 +77,7 @@ def _download(name: str) -> dict[str, Path]:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     found = {}
-    for file in ("tokenizer.json", *_SIDE_FILES):
+    for file in ("tokenizer.json", *_SIDE_FILES, ADDED_TOKENS):
         try:
             found[file] = Path(hf_hub_download(name, file))
         except Exception as error:  # the hub client raises its own, the HTTP library's and OSError

@@ -82,7 +82,7 @@ def test_verify_names_a_changed_file(prepared, name):
     [
         ("{", "manifest.json is damaged"),
         ("{}", "is not the manifest of a moescale corpus"),
-        ('{"format": "moescale corpus", "version": 99}', "format version 99; this moescale reads version 1"),
+        ('{"format": "moescale corpus", "version": 99}', "format version 99; this moescale reads version 2"),
         ('{"format": "moescale corpus", "version": 1}', r"manifest.json is damaged \('made_from'\)"),
     ],
 )

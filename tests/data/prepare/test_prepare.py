@@ -162,7 +162,15 @@ def test_a_folder_is_read_in_sorted_order_and_by_extension(settings, tmp_path, p
     package = (root / "b" / "package.json").read_text()
     texts = ["print('a')\n" * 10, package, "fn main() {}\n" * 10, "from jsonl", "from parquet", "from json lines"]
     assert_holds(report.output, plain_tokens(texts))
-    assert report.skipped == {"hidden": 2, "binary": 1}
+    assert {reason: items.first for reason, items in report.skipped.items()} == {
+        "hidden": [".git", ".hidden"],
+        "binary": [str(root / "picture.png")],
+    }
+    assert {kind: items.first for kind, items in report.read.items()} == {
+        "text": ["a.py", "b/package.json", "b/z.rs"],
+        "JSON Lines": ["c.jsonl.gz", "e.json"],
+        "Parquet": ["d.parquet"],
+    }
     assert report.bad == {}
 
 
@@ -274,7 +282,9 @@ def test_a_folder_that_is_no_corpus_is_never_overwritten(settings, lines_file, t
 
 
 def test_a_source_shorter_than_a_sequence_is_an_error_and_leaves_nothing(settings, lines_file, tmp_path):
-    with pytest.raises(DataError, match=r"the train split has \d+ tokens of 60 documents .*sequence_length \(100000\)"):
+    with pytest.raises(
+        DataError, match=r"the train split has \d+ tokens of 60 documents, .*sequence_length \(100000\)"
+    ):
         prepare(settings(lines_file, sequence_length=100_000), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == [lines_file.name]
 
@@ -324,7 +334,7 @@ def test_compressed_files_of_several_frames_are_read_to_the_end(settings, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
-@pytest.mark.parametrize("content", ['{\n"counter": 5\n}', '[{"_data_files": 1}]', "{not json", "[" * 100_000])
+@pytest.mark.parametrize("content", ['{\n"counter": 5\n}', "[1, 2, 3]", "{not json", "[" * 100_000])
 def test_an_ordinary_file_with_the_name_of_a_saved_dataset_is_a_document(
     settings, tmp_path, plain_tokens, name, content
 ):
