@@ -26,8 +26,8 @@ from moescale.config import ModelConfig
 from moescale.kernels.attention import Documents, attention
 from moescale.kernels.backends import runs_cute
 from moescale.kernels.cross_entropy import linear_cross_entropy
-from moescale.kernels.mla_rope import mla_rope
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
+from moescale.kernels.rope import mla_rope
 from moescale.kernels.router import route, router_logits
 from moescale.kernels.swiglu import swiglu
 from moescale.model.attention import LatentAttention

@@ -27,7 +27,7 @@ def bench_command(
     """Measure the expert kernels beside PyTorch's grouped product, one dense expert and the reference.
 
     Takes about two minutes on one GPU; nothing else should run there. With --tune, find the launch parameters of this
-    GPU instead; a table for moescale/kernels/tables is the result.
+    GPU instead; a table for moescale/kernels/experts/tables is the result.
 
     Parameters
     ----------
@@ -70,13 +70,13 @@ def _require_gpu() -> None:
 
 
 def _measured() -> dict[str, Any]:
-    from moescale.kernels.bench import bench_experts
+    from moescale.tools.bench_experts import bench_experts
 
     return bench_experts()
 
 
 def _tuned_table() -> dict[str, Any]:
-    from moescale.kernels.tuning import tune
+    from moescale.tools.tune_experts import tune
 
     document = tune()
     return {name: document[name] for name in ("gpu", "entries")}  # without the times of all the losers

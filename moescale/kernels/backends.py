@@ -65,7 +65,7 @@ def cute_available(part: CutePart) -> bool:
 def cute_usable(part: CutePart) -> bool:
     """Whether what is installed can be imported: it comes with a compiler of its own. Warns where it cannot."""
     try:
-        importlib.import_module(f"moescale.kernels.{part}_cute")
+        importlib.import_module(f"moescale.kernels.{part}.cute")
     except Exception as error:  # whatever a broken installation raises; there is another back end
         warnings.warn(
             f"{CUTE_PACKAGES[part][1]} is installed but cannot be used ({type(error).__name__}: {error}); install it "
@@ -104,6 +104,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype, requested: str = "a
     if triton_available() and torch.cuda.get_device_capability(device) >= MINIMUM_CAPABILITY:
         return "triton"
     return "grouped_mm" if dtype == torch.bfloat16 else "torch"
+
+
+def runs_triton(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
+    """Whether an operator without a ``grouped_mm`` form runs its Triton kernels; otherwise it runs plain torch."""
+    return choose_backend(device, dtype, backend) == "triton"
 
 
 @torch.compiler.assume_constant_result

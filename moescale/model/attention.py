@@ -12,8 +12,8 @@ from torch import nn
 
 from moescale.config import ModelConfig
 from moescale.kernels.attention import Documents, attention
-from moescale.kernels.mla_rope import mla_rope
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
+from moescale.kernels.rope import mla_rope
 from moescale.model.linear import Linear
 from moescale.model.rope import softmax_scale
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from moescale.errors import ConfigError
 from moescale.kernels.adamw import AdamWHyperparameters, adamw_update, init_adamw_state
 from moescale.kernels.attention import attention
-from moescale.kernels.expert_order import sort_pairs
 from moescale.kernels.experts import expert_mlp
+from moescale.kernels.experts.sort import sort_pairs
 from moescale.kernels.rms_norm import rms_norm
 from moescale.model.flops import peak_flops
 from moescale.runtime.device import choose_device

@@ -28,8 +28,8 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from moescale.kernels.backends import KernelInputError, choose_backend, debug_checks_enabled
-from moescale.kernels.expert_order import check_ids, sort_pairs
 from moescale.kernels.experts import expert_mlp
+from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.router import Routing
 from moescale.model.moe import Dispatcher, MixtureOfExperts, RoutedExperts
 from moescale.model.transformer import Transformer
@@ -247,12 +247,12 @@ def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def _row_operators(backend: str) -> Any:
     """The module with the back end's operators on rows."""
     if backend == "triton":
-        from moescale.kernels import experts_triton
+        from moescale.kernels.experts import triton
 
-        return experts_triton
-    from moescale.kernels import experts_unfused
+        return triton
+    from moescale.kernels.experts import reference
 
-    return experts_unfused
+    return reference
 
 
 class AllToAllDispatcher:

@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 
 from moescale.kernels.backends import KernelInputError, choose_experts_backend, debug_checks_enabled
 from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
-from moescale.kernels.expert_order import check_ids, sort_pairs
 from moescale.kernels.experts import operators_of
+from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.router import Routing
 from moescale.model.moe import RoutedExperts
 from moescale.plan import SAVED_ROWS_FACTOR

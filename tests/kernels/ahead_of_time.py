@@ -62,16 +62,14 @@ def record_launches(call: Callable[[], object]) -> list[Launch]:
 
 def call_every_operator() -> None:
     """Each operator's kernels at the shapes of DeepSeek-Coder-V2-Lite in bf16, and its variants."""
-    from moescale.kernels import (
-        _adamw_triton,
-        _cross_entropy_triton,
-        _mla_rope_triton,
-        _rms_norm_triton,
-        _router_triton,
-        _swiglu_triton,
-        experts_triton,
-    )
     from moescale.kernels.adamw import AdamWHyperparameters, init_adamw_state
+    from moescale.kernels.adamw import triton as adamw
+    from moescale.kernels.cross_entropy import triton as cross_entropy
+    from moescale.kernels.experts import triton as experts
+    from moescale.kernels.rms_norm import triton as rms_norm
+    from moescale.kernels.rope import triton as rope
+    from moescale.kernels.router import triton as router
+    from moescale.kernels.swiglu import triton as swiglu
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -79,31 +77,31 @@ def call_every_operator() -> None:
     fp32, int32 = torch.float32, torch.int32
     x, weight, rstd = empty(64, 2048), empty(2048), empty(64, dtype=fp32)
     for other in (None, x):
-        _rms_norm_triton.forward(x, other, weight, 1e-6)
-        _rms_norm_triton.backward(x, other, x, weight, rstd)
-    _swiglu_triton.forward(empty(8, 5632))
-    _swiglu_triton.backward(empty(8, 2816), empty(8, 5632))
+        rms_norm.forward(x, other, weight, 1e-6)
+        rms_norm.backward(x, other, x, weight, rstd)
+    swiglu.forward(empty(8, 5632))
+    swiglu.backward(empty(8, 2816), empty(8, 5632))
     q, kv, table = empty(1, 8, 16, 192), empty(1, 8, 16, 256), empty(8, 32, dtype=fp32)
-    _mla_rope_triton.forward(q, kv, empty(1, 8, 576)[..., 512:], table, table)
-    _mla_rope_triton.backward(q, q, empty(1, 8, 16, 128), table, table)
-    for experts, top_k, groups, top_groups, normalize in ((64, 6, 1, 1, False), (160, 6, 8, 3, True)):
-        logits, weights = empty(64, experts, dtype=fp32), empty(64, top_k, dtype=fp32)
-        ids, counts = empty(64, top_k, dtype=int32), empty(4, experts, dtype=int32)
-        _router_triton.forward(logits, top_k, groups, top_groups, normalize, 1.5, 4)
-        _router_triton.backward(weights, empty(dtype=fp32), logits, ids, weights, counts, normalize, 1.5)
+    rope.forward(q, kv, empty(1, 8, 576)[..., 512:], table, table)
+    rope.backward(q, q, empty(1, 8, 16, 128), table, table)
+    for num_experts, top_k, groups, top_groups, normalize in ((64, 6, 1, 1, False), (160, 6, 8, 3, True)):
+        logits, weights = empty(64, num_experts, dtype=fp32), empty(64, top_k, dtype=fp32)
+        ids, counts = empty(64, top_k, dtype=int32), empty(4, num_experts, dtype=int32)
+        router.forward(logits, top_k, groups, top_groups, normalize, 1.5, 4)
+        router.backward(weights, empty(dtype=fp32), logits, ids, weights, counts, normalize, 1.5)
     targets = torch.zeros(4, dtype=torch.int64)
     for write_gradient in (False, True):
-        _cross_entropy_triton.softmax_losses(empty(4, 102400), targets, -100, write_gradient)
-    _cross_entropy_triton.scaled(empty(64, 2048), empty(dtype=fp32))
+        cross_entropy.softmax_losses(empty(4, 102400), targets, -100, write_gradient)
+    cross_entropy.scaled(empty(64, 2048), empty(dtype=fp32))
     for buffer_dtype in (torch.bfloat16, fp32):
-        _cross_entropy_triton.add_scaled(empty(64, 2048, dtype=buffer_dtype), empty(64, 2048), empty(dtype=fp32))
+        cross_entropy.add_scaled(empty(64, 2048, dtype=buffer_dtype), empty(64, 2048), empty(dtype=fp32))
     rows, pairs, weights = empty(12, 2048), empty(12, dtype=int32), empty(2, 6, dtype=fp32)
-    experts_triton.gather_rows(empty(2, 2048), pairs, pairs, 6)
-    experts_triton.combine_rows(rows, pairs, 6, weights)
-    experts_triton.combine_rows(rows, pairs, 6)
-    experts_triton.combine_rows_backward(x, rows, pairs, weights)
-    experts_triton.sort_weights(weights, pairs)
-    experts_triton.order_by_pair(empty(12, dtype=fp32), pairs)
+    experts.gather_rows(empty(2, 2048), pairs, pairs, 6)
+    experts.combine_rows(rows, pairs, 6, weights)
+    experts.combine_rows(rows, pairs, 6)
+    experts.combine_rows_backward(x, rows, pairs, weights)
+    experts.sort_weights(weights, pairs)
+    experts.order_by_pair(empty(12, dtype=fp32), pairs)
     hyperparameters = AdamWHyperparameters(
         learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, num_updates=2
     )
@@ -112,7 +110,7 @@ def call_every_operator() -> None:
             for shape in ((8, 256), (6, 200)):
                 parameter = empty(*shape)
                 state = init_adamw_state(parameter, moments, master)
-                _adamw_triton.update(parameter, parameter, state, hyperparameters, empty(dtype=fp32), 1, 0)
+                adamw.update(parameter, parameter, state, hyperparameters, empty(dtype=fp32), 1, 0)
 
 
 def main() -> None:
@@ -123,7 +121,7 @@ def main() -> None:
         for kernel, signature, constants, attributes, options in launches:
             source = ASTSource(kernel, signature, constants, attributes)
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            name = f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}"
+            name = f"{kernel.__module__.removeprefix('moescale.kernels.')}.{kernel.__name__}"
             kernels[name] = max(kernels.get(name, 0), compiled.metadata.shared)
     print(json.dumps(report))
 

@@ -17,8 +17,8 @@ import torch
 from moescale.kernels.adamw import AdamWHyperparameters, adamw_update, init_adamw_state
 from moescale.kernels.cross_entropy import linear_cross_entropy
 from moescale.kernels.experts import experts
-from moescale.kernels.mla_rope import mla_rope
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
+from moescale.kernels.rope import mla_rope
 from moescale.kernels.router import route, router_logits
 from moescale.kernels.swiglu import swiglu
 

@@ -11,9 +11,9 @@ from moescale.kernels.adamw import (
     adamw_update,
     init_adamw_state,
     master_weight,
-    random_bits,
     set_master_weight,
 )
+from moescale.kernels.adamw.reference import random_bits
 from moescale.kernels.backends import KernelInputError
 
 ONE = torch.ones(())

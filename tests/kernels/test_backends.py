@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from moescale.kernels import backends
-from moescale.kernels._elementwise import runs_triton
 from moescale.kernels.backends import (
     KernelInputError,
     choose_attention_backend,
     choose_backend,
     choose_experts_backend,
+    runs_triton,
 )
 
 CUDA = torch.device("cuda:0")

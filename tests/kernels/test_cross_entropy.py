@@ -20,10 +20,10 @@ BACKENDS = ["torch", "triton"]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks and vocabulary blocks, the last ones ragged, also for small inputs."""
-    from moescale.kernels import _cross_entropy_triton
+    from moescale.kernels.cross_entropy import triton
 
     monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 16)
-    monkeypatch.setattr(_cross_entropy_triton, "BLOCK_VOCABULARY", 16)
+    monkeypatch.setattr(triton, "BLOCK_VOCABULARY", 16)
 
 
 def make(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -73,7 +73,7 @@ def test_validation_computes_no_gradient(backend: str, monkeypatch: pytest.Monke
 
 def test_one_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     earlier: list[weakref.ref] = []
-    softmax_losses, product = cross_entropy._softmax_losses_torch, F.linear
+    softmax_losses, product = cross_entropy.reference.softmax_losses, F.linear
 
     def watched_softmax(*arguments):
         losses, grad_logits = softmax_losses(*arguments)
@@ -86,7 +86,7 @@ def test_one_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -
         earlier.append(weakref.ref(logits))
         return logits
 
-    monkeypatch.setattr(cross_entropy, "_softmax_losses_torch", watched_softmax)
+    monkeypatch.setattr(cross_entropy.reference, "softmax_losses", watched_softmax)
     monkeypatch.setattr(cross_entropy.F, "linear", watched_product)
     linear_cross_entropy(*make(41, 8, 23), backend="torch")
     assert len(earlier) == 2 * 3
@@ -184,10 +184,10 @@ def test_the_weight_gradient_is_rounded_at_most_four_times(tokens: int, most: in
 @pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.parametrize("size", [(300, 256, 10001), (2048, 512, 4096), (1, 64, 102400)])
 def test_bf16_error_is_at_most_twice_plain_torch(size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    from moescale.kernels import _cross_entropy_triton
+    from moescale.kernels.cross_entropy import triton
 
     monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 512)
-    monkeypatch.setattr(_cross_entropy_triton, "BLOCK_VOCABULARY", 4096)
+    monkeypatch.setattr(triton, "BLOCK_VOCABULARY", 4096)
     hidden, weight, targets = make(*size, dtype=torch.bfloat16)
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, *, backend: str) -> tuple[torch.Tensor, ...]:

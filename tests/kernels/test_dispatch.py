@@ -13,8 +13,9 @@ import torch
 
 from moescale.kernels.backends import triton_interpreted
 from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
-from moescale.kernels.expert_order import sort_pairs
-from moescale.kernels.experts import experts_reference, operators_of
+from moescale.kernels.experts import operators_of
+from moescale.kernels.experts.reference import experts_reference
+from moescale.kernels.experts.sort import sort_pairs
 
 if not torch.cuda.is_available() and not triton_interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 or a GPU", allow_module_level=True)

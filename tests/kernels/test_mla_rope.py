@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescale.kernels.backends import KernelInputError
-from moescale.kernels.mla_rope import mla_rope
+from moescale.kernels.rope import mla_rope
 
 
 def tables(length: int, rope_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

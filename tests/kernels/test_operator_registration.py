@@ -6,7 +6,7 @@ import pytest
 import torch
 from agreement import DEVICE, randn
 
-from moescale.kernels import cross_entropy, linear, mla_rope, rms_norm, router, swiglu
+from moescale.kernels import cross_entropy, linear, rms_norm, rope, router, swiglu
 
 X, WEIGHT = (6, 8), (8,)
 TABLE = torch.linspace(-1, 1, 8, device=DEVICE).view(4, 2)
@@ -17,7 +17,7 @@ CASES = {
     "add_rms_norm": (rms_norm._rms_norm_op, lambda: (randn(*X), randn(*X, seed=1), randn(*WEIGHT), 1e-6)),
     "swiglu": (swiglu._swiglu_op, lambda: (randn(*X),)),
     "mla_rope": (
-        mla_rope._mla_rope_op,
+        rope._mla_rope_op,
         lambda: (randn(2, 4, 3, 10), randn(2, 4, 3, 11, seed=1), randn(2, 4, 4, seed=2), TABLE, TABLE),
     ),
     "route": (router._route_op, lambda: (randn(6, 8), 3, 4, 2, True, 1.5, 2)),

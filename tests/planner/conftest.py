@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from moescale.kernels import _elementwise, router
+from moescale.kernels import backends, router
 from moescale.kernels import experts as experts_module
 from moescale.model import attention as attention_module
 from moescale.model import moe as moe_module
@@ -23,7 +23,7 @@ def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> None:
         result = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=softmax_scale)
         return result[0].transpose(1, 2)
 
-    monkeypatch.setattr(_elementwise, "choose_backend", triton)
+    monkeypatch.setattr(backends, "choose_backend", triton)
     monkeypatch.setattr(experts_module, "choose_experts_backend", triton)
     monkeypatch.setattr(attention_module, "attention", cudnn_attention)
     monkeypatch.setattr(moe_module, "router_logits", router._router_logits_op)

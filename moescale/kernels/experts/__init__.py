@@ -1,0 +1,356 @@
+"""Routed experts: each token's K chosen expert MLPs, weighted and summed; and the same MLP on rows sorted by expert.
+
+Forward and backward are one custom operator each, so a compiled layer has no graph break. The backward saves the
+input, the pre-activation and the routing; everything else is computed again (see ``experts.triton``).
+
+Weight gradients can go straight into buffers: with ``gate_up_gradient`` / ``down_gradient`` given, the backward adds to
+them inside the weight-gradient product and autograd gets no gradient for that weight. That saves writing the gradient,
+reading it again and adding it, which at 64 experts costs as much memory traffic as the whole forward pass.
+
+The operators do not declare this mutation, and write through ``.data``, which has a version counter of its own. A
+declared one counts as an in-place change of a saved input, and a compiled layer then refuses a second forward before
+the first backward, as pipeline schedules need. Nothing else in a layer's graph reads the buffers, so no order can be
+broken by it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import SimpleNamespace
+
+import torch
+
+from moescale.kernels.backends import (
+    KernelInputError,
+    check_device,
+    check_dtype,
+    check_gradient_buffer,
+    check_shape,
+    choose_experts_backend,
+    debug_checks_enabled,
+)
+from moescale.kernels.experts import reference
+from moescale.kernels.experts.sort import check_ids, sort_pairs
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def experts(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    tokens_per_expert: torch.Tensor | None = None,
+    gate_up_gradient: torch.Tensor | None = None,
+    down_gradient: torch.Tensor | None = None,
+    backend: str = "auto",
+    recompute_up: bool = False,
+) -> torch.Tensor:
+    """Return y[t] = sum_k topk_weights[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t])), e = topk_ids[t, k].
+
+    Shapes: x [T, H]; topk_ids [T, K] int32 or int64; topk_weights [T, K] fp32; gate_up [E, 2F, H], gate rows first;
+    down [E, H, F]; result [T, H] in the dtype of x, which the weights share. Differentiable in x, topk_weights and the
+    weights. The sum over K runs in fp32 and in the order of k, so equal inputs give equal bits.
+
+    ``gate_up_gradient`` and ``down_gradient`` are buffers (the weight's shape; its dtype or fp32) to which the backward
+    adds; that weight's ``.grad`` then stays untouched. ``recompute_up`` saves no pre-activation [R, 2F] and computes
+    the up-projection again in the backward. A pair whose expert id lies outside [0, E) contributes nothing; with
+    MOESCALE_DEBUG=1 it is an error, and so are ``tokens_per_expert`` [E] (the router's counts) that do not fit the ids.
+
+    Raises KernelInputError for shapes, dtypes and devices that do not fit.
+    """
+    _check_experts(x, topk_ids, topk_weights, gate_up, down)
+    _check_buffers(gate_up, down, gate_up_gradient, down_gradient)
+    backend = choose_experts_backend(x.device, x.dtype, backend)
+    _check_alignment(backend, gate_up)
+    if debug_checks_enabled():
+        check_ids(topk_ids, gate_up.shape[0], tokens_per_expert)
+    save_pre = torch.is_grad_enabled() and not recompute_up
+    out = _experts(x, topk_ids, topk_weights, gate_up, down, gate_up_gradient, down_gradient, backend, save_pre)
+    return out[0]
+
+
+def expert_mlp(
+    rows: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    gate_up_gradient: torch.Tensor | None = None,
+    down_gradient: torch.Tensor | None = None,
+    backend: str = "auto",
+    recompute_up: bool = False,
+) -> torch.Tensor:
+    """Return down[e] @ (silu(gate[e] @ row) * (up[e] @ row)) for rows sorted by expert, as behind an all-to-all.
+
+    Shapes: rows [R, H]; gate_up [E, 2F, H], gate rows first; down [E, H, F]; ends [E] int32, the cumulative rows of
+    each expert; result [R, H]. Rows from ``ends[-1]`` on belong to no expert: their result and gradient are zero.
+    The other arguments and the errors are those of :func:`experts`.
+    """
+    num_experts, _, hidden = gate_up.shape
+    check_shape("expert_mlp", "rows", rows, (None, hidden), "[R, H]")
+    check_shape("expert_mlp", "ends", ends, (num_experts,), "[E]")
+    check_dtype("expert_mlp", "ends", ends, (torch.int32,))
+    check_device("expert_mlp", "ends", ends, rows.device)
+    _check_weights("expert_mlp", rows, gate_up, down)
+    _check_buffers(gate_up, down, gate_up_gradient, down_gradient)
+    backend = choose_experts_backend(rows.device, rows.dtype, backend)
+    _check_alignment(backend, gate_up)
+    save_pre = torch.is_grad_enabled() and not recompute_up
+    return _expert_mlp(rows, gate_up, down, ends, gate_up_gradient, down_gradient, backend, save_pre)[0]
+
+
+def _check_experts(x, topk_ids, topk_weights, gate_up, down) -> None:
+    check_shape("experts", "x", x, (None, None), "[T, H]")
+    check_shape("experts", "topk_ids", topk_ids, (x.shape[0], None), "[T, K]")
+    check_shape("experts", "topk_weights", topk_weights, tuple(topk_ids.shape), "[T, K]")
+    check_dtype("experts", "topk_ids", topk_ids, (torch.int32, torch.int64))
+    check_dtype("experts", "topk_weights", topk_weights, (torch.float32,))
+    for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+        check_device("experts", name, tensor, x.device)
+    _check_weights("experts", x, gate_up, down)
+
+
+def _check_weights(operator: str, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    check_shape(operator, "down", down, (None, x.shape[1], None), "[E, H, F]")
+    num_experts, hidden, ffn = down.shape
+    check_shape(operator, "gate_up", gate_up, (num_experts, 2 * ffn, hidden), "[E, 2F, H]")
+    check_dtype(operator, "the input", x, FLOATING)
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        check_dtype(operator, name, weight, (x.dtype,))
+        check_device(operator, name, weight, x.device)
+
+
+def _check_buffers(gate_up, down, gate_up_gradient, down_gradient) -> None:
+    for name, weight, buffer in (("gate_up", gate_up, gate_up_gradient), ("down", down, down_gradient)):
+        if buffer is not None:
+            check_gradient_buffer("experts", name, weight, buffer)
+
+
+def _check_alignment(backend: str, gate_up: torch.Tensor) -> None:
+    """Tensor descriptors and grouped_mm need every row to start at a multiple of 16 bytes."""
+    _, ffn2, hidden = gate_up.shape
+    multiple = 16 // gate_up.dtype.itemsize
+    if backend != "torch" and (hidden % multiple or (ffn2 // 2) % multiple):
+        raise KernelInputError(
+            f"experts: hidden size ({hidden}) and expert intermediate size ({ffn2 // 2}) must be multiples of "
+            f"{multiple} in {gate_up.dtype} for the back end {backend!r}; use the back end 'torch'"
+        )
+
+
+def operators_of(backend: str) -> SimpleNamespace:
+    """Return the functions that make up the operator in a back end, with one signature."""
+    if backend in ("triton", "cute"):
+        module = importlib.import_module(f"moescale.kernels.experts.{backend}")
+        return SimpleNamespace(**{name: getattr(module, name) for name in module.__all__})
+    bind = functools.partial
+    return SimpleNamespace(
+        combine_rows=reference.combine_rows,
+        gather_rows=reference.gather_rows,
+        group_rows=reference.group_rows,
+        multiply_down_dgrad=bind(reference.multiply_down_dgrad, backend=backend),
+        multiply_rows=bind(reference.multiply_rows, backend=backend),
+        multiply_up=bind(reference.multiply_up, backend=backend),
+        order_by_pair=reference.order_by_pair,
+        sort_weights=reference.sort_weights,
+        weight_gradient=bind(reference.weight_gradient, backend=backend),
+    )
+
+
+def _mlp_forward(ops, rows, gate_up, down, ends, save_pre, *, zero_tail=False):
+    groups = ops.group_rows(ends, rows.shape[0])
+    pre, act = ops.multiply_up(rows, gate_up, groups, write_pre=save_pre, write_act=True)
+    return ops.multiply_rows(act, down, groups, zero_tail=zero_tail), pre
+
+
+def _mlp_backward(
+    ops, grad_rows, rows, pre, gate_up, down, ends, row_weights, gate_up_gradient, down_gradient, *, zero_tail=False
+):
+    """Return the gradients (rows, row weights, gate_up, down); a weight with a buffer gets an empty gradient."""
+    groups = ops.group_rows(ends, rows.shape[0])
+    if pre.numel() == 0:
+        pre, _ = ops.multiply_up(rows, gate_up, groups, write_pre=True, write_act=False)
+    gate_up_gradient, down_gradient = (None if b is None else b.data for b in (gate_up_gradient, down_gradient))
+    grad_pre, act, grad_weights = ops.multiply_down_dgrad(grad_rows, down, pre, groups, row_weights)
+    grad_down = ops.weight_gradient(grad_rows, act, groups, buffer=down_gradient, kernel="down_wgrad")
+    del act
+    grad_gate_up = ops.weight_gradient(grad_pre, rows, groups, buffer=gate_up_gradient, kernel="up_wgrad")
+    grad_rows = ops.multiply_rows(grad_pre, gate_up, groups, transposed=True, zero_tail=zero_tail, kernel="up_dgrad")
+    return (
+        grad_rows,
+        grad_weights,
+        grad_gate_up if gate_up_gradient is None else rows.new_empty(0),
+        grad_down if down_gradient is None else rows.new_empty(0),
+    )
+
+
+@torch.library.custom_op("moescale::experts", mutates_args=())
+def _experts(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_gradient: torch.Tensor | None,
+    down_gradient: torch.Tensor | None,
+    backend: str,
+    save_pre: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (y, pre-activation or empty, row_pair, pair_row, ends)."""
+    ops = operators_of(backend)
+    top_k = topk_ids.shape[1]
+    row_pair, pair_row, ends = sort_pairs(topk_ids, gate_up.shape[0], backend=backend)
+    rows = ops.gather_rows(x.contiguous(), row_pair, pair_row, top_k)
+    out, pre = _mlp_forward(ops, rows, gate_up.contiguous(), down.contiguous(), ends, save_pre)
+    y = ops.combine_rows(out, pair_row, top_k, topk_weights.contiguous())
+    return y, pre, row_pair, pair_row, ends
+
+
+@_experts.register_fake
+def _(x, topk_ids, topk_weights, gate_up, down, gate_up_gradient, down_gradient, backend, save_pre):
+    num_rows = topk_ids.numel()
+    pre = x.new_empty((num_rows, gate_up.shape[1])) if save_pre else x.new_empty(0)
+    order = [topk_ids.new_empty(n, dtype=torch.int32) for n in (num_rows, num_rows, gate_up.shape[0])]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), pre, *order
+
+
+@torch.library.custom_op("moescale::experts_backward", mutates_args=())
+def _experts_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    pre: torch.Tensor,
+    row_pair: torch.Tensor,
+    pair_row: torch.Tensor,
+    ends: torch.Tensor,
+    gate_up_gradient: torch.Tensor | None,
+    down_gradient: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ops = operators_of(backend)
+    top_k = topk_weights.shape[1]
+    weights = topk_weights.contiguous()
+    grad_rows, grad_weights, grad_gate_up, grad_down = _mlp_backward(
+        ops,
+        ops.gather_rows(grad.contiguous(), row_pair, pair_row, top_k),
+        ops.gather_rows(x.contiguous(), row_pair, pair_row, top_k),
+        pre,
+        gate_up.contiguous(),
+        down.contiguous(),
+        ends,
+        ops.sort_weights(weights, row_pair),
+        gate_up_gradient,
+        down_gradient,
+    )
+    grad_x = ops.combine_rows(grad_rows, pair_row, top_k)
+    grad_weights = ops.order_by_pair(grad_weights, pair_row).view(topk_weights.shape)
+    return grad_x, grad_weights, grad_gate_up, grad_down
+
+
+@_experts_backward.register_fake
+def _(grad, x, topk_weights, gate_up, down, pre, row_pair, pair_row, ends, gate_up_gradient, down_gradient, backend):
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(topk_weights, memory_format=torch.contiguous_format),
+        _fake_gradient(gate_up, gate_up_gradient),
+        _fake_gradient(down, down_gradient),
+    )
+
+
+def _fake_gradient(weight: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    if buffer is not None:
+        return weight.new_empty(0)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _experts_setup(ctx, inputs, output) -> None:
+    x, _, topk_weights, gate_up, down, ctx.gate_up_gradient, ctx.down_gradient, ctx.backend, _ = inputs
+    _, pre, row_pair, pair_row, ends = output
+    ctx.mark_non_differentiable(pre, row_pair, pair_row, ends)
+    ctx.save_for_backward(x, topk_weights, gate_up, down, pre, row_pair, pair_row, ends)
+
+
+def _experts_autograd(ctx, grad, *_):
+    buffers = (ctx.gate_up_gradient, ctx.down_gradient)
+    grad_x, grad_weights, grad_gate_up, grad_down = _experts_backward(grad, *ctx.saved_tensors, *buffers, ctx.backend)
+    grad_gate_up = grad_gate_up if buffers[0] is None else None
+    grad_down = grad_down if buffers[1] is None else None
+    return grad_x, None, grad_weights, grad_gate_up, grad_down, None, None, None, None
+
+
+_experts.register_autograd(_experts_autograd, setup_context=_experts_setup)
+
+
+@torch.library.custom_op("moescale::expert_mlp", mutates_args=())
+def _expert_mlp(
+    rows: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    ends: torch.Tensor,
+    gate_up_gradient: torch.Tensor | None,
+    down_gradient: torch.Tensor | None,
+    backend: str,
+    save_pre: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (result, pre-activation or empty)."""
+    ops = operators_of(backend)
+    weights = (gate_up.contiguous(), down.contiguous())
+    return _mlp_forward(ops, rows.contiguous(), *weights, ends, save_pre, zero_tail=True)
+
+
+@_expert_mlp.register_fake
+def _(rows, gate_up, down, ends, gate_up_gradient, down_gradient, backend, save_pre):
+    pre = rows.new_empty((rows.shape[0], gate_up.shape[1])) if save_pre else rows.new_empty(0)
+    return torch.empty_like(rows, memory_format=torch.contiguous_format), pre
+
+
+@torch.library.custom_op("moescale::expert_mlp_backward", mutates_args=())
+def _expert_mlp_backward(
+    grad: torch.Tensor,
+    rows: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    ends: torch.Tensor,
+    pre: torch.Tensor,
+    gate_up_gradient: torch.Tensor | None,
+    down_gradient: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ops = operators_of(backend)
+    buffers = (gate_up_gradient, down_gradient)
+    weights = (gate_up.contiguous(), down.contiguous())
+    grad_rows, _, grad_gate_up, grad_down = _mlp_backward(
+        ops, grad.contiguous(), rows.contiguous(), pre, *weights, ends, None, *buffers, zero_tail=True
+    )
+    return grad_rows, grad_gate_up, grad_down
+
+
+@_expert_mlp_backward.register_fake
+def _(grad, rows, gate_up, down, ends, pre, gate_up_gradient, down_gradient, backend):
+    return (
+        torch.empty_like(rows, memory_format=torch.contiguous_format),
+        _fake_gradient(gate_up, gate_up_gradient),
+        _fake_gradient(down, down_gradient),
+    )
+
+
+def _expert_mlp_setup(ctx, inputs, output) -> None:
+    rows, gate_up, down, ends, ctx.gate_up_gradient, ctx.down_gradient, ctx.backend, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(rows, gate_up, down, ends, output[1])
+
+
+def _expert_mlp_autograd(ctx, grad, _):
+    buffers = (ctx.gate_up_gradient, ctx.down_gradient)
+    grad_rows, grad_gate_up, grad_down = _expert_mlp_backward(grad, *ctx.saved_tensors, *buffers, ctx.backend)
+    grad_gate_up = grad_gate_up if buffers[0] is None else None
+    grad_down = grad_down if buffers[1] is None else None
+    return grad_rows, grad_gate_up, grad_down, None, None, None, None, None
+
+
+_expert_mlp.register_autograd(_expert_mlp_autograd, setup_context=_expert_mlp_setup)

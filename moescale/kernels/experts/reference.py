@@ -1,0 +1,148 @@
+"""The expert MLP from separate PyTorch operators: the back ends ``torch`` and ``grouped_mm``.
+
+The same functions as ``experts.triton``, and the formulas that it fuses. ``torch`` takes the experts one by one (it
+reads the row counts on the host); ``grouped_mm`` uses PyTorch's grouped product and does not synchronise.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def experts_reference(
+    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """The definition of :func:`experts`, differentiable: every expert on every token, at weight 0 if not chosen."""
+    out = torch.zeros_like(x)
+    for expert, (gate_up_weight, down_weight) in enumerate(zip(gate_up, down, strict=True)):
+        weight = (topk_weights * (topk_ids == expert)).sum(1, keepdim=True).to(x.dtype)
+        gate, up = F.linear(x, gate_up_weight).chunk(2, dim=-1)
+        out = out + weight * F.linear(F.silu(gate) * up, down_weight)
+    return out
+
+
+def multiply_rows(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    transposed: bool = False,
+    zero_tail: bool = False,
+    kernel: str = "",
+    backend: str,
+) -> torch.Tensor:
+    """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N].
+
+    Rows that belong to no expert are left unwritten, or zeroed with ``zero_tail``. ``kernel`` has no meaning here.
+    """
+    matrices = weight if transposed else weight.transpose(-2, -1)
+    if backend == "grouped_mm":
+        out = F.grouped_mm(rows, matrices, offs=ends)
+    else:
+        out = rows.new_empty((rows.shape[0], matrices.shape[-1]))
+        for matrix, begin, end in _row_ranges(matrices, ends):
+            torch.mm(rows[begin:end], matrix, out=out[begin:end])
+    if zero_tail:
+        tail = torch.arange(out.shape[0], device=out.device) >= ends[-1]
+        out.masked_fill_(tail.unsqueeze(1), 0)
+    return out
+
+
+def weight_gradient(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    buffer: torch.Tensor | None = None,
+    kernel: str = "",
+    backend: str,
+) -> torch.Tensor:
+    """Return left[rows of e].T @ right[rows of e] for every expert, [E, M, N], or add it to ``buffer`` in place."""
+    if backend == "grouped_mm":
+        gradient = F.grouped_mm(left.t(), right, offs=ends)
+        return gradient if buffer is None else buffer.add_(gradient)
+    gradient = left.new_zeros((ends.numel(), left.shape[1], right.shape[1])) if buffer is None else buffer
+    for matrix, begin, end in _row_ranges(gradient, ends):
+        matrix += left[begin:end].T @ right[begin:end]
+    return gradient
+
+
+def _row_ranges(matrices: torch.Tensor, ends: torch.Tensor):
+    begin = 0
+    for matrix, end in zip(matrices, ends.tolist(), strict=True):
+        yield matrix, begin, end
+        begin = end
+
+
+def group_rows(ends: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return what the products need to know of the rows: here the experts' cumulative counts themselves."""
+    return ends
+
+
+def gather_rows(x: torch.Tensor, row_pair: torch.Tensor, pair_row: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Return x [T, H] as sorted rows [R, H]."""
+    return x[row_pair // top_k]
+
+
+def combine_rows(
+    rows: torch.Tensor, pair_row: torch.Tensor, top_k: int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the (weighted) sum of each token's rows, [T, H], in fp32 before the result is rounded."""
+    pairs = rows[pair_row.clamp(min=0)].float().masked_fill((pair_row < 0).unsqueeze(1), 0)
+    pairs = pairs.view(-1, top_k, rows.shape[1])
+    return (pairs if weights is None else pairs * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
+
+
+def combine_rows_backward(
+    grad_out: torch.Tensor, rows: torch.Tensor, row_pair: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of the combined rows [R, H], and [R] fp32 of the weight that each was multiplied by."""
+    grad = grad_out[row_pair // weights.shape[1]].float()
+    return (grad * weights.reshape(-1, 1)[row_pair]).to(rows.dtype), (grad * rows).sum(1)
+
+
+def sort_weights(weights: torch.Tensor, row_pair: torch.Tensor) -> torch.Tensor:
+    """Return the routing weight [R] of every sorted row."""
+    return weights.reshape(-1)[row_pair]
+
+
+def multiply_up(
+    rows: torch.Tensor, gate_up: torch.Tensor, ends: torch.Tensor, *, write_pre: bool, write_act: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the pre-activation [R, 2F] and the activation [R, F]; one that is not written is empty."""
+    pre = multiply_rows(rows, gate_up, ends, backend=backend)
+    act = _swiglu(pre) if write_act else rows.new_empty(0)
+    return pre if write_pre else rows.new_empty(0), act
+
+
+def _swiglu(pre: torch.Tensor) -> torch.Tensor:
+    gate, up = pre.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def multiply_down_dgrad(
+    grad_out: torch.Tensor,
+    down: torch.Tensor,
+    pre: torch.Tensor,
+    ends: torch.Tensor,
+    row_weights: torch.Tensor | None,
+    *,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (grad_pre [R, 2F], weighted activation [R, F], gradient [R] of the row weights)."""
+    grad = multiply_rows(grad_out, down, ends, transposed=True, backend=backend).float()
+    gate, up = pre.float().chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    act = silu * up
+    grad_weights = (grad * act).sum(1)
+    if row_weights is not None:
+        grad, act = grad * row_weights.unsqueeze(1), act * row_weights.unsqueeze(1)
+    grad_pre = torch.cat((grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu), dim=-1)
+    return grad_pre.to(pre.dtype), act.to(pre.dtype), grad_weights
+
+
+def order_by_pair(row_values: torch.Tensor, pair_row: torch.Tensor) -> torch.Tensor:
+    """Return for every pair the value [R] of its sorted row; 0 for a pair without a row."""
+    return row_values[pair_row.clamp(min=0)].masked_fill(pair_row < 0, 0)

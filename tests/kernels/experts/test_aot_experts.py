@@ -1,0 +1,73 @@
+"""The grouped GEMM kernels compile for Ampere, Hopper and Blackwell without a GPU, with each one's matrix units.
+
+Runs in a process of its own: elsewhere in the tests, Triton kernels are defined for the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import json, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+import torch
+from moescale.kernels.experts import grouped_gemm_triton
+from moescale.kernels.experts import triton as experts_triton
+from moescale.kernels.experts.launch_config import default_launch
+
+kernel, capability = sys.argv[1], int(sys.argv[2])
+launch = default_launch((capability // 10, capability % 10), torch.bfloat16)
+m, n, k, store = launch.block_m, launch.block_n, launch.block_k, launch.store_n
+
+def blocks(*shape):
+    return f"tensordesc<bf16[{','.join(map(str, shape))}]>"
+
+tiles = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=1, NUM_PROGRAMS=132, STORE_SPLITS=launch.store_splits)
+constants = dict(**tiles, PRECISION="tf32")
+rows = dict(rows=blocks(1, 1, m, k), half_rows=blocks(1, 1, m // 2, k), tiles="*i32")
+if kernel == "up":
+    function = experts_triton._up_kernel
+    types = rows | dict(gate_up=blocks(1, 2, n // 2, k),
+                        pre=blocks(1, 1, m, 1, store // 2), half_pre=blocks(1, 1, m // 2, 1, store // 2),
+                        act=blocks(1, 1, m, store // 2), half_act=blocks(1, 1, m // 2, store // 2))
+    constants |= dict(WRITE_PRE=True, WRITE_ACT=True, FLATTEN=launch.flatten, HALF_TILES=True)
+elif kernel.endswith("wgrad"):
+    function = grouped_gemm_triton._weight_gradient_kernel
+    types = dict(left=blocks(1, 1, k, m), right=blocks(1, 1, k, n), out=blocks(1, m, store), ends="*i32")
+    constants |= dict(EXPERTS=64, ACCUMULATE="reduce")
+else:
+    function = grouped_gemm_triton._rows_kernel
+    transposed = kernel == "up_dgrad"
+    types = rows | dict(weight=blocks(1, k, n) if transposed else blocks(1, n, k), out=blocks(1, 1, m, store),
+                        half_out=blocks(1, 1, m // 2, n // ((launch.store_splits + 1) // 2)), out_pointer="*bf16")
+    constants |= dict(TRANSPOSED=transposed, FLATTEN=launch.flatten, HALF_TILES=True, ZERO_TAIL=True)
+
+signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
+source = ASTSource(fn=function, signature=signature, constexprs=constants)
+options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
+compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+ptx = compiled.asm["ptx"]
+instructions = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in ptx]
+print(json.dumps({"instructions": instructions, "shared": compiled.metadata.shared}))
+"""
+
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.mark.parametrize("capability", MATRIX_INSTRUCTION)
+@pytest.mark.parametrize("kernel", ["up", "down", "up_dgrad", "up_wgrad"])
+def test_kernel_compiles_to_the_matrix_units_of_its_generation(kernel, capability):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-c", PROGRAM, kernel, str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    assert MATRIX_INSTRUCTION[capability] in result["instructions"]
+    assert result["shared"] <= SHARED_MEMORY[capability]
