@@ -24,6 +24,7 @@ from typing import Any, Literal
 from moescale import __version__
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
+from moescale.formats import ComputeFormat, GradientFormat, MasterFormat, MomentFormat
 
 PLAN_FORMAT = 1
 MAX_TOKENS_PER_STEP = 2**30
@@ -89,11 +90,11 @@ class ParallelPlan:
     gradient_accumulation_steps: int
     dense_layers: LayerPlan
     moe_layers: LayerPlan
-    compute_dtype: Literal["bf16", "fp32"]
-    optimizer_state_dtype: Literal["fp32", "bf16", "int8"]
-    """Format of both AdamW moments; int8 means 8-bit codes with block scales."""
-    master_weight_format: Literal["fp32", "bf16_remainder", "stochastic_bf16"]
-    gradient_dtype: Literal["fp32", "bf16"]
+    compute_dtype: ComputeFormat
+    optimizer_state_dtype: MomentFormat
+    """Of both AdamW moments."""
+    master_weight_format: MasterFormat
+    gradient_dtype: GradientFormat
     """In which gradients are accumulated and reduced."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory."""
@@ -160,7 +161,7 @@ def one_device_plan(
     sequence_length: int,
     micro_batch_sequences: int,
     gradient_accumulation_steps: int,
-    compute_dtype: Literal["bf16", "fp32"],
+    compute_dtype: ComputeFormat,
 ) -> ParallelPlan:
     """The plan of a run without a search: one device, fp32 beside the compute dtype, nothing recomputed."""
     return ParallelPlan(

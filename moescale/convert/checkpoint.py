@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from moescale.boxes import Box, box_shape, overlap, relative_to, whole_box
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import CONFIG_FILE, read_hf_config, read_model_config, transformers_differences
 from moescale.convert.key_table import KeyTable, Piece, build_key_table
@@ -85,7 +86,7 @@ def import_checkpoint(
     config: ModelConfig,
     parameters: Mapping[str, torch.Tensor],
     *,
-    parts: Mapping[str, tuple[slice, ...]] | None = None,
+    parts: Mapping[str, Box] | None = None,
     on_progress: Progress | None = None,
 ) -> None:
     """Copy the weights of a Hugging Face folder into ``parameters``, converted to their dtype, on their device.
@@ -104,9 +105,9 @@ def import_checkpoint(
     _check_parameters(table, parameters, parts)
     wanted: dict[Path, list[_Copy]] = {}
     for name, pieces in table.items():
-        part = parts[name] if parts is not None else tuple(slice(0, size) for size in parameters[name].shape)
+        part = parts[name] if parts is not None else whole_box(parameters[name].shape)
         for piece in pieces:
-            copy = _overlap(piece, part, parameters[name])
+            copy = _copy_of(piece, part, parameters[name])
             if copy is not None:
                 wanted.setdefault(stored[piece.key].file, []).append(copy)
     total = sum(copy.target.nbytes for copies in wanted.values() for copy in copies)
@@ -209,25 +210,23 @@ def folder_dtype(folder: Path) -> torch.dtype:
 @dataclass(frozen=True, kw_only=True)
 class _Copy:
     key: str
-    source: tuple[slice, ...]
+    source: Box
     """The part of the stored tensor to read."""
     target: torch.Tensor
     """The view of the parameter it goes to."""
 
 
-def _overlap(piece: Piece, part: tuple[slice, ...], parameter: torch.Tensor) -> _Copy | None:
+def _copy_of(piece: Piece, part: Box, parameter: torch.Tensor) -> _Copy | None:
     """What of ``piece`` lies in ``part`` of its parameter, or None."""
-    lows = [max(a.start, b.start) for a, b in zip(piece.index, part, strict=True)]
-    highs = [min(a.stop, b.stop) for a, b in zip(piece.index, part, strict=True)]
-    if any(low >= high for low, high in zip(lows, highs, strict=True)):
+    common = overlap(piece.index, part)
+    if common is None:
         return None
-    inside = [slice(low - p.start, high - p.start) for low, high, p in zip(lows, highs, piece.index, strict=True)]
-    target = [slice(low - p.start, high - p.start) for low, high, p in zip(lows, highs, part, strict=True)]
+    inside = relative_to(common, piece.index)
     # A stored expert has no expert dim: its index there is the single 0:1.
     return _Copy(
         key=piece.key,
-        source=tuple(inside[len(inside) - len(piece.shape) :]),
-        target=parameter.detach()[tuple(target)],
+        source=inside[len(inside) - len(piece.shape) :],
+        target=parameter.detach()[relative_to(common, part)],
     )
 
 
@@ -253,7 +252,7 @@ def _check_stored(folder: Path, config: ModelConfig, table: KeyTable, stored: Ma
 
 def _check_tied(output: StoredTensor, embedding: StoredTensor) -> None:
     """A tied model may carry its embedding twice, if it is the same."""
-    whole = tuple(slice(0, size) for size in embedding.shape)
+    whole = whole_box(embedding.shape)
     if output.shape == embedding.shape:
         (first,) = read_parts(output.file, [(OUTPUT_KEY, whole)])
         (second,) = read_parts(embedding.file, [(EMBEDDING_KEY, whole)])
@@ -265,14 +264,12 @@ def _check_tied(output: StoredTensor, embedding: StoredTensor) -> None:
     )
 
 
-def _check_parameters(
-    table: KeyTable, parameters: Mapping[str, torch.Tensor], parts: Mapping[str, tuple[slice, ...]] | None
-) -> None:
+def _check_parameters(table: KeyTable, parameters: Mapping[str, torch.Tensor], parts: Mapping[str, Box] | None) -> None:
     """The model and the table come from one configuration, so a difference is an error of the caller."""
     for name, pieces in table.items():
         shape = tuple(max(piece.index[dim].stop for piece in pieces) for dim in range(len(pieces[0].index)))
         if parts is not None:
-            shape = tuple(part.stop - part.start for part in parts[name])
+            shape = box_shape(parts[name])
         if name not in parameters or tuple(parameters[name].shape) != shape:
             found = tuple(parameters[name].shape) if name in parameters else "none"
             raise CheckpointError(f"parameter '{name}' of the model must have shape {shape}, it has {found}")

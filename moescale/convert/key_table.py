@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moescale.boxes import Box, whole_box
 from moescale.config import ModelConfig
 from moescale.model.transformer import build_on_meta
 
@@ -22,7 +23,7 @@ class Piece:
     """Name in the Hugging Face folder."""
     shape: tuple[int, ...]
     """Shape there."""
-    index: tuple[slice, ...]
+    index: Box
     """The part of the parameter it fills, one slice per dim of the parameter, with explicit bounds."""
 
 
@@ -105,4 +106,4 @@ def _expert_gate_up(prefix: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
 
 
 def _whole(key: str, shape: tuple[int, ...]) -> Piece:
-    return Piece(key=key, shape=shape, index=tuple(slice(0, size) for size in shape))
+    return Piece(key=key, shape=shape, index=whole_box(shape))

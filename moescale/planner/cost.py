@@ -17,6 +17,7 @@ import functools
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from moescale.formats import DTYPE_BYTES, MASTER_BYTES, MOMENT_BYTES
 from moescale.operators import Operator, forward_flops, moved_bytes
 from moescale.plan import LayerPlan, MeshShape
 from moescale.planner.cluster import Cluster
@@ -27,11 +28,6 @@ from moescale.planner.workload import LayerKind, Workload
 
 KERNELS_PER_OPERATOR = {"dense_gemm": (1, 2), "grouped_gemm": (5, 8), "attention": (1, 3), "elementwise": (1, 1)}
 """Launches of an operator's forward and backward."""
-MOMENT_BYTES = {"fp32": 8.0, "bf16": 4.0, "int8": 2.0 + 8.0 / 128}
-"""Both AdamW moments of one weight; 8-bit blocks of 128 have an fp32 scale each."""
-MASTER_BYTES = {"fp32": 4.0, "bf16_remainder": 2.0, "stochastic_bf16": 0.0}
-"""What stands beside a bf16 weight."""
-DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,15 +22,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from moescale.formats import DTYPE_BYTES, MASTER_BYTES, MOMENT_BYTES, logit_chunk_tokens
 from moescale.plan import LayerPlan, MeshShape
 from moescale.planner.cluster import Cluster
-from moescale.planner.cost import DTYPE_BYTES, MASTER_BYTES, MOMENT_BYTES
 from moescale.planner.request import Candidate, Formats, PlanRequest, recompute_name
 from moescale.planner.shares import expert_padding, gate_up_padding, rank_parameters
 from moescale.planner.workload import LayerKind, Workload, saved_bytes
-
-LOGIT_CHUNK_TOKENS, MOST_LOGIT_CHUNKS = 2048, 4
-"""Logits exist for so many tokens at one time, or for a quarter of them (``kernels.cross_entropy.chunk_tokens``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +143,7 @@ class MemoryModel:
         return moments
 
     def _at_loss(self, dims: dict[str, int], mesh: MeshShape) -> dict[str, float]:
-        tokens = min(dims["n"], max(LOGIT_CHUNK_TOKENS, -(-dims["n"] // MOST_LOGIT_CHUNKS)))
+        tokens = min(dims["n"], logit_chunk_tokens(dims["n"]))
         logits = tokens * dims["w"] * self.itemsize / mesh.tp
         return {"loss": self._loss_bytes(dims, mesh), "inside operators": logits}
 

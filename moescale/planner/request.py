@@ -6,15 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
+from moescale.formats import ComputeFormat, GradientFormat, MasterFormat, MomentFormat
 from moescale.plan import LayerPlan, MeshShape
 
-MomentFormat = Literal["fp32", "bf16", "int8"]
-MasterFormat = Literal["fp32", "bf16_remainder", "stochastic_bf16"]
-GradientFormat = Literal["fp32", "bf16"]
 DECISIONS = (
     *("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "micro_batch_sequences"),
     *("dense_recompute", "moe_recompute", "dense_reshard", "moe_reshard"),
@@ -48,7 +46,7 @@ class PlanRequest:
     """GPUs that hold one full copy of the weights; None: whatever is fastest."""
     memory_limit_bytes: int | None = None
     """Per GPU, below what the cluster file says."""
-    compute_dtype: Literal["bf16", "fp32"] = "bf16"
+    compute_dtype: ComputeFormat = "bf16"
     exact_weights: bool = True
     """Only master-weight formats that are exactly fp32; False: also bf16 weights with stochastic rounding."""
     router_imbalance: float = 1.1

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from moescale.boxes import Box, box_shape, num_elements, overlap, relative_to, whole_box
 from moescale.errors import CheckpointError
 from moescale.kernels.adamw import join_master
 from moescale.runtime.layout import Part, whole
@@ -194,12 +195,12 @@ class StoredTensors:
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         self._mapped_bytes = 0
-        self._boxes: dict[str, list[tuple[str, tuple[slice, ...]]]] = {name: [] for name in self.shapes}
+        self._boxes: dict[str, list[tuple[str, Box]]] = {name: [] for name in self.shapes}
         for file_name, entry in document["files"].items():
             for name, box in entry["boxes"].items():
                 self._boxes[name].append((file_name, tuple(slice(start, stop) for start, stop in box)))
         for name, boxes in self._boxes.items():
-            stored = sum(math.prod(bounds.stop - bounds.start for bounds in index) for _, index in boxes)
+            stored = sum(num_elements(box) for _, box in boxes)
             if stored != math.prod(self.shapes[name]):
                 raise DamagedCheckpointError(
                     f"{self.path / STATE_FILE}: the files hold {stored} of the {math.prod(self.shapes[name])} elements "
@@ -217,26 +218,21 @@ class StoredTensors:
         dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16}
         return dtypes[self._open(file_name).get_slice(name).get_dtype()]
 
-    def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
+    def read(self, name: str, index: Box) -> torch.Tensor:
         """The box ``index`` (explicit bounds) of a tensor, on the CPU."""
-        tensor = torch.empty([bounds.stop - bounds.start for bounds in index], dtype=self.dtype(name))
+        tensor = torch.empty(box_shape(index), dtype=self.dtype(name))
         self.copy(name, index, tensor)
         return tensor
 
-    def copy(self, name: str, index: tuple[slice, ...], target: torch.Tensor) -> None:
+    def copy(self, name: str, index: Box, target: torch.Tensor) -> None:
         """Copy the box ``index`` of a tensor into ``target`` of its shape, converted to its dtype and device."""
         for file_name, stored in self._boxes[name]:
-            starts = [max(a.start, b.start) for a, b in zip(stored, index, strict=True)]
-            stops = [min(a.stop, b.stop) for a, b in zip(stored, index, strict=True)]
-            if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
+            common = overlap(stored, index)
+            if common is None:
                 continue
-            inside, outside = (
-                tuple(slice(x - b.start, y - b.start) for x, y, b in zip(starts, stops, box, strict=True))
-                for box in (stored, index)
-            )
             try:
-                part = self._open(file_name).get_slice(name)[inside]
-                target[outside].copy_(part)
+                part = self._open(file_name).get_slice(name)[relative_to(common, stored)]
+                target[relative_to(common, index)].copy_(part)
             except (SafetensorError, OSError) as error:
                 raise DamagedCheckpointError(f"{self.path / file_name}: cannot be read ({error})") from error
             self._release_after(part.nbytes)
@@ -289,7 +285,7 @@ class CheckpointWeights:
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """The tensor, or with ``index`` its slice of dim 0."""
-        box = tuple(slice(0, size) for size in self.shape(name))
+        box = whole_box(self.shape(name))
         if index is not None:
             box = (slice(index, index + 1), *box[1:])
         weight = self._stored.read(WEIGHTS_PREFIX + name, box)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from moescale import boxes
 from moescale.model.moe import RoutedExperts
 from moescale.runtime.meshes import Meshes
 
@@ -50,8 +50,8 @@ class Part:
 
     shape: tuple[int, ...]
     """Of the whole parameter."""
-    index: tuple[slice, ...]
-    """One slice with explicit bounds per dim; empty where there is nothing left for this rank."""
+    index: boxes.Box
+    """Empty where there is nothing left for this rank."""
     is_first_copy: bool = True
     """False where another rank holds the same part and speaks for it."""
     sharing: Sharing | None = None
@@ -74,19 +74,17 @@ class Part:
     @property
     def first_index(self) -> int:
         """Index of the part's first element in the whole parameter, counted in row-major order."""
-        strides = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
-        return sum(bounds.start * stride for bounds, stride in zip(self.index, strides, strict=True))
+        return boxes.first_index(self.index, self.shape)
 
     @property
     def is_contiguous(self) -> bool:
         """Whether the part is a run of elements of the whole parameter: only the outermost dim is cut."""
-        whole = [bounds == slice(0, size) for bounds, size in zip(self.index, self.shape, strict=True)]
-        return all(whole[1:])
+        return boxes.is_contiguous(self.index, self.shape)
 
 
 def whole(shape: torch.Size | tuple[int, ...]) -> Part:
     """The part of a rank that holds everything."""
-    return Part(shape=tuple(shape), index=tuple(slice(0, size) for size in shape))
+    return Part(shape=tuple(shape), index=boxes.whole_box(shape))
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,11 +21,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moescale.errors import CheckpointError, ConfigError
+from moescale.formats import MasterFormat, MomentFormat
 from moescale.kernels.adamw import (
     AdamWHyperparameters,
     AdamWState,
-    MasterFormat,
-    MomentFormat,
     adamw_update,
     init_adamw_state,
     master_weight,

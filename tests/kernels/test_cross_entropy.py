@@ -11,6 +11,7 @@ from agreement import DEVICE, assert_accurate, randn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moescale import formats
 from moescale.kernels import cross_entropy
 from moescale.kernels.cross_entropy import linear_cross_entropy
 
@@ -22,7 +23,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks and vocabulary blocks, the last ones ragged, also for small inputs."""
     from moescale.kernels.cross_entropy import triton
 
-    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(formats, "LOGIT_CHUNK_TOKENS", 16)
     monkeypatch.setattr(triton, "BLOCK_VOCABULARY", 16)
 
 
@@ -186,7 +187,7 @@ def test_the_weight_gradient_is_rounded_at_most_four_times(tokens: int, most: in
 def test_bf16_error_is_at_most_twice_plain_torch(size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     from moescale.kernels.cross_entropy import triton
 
-    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 512)
+    monkeypatch.setattr(formats, "LOGIT_CHUNK_TOKENS", 512)
     monkeypatch.setattr(triton, "BLOCK_VOCABULARY", 4096)
     hidden, weight, targets = make(*size, dtype=torch.bfloat16)
 

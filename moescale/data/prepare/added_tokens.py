@@ -77,5 +77,7 @@ def _object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object, and holds a {type(value).__name__}; repair it, or fetch it again")
+        raise DataError(
+            f"{path} must hold a JSON object, and holds a {type(value).__name__}; repair it, or fetch it again"
+        )
     return value

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from moescale.formats import MOMENT_BLOCK, MasterFormat, MomentFormat
 from moescale.kernels.backends import KernelInputError
 
-BLOCK = 128
-"""Values of a row that share one scale in the 8-bit format."""
-
-MomentFormat = Literal["fp32", "bf16", "int8"]
-MasterFormat = Literal["fp32", "bf16_remainder", "stochastic_bf16"]
+BLOCK = MOMENT_BLOCK
 
 
 @dataclass(frozen=True, kw_only=True)

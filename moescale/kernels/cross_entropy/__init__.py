@@ -12,19 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.library import custom_op
 
+from moescale.formats import logit_chunk_tokens
 from moescale.kernels.backends import check_dtype, check_gradient_buffer, check_shape, runs_triton
 from moescale.kernels.cross_entropy import reference
-
-# A chunk's logits are 2 * V bytes a token: 419 MB at 2,048 tokens and a vocabulary of 102,400, as much as the weight's
-# gradient, which every chunk reads, rounds and writes once. So small chunks cost time, and many of them accuracy: after
-# four sums in bf16 the weight's gradient has 1.6 times the error of a single product, after sixteen 2.8 times.
-CHUNK_TOKENS = 2048
-MOST_CHUNKS = 4
-
-
-def chunk_tokens(num_tokens: int) -> int:
-    """Tokens whose logits exist at one time."""
-    return max(CHUNK_TOKENS, -(-num_tokens // MOST_CHUNKS))
 
 
 def linear_cross_entropy(
@@ -82,7 +72,7 @@ def _linear_cross_entropy_op(
     if wants_weight and not len(targets):
         grad_weight.zero_()
     softmax_losses = _softmax_losses_triton if use_triton else reference.softmax_losses
-    size = chunk_tokens(len(targets))
+    size = logit_chunk_tokens(len(targets))
     for start in range(0, len(targets), size):
         chunk = slice(start, start + size)
         logits = F.linear(hidden[chunk], weight)
