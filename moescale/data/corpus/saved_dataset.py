@@ -148,6 +148,6 @@ def _read_blocks(path: Path) -> tuple[list[Block], list[str]]:
             batch.validate(full=True)
             if batch.num_rows:
                 blocks.append(Block(path, {name: batch.column(name) for name in used}))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
         raise DataError(f"{path} is damaged: {error}") from error
     return blocks, [name for name in reader.schema.names if name not in COLUMNS]

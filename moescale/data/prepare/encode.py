@@ -6,6 +6,7 @@ Runs in spawned processes: imports neither torch nor anything that does.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,7 +21,16 @@ from moescale.data.prepare.record_files import value_at
 from moescale.data.prepare.splitting import parts_of
 from moescale.data.prepare.unknown_text import UnknownText
 from moescale.data.prepare.word_table import word_encoder
-from moescale.data.prepare.work_items import LineRange, Lines, NotText, ReadableChunk, Rows, TextRange, WholeFiles
+from moescale.data.prepare.work_items import (
+    LineRange,
+    Lines,
+    NotText,
+    PickledRows,
+    ReadableChunk,
+    Rows,
+    TextRange,
+    WholeFiles,
+)
 from moescale.errors import DataError
 
 MALFORMED_JSON = "malformed_json"
@@ -107,6 +117,8 @@ class Encoder:
             _read_files(chunk.paths, read)
         elif isinstance(chunk, Rows):
             _read_rows(chunk.texts, read)
+        elif isinstance(chunk, PickledRows):
+            _read_rows(pickle.loads(chunk.content), read)
         else:
             for line in chunk.lines if isinstance(chunk, Lines) else _lines_of(chunk):
                 self._read_line(line, read)

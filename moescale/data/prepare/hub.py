@@ -31,6 +31,7 @@ class HubSource:
     kind: str = "hub dataset"
     num_bytes: int | None = None
     window_bytes: int = 0
+    has_tables: bool = False
     skipped: dict[str, BadItems] = field(default_factory=dict)
     read: dict[str, BadItems] = field(default_factory=dict)
 

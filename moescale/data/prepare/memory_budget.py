@@ -15,6 +15,8 @@ _VOCABULARY_ENTRY_BYTES = 800
 """Of a tokenizer, per token of its vocabulary."""
 _BYTES_PER_CHUNK_BYTE = 16
 """A chunk in flight is bytes, strings and tokens, in two processes and in the pipe between them."""
+_TABLE_READER_BYTES = 150_000_000
+"""The process that reads Parquet and Arrow files, with a batch of ordinary rows."""
 _IN_FLIGHT_PER_WORKER = 3
 _LEAST_CHUNK_BYTES = 1 << 17
 _MOST_CHUNK_BYTES = 1 << 20
@@ -34,23 +36,31 @@ class Resources:
 
 
 def resources_for(
-    settings: PrepareSettings, *, vocabulary_size: int, source_bytes: int | None, window_bytes: int = 0
+    settings: PrepareSettings,
+    *,
+    vocabulary_size: int,
+    source_bytes: int | None,
+    window_bytes: int = 0,
+    has_tables: bool = False,
 ) -> Resources:
     """Share out ``settings.memory_gigabytes``: first to processes, then to the size of their chunks.
 
-    ``window_bytes`` is what any of them may take besides, to decompress what it reads.
+    ``window_bytes`` is what any of them may take besides, to decompress what it reads; with ``has_tables`` there is one
+    more process, which reads these.
 
     Raises:
         ConfigError: it is less than one process needs.
     """
-    budget = int(settings.memory_gigabytes * 1e9)
+    reader_bytes = _TABLE_READER_BYTES if has_tables else 0
+    budget = int(settings.memory_gigabytes * 1e9) - reader_bytes
     process_bytes = _PROCESS_BYTES + _VOCABULARY_ENTRY_BYTES * vocabulary_size + window_bytes
     worker_bytes = process_bytes + _IN_FLIGHT_PER_WORKER * _LEAST_CHUNK_BYTES * _BYTES_PER_CHUNK_BYTE
     if budget < worker_bytes:
+        window = f", with a window of {window_bytes:,} bytes to decompress a .zst file" if window_bytes else ""
         raise ConfigError(
-            f"prepare.memory_gigabytes ({settings.memory_gigabytes}) must be at least {worker_bytes / 1e9:.2f}: one "
-            f"process with this tokenizer's vocabulary of {vocabulary_size:,} needs that"
-            + (f", with a window of {window_bytes:,} bytes to decompress a .zst file" if window_bytes else "")
+            f"prepare.memory_gigabytes ({settings.memory_gigabytes}) must be at least "
+            f"{(worker_bytes + reader_bytes) / 1e9:.2f}: one process with this tokenizer's vocabulary of "
+            f"{vocabulary_size:,} needs that{window}"
         )
     cores = settings.num_workers or len(os.sched_getaffinity(0))
     if settings.num_workers is None and source_bytes is not None and source_bytes < _SMALL_SOURCE_BYTES:

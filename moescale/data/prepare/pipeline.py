@@ -52,6 +52,7 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
         vocabulary_size=tokenizer.vocabulary_size,
         source_bytes=source.num_bytes,
         window_bytes=source.window_bytes,
+        has_tables=source.has_tables,
     )
     with staged(settings.output) as folder:
         manifest = _write(

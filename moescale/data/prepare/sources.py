@@ -22,8 +22,8 @@ from moescale.data.prepare.file_kinds import ARRAY, ARROW, CSV, DOCUMENT, LINES,
 from moescale.data.prepare.readers import line_chunks, long_document, record_chunks, row_chunks
 from moescale.data.prepare.record_files import array_elements, csv_texts
 from moescale.data.prepare.settings import DEFAULT_TEXT_COLUMN, PrepareSettings
-from moescale.data.prepare.tables import arrow_texts, parquet_texts
-from moescale.data.prepare.work_items import Chunk, WholeFiles
+from moescale.data.prepare.table_process import TableReader, TableRequest
+from moescale.data.prepare.work_items import Chunk, PickledRows, WholeFiles
 from moescale.errors import ConfigError, DataError
 
 _MAX_FILES_PER_CHUNK = 512
@@ -59,6 +59,11 @@ class Source(Protocol):
         """Memory that a process which reads it takes beyond its share, for decompressing."""
         ...
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether a process of its own reads some of it."""
+        ...
+
     def identity(self) -> list[list[str | int]]:
         """What must be equal for two runs to have read the same: a line per file, its name first."""
         ...
@@ -77,7 +82,7 @@ class LocalSource:
     text_column: str
     files: list[SourceFile]
     memory_bytes: int
-    """What one piece of a table may take."""
+    """What the process that reads tables may take."""
     skipped: dict[str, BadItems] = field(default_factory=dict)
 
     @property
@@ -94,6 +99,10 @@ class LocalSource:
         return sum(file.num_bytes for file in self.files)
 
     @property
+    def has_tables(self) -> bool:
+        return any(file.kind in (PARQUET, ARROW) for file in self.files)
+
+    @property
     def window_bytes(self) -> int:
         try:
             return max(map(window_bytes_of, (file.path for file in self.files)), default=0)
@@ -104,6 +113,10 @@ class LocalSource:
         return [[file.name, file.num_bytes, file.modified_ns] for file in self.files]
 
     def chunks(self, chunk_bytes: int) -> Iterator[Chunk]:
+        with TableReader() as tables:
+            yield from self._chunks(chunk_bytes, tables)
+
+    def _chunks(self, chunk_bytes: int, tables: TableReader) -> Iterator[Chunk]:
         pending: list[str] = []
         pending_bytes = 0
         for file in self.files:
@@ -117,13 +130,13 @@ class LocalSource:
                 yield WholeFiles(paths=pending)
                 pending, pending_bytes = [], 0
             if file.kind in RECORDS:
-                yield from self._records(file, chunk_bytes)
+                yield from self._records(file, chunk_bytes, tables)
             elif is_long:
                 yield long_document(str(file.path), file.num_bytes)
         if pending:
             yield WholeFiles(paths=pending)
 
-    def _records(self, file: SourceFile, chunk_bytes: int) -> Iterator[Chunk]:
+    def _records(self, file: SourceFile, chunk_bytes: int, tables: TableReader) -> Iterator[Chunk]:
         path = str(file.path)
         if file.kind == LINES:
             yield from line_chunks(path, file.num_bytes, chunk_bytes)
@@ -131,10 +144,16 @@ class LocalSource:
             yield from record_chunks(path, array_elements(path), chunk_bytes)
         elif file.kind in (CSV, TSV):
             yield from row_chunks(path, csv_texts(path, self.text_column), chunk_bytes)
-        elif file.kind == PARQUET:
-            yield from row_chunks(path, parquet_texts(path, self.text_column, self.memory_bytes), chunk_bytes)
         else:
-            yield from row_chunks(path, arrow_texts(path, self.text_column), chunk_bytes)
+            request = TableRequest(
+                path=path,
+                is_parquet=file.kind == PARQUET,
+                column=self.text_column,
+                chunk_bytes=chunk_bytes,
+                memory_bytes=self.memory_bytes,
+            )
+            for content in tables.read(request):
+                yield PickledRows(path=path, content=content)
 
 
 @dataclass(kw_only=True)
@@ -160,6 +179,10 @@ class JoinedSource:
     def num_bytes(self) -> int | None:
         sizes = [source.num_bytes for source in self.sources]
         return None if None in sizes else sum(size for size in sizes if size is not None)
+
+    @property
+    def has_tables(self) -> bool:
+        return any(source.has_tables for source in self.sources)
 
     @property
     def window_bytes(self) -> int:
@@ -202,7 +225,7 @@ def open_source(settings: PrepareSettings) -> Source:
                     name=", ".join(local),
                     text_column=settings.text_column,
                     files=found.files,
-                    memory_bytes=int(settings.memory_gigabytes * 1e9) // 4,
+                    memory_bytes=int(settings.memory_gigabytes * 1e9),
                     skipped=found.skipped,
                 )
             )

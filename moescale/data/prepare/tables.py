@@ -1,8 +1,8 @@
 """Text columns of Parquet and Arrow files, a few rows at a time, checked before a value is looked at.
 
-Arrow's readers believe offsets and indices, and a wrong one reads whatever memory is there, or none. So every array is
-validated in full before its values are taken. What the format has no checksum for, a flipped bit in the text of an
-uncompressed file say, cannot be noticed.
+Runs in a process of its own (see ``table_process``). Arrow's readers believe offsets and indices, and a wrong one reads
+whatever memory is there, or none. So every array is validated in full before its values are taken. What the format has
+no checksum for, a flipped bit in the text of an uncompressed file say, cannot be noticed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def parquet_texts(path: str, column: str, memory_bytes: int) -> Iterator[str | b
         rows = max(1, min(_ROWS, _BATCH_BYTES // max(1, largest)))
         for batch in file.iter_batches(batch_size=rows, columns=[leaf], use_threads=False):
             yield from _texts_of(_leaf(batch, names))
-    except (pyarrow.ArrowException, OSError, MemoryError) as error:
+    except MemoryError:  # which is an ArrowException, too, when Arrow raises it
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
 
 
@@ -64,7 +66,9 @@ def arrow_texts(path: str, column: str) -> Iterator[str | bytes | None]:
             batches = ipc.open_stream(mapped, options=options)
         for batch in batches:
             yield from _texts_of(_leaf(batch, names))
-    except (pyarrow.ArrowException, OSError, MemoryError) as error:
+    except MemoryError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Arrow: {error}") from error
 
 

@@ -43,6 +43,14 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PickledRows:
+    """The texts of :class:`Rows` as the process that read them has sent them; only the worker unpacks them."""
+
+    path: str
+    content: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class LongFile:
     """A file that is one document, too long for one chunk: becomes several :class:`TextRange`."""
 
@@ -67,5 +75,5 @@ class NotText:
     path: str
 
 
-ReadableChunk = WholeFiles | LineRange | Lines | Rows | TextRange | NotText
+ReadableChunk = WholeFiles | LineRange | Lines | Rows | PickledRows | TextRange | NotText
 Chunk = ReadableChunk | LongFile

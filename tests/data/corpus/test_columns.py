@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 
@@ -106,3 +108,22 @@ def test_columns_without_a_meaning_are_named(tmp_path):
 def test_another_meaning_of_the_same_tokens_is_another_corpus(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     assert opened(tmp_path / "a").fingerprint != opened(tmp_path / "b", labels=ROWS).fingerprint
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(2000, marks=pytest.mark.slow)])
+def test_no_damage_of_a_saved_dataset_ends_in_anything_but_batches_or_an_error(tmp_path, count):
+    opened(tmp_path, labels=ROWS, attention_mask=np.ones_like(ROWS))
+    path = next((tmp_path / "saved").glob("*.arrow"))
+    whole, draw, num_refused = path.read_bytes(), random.Random(count), 0
+    for number in range(count):
+        content = bytearray(whole)
+        for _ in range(draw.choice((1, 1, 4))):
+            place = draw.randrange(len(content))
+            content[place] = draw.choice((0, 255, 127, content[place] ^ 1 << draw.randrange(8)))
+        path.write_bytes(content[: draw.randrange(len(content))] if number % 7 == 0 else content)
+        try:
+            batch_of(open_corpus(tmp_path / "saved"))
+        except DataError as error:
+            assert str(tmp_path) in str(error)
+            num_refused += 1
+    assert num_refused > count / 10
