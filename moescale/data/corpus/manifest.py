@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from moescale.config import fingerprint
 from moescale.errors import DataError
+from moescale.records import Count, FileKind, FileName, Length, Positive, Range, Sha256, build, read_json_object, show
 
 MANIFEST = "manifest.json"
 SOURCE_FILES = "source.jsonl"
 """One JSON line per file read: its name, size in bytes and time of change."""
 FIRST_POSITIONS = 10
 """Of items of one kind, how many positions are kept."""
+MAX_SEQUENCE_LENGTH = 2**30
+MAX_VOCABULARY_SIZE = 2**31
+"""Token ids are int32 on the device."""
+TokenDtype = Literal["<u2", "<u4"]
 _FORMAT = "moescale corpus"
 _VERSION = 2
 _READABLE_VERSIONS = (1, 2)
@@ -22,50 +27,38 @@ _READABLE_VERSIONS = (1, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenFile:
-    name: str
-    num_bytes: int
-    sha256: str
+    name: FileName
+    num_bytes: Count
+    sha256: Sha256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Some sequences of a split: a file of tokens, and the file of document starts beside it."""
+    """Some sequences of a split: a file of tokens, and the file of document starts that goes with it."""
 
-    num_sequences: int
+    num_sequences: Positive
     tokens: WrittenFile
     starts: WrittenFile | None
-
-    @staticmethod
-    def from_dict(value: dict[str, Any]) -> Shard:
-        return Shard(
-            num_sequences=value["num_sequences"],
-            tokens=WrittenFile(**value["tokens"]),
-            starts=WrittenFile(**value["starts"]) if value["starts"] else None,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCounts:
     """What went into a split: ``tokens_in == tokens_packed + tokens_dropped``, end tokens included."""
 
-    documents: int
-    tokens_in: int
-    tokens_packed: int
-    tokens_dropped: int
-    num_sequences: int
+    documents: Count
+    tokens_in: Count
+    tokens_packed: Count
+    tokens_dropped: Count
+    num_sequences: Count
 
 
 @dataclass(frozen=True, kw_only=True)
 class BadItems:
     """Lines, rows, files or characters that have something in common, such as a fault."""
 
-    count: int
+    count: Count
     first: list[str]
     """Positions of the first ones, as ``path:line`` (counted from 1) or ``path``."""
-
-    @staticmethod
-    def from_value(value: Any) -> BadItems:
-        return BadItems(count=value, first=[]) if isinstance(value, int) else BadItems(**value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +67,10 @@ class Manifest:
 
     made_from: dict[str, Any]
     """The input: source, tokenizer and the settings that shape the result. Equal input gives equal bytes."""
-    sequence_length: int
-    vocabulary_size: int
-    dtype: str
+    sequence_length: Annotated[int, Range(least=1, most=MAX_SEQUENCE_LENGTH)]
+    vocabulary_size: Annotated[int, Range(least=1, most=MAX_VOCABULARY_SIZE)]
+    dtype: TokenDtype
+    """Of token ids: the only ones that `prepare` writes, and that memory of a file is read as."""
     document_boundaries: bool
     bad: dict[str, BadItems]
     """What was left out of the documents, by the kind of fault."""
@@ -84,8 +78,45 @@ class Manifest:
     """Files passed over, by reason."""
     read: dict[str, BadItems]
     """Files that were read, by the way in which they were."""
-    counts: dict[str, SplitCounts]
-    shards: dict[str, list[Shard]]
+    counts: dict[FileName, SplitCounts]
+    shards: dict[FileName, Annotated[list[Shard], Length(least=1)]]
+
+    def __post_init__(self) -> None:
+        if self.counts.keys() != self.shards.keys():
+            raise DataError(
+                f"counts ({', '.join(self.counts)}) and shards ({', '.join(self.shards)}) must be of the same splits"
+            )
+        for split, shards in self.shards.items():
+            self._check_split(split, shards)
+
+    def _check_split(self, split: str, shards: list[Shard]) -> None:
+        """Compare the counts of a split with one another."""
+        bytes_per_token = int(self.dtype[-1])
+        for index, shard in enumerate(shards):
+            field, num_tokens = f"shards.{split}[{index}]", shard.num_sequences * self.sequence_length
+            expected = [("tokens", shard.tokens, num_tokens * bytes_per_token)]
+            if shard.starts is not None:
+                expected.append(("starts", shard.starts, -(-num_tokens // 8)))
+            if (shard.starts is not None) != self.document_boundaries:
+                raise DataError(f"{field}.starts must be given where document_boundaries is true, and nowhere else")
+            for name, file, num_bytes in expected:
+                if file.num_bytes != num_bytes:
+                    raise DataError(
+                        f"{field}.{name}.num_bytes ({file.num_bytes}) must be {num_bytes}, for {shard.num_sequences} "
+                        f"sequences of {self.sequence_length} tokens"
+                    )
+        counts, num_sequences = self.counts[split], sum(shard.num_sequences for shard in shards)
+        if counts.num_sequences != num_sequences:
+            raise DataError(
+                f"counts.{split}.num_sequences ({counts.num_sequences}) must be {num_sequences}, as in shards"
+            )
+        if counts.tokens_packed != num_sequences * self.sequence_length:
+            raise DataError(
+                f"counts.{split}.tokens_packed ({counts.tokens_packed}) must be that of {num_sequences} sequences of "
+                f"{self.sequence_length} tokens"
+            )
+        if counts.tokens_in != counts.tokens_packed + counts.tokens_dropped:
+            raise DataError(f"counts.{split}.tokens_in ({counts.tokens_in}) must be tokens_packed + tokens_dropped")
 
     def corpus_fingerprint(self, split: str) -> str:
         """Identify a split by its content: equal wherever and whenever it was prepared."""
@@ -104,31 +135,28 @@ def read_manifest(folder: Path) -> Manifest:
         DataError: it is missing, damaged or of another format.
     """
     path = folder / MANIFEST
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} is not a prepared corpus: it has no {MANIFEST}") from error
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}; remove {folder} and prepare the corpus again") from error
-    if not isinstance(value, dict) or value.get("format") != _FORMAT:
-        raise DataError(f"{path} is not the manifest of a moescale corpus")
-    if value.get("version") not in _READABLE_VERSIONS:
-        raise DataError(
-            f"{path} has format version {value.get('version')}; this moescale reads version {_VERSION}: "
-            f"remove {folder} and prepare the corpus again"
-        )
-    try:
-        return Manifest(
-            made_from=value["made_from"],
-            sequence_length=value["sequence_length"],
-            vocabulary_size=value["vocabulary_size"],
-            dtype=value["dtype"],
-            document_boundaries=value["document_boundaries"],
-            bad={kind: BadItems(**items) for kind, items in value["bad"].items()},
-            skipped={reason: BadItems.from_value(items) for reason, items in value["skipped"].items()},
-            read={kind: BadItems(**items) for kind, items in value.get("read", {}).items()},
-            counts={split: SplitCounts(**counts) for split, counts in value["counts"].items()},
-            shards={split: [Shard.from_dict(shard) for shard in shards] for split, shards in value["shards"].items()},
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove {folder} and prepare the corpus again") from error
+    remedy = f"remove {folder} and prepare the corpus again"
+    kind = FileKind(
+        noun="a manifest",
+        error=DataError,
+        remedy=remedy,
+        missing=f"missing: {folder} is not a prepared corpus; make one with `moescale prepare`",
+    )
+    document = read_json_object(path, kind)
+    found, version = document.pop("format", None), document.pop("version", None)
+    if found != _FORMAT:
+        raise DataError(f"{path}: format ({show(found)}) must be '{_FORMAT}'; give a folder that `prepare` wrote")
+    if version not in _READABLE_VERSIONS or not isinstance(version, int):
+        versions = " or ".join(map(str, _READABLE_VERSIONS))
+        raise DataError(f"{path}: version ({show(version)}) must be {versions}, which this moescale reads; {remedy}")
+    if version == 1:
+        _complete_version_1(document)
+    return build(Manifest, document, str(path), kind)
+
+
+def _complete_version_1(document: dict[str, Any]) -> None:
+    """Bring a manifest of version 1, which counted what was passed over without naming any of it, to today's form."""
+    skipped = document.get("skipped")
+    if isinstance(skipped, dict):
+        document["skipped"] = {reason: {"count": count, "first": []} for reason, count in skipped.items()}
+    document.setdefault("read", {})

@@ -272,7 +272,7 @@ def _write(
         made_from=made_from,
         sequence_length=settings.sequence_length,
         vocabulary_size=tokenizer.vocabulary_size,
-        dtype=dtype.str,
+        dtype="<u2" if dtype.itemsize == 2 else "<u4",
         document_boundaries=settings.document_boundaries,
         bad=dict(sorted(accounts.bad.items())),
         skipped=skipped,

@@ -78,24 +78,48 @@ def test_verify_names_a_changed_file(prepared, name):
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    ("change", "message"),
     [
-        ("{", "manifest.json is damaged"),
-        ("{}", "is not the manifest of a moescale corpus"),
-        ('{"format": "moescale corpus", "version": 99}', "format version 99; this moescale reads version 2"),
-        ('{"format": "moescale corpus", "version": 1}', r"manifest.json is damaged \('made_from'\)"),
+        ({"format": "corpus"}, r"format \('corpus'\) must be 'moescale corpus'"),
+        ({"version": 99}, r"version \(99\) must be 1 or 2, .*; remove .* and prepare the corpus again"),
+        ({"dtype": "|O"}, r"dtype \('\|O'\) must be one of <u2, <u4"),
+        ({"dtype": "<f2"}, r"dtype \('<f2'\) must be one of <u2, <u4"),
+        ({"dtype": ["<u2"]}, r"dtype \(a list\) must be one of"),
+        ({"sequence_length": 0}, r"sequence_length \(0\) must be at least 1"),
+        ({"sequence_length": True}, r"sequence_length \(True\) must be of type int"),
+        ({"sequence_length": 10**400}, r"sequence_length \(a number of 401 digits\) must be a finite number"),
+        ({"sequence_length": 11}, r"shards\.train\[0\]\.tokens\.num_bytes .* of 11 tokens"),
+        ({"vocabulary_size": 2**40}, r"vocabulary_size \(\d+\) must be at most 2147483648"),
+        ({"sequence_lenght": 12}, r"sequence_lenght is not a field of a manifest; did you mean 'sequence_length'"),
+        ({"shards": {}}, r"counts \(train\) and shards \(\) must be of the same splits"),
+        ({"shards": {"train": []}}, r"shards\.train \(a list\) must not be empty"),
+        ({"shards": {"train": [{}]}}, r"shards\.train\[0\]\.num_sequences is missing"),
+        ({"shards": {"../train": []}}, r"shards: the name \('../train'\) must be a plain file name"),
+        ({"bad": {"empty": {"count": -1, "first": []}}}, r"bad\.empty\.count \(-1\) must be at least 0"),
+        ({"document_boundaries": False}, r"shards\.train\[0\]\.starts must be given where document_boundaries is true"),
+        ({"made_from": [float("nan")]}, r"made_from\[0\] \(nan\) must be a finite number"),
     ],
 )
-def test_a_damaged_manifest_is_an_error(prepared, content, message):
-    (prepared / "manifest.json").write_text(content)
-    with pytest.raises(DataError, match=message):
+def test_a_manifest_that_breaks_a_rule_is_refused_by_file_field_and_rule(prepared, change, message):
+    path = prepared / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=f"manifest.json: {message}"):
+        open_corpus(prepared)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../train-00000.bin", "..", "", "a/b", "a\\b", "a\0b", "\x1b[31m"])
+def test_a_manifest_reads_no_file_outside_its_folder(prepared, name):
+    document = json.loads((prepared / "manifest.json").read_text())
+    document["shards"]["train"][0]["tokens"]["name"] = name
+    (prepared / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=r"shards\.train\[0\]\.tokens\.name \(.*\) must be a plain file name"):
         open_corpus(prepared)
 
 
 def test_folders_that_are_no_corpus_are_refused(tmp_path):
     with pytest.raises(DataError, match="absent is not a folder; make one with `moescale prepare`"):
         open_corpus(tmp_path / "absent")
-    with pytest.raises(DataError, match="is not a prepared corpus: it has no manifest.json"):
+    with pytest.raises(DataError, match="manifest.json: missing: .* is not a prepared corpus"):
         open_corpus(tmp_path)
 
 
