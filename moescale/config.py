@@ -1,7 +1,7 @@
 """Frozen configuration: the model's mathematics, and the settings of a training run. Imports no torch.
 
-Field names are moescale's; Hugging Face spellings are translated in :mod:`moescale.convert.hf_config`. Defaults exist
-only where a user may leave a setting out; what decides the mathematics of a model has none.
+Field names are moescale's; Hugging Face spellings are translated in :mod:`moescale.convert.hf_config`. What decides
+the mathematics of a model has no default, unless it is newer than models that plans and checkpoints were made of.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, Literal
 
 from moescale.errors import ConfigError
 
@@ -160,8 +160,22 @@ class ModelConfig:
         return sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
 
     def fingerprint(self) -> str:
-        """First 16 hex digits of the SHA-256 of the configuration: equal exactly when the mathematics is."""
-        return fingerprint(asdict(self))
+        """First 16 hex digits of the SHA-256 of the configuration: equal exactly when the mathematics is.
+
+        A field with a default is newer than the others; it counts only where it differs from its default, which must
+        mean what every model meant before. So plans and checkpoints made before it stay those of the same model.
+        """
+        return fingerprint(_counted(self))
+
+
+def _counted(config: Any) -> dict[str, Any]:
+    """Return the fields of a configuration that its fingerprint counts."""
+    values = {field: getattr(config, field.name) for field in fields(config)}
+    return {
+        field.name: _counted(value) if is_dataclass(value) else value
+        for field, value in values.items()
+        if field.default is MISSING or value != field.default
+    }
 
 
 def fingerprint(value: object) -> str:

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
 from tiny import tiny_config
 
@@ -50,6 +51,17 @@ def test_the_fingerprint_changes_with_every_field():
         else:
             other = dataclasses.replace(config, **{field.name: value * 2 or 2})
         assert other.fingerprint() != config.fingerprint(), field.name
+
+
+def test_a_newer_field_changes_the_fingerprint_only_where_it_differs_from_its_default():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class NewerConfig(ModelConfig):
+        qk_norm: bool = False
+
+    older = tiny_config()
+    fields = {field.name: getattr(older, field.name) for field in dataclasses.fields(older)}
+    assert NewerConfig(**fields).fingerprint() == older.fingerprint()
+    assert NewerConfig(**fields, qk_norm=True).fingerprint() != older.fingerprint()
 
 
 def test_nearest_names_a_close_spelling_and_nothing_far_off():
