@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from moescale.data.corpus.manifest import FIRST_POSITIONS, BadItems
-from moescale.data.prepare.atomic_folder import staging_folder
 from moescale.data.prepare.file_kinds import ARROW, DOCUMENT, RECORDS, is_about_data, kind_of
 from moescale.data.prepare.split_names import split_of
 from moescale.errors import DataError, nearest
+from moescale.files import staging_path
 
 ALL_SPLITS = "all"
 OTHER_SPLIT, EXCLUDED = "of another split", "excluded"
@@ -137,7 +137,7 @@ def _add_folder(root: Path, prefix: str, found: FoundFiles, wanted: Wanted) -> N
 
 def _walk(root: Path, prefix: str, found: FoundFiles, wanted: Wanted) -> Iterator[Path]:
     """Yield the files below ``root``, and the folders that are saved datasets; links are followed, each folder once."""
-    ours = {wanted.output.resolve(), staging_folder(wanted.output).resolve()}
+    ours = {wanted.output.resolve(), staging_path(wanted.output).resolve()}
     visited: set[Path] = set()
     folders, links = [root], list[Path]()
     while folders or links:

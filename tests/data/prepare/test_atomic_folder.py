@@ -16,8 +16,8 @@ import pytest
 
 from moescale.data.corpus import open_corpus
 from moescale.data.prepare import prepare
-from moescale.data.prepare.atomic_folder import staging_folder
 from moescale.errors import DataError
+from moescale.files import staging_path
 
 PREPARE = """
 import sys
@@ -71,7 +71,7 @@ def processes_of_session(session: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for left-over processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
 def test_an_interrupted_call_leaves_no_corpus_and_no_process(tmp_path, large_source, model_folder, settings, number):
-    output, staging = tmp_path / "output", staging_folder(tmp_path / "output")
+    output, staging = tmp_path / "output", staging_path(tmp_path / "output")
     process = start(tmp_path, large_source, model_folder)
     wait_until(lambda: (staging / "train-00000.bin").exists())
     os.kill(process.pid, number)
@@ -94,7 +94,7 @@ def test_an_interrupted_call_leaves_no_corpus_and_no_process(tmp_path, large_sou
 
 
 def test_what_a_killed_call_left_does_not_get_into_the_corpus(settings, tmp_path, lines_file):
-    staging = staging_folder(tmp_path / "output")
+    staging = staging_path(tmp_path / "output")
     (staging / "folder").mkdir(parents=True)
     (staging / "train-00007.bin").write_bytes(b"left over")
     output = prepare(settings(lines_file), progress=False).output
@@ -102,7 +102,7 @@ def test_what_a_killed_call_left_does_not_get_into_the_corpus(settings, tmp_path
 
 
 def test_two_calls_at_once_do_not_mix(settings, tmp_path, lines_file):
-    staging = staging_folder(tmp_path / "output")
+    staging = staging_path(tmp_path / "output")
     staging.mkdir()
     lock = os.open(staging, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -116,7 +116,9 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_leaves_nothing(settings, tmp_
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"train-00000.bin cannot be written: File too large; make room .*output"):
+        with pytest.raises(
+            DataError, match=r"train-00000.bin cannot be written: File too large; free disk space .*output"
+        ):
             prepare(settings(lines_file), progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -128,7 +130,7 @@ def test_a_manifest_that_cannot_be_written_leaves_nothing(settings, tmp_path, li
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("moescale.data.corpus.manifest.Manifest.write", fail)
-    with pytest.raises(DataError, match=r"cannot be written: No space left on device; make room"):
+    with pytest.raises(DataError, match=r"cannot be written: No space left on device; free disk space"):
         prepare(settings(lines_file), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == [lines_file.name]
 
@@ -136,7 +138,7 @@ def test_a_manifest_that_cannot_be_written_leaves_nothing(settings, tmp_path, li
 @pytest.mark.parametrize("output", ["file/corpus", "/proc/corpus"])
 def test_an_output_that_cannot_be_made_is_named(settings, tmp_path, lines_file, output):
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(DataError, match=f"{output} cannot be written: .*; make room .* choose another output"):
+    with pytest.raises(DataError, match=f"{output} cannot be written: .*; free disk space .* choose another output"):
         prepare(settings(lines_file, output=tmp_path / output), progress=False)
     assert (tmp_path / "file").read_text() == "precious"
 
