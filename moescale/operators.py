@@ -10,13 +10,14 @@ A number in front of a dim is a factor. Operands that carry no token dim are wei
 - what a dim may be split over (:func:`splits`): token dims over the data axes, which costs gathering weights and
   reducing their gradients; the expert dim of weights, where it is summed away, over ``ep``, which costs sending rows
   both ways; a weight's feature dim over ``tp``, which costs nothing where it survives to the output and an all-reduce
-  of the output where it is summed away;
+  of the output where it is summed away, unless the operator says that ``tp`` replicates it: a norm needs its whole row;
 - which weights are routed (:func:`routed_weight_elements`): those with an expert dim that ``ep`` splits. A router's
   expert dim survives to its output, for every token meets all of it: its weights are ordinary ones;
 - the bytes an operator moves, and for matrix products the FLOPs (:func:`forward_flops`).
 
-What cannot be read off the annotation is declared beside it: which tensors the backward keeps, FLOPs of operators that
-are no plain products, and the kind of kernel, by which a cluster file tells how fast it runs. :func:`register` adds an
+What cannot be read off the annotation is declared with it: which tensors the backward keeps, FLOPs of operators that
+are not plain GEMMs, what overlaps with communication, what may be recomputed alone, and the kind of kernel, by which a
+cluster file tells how fast it runs. The planner reads these and knows no operator by name. :func:`register` adds an
 operator; a layer that lists it (``planner.workload``) is planned like any other.
 """
 
@@ -106,12 +107,32 @@ class Saved:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """What it saves and costs to recompute an operator alone, which a plan can then ask for by the operator's name."""
+
+    drops: tuple[str, ...]
+    """Saved tensors that are not kept then."""
+    forward_share: float
+    """Part of the operator's forward that runs again in the backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Operator:
     """What the planner knows of an operator."""
 
     name: str
     annotation: str
     kind: Kind
+    group: str | None = None
+    """Operators of one group are one line of an explanation; None: a line of its own."""
+    tp: Literal["shard", "replicate"] = "shard"
+    """Whether tensor parallelism shards the operator's work, or every rank does all of it."""
+    overlaps: Literal["ep"] | None = None
+    """The axis whose communication runs at the same time as this operator, which needs none of its results."""
+    recompute: Recompute | None = None
+    """None: recomputed with its whole block or not at all."""
+    is_lookup: bool = False
+    """Reads one row of its weight per token, not the whole weight."""
     saved: tuple[Saved, ...] = ()
     flops: Callable[[Dims], float] | None = None
     """Forward FLOPs; None: those of the product the annotation describes (0 for element-wise operators)."""
@@ -150,7 +171,7 @@ def splits(operator: Operator) -> tuple[Split, ...]:
                 found[dim] = Split(dim=dim, axis="dp", communication=cost)
             elif dim == EXPERT_DIM and dim in weights and dim not in results:
                 found[dim] = Split(dim=dim, axis="ep", communication="all_to_all")
-            elif dim in weights:
+            elif dim in weights and operator.tp == "shard":
                 survives = dim in results
                 found[dim] = Split(dim=dim, axis="tp", communication="none" if survives else "all_reduce_output")
     return tuple(found.values())
@@ -275,6 +296,8 @@ def _attention_flops(dims: Dims) -> float:
 register(
     Operator(
         name="attention_norm",
+        group="norms and residuals",
+        tp="replicate",
         annotation="n h, h -> n h",
         kind="elementwise",
         saved=(Saved(name="x", dims="n h"), Saved(name="attention_rstd", dims="n", itemsize=4)),
@@ -283,6 +306,7 @@ register(
 register(
     Operator(
         name="q_proj",
+        group="attention projections",
         annotation="n h, a q h -> n a q",
         kind="dense_gemm",
         saved=(Saved(name="attention_input", dims="n h"),),
@@ -291,6 +315,7 @@ register(
 register(
     Operator(
         name="q_down",
+        group="attention projections",
         annotation="n h, l h -> n l",
         kind="dense_gemm",
         saved=(Saved(name="attention_input", dims="n h"),),
@@ -299,6 +324,8 @@ register(
 register(
     Operator(
         name="q_norm",
+        group="attention projections",
+        tp="replicate",
         annotation="n l, l -> n l",
         kind="elementwise",
         saved=(Saved(name="q_latent", dims="n l"), Saved(name="q_rstd", dims="n", itemsize=4)),
@@ -307,6 +334,7 @@ register(
 register(
     Operator(
         name="q_up",
+        group="attention projections",
         annotation="n l, a q l -> n a q",
         kind="dense_gemm",
         saved=(Saved(name="q_latent_normed", dims="n l"),),
@@ -315,6 +343,7 @@ register(
 register(
     Operator(
         name="kv_down",
+        group="attention projections",
         annotation="n h, d h -> n d",
         kind="dense_gemm",
         saved=(Saved(name="attention_input", dims="n h"),),
@@ -323,6 +352,8 @@ register(
 register(
     Operator(
         name="kv_norm",
+        group="attention projections",
+        tp="replicate",
         annotation="n c, c -> n c",
         kind="elementwise",
         saved=(Saved(name="kv_latent", dims="n d"), Saved(name="kv_rstd", dims="n", itemsize=4)),
@@ -331,15 +362,24 @@ register(
 register(
     Operator(
         name="kv_up",
+        group="attention projections",
         annotation="n c, a u c -> n a u",
         kind="dense_gemm",
         saved=(Saved(name="kv_latent_normed", dims="n c"),),
     )
 )
-register(Operator(name="mla_rope", annotation="n a q, n a u, n t -> n a q, n a q", kind="elementwise"))
+register(
+    Operator(
+        name="mla_rope",
+        group="attention",
+        annotation="n a q, n a u, n t -> n a q, n a q",
+        kind="elementwise",
+    )
+)
 register(
     Operator(
         name="attention",
+        group="attention",
         annotation="n a q, n a q, n a v -> n a v",
         kind="attention",
         flops=_attention_flops,
@@ -356,6 +396,7 @@ register(
 register(
     Operator(
         name="attention_output",
+        group="attention projections",
         annotation="n a v, h a v -> n h",
         kind="dense_gemm",
         saved=(Saved(name="mixed", dims="n a v"),),
@@ -364,6 +405,8 @@ register(
 register(
     Operator(
         name="feed_forward_norm",
+        group="norms and residuals",
+        tp="replicate",
         annotation="n h, n h, h -> n h, n h",
         kind="elementwise",
         saved=(Saved(name="x_middle", dims="n h"), Saved(name="feed_forward_rstd", dims="n", itemsize=4)),
@@ -372,6 +415,7 @@ register(
 register(
     Operator(
         name="dense_gate_up",
+        group="dense layers",
         annotation="n h, 2i h -> n 2i",
         kind="dense_gemm",
         saved=(Saved(name="feed_forward_input", dims="n h"),),
@@ -380,6 +424,7 @@ register(
 register(
     Operator(
         name="dense_swiglu",
+        group="dense layers",
         annotation="n 2i -> n i",
         kind="elementwise",
         saved=(Saved(name="dense_gate_up", dims="n 2i"),),
@@ -388,6 +433,7 @@ register(
 register(
     Operator(
         name="dense_down",
+        group="dense layers",
         annotation="n i, h i -> n h",
         kind="dense_gemm",
         saved=(Saved(name="dense_activation", dims="n i"),),
@@ -396,6 +442,7 @@ register(
 register(
     Operator(
         name="router",
+        group="router",
         annotation="n h, e h -> n e",
         kind="dense_gemm",
         saved=(
@@ -410,6 +457,9 @@ register(
 register(
     Operator(
         name="experts",
+        group="experts",
+        # Gate and up, without down.
+        recompute=Recompute(drops=("expert_pre_activation",), forward_share=2 / 3),
         annotation="n h, e 2f h, e h f -> n h",
         kind="grouped_gemm",
         saved=(
@@ -425,6 +475,7 @@ register(
 register(
     Operator(
         name="expert_gather_combine",
+        group="experts",
         annotation="n h, n k h -> n k h, n h",
         kind="elementwise",
         backward_bytes_ratio=1.5,  # rows and gradients are gathered, gradients combined
@@ -433,6 +484,8 @@ register(
 register(
     Operator(
         name="shared_gate_up",
+        group="shared experts",
+        overlaps="ep",
         annotation="n h, 2s h -> n 2s",
         kind="dense_gemm",
         saved=(Saved(name="feed_forward_input", dims="n h"),),
@@ -441,6 +494,8 @@ register(
 register(
     Operator(
         name="shared_swiglu",
+        group="shared experts",
+        overlaps="ep",
         annotation="n 2s -> n s",
         kind="elementwise",
         saved=(Saved(name="shared_gate_up", dims="n 2s"),),
@@ -449,15 +504,28 @@ register(
 register(
     Operator(
         name="shared_down",
+        group="shared experts",
+        overlaps="ep",
         annotation="n s, h s -> n h",
         kind="dense_gemm",
         saved=(Saved(name="shared_activation", dims="n s"),),
     )
 )
-register(Operator(name="residual", annotation="n h, n h -> n h", kind="elementwise", backward_bytes_ratio=1.0))
+register(
+    Operator(
+        name="residual",
+        group="norms and residuals",
+        tp="replicate",
+        annotation="n h, n h -> n h",
+        kind="elementwise",
+        backward_bytes_ratio=1.0,
+    )
+)
 register(
     Operator(
         name="embedding",
+        group="loss and embedding",
+        is_lookup=True,
         annotation="n h, w h -> n h",
         kind="elementwise",
         flops=lambda dims: 0.0,
@@ -466,6 +534,8 @@ register(
 register(
     Operator(
         name="final_norm",
+        group="loss and embedding",
+        tp="replicate",
         annotation="n h, h -> n h",
         kind="elementwise",
         saved=(Saved(name="x_final", dims="n h"), Saved(name="final_rstd", dims="n", itemsize=4)),
@@ -474,6 +544,7 @@ register(
 register(
     Operator(
         name="linear_cross_entropy",
+        group="loss and embedding",
         annotation="n h, w h -> n",
         kind="dense_gemm",
         flops=lambda dims: 2.0 * dims["n"] * dims["h"] * dims["w"],

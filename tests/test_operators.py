@@ -4,10 +4,24 @@ import pytest
 
 from moescale import operators
 from moescale.errors import ConfigError
-from moescale.operators import Annotation, Operator, Saved, Split, Tensor, forward_flops, is_routed, moved_bytes, splits
+from moescale.operators import (
+    Annotation,
+    Operator,
+    Recompute,
+    Saved,
+    Split,
+    Tensor,
+    forward_flops,
+    is_routed,
+    moved_bytes,
+    splits,
+)
 from moescale.planner.cluster import load_cluster
+from moescale.planner.explain import explain_text, group_time, model_text
+from moescale.planner.remedies import find_remedies
 from moescale.planner.request import PlanRequest, recompute_name
-from moescale.planner.search import Search
+from moescale.planner.search import Search, compile_plan
+from moescale.planner.timeline import step_timeline
 from moescale.planner.workload import build_workload
 from tiny import tiny_config
 
@@ -88,6 +102,63 @@ def test_a_registered_operator_is_planned_with_its_weights_memory_and_time(own_o
     assert "compute adapter" in after.best.time.exposed
     assert after.best.memory.breakdown["weights"] > before.best.memory.breakdown["weights"]
     assert after.best.memory.breakdown["activations moe"] > before.best.memory.breakdown["activations moe"]
+
+
+@pytest.mark.parametrize("runtime_gpus", [2, 8])
+def test_the_explanation_is_of_the_model_that_was_searched(own_operator: Operator, runtime_gpus: int) -> None:
+    config = tiny_config(hidden_size=256)
+    workload = build_workload(config, extra={"moe": ("adapter",) * 8})
+    request = PlanRequest(runtime_gpus=runtime_gpus, tokens_per_step=16384, sequence_length=128)
+    result = compile_plan(config, load_cluster("h100-sxm"), request, workload=workload)
+    assert result.workload is workload and result.best is not None
+    assert f"{workload.parameters() / 1e9:.3f} B parameters" in model_text(result)
+    assert step_timeline(result, result.best).spans[-1].end == pytest.approx(result.best.time.total)
+    assert sum(group_time(workload, result.best).values()) == pytest.approx(result.best.time.total)
+    assert "adapter" in explain_text(result)
+
+
+def test_what_would_fit_is_asked_of_the_model_that_was_searched(own_operator: Operator) -> None:
+    config = tiny_config(hidden_size=256)
+    workload = build_workload(config, extra={"moe": ("adapter",) * 64})
+    request = PlanRequest(runtime_gpus=1, tokens_per_step=4096, sequence_length=128, memory_limit_bytes=2**30)
+    cluster = load_cluster("h100-sxm")
+    assert compile_plan(config, cluster, request).best is not None
+    result = compile_plan(config, cluster, request, workload=workload)
+    assert result.best is None, "the limit leaves no room for the adapters"
+    unlimited = compile_plan(config, cluster, dataclasses.replace(request, memory_limit_bytes=None), workload=workload)
+    (remedy,) = (found for found in find_remedies(result) if "--memory-limit" in found.change)
+    assert unlimited.best is not None and remedy.peak_bytes == round(unlimited.best.memory.total)
+
+
+def test_tensor_parallelism_shards_no_norm() -> None:
+    for kind in (*build_workload(tiny_config(q_lora_rank=8)).layers, build_workload(tiny_config()).outside):
+        for op in kind.operators:
+            axes = {split.axis for split in splits(op)}
+            assert not (op.name.endswith("norm") and "tp" in axes), op.name
+            assert op.kind != "dense_gemm" or op.name == "linear_cross_entropy" or "tp" in axes, op.name
+
+
+def test_an_operator_says_what_it_overlaps_and_what_may_be_recomputed() -> None:
+    """An operator of one's own takes the place of the shared experts, and of the experts, by what it declares."""
+    register = operators.register
+    own = Recompute(drops=("own_hidden",), forward_share=0.5)
+    saved = (Saved(name="own_hidden", dims="n 2f"),)
+    register(Operator(name="own_shared", annotation="n h, s h, h s -> n h", kind="dense_gemm", overlaps="ep"))
+    register(Operator(name="experts_2", annotation="n h, e f h, e h f -> n h", kind="grouped_gemm", recompute=own,
+                      saved=saved))  # fmt: skip
+    config = tiny_config(hidden_size=256, num_shared_experts=4)
+    shared = ("shared_gate_up", "shared_swiglu", "shared_down")
+    plain = build_workload(config, without=shared)
+    overlapped = build_workload(config, extra={"moe": ("own_shared",)}, without=shared)
+    (moe,) = (kind for kind in build_workload(config, extra={"moe": ("experts_2",)}).layers if kind.name == "moe")
+    assert moe.is_routed and moe.dropped(("experts_2",)) == {"own_hidden"}
+    assert moe.dropped(("experts",)) == {"expert_pre_activation"} and not moe.dropped(("router",))
+    request = PlanRequest(runtime_gpus=2, tokens_per_step=4096, sequence_length=128, pins={"ep": "2"})
+    hidden = [
+        compile_plan(config, load_cluster("h100-sxm"), request, workload=workload).best.time.hidden
+        for workload in (plain, overlapped)
+    ]
+    assert hidden[0].get("communication ep", 0.0) == 0.0 < hidden[1]["communication ep"]
 
 
 @pytest.mark.parametrize(

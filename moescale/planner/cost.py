@@ -169,8 +169,8 @@ class CostModel:
             forward = _Pass(count=count, compute=time.forward)
             backward = _Pass(count=count, compute=time.backward, recompute=time.recompute)
             ledger.add_compute(forward, backward)
-            if kind.name == "moe" and mesh.ep > 1:
-                self._add_experts(ledger, forward, backward, mesh, sequences, plan)
+            if kind.is_routed and mesh.ep > 1:
+                self._add_exchange(ledger, forward, backward, kind, mesh, sequences, plan)
             if kind is not self.workload.outside:
                 self._add_unsupported_axes(ledger, forward, backward, mesh, sequences)
             self._add_sharding(ledger, forward, backward, kind, mesh, plan, gradient)
@@ -183,14 +183,17 @@ class CostModel:
     ) -> _LayerTime:
         tokens = sequences * self.request.sequence_length // cp
         dims = self.workload.dims(tokens, self.request.sequence_length)
-        forward, backward, again = {}, {}, 0.0
-        for op in self._kinds[kind].operators:
+        forward: dict[str, float] = defaultdict(float)
+        backward: dict[str, float] = defaultdict(float)
+        again = 0.0
+        for op in self._kinds[kind].operators:  # one that occurs several times takes its time several times
             seconds = self._operator_seconds(op, dims, tp, ep)
-            forward[op.name], backward[op.name] = seconds
+            forward[op.name] += seconds[0]
+            backward[op.name] += seconds[1]
             if recompute == "block":
                 again += seconds[0]
-            elif op.name == "experts" and op.name in recompute:
-                again += seconds[0] * 2 / 3  # gate and up, without down
+            elif op.recompute is not None and op.name in recompute:
+                again += seconds[0] * op.recompute.forward_share
         return _LayerTime(forward=forward, backward=backward, recompute=again)
 
     def _operator_seconds(self, op: Operator, dims: dict[str, int], tp: int, ep: int) -> tuple[float, float]:
@@ -198,7 +201,7 @@ class CostModel:
         launches = KERNELS_PER_OPERATOR[op.kind]
         cluster = self.cluster
         if op.kind == "elementwise":
-            share = 1 if op.name.endswith("norm") or op.name == "residual" else tp
+            share = tp if op.tp == "shard" else 1
             seconds = moved_bytes(op, self._without_table(op, dims), self.itemsize) / share
             seconds /= cluster.elementwise_bytes_per_second
             ratio = op.backward_bytes_ratio
@@ -220,7 +223,7 @@ class CostModel:
     @staticmethod
     def _without_table(op: Operator, dims: dict[str, int]) -> dict[str, int]:
         """A look-up reads the rows it needs, not the table."""
-        return dims | {"w": dims["n"]} if op.name == "embedding" else dims
+        return dims | {"w": dims["n"]} if op.is_lookup else dims
 
     def _layer_bytes(self, kind: LayerKind, mesh: MeshShape) -> tuple[float, float]:
         """Bytes of a layer's weights on the ranks that gather them: (without routed experts, routed experts)."""
@@ -288,20 +291,30 @@ class CostModel:
         if copied:
             ledger.exposed["sharding copies"] += count * copied / self.cluster.memory_bytes_per_second
 
-    def _add_experts(
-        self, ledger: _Ledger, forward: _Pass, backward: _Pass, mesh: MeshShape, sequences: int, plan: LayerPlan
+    def _add_exchange(
+        self,
+        ledger: _Ledger,
+        forward: _Pass,
+        backward: _Pass,
+        kind: LayerKind,
+        mesh: MeshShape,
+        sequences: int,
+        plan: LayerPlan,
     ) -> None:
-        """Send rows to their experts and back, beside the shared experts; once more where the block is run again."""
+        """Dispatch rows to their experts and combine them, overlapped with what the layer's operators declare.
+
+        Once more where the block is recomputed.
+        """
         tokens = sequences * self.request.sequence_length // mesh.cp
         dims = self.workload.dims(tokens, self.request.sequence_length)
         sent = dims["n"] * dims["k"] * dims["h"] * self.itemsize * self.request.router_imbalance
         both_ways = 2 * all_to_all_seconds(self.cluster, sent, mesh.ep, mesh.tp)
-        names = frozenset(name for name in forward.compute if name.startswith("shared"))
-        shared_forward, shared_backward = (_seconds_of(part.compute, names) for part in (forward, backward))
-        ledger.communicate("ep", forward, both_ways, shared_forward)
-        ledger.communicate("ep", backward, both_ways, shared_backward)
+        names = frozenset(op.name for op in kind.operators if op.overlaps == "ep")
+        in_forward, in_backward = (_seconds_of(part.compute, names) for part in (forward, backward))
+        ledger.communicate("ep", forward, both_ways, in_forward)
+        ledger.communicate("ep", backward, both_ways, in_backward)
         if plan.recompute == "block":
-            ledger.communicate("ep", backward, both_ways, shared_forward)
+            ledger.communicate("ep", backward, both_ways, in_forward)
 
     def _add_unsupported_axes(
         self, ledger: _Ledger, forward: _Pass, backward: _Pass, mesh: MeshShape, sequences: int

@@ -19,7 +19,7 @@ from moescale.planner.remedies import find_remedies
 from moescale.planner.request import decision_text
 from moescale.planner.search import Evaluated, PlanResult, alternative_summary, excess_bytes, excess_text, limits_text
 from moescale.planner.timeline import Span, step_timeline
-from moescale.planner.workload import build_workload
+from moescale.planner.workload import Workload
 
 GIB = 2**30
 SHOWN_ALTERNATIVES = 16
@@ -51,7 +51,7 @@ def explain_text(result: PlanResult) -> str:
         _print_misses(console, result)
     else:
         _print_plan(console, result, result.best)
-        _print_time(console, result.best)
+        _print_time(console, result, result.best)
         _print_memory(console, result, result.best)
         _print_alternatives(console, result)
     return buffer.getvalue().rstrip()
@@ -73,7 +73,7 @@ def explain_html(result: PlanResult) -> str:
             decisions={name: decision_text(value) for name, value in shown.decisions.items()},
             step_seconds=shown.time.total,
             tokens_per_second=result.request.tokens_per_step / shown.time.total,
-            time_parts=_shares(group_time(shown), shown.time.total),
+            time_parts=_shares(group_time(result.workload, shown), shown.time.total),
             hidden={name: seconds for name, seconds in shown.time.hidden.items() if seconds > 0},
             lanes=_lanes(result, shown),
             micro_batches=shown.candidate.gradient_accumulation_steps,
@@ -98,29 +98,18 @@ def model_text(result: PlanResult) -> str:
     experts = f", {config.num_experts} experts" if config.num_experts else ""
     return (
         f"model {config.fingerprint()}: {config.num_layers} layers{experts}, "
-        f"{build_workload(config).parameters() / 1e9:,.3f} B parameters; "
+        f"{result.workload.parameters() / 1e9:,.3f} B parameters; "
         f"{request.tokens_per_step:,} tokens a step, in sequences of {request.sequence_length:,}"
     )
 
 
-def group_time(evaluated: Evaluated) -> dict[str, float]:
-    """Exposed seconds of a step, operators gathered into a dozen parts, largest first."""
-    groups = {
-        "experts": ("compute experts", "compute expert_gather_combine"),
-        "shared experts": ("compute shared",),
-        "attention": ("compute attention", "compute mla_rope"),
-        "attention projections": ("compute q_", "compute kv_", "compute attention_output"),
-        "dense layers": ("compute dense",),
-        "router": ("compute router",),
-        "loss and embedding": ("compute linear_cross_entropy", "compute final_norm", "compute embedding"),
-        "norms and residuals": ("compute attention_norm", "compute feed_forward_norm", "compute residual"),
-    }
-    longest_first = sorted(
-        ((prefix, group) for group, prefixes in groups.items() for prefix in prefixes), key=lambda pair: -len(pair[0])
-    )
+def group_time(workload: Workload, evaluated: Evaluated) -> dict[str, float]:
+    """Exposed seconds of a step, operators gathered into the groups that they name, largest first."""
+    operators = (op for kind in (*workload.layers, workload.outside) for op in kind.operators)
+    groups = {f"compute {op.name}": op.group for op in operators if op.group is not None}
     parts: dict[str, float] = defaultdict(float)
     for name, seconds in evaluated.time.exposed.items():
-        parts[next((group for prefix, group in longest_first if name.startswith(prefix)), name)] += seconds
+        parts[groups.get(name, name)] += seconds
     return dict(sorted(parts.items(), key=lambda item: -item[1]))
 
 
@@ -167,9 +156,9 @@ def _print_plan(console: Console, result: PlanResult, best: Evaluated) -> None:
     console.print(table)
 
 
-def _print_time(console: Console, best: Evaluated) -> None:
+def _print_time(console: Console, result: PlanResult, best: Evaluated) -> None:
     table = Table("part", "seconds", "share", title="Step time", title_justify="left")
-    for name, seconds in group_time(best).items():
+    for name, seconds in group_time(result.workload, best).items():
         if seconds > 0.0005 * best.time.total:
             table.add_row(name, f"{seconds:.3f}", f"{seconds / best.time.total:.1%}")
     for name, seconds in best.time.hidden.items():

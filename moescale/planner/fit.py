@@ -16,6 +16,7 @@ from moescale.errors import ConfigError
 from moescale.planner.cluster import Cluster
 from moescale.planner.request import PlanRequest
 from moescale.planner.search import Evaluated, compile_plan
+from moescale.planner.workload import Workload
 
 LARGEST = 1024
 
@@ -54,17 +55,23 @@ class FitResult:
     """1, 2, 4, ... 1024 GPUs."""
 
 
-def fit_to_gpus(config: ModelConfig, cluster: Cluster, request: PlanRequest, largest: int = LARGEST) -> FitResult:
+def fit_to_gpus(
+    config: ModelConfig,
+    cluster: Cluster,
+    request: PlanRequest,
+    largest: int = LARGEST,
+    workload: Workload | None = None,
+) -> FitResult:
     """Plan for 1, 2, 4, ... ``largest`` GPUs and find the smallest number that fits.
 
     ``runtime_gpus`` and ``plan_gpus`` of the request are ignored; everything else holds. Tokens per step grow where
-    the request's do not give every GPU a whole number of sequences. Raises ConfigError as ``compile_plan`` does.
+    the request's do not give every GPU a whole number of sequences. ``workload``, and errors, as for ``compile_plan``.
     """
     points, errors = [], []
     gpus = 1
     while gpus <= largest:
         try:
-            points.append(_plan(config, cluster, request, gpus))
+            points.append(_plan(config, cluster, request, gpus, workload))
         except ConfigError as error:  # no plan has these sizes: a pin, or divisibility
             errors.append(error)
             points.append(FitPoint(gpus=gpus, tokens_per_step=_tokens(request, gpus), best=None))
@@ -75,7 +82,7 @@ def fit_to_gpus(config: ModelConfig, cluster: Cluster, request: PlanRequest, lar
     smallest = fitting[0] if fitting else None
     for gpus in _between(smallest.gpus, cluster.gpus_per_node) if smallest else ():
         try:
-            point = _plan(config, cluster, request, gpus)
+            point = _plan(config, cluster, request, gpus, workload)
         except ConfigError:
             continue
         if point.best is not None:
@@ -96,11 +103,13 @@ def _tokens(request: PlanRequest, gpus: int) -> int:
     return -(-request.tokens_per_step // unit) * unit
 
 
-def _plan(config: ModelConfig, cluster: Cluster, request: PlanRequest, gpus: int) -> FitPoint:
+def _plan(
+    config: ModelConfig, cluster: Cluster, request: PlanRequest, gpus: int, workload: Workload | None
+) -> FitPoint:
     """Raises ConfigError where no plan has the sizes asked for."""
     tokens = _tokens(request, gpus)
     changed = dataclasses.replace(request, runtime_gpus=gpus, plan_gpus=None, tokens_per_step=tokens)
-    best = compile_plan(config, cluster, changed, with_alternatives=False).best
+    best = compile_plan(config, cluster, changed, workload=workload, with_alternatives=False).best
     return FitPoint(gpus=gpus, tokens_per_step=tokens, best=best)
 
 

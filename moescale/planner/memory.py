@@ -238,15 +238,14 @@ class MemoryModel:
         name = recompute_name(plan)
         if name == "block":
             return dims["n"] * dims["h"] * self.itemsize
-        dropped = frozenset({"expert_pre_activation"}) if "experts" in name.split("+") else frozenset()
-        return self._full_layer_bytes(kind, dims, mesh, dropped)
+        return self._full_layer_bytes(kind, dims, mesh, kind.dropped(name.split("+")))
 
     def _full_layer_bytes(
         self, kind: LayerKind, dims: dict[str, int], mesh: MeshShape, dropped: frozenset[str] = frozenset()
     ) -> float:
         """What one layer keeps where its block is not recomputed."""
         kept = saved_bytes(kind, dims, self.itemsize, dropped) / mesh.tp
-        if kind.name == "moe" and mesh.ep > 1:
+        if kind.is_routed and mesh.ep > 1:
             kept += self._exchange_bytes(dims)
         return kept
 
@@ -259,7 +258,7 @@ class MemoryModel:
         """Largest buffers that an operator's backward makes and gives back before it returns."""
         largest = 0.0
         for kind in self.workload.layers:
-            if kind.name == "moe":
+            if kind.is_routed:
                 # Gathered rows and their gradients, the gradient of the pre-activation, the activation.
                 rows = dims["n"] * dims["k"] * (self.request.router_imbalance if mesh.ep > 1 else 1.0)
                 size = rows * (2 * dims["h"] + 3 * dims["f"] / mesh.tp) * self.itemsize

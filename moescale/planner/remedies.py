@@ -41,7 +41,9 @@ def find_remedies(result: PlanResult) -> tuple[Remedy, ...]:
 
 def _try(result: PlanResult, change: str, request: PlanRequest) -> Remedy | None:
     try:
-        changed = compile_plan(result.config, result.cluster, request, with_alternatives=False)
+        changed = compile_plan(
+            result.config, result.cluster, request, workload=result.workload, with_alternatives=False
+        )
     except ConfigError:
         return None
     if changed.best is None:

@@ -57,6 +57,8 @@ class PlanResult:
 
     request: PlanRequest
     config: ModelConfig
+    workload: Workload
+    """The operators that the plan is for: the model's, and those of the user's own."""
     cluster: Cluster
     limit_bytes: float
     """Memory a rank may use."""
@@ -106,11 +108,20 @@ class PlanResult:
 
 
 def compile_plan(
-    config: ModelConfig, cluster: Cluster, request: PlanRequest, *, with_alternatives: bool = True
+    config: ModelConfig,
+    cluster: Cluster,
+    request: PlanRequest,
+    *,
+    workload: Workload | None = None,
+    with_alternatives: bool = True,
 ) -> PlanResult:
-    """Search the space of ``request``. Raises ConfigError where the request contradicts itself or the model."""
+    """Search the space of ``request``. Raises ConfigError where the request contradicts itself or the model.
+
+    ``workload``: what :func:`~moescale.planner.workload.build_workload` makes of ``config``, with operators of the
+    user's own; None: the model as it is.
+    """
     request.validate(config)
-    return Search(config, cluster, request).run(with_alternatives=with_alternatives)
+    return Search(config, cluster, request, workload).run(with_alternatives=with_alternatives)
 
 
 class Search:
@@ -153,6 +164,7 @@ class Search:
         return PlanResult(
             request=self.request,
             config=self.config,
+            workload=self.workload,
             cluster=self.cluster,
             limit_bytes=self.limit,
             num_candidates=sum(len(list(self.layer_plans(group[2]))) for group in groups) * len(formats),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moescale.planner.cost import CostModel
 from moescale.planner.search import Evaluated, PlanResult
-from moescale.planner.workload import LayerKind, build_workload
+from moescale.planner.workload import LayerKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def _parts(result: PlanResult, evaluated: Evaluated) -> Iterator[tuple[str, floa
     """Name and seconds of every span, in order."""
     candidate = evaluated.candidate
     mesh = candidate.mesh
-    workload = build_workload(result.config)
+    workload = result.workload
     cost = CostModel(workload, result.cluster, result.request)
     dims = workload.dims(
         candidate.micro_batch_sequences * result.request.sequence_length // mesh.cp, result.request.sequence_length

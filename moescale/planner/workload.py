@@ -6,12 +6,20 @@ layers) and two counts. Sizes are those of one rank's micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
-from moescale.operators import Operator, Tensor, check_dims, operator, routed_weight_elements, weight_elements
+from moescale.operators import (
+    Operator,
+    Tensor,
+    check_dims,
+    is_routed,
+    operator,
+    routed_weight_elements,
+    weight_elements,
+)
 
 _ATTENTION_START = ("attention_norm",)
 _ATTENTION_END = ("kv_down", "kv_norm", "kv_up", "mla_rope", "attention", "attention_output", "feed_forward_norm")
@@ -25,6 +33,16 @@ class LayerKind:
     operators: tuple[Operator, ...]
     count: int
     """Layers of this kind in the model."""
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether tokens meet only some of the layer's weights, which expert parallelism then divides."""
+        return any(is_routed(op) for op in self.operators)
+
+    def dropped(self, recomputed: Collection[str]) -> frozenset[str]:
+        """Return which saved tensors are not kept where the operators named are recomputed."""
+        parts = (op.recompute for op in self.operators if op.name in recomputed)
+        return frozenset(name for part in parts if part is not None for name in part.drops)
 
 
 @dataclass(frozen=True, kw_only=True)
