@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -23,6 +24,21 @@ _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTS
 """What file systems without locks answer."""
 
 
+_FREE_SPACE = "free space, or give a path on another disk"
+_ALLOW = "give a path that you may use, or allow it"
+_REMEDIES: dict[int | None, str] = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: _FREE_SPACE,
+    errno.EACCES: _ALLOW,
+    errno.EPERM: _ALLOW,
+    errno.EROFS: _ALLOW,
+    errno.ENOTDIR: "give a path whose parent is a folder",
+    errno.EEXIST: "give another path, or remove it",
+    errno.ENOTEMPTY: "give another path, or remove it",
+}
+
+
 class InUseError(Exception):
     """Another process holds a lock. ``holder`` says which one, as far as it is known."""
 
@@ -30,6 +46,17 @@ class InUseError(Exception):
         super().__init__(f"{path} is held by {holder or 'another process'}")
         self.path = path
         self.holder = holder
+
+
+def remedy(error: BaseException) -> str | None:
+    """Return what helps against the system's refusal ``error``, or None where that is not known.
+
+    The errors of libraries in Rust, as safetensors', are read as well: they end in ``(os error 28)``.
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    return _REMEDIES.get(number)
 
 
 def sync(path: Path) -> None:

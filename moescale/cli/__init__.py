@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from moescale import __version__
 from moescale.errors import ConfigError, MoescaleError, Preempted, nearest, printable
+from moescale.files import remedy
 
 app = App(
     name="moescale",
@@ -30,18 +30,6 @@ _COMMANDS = {
     "calibrate": "Measure this machine and write a cluster file for compile.",
     "export": "Write a run's weights as a Hugging Face checkpoint.",
     "bench": "Measure the kernels beside their peers on this GPU, or tune them for it.",
-}
-_FREE_SPACE = "; free space, or give a path on another disk"
-_WRITABLE = "; give a path that you may use, or allow it"
-_REMEDIES: dict[int | None, str] = {
-    errno.ENOSPC: _FREE_SPACE,
-    errno.EDQUOT: _FREE_SPACE,
-    errno.EFBIG: _FREE_SPACE,
-    errno.EACCES: _WRITABLE,
-    errno.EPERM: _WRITABLE,
-    errno.EROFS: _WRITABLE,
-    errno.ENOTDIR: "; give a path whose parent is a folder",
-    errno.EEXIST: "; give another path, or remove it",
 }
 for _name, _help in _COMMANDS.items():
     app.command(f"moescale.cli.{_name}:{_name}_command", name=_name, help=_help)
@@ -127,7 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # A full disk, a folder without permission: nothing a traceback would explain.
         path = "" if error.filename is None else f"{error.filename}: "
-        _print_error(f"{path}{error.strerror or error}{_REMEDIES.get(error.errno, '')}")
+        advice = remedy(error)
+        _print_error(f"{path}{error.strerror or error}{'' if advice is None else f'; {advice}'}")
         sys.exit(MoescaleError.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)

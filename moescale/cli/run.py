@@ -111,9 +111,17 @@ def run_command(
                     inputs, settings, folder, config, corpus, verification, plan, member, show_progress=not json
                 )
             except DamagedCheckpointError as error:
-                raise CheckpointError(f"{error}; pass --resume last-good to skip it") from error
+                raise CheckpointError(f"{error}; {_help_with_damage(inputs)}") from error
     if json and member.ranks.is_first:
         print(to_json(asdict(summary), indent=2))
+
+
+def _help_with_damage(inputs: RunInputs) -> str:
+    """What to do about a checkpoint that cannot be loaded; not what has just been tried."""
+    others = CheckpointStore(inputs.output / "checkpoints", keep=1).list()[:-1]
+    if inputs.resume == "last" and others:
+        return "pass --resume last-good to go on from the newest whole one"
+    return "bring it back from a copy, or start anew with another --output"
 
 
 def _check_devices(inputs: RunInputs, plan: ParallelPlan, device: torch.device) -> None:
@@ -194,6 +202,7 @@ def _train(
             parts=placed.parts,
             plan=json_module.loads(plan.to_json()),
             on_progress=member.progress,
+            on_notice=lambda text: _warn(text, ranks),
         )
         if checkpoint is not None:
             for path in trainer.resume(checkpoint):

@@ -3,27 +3,30 @@
 A checkpoint is the folder ``checkpoints/step-00000090``. Its ``state.json`` holds step, data position and settings, the
 shape of every tensor, and for every file its size, its SHA-256 and the boxes of tensors in it; the files
 ``tensors-RANK-NUMBER.safetensors`` hold those boxes. A folder with the final name is whole: it was written under a
-temporary name, synced and renamed (:mod:`moescale.runtime.checkpoint_writer`); one that lacks a file was damaged later.
+temporary name, verified, synced and renamed (:mod:`moescale.runtime.checkpoint_writer`); one that lacks a file was
+damaged later.
 ``last`` is simply the highest step. Any rank of any later layout reads the boxes that overlap its own.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moescale.boxes import Box, box_shape, num_elements, overlap, relative_to, whole_box
+from moescale.boxes import Box, box_shape, overlap, relative_to, whole_box
 from moescale.errors import CheckpointError
+from moescale.files import document_digest, file_digest, sync
 from moescale.kernels.adamw import join_master
 from moescale.runtime.layout import Part, whole
 from moescale.runtime.ranks import ONE_RANK, Ranks
@@ -34,6 +37,8 @@ MAX_MAPPED_BYTES = 2**26
 WEIGHTS_PREFIX = "weights."
 REMAINDER_PREFIX = "remainder."
 _PREFIX = "step-"
+_LEFTOVERS = ".writing-*"
+_MAX_GRID_CELLS = 10**7
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -84,7 +89,7 @@ class CheckpointStore:
         on_skip: Callable[[str], None] = lambda problem: None,
         on_progress: Callable[[], None] = lambda: None,
     ) -> Checkpoint | None:
-        """The newest checkpoint whose every file has its size and checksum, None where there is none. A collective.
+        """The newest whole checkpoint (:func:`verify`), None where there is none at all. A collective.
 
         ``on_skip`` hears what is wrong with each newer one, ``on_progress`` of every file checked. Raises
         CheckpointError where all are damaged: a run that has something to lose never starts from scratch by itself.
@@ -117,7 +122,7 @@ class CheckpointStore:
             try:
                 for checkpoint in self.list():
                     if checkpoint.step > step:
-                        moved.append(checkpoint.path.rename(self._unused(f"aside-{checkpoint.path.name}")))
+                        moved.append(self.set_aside(checkpoint))
             except OSError as error:
                 problem = str(error)
         moved, problem = ranks.gather((moved, problem))[0]
@@ -127,11 +132,15 @@ class CheckpointStore:
             )
         return moved
 
-    def _unused(self, name: str) -> Path:
+    def set_aside(self, checkpoint: Checkpoint) -> Path:
+        """Rename ``checkpoint`` to an unused ``aside-step-...``, and return where it is now."""
+        name = f"aside-{checkpoint.path.name}"
         path, number = self.folder / name, 1
         while path.exists():
             number += 1
             path = self.folder / f"{name}-{number}"
+        checkpoint.path.rename(path)
+        sync(self.folder)
         return path
 
     def path_of(self, step: int) -> Path:
@@ -143,6 +152,11 @@ class CheckpointStore:
         for old in [checkpoint for checkpoint in self.list() if checkpoint.step <= written][: -self.keep]:
             # Renamed first: killed half-way, it must not look like a checkpoint that has lost files.
             shutil.rmtree(old.path.rename(old.path.with_name(f".writing-dropped-{old.path.name}")))
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed run was writing or dropping."""
+        for leftover in self.folder.glob(_LEFTOVERS):
+            shutil.rmtree(leftover)
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -199,13 +213,6 @@ class StoredTensors:
         for file_name, entry in document["files"].items():
             for name, box in entry["boxes"].items():
                 self._boxes[name].append((file_name, tuple(slice(start, stop) for start, stop in box)))
-        for name, boxes in self._boxes.items():
-            stored = sum(num_elements(box) for _, box in boxes)
-            if stored != math.prod(self.shapes[name]):
-                raise DamagedCheckpointError(
-                    f"{self.path / STATE_FILE}: the files hold {stored} of the {math.prod(self.shapes[name])} elements "
-                    f"of tensor '{name}'"
-                )
 
     def __enter__(self) -> StoredTensors:
         return self
@@ -295,9 +302,10 @@ class CheckpointWeights:
 
 
 def verify(checkpoint: Checkpoint, ranks: Ranks = ONE_RANK, on_progress: Callable[[], None] = lambda: None) -> None:
-    """Check every file's size and checksum, each on one of the ranks. A collective.
+    """Check that every element of every tensor is there, and every file as it was written. A collective.
 
-    Raises DamagedCheckpointError naming the first bad one, or the CheckpointError of another format, on all ranks.
+    Every file's size, checksum and header are checked on one of the ranks. Raises DamagedCheckpointError naming the
+    first bad one, or the CheckpointError of another format, on all ranks.
     """
     files: dict[str, Any] = {}
     problem: CheckpointError | None = None
@@ -331,7 +339,57 @@ def _read_document(folder: Path) -> dict[str, Any]:
             f"{path}: format ({document.get('format')}) must be {FORMAT_VERSION}: another version of moescale wrote "
             "it; export it with that version, or start a new --output"
         )
+    try:
+        problem = find_missing_elements(document["tensors"], document["files"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{path}: damaged ({error!r})") from error
+    if problem is not None:
+        raise DamagedCheckpointError(f"{path}: {problem}")
     return document
+
+
+def find_missing_elements(tensors: Mapping[str, Sequence[int]], files: Mapping[str, Any]) -> str | None:
+    """Return what is wrong where ``files`` do not hold every element of every tensor exactly once, else None.
+
+    Args:
+        tensors: the shape of each.
+        files: of each, under "boxes", the box of every tensor in it: a start and a stop per dim.
+    """
+    boxes: dict[str, list[Any]] = {name: [] for name in tensors}
+    for file_name, entry in files.items():
+        for name, box in entry["boxes"].items():
+            if name not in boxes:
+                return f"'{file_name}' holds an unknown tensor '{name}'"
+            boxes[name].append(box)
+    for name, shape in tensors.items():
+        if not _hold_each_element_once(shape, boxes[name]):
+            stored = sum(math.prod(stop - start for start, stop in box) for box in boxes[name])
+            total = math.prod(shape)
+            return f"the files hold {stored:,} of the {total:,} elements of tensor '{name}', or some of them twice"
+    return None
+
+
+def _hold_each_element_once(shape: Sequence[int], boxes: Sequence[Sequence[Sequence[int]]]) -> bool:
+    """Whether ``boxes`` tile a tensor: on the grid of all their edges, every cell lies in one box."""
+    if math.prod(shape) == 0:
+        return not boxes
+    for box in boxes:
+        if len(box) != len(shape):
+            return False
+        if not all(0 <= start < stop <= size for (start, stop), size in zip(box, shape, strict=True)):
+            return False
+    edges = [sorted({0, size, *(edge for box in boxes for edge in box[dim])}) for dim, size in enumerate(shape)]
+    num_cells = [len(of_dim) - 1 for of_dim in edges]
+    if math.prod(num_cells) > _MAX_GRID_CELLS:
+        return False
+    cells = np.zeros(num_cells, dtype=np.int32)
+    for box in boxes:
+        inside = (
+            slice(bisect_left(of_dim, start), bisect_left(of_dim, stop))
+            for of_dim, (start, stop) in zip(edges, box, strict=True)
+        )
+        cells[tuple(inside)] += 1
+    return bool((cells == 1).all())
 
 
 def _problem_of(path: Path, entry: Mapping[str, Any]) -> DamagedCheckpointError | None:
@@ -341,19 +399,12 @@ def _problem_of(path: Path, entry: Mapping[str, Any]) -> DamagedCheckpointError 
             return DamagedCheckpointError(f"{path}: has {size} bytes, {entry['bytes']} were written")
         if file_digest(path) != entry["sha256"]:
             return DamagedCheckpointError(f"{path}: checksum differs, the file is damaged")
+        with safe_open(path, framework="pt") as file:
+            stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+        if stored != {name: [stop - start for start, stop in box] for name, box in entry["boxes"].items()}:
+            return DamagedCheckpointError(f"{path}: holds other tensors than {STATE_FILE} says")
     except FileNotFoundError:
         return DamagedCheckpointError(f"{path}: missing")
-    except OSError as error:
+    except (SafetensorError, OSError) as error:
         return DamagedCheckpointError(f"{path}: cannot be read ({error})")
     return None
-
-
-def document_digest(document: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON document, whatever its white space."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,9 +1,11 @@
-"""Writing a checkpoint from all ranks: atomically, and beside the training where host memory allows.
+"""Writes a checkpoint from all ranks: atomically, and during training where host memory allows.
 
 A checkpoint is begun and committed by collectives, and in between written by every rank for itself: its own parts, of
-those that several ranks hold only the first copy. Training stands still while they are copied to the host; a thread
-writes them, and the checkpoint gets its final name at the first commit after all ranks have written. What is killed
-before leaves a ``.writing-*`` folder, which nothing reads and the next write removes.
+those that several ranks hold only the first copy. Training waits while they are copied to the host. A thread writes
+them, reads them back and compares every byte. The commit checks that the files of all ranks hold every element of every
+tensor; only then does the checkpoint get its final name, and only then are older ones dropped. Whatever fails in a
+thread, of whatever type, is reported by the commit. A kill leaves a ``.writing-*`` folder, which nothing reads and the
+next run removes.
 """
 
 from __future__ import annotations
@@ -17,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from moescale.errors import CheckpointError, ConfigError
+from moescale.files import document_digest, file_digest, remedy, sync, write_atomically, written_by_library
 from moescale.runtime.checkpoint import (
     FORMAT_VERSION,
     STATE_FILE,
     Checkpoint,
     CheckpointStore,
-    document_digest,
-    file_digest,
+    find_missing_elements,
 )
 from moescale.runtime.device import available_host_bytes
 from moescale.runtime.layout import Part, whole
@@ -51,12 +53,17 @@ class CheckpointWriter:
         *,
         in_background: bool = True,
         on_progress: Callable[[], None] = lambda: None,
+        on_notice: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """``on_progress`` hears, on every rank that waits, that some rank's files have grown or changed."""
+        """``on_progress`` hears, on every rank that waits, that some rank's files have grown or changed.
+
+        ``on_notice`` hears, on the first rank, of what failed without harm to a checkpoint.
+        """
         self.store = store
         self.ranks = ranks
         self.in_background = in_background
         self.on_progress = on_progress
+        self.on_notice = on_notice
         self._pending: _Pending | None = None
 
     @property
@@ -67,7 +74,7 @@ class CheckpointWriter:
     @property
     def is_written(self) -> bool:
         """Whether this rank's files of the pending checkpoint are on disk, or have failed to get there."""
-        return self._pending is not None and not self._pending.thread.is_alive()
+        return self._pending is not None and self._pending.done.is_set()
 
     def check_room(self, tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Part] | None = None) -> None:
         """Raise ConfigError, on all ranks, unless the disk takes a checkpoint of ``tensors`` now. A collective.
@@ -105,10 +112,12 @@ class CheckpointWriter:
             "state": dict(state),
         }
         pending = _Pending(step, folder, json.dumps(document))
-        if self._copies_fit(sum(tensor.nbytes for tensor in mine.values())):
-            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in mine.items()}
+        copies = self._copy_to_host(mine)
+        # One rank that cannot write during training keeps the others waiting anyway.
+        if self.ranks.sum_on_host([copies is not None]) == [self.ranks.size] and copies is not None:
             pending.start(self.ranks.rank, copies, parts)
         else:
+            del copies
             pending.start(self.ranks.rank, mine, parts)
             self._wait(pending)
         self._pending = pending
@@ -123,13 +132,30 @@ class CheckpointWriter:
         self._wait(pending)
         reports = self.ranks.gather((pending.error, pending.files))
         problem = next((f"rank {rank}: {error}" for rank, (error, _) in enumerate(reports) if error), None)
-        if problem is None and self.ranks.is_first:
-            files = {name: entry for _, entries in reports for name, entry in entries.items()}
-            problem = _text_of_error(lambda: self._name(pending, files))
-        elif self.ranks.is_first:
-            shutil.rmtree(pending.folder, ignore_errors=True)
+        if self.ranks.is_first:
+            if problem is None:
+                files = {name: entry for _, entries in reports for name, entry in entries.items()}
+                problem = _text_of_error(lambda: self._name(pending, files))
+            if problem is not None:
+                shutil.rmtree(pending.folder, ignore_errors=True)
         self._all_agree(pending.step, problem)
+        if self.ranks.is_first:
+            self._tell_of_error("older checkpoints could not be removed", lambda: self.store.drop_oldest(pending.step))
         return Checkpoint(path=self.store.path_of(pending.step), step=pending.step)
+
+    def tidy(self, step: int) -> None:
+        """Remove what a killed run has left: unfinished checkpoints, and of those up to ``step`` all but the newest.
+
+        ``step`` is that of the checkpoint the run has resumed from, which is whole.
+        """
+        if self.ranks.is_first:
+            self._tell_of_error("leftovers of a killed run could not be removed", self.store.remove_leftovers)
+            self._tell_of_error("older checkpoints could not be removed", lambda: self.store.drop_oldest(step))
+
+    def _tell_of_error(self, what: str, action: Callable[[], None]) -> None:
+        problem = _text_of_error(action)
+        if problem is not None:
+            self.on_notice(f"{self.store.folder}: {what} ({problem})")
 
     def save(
         self, step: int, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], **options: Any
@@ -138,11 +164,16 @@ class CheckpointWriter:
         self.begin(step, state, tensors, **options)
         return self.commit()
 
-    def _copies_fit(self, size: int) -> bool:
-        """Whether all ranks write beside the training: one that does not keeps the others waiting anyway."""
+    def _copy_to_host(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """Copies that a thread can write while the originals change, or None where host memory does not hold them."""
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        fits = self.in_background and size * local_ranks < HOST_MEMORY_SHARE * available_host_bytes()
-        return self.ranks.sum_on_host([fits]) == [self.ranks.size]
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if not self.in_background or size * local_ranks >= HOST_MEMORY_SHARE * available_host_bytes():
+            return None
+        try:
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        except (RuntimeError, MemoryError):  # too little memory; any other cause fails again as the files are written
+            return None
 
     def _wait(self, pending: _Pending) -> None:
         """Until all ranks have written. A collective.
@@ -151,8 +182,8 @@ class CheckpointWriter:
         those that have written stand in the collective: so a watchdog blames the one whose disk stands still.
         """
         while True:
-            pending.thread.join(WAIT_SECONDS)
-            num_writing, num_advanced = self.ranks.sum_on_host([pending.thread.is_alive(), pending.has_advanced()])
+            pending.done.wait(WAIT_SECONDS)
+            num_writing, num_advanced = self.ranks.sum_on_host([not pending.done.is_set(), pending.has_advanced()])
             if num_writing == 0:
                 return
             if num_advanced:
@@ -178,35 +209,36 @@ class CheckpointWriter:
     def _make_folder(self, folder: Path) -> str | None:
         def make() -> None:
             self.store.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.store.folder.glob(".writing-*"):
-                shutil.rmtree(leftover)
+            self.store.remove_leftovers()
             folder.mkdir()
 
         return _text_of_error(make)
 
     def _name(self, pending: _Pending, files: Mapping[str, Any]) -> None:
         document = json.loads(pending.document) | {"files": files}
-        path = pending.folder / STATE_FILE
-        path.write_text(json.dumps({"sha256": document_digest(document), "content": document}, indent=1))
-        _sync(path)
-        _sync(pending.folder)
+        problem = find_missing_elements(document["tensors"], files)
+        if problem is not None:
+            raise CheckpointError(problem)
+        for name, entry in files.items():  # as this rank sees them: on a shared disk, other ranks have written them
+            size = (pending.folder / name).stat().st_size
+            if size != entry["bytes"]:
+                raise CheckpointError(f"{name} has {size} bytes here, {entry['bytes']} were written")
+        text = json.dumps({"sha256": document_digest(document), "content": document}, indent=1)
+        write_atomically(pending.folder / STATE_FILE, text)
         final = self.store.path_of(pending.step)
-        if final.exists():  # the same step again, after resuming from an earlier one
-            replaced = final.with_name(f".writing-replaced-{final.name}")
-            final.rename(replaced)
-            pending.folder.rename(final)
+        # The same step again, after resuming from an earlier one: killed in between, one of the two is there.
+        replaced = self.store.set_aside(Checkpoint(path=final, step=pending.step)) if final.exists() else None
+        pending.folder.rename(final)
+        sync(self.store.folder)
+        if replaced is not None:
             shutil.rmtree(replaced)
-        else:
-            pending.folder.rename(final)
-        _sync(self.store.folder)
-        self.store.drop_oldest(pending.step)
 
     def _all_agree(self, step: int, problem: str | None) -> None:
         problem = next((text for text in self.ranks.gather(problem) if text), None)
         if problem is not None:
             raise CheckpointError(
-                f"{self.store.path_of(step)}: could not be written ({problem}); earlier checkpoints are untouched. "
-                "Free space or choose another --output"
+                f"{self.store.path_of(step)}: could not be written ({problem}). Earlier checkpoints are untouched; the "
+                "same command resumes from the newest of them"
             )
 
 
@@ -219,6 +251,8 @@ class _Pending:
         self.document = document
         self.files: dict[str, Any] = {}
         self.error: str | None = None
+        self.done = threading.Event()
+        """Set when :attr:`files` holds all that this rank writes, or :attr:`error` says why not."""
         self._stage = 0
         self._seen: tuple[int, int] | None = None
 
@@ -227,13 +261,18 @@ class _Pending:
 
         def run() -> None:
             try:
-                self._write(rank, tensors, parts)
-            except (OSError, SafetensorError) as error:
-                self.error = str(error)
+                self.files = self._write(rank, tensors, parts)
+            except BaseException as error:  # of any type: what is not told here would pass for a whole checkpoint
+                self.error = _text_of(error)
+            finally:
+                self.done.set()
 
-        # Not a daemon: a process that ends in peace lets the write end first.
-        self.thread = threading.Thread(target=run, name="moescale-checkpoint")
-        self.thread.start()
+        try:
+            # Not a daemon: a process that ends in peace lets the write end first.
+            threading.Thread(target=run, name="moescale-checkpoint").start()
+        except RuntimeError as error:  # the system has no thread left
+            self.error = _text_of(error)
+            self.done.set()
 
     def has_advanced(self) -> bool:
         """Whether the checkpoint's files have grown, or one of this rank's got further, since the last call."""
@@ -246,18 +285,35 @@ class _Pending:
         before, self._seen = self._seen, (self._stage, num_blocks)
         return self._seen != before
 
-    def _write(self, rank: int, tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Part]) -> None:
+    def _write(
+        self, rank: int, tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Part]
+    ) -> dict[str, dict[str, Any]]:
         files = {}
-        for number, group in enumerate(_by_size(tensors)):
+        for number, names in enumerate(_by_size(tensors)):
+            group = {name: tensors[name].detach().cpu().contiguous() for name in names}
             path = self.folder / f"tensors-{rank:05d}-{number:04d}.safetensors"
-            save_file({name: tensors[name].detach().cpu().contiguous() for name in group}, path)
+            with written_by_library(path):
+                save_file(group, path)
+                self._stage += 1
             self._stage += 1
-            _sync(path)
-            self._stage += 1
-            boxes = {name: [[bounds.start, bounds.stop] for bounds in parts[name].index] for name in group}
+            _check_written(path, group)
+            boxes = {name: [[bounds.start, bounds.stop] for bounds in parts[name].index] for name in names}
             files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path), "boxes": boxes}
             self._stage += 1
-        self.files = files
+        return files
+
+
+def _check_written(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise CheckpointError unless the file holds ``tensors`` and nothing else, bit for bit."""
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) != tensors.keys():
+            raise CheckpointError(f"{path.name} was read back with other tensors than were written")
+        for name, tensor in tensors.items():
+            stored = file.get_tensor(name)
+            same = stored.shape == tensor.shape and stored.dtype == tensor.dtype
+            # As bytes: NaN differs from itself.
+            if not same or not torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (stored, tensor))):
+                raise CheckpointError(f"{path.name}: tensor '{name}' was read back with other values than were written")
 
 
 def _whole_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
@@ -283,16 +339,17 @@ def _by_size(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
 
 
 def _text_of_error(action: Callable[[], None]) -> str | None:
+    """Why ``action`` failed, or None: what is raised on one rank only would leave the others waiting for it."""
     try:
         action()
-    except OSError as error:
-        return str(error)
+    except Exception as error:
+        return _text_of(error)
     return None
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _text_of(error: BaseException) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    advice = remedy(error)
+    kind = "" if isinstance(error, OSError) or advice else f"{type(error).__name__}: "
+    return f"{kind}{error}{'' if advice is None else f'; {advice}'}"

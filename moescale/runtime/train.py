@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from moescale.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
+from moescale.errors import CheckpointError, ConfigError, MoescaleError, NonFiniteLossError, Preempted
 from moescale.kernels.attention import Documents
 from moescale.model.transformer import Transformer
 from moescale.report.metrics import Observer, StepMetrics, TrainSummary
@@ -77,12 +77,14 @@ class Trainer:
         parts: Mapping[str, Part] | None = None,
         plan: dict[str, Any] | None = None,
         on_progress: Callable[[int, str], None] = lambda step, phase: None,
+        on_notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         """``identity`` (fingerprints of model and the like) is saved, and a checkpoint with another one refused.
 
         On several ranks ``model`` is divided over them (:func:`moescale.runtime.mapping.apply_plan`), ``parts`` says
         how, and ``source`` and ``validation`` hand out this rank's share of equally many micro-batches. ``plan`` is
-        kept in checkpoints for the reader; ``on_progress`` hears of steps done and of the phase that begins.
+        kept in checkpoints for the reader; ``on_progress`` hears of steps done and of the phase that begins,
+        ``on_notice`` of what the user should know though the run goes on.
         """
         self.model = model
         self.settings = settings
@@ -94,6 +96,7 @@ class Trainer:
             ranks,
             in_background=settings.background_checkpoints,
             on_progress=lambda: self.on_progress(self.step, "writing a checkpoint"),
+            on_notice=on_notice,
         )
         self.observer = observer
         self.validation = validation
@@ -101,6 +104,7 @@ class Trainer:
         self.ranks = ranks
         self.plan = plan
         self.on_progress = on_progress
+        self.on_notice = on_notice
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
         self.optimizer.accumulate_in_products(model)
         self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs)
@@ -173,6 +177,7 @@ class Trainer:
         """
         if self.step < self.total_steps and self.settings.writes_checkpoints:
             self.writer.check_room(self.optimizer.tensors(), self.optimizer.tensor_parts())
+        self.writer.tidy(self.step)
         started, first_step, tokens = time.monotonic(), self.step, 0
         last_saved_step, last_saved_time = self.step if self.step else None, time.monotonic()
         steps = iter(self.source)
@@ -222,7 +227,10 @@ class Trainer:
             yield
         except BaseException as error:
             if self.writer.is_pending and (self.ranks.size == 1 or isinstance(error, NonFiniteLossError)):
-                self._commit()
+                try:
+                    self._commit()
+                except MoescaleError as second:  # the first one says why the run ends
+                    self.on_notice(str(second))
             raise
         if self.writer.is_pending:
             self._commit()

@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_an_error_and_last_good_says_what_it_skips(
     state_file = output / "checkpoints" / "step-00000006" / "state.json"
     state_file.unlink()
     message = error_of(capsys, *arguments, "--steps", 8)
-    assert "step-00000006/state.json: missing; the checkpoint is damaged; pass --resume last-good to skip it" in message
+    assert "step-00000006/state.json: missing; the checkpoint is damaged; pass --resume last-good to go on" in message
     moescale(*arguments, "--steps", 8, "--resume", "last-good", "--json")
     shown = capsys.readouterr()
     assert f"skipped a damaged checkpoint: {state_file}: missing" in shown.err

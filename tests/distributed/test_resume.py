@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gloo_ranks import GlooRanks
+from moescale import files
 from moescale.data.corpus import PackedSequence
 from moescale.data.loader import Loader
 from moescale.data.shuffle import permuted
@@ -288,7 +289,7 @@ def reports_while_rank_1_writes_slowly(folder: Path) -> int:
         patch.setattr(checkpoint_writer, "WAIT_SECONDS", 0.02)
         if one.ranks.rank == 1:
             patch.setattr(checkpoint_writer, "MAX_FILE_BYTES", 2**17)
-            patch.setattr(checkpoint_writer, "_sync", lambda path: time.sleep(0.1))
+            patch.setattr(files, "sync", lambda path: time.sleep(0.1))
         one._save()
         reports.clear()
         one._commit()

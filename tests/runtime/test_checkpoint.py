@@ -6,12 +6,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moescale import files
 from moescale.errors import CheckpointError, ConfigError
+from moescale.files import document_digest
 from moescale.runtime import checkpoint as checkpoints
 from moescale.runtime import checkpoint_writer
-from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, CheckpointWeights, load, read_state, verify
+from moescale.runtime.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    CheckpointWeights,
+    find_missing_elements,
+    load,
+    read_state,
+    verify,
+)
 from moescale.runtime.checkpoint_writer import CheckpointWriter
 from moescale.runtime.device import available_cgroup_bytes
+from moescale.runtime.layout import Part
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -122,7 +133,7 @@ def test_a_slow_disk_is_progress_as_long_as_it_advances_and_a_dead_one_is_none(t
             time.sleep(0.9)
             dead_until.append(time.monotonic())
 
-    monkeypatch.setattr(checkpoint_writer, "_sync", slow_sync)
+    monkeypatch.setattr(files, "sync", slow_sync)
     store = CheckpointStore(tmp_path, keep=1)
     writer = CheckpointWriter(store, in_background=in_background, on_progress=lambda: reports.append(time.monotonic()))
     writer.begin(1, {}, tensors())
@@ -162,7 +173,7 @@ def test_copies_of_all_ranks_of_a_host_must_fit_into_its_memory(tmp_path, monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     monkeypatch.setattr(checkpoint_writer, "available_host_bytes", lambda: 400.0)  # three tensors of 48 bytes
     held = threading.Event()
-    monkeypatch.setattr(checkpoint_writer, "_sync", lambda path: held.wait(1.0))
+    monkeypatch.setattr(files, "sync", lambda path: held.wait(1.0))
     writer = CheckpointWriter(CheckpointStore(tmp_path, keep=1))
     writer.begin(1, {}, tensors())
     assert writer.is_written == waits
@@ -224,7 +235,7 @@ def test_a_newer_format_is_refused(tmp_path):
     checkpoint = CheckpointWriter(CheckpointStore(tmp_path, keep=1)).save(1, {}, tensors())
     path = checkpoint.path / "state.json"
     document = json.loads(path.read_text())["content"] | {"format": 99}
-    path.write_text(json.dumps({"sha256": checkpoints.document_digest(document), "content": document}))
+    path.write_text(json.dumps({"sha256": document_digest(document), "content": document}))
     with pytest.raises(CheckpointError, match=r"format \(99\) must be 2"):
         read_state(checkpoint)
 
@@ -237,3 +248,186 @@ def test_weights_are_read_by_slice(tmp_path):
         assert weights.shape("a") == (4, 3)
         assert torch.equal(weights.read("a"), saved["weights.a"])
         assert torch.equal(weights.read("b", 2), saved["weights.b"][2])
+
+
+IN_THE_THREAD = ("save_file", "written_by_library", "_check_written", "file_digest", "_by_size")
+AT_THE_COMMIT = ("find_missing_elements", "document_digest", "write_atomically")
+FAILURES = (OSError(28, "No space left on device"), RuntimeError("can't allocate memory"), KeyError("a"), SystemExit(0))
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+@pytest.mark.parametrize("failure", [*FAILURES, KeyboardInterrupt()], ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize("place", IN_THE_THREAD)
+def test_whatever_fails_in_the_thread_is_told_and_the_older_checkpoint_stays(
+    tmp_path, monkeypatch, place, failure, in_background
+):
+    store = CheckpointStore(tmp_path, keep=1)
+    older = CheckpointWriter(store).save(1, {}, tensors())
+
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(checkpoint_writer, place, fail)
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002: could not be written \(rank 0: .*the same command resum"
+    ):
+        CheckpointWriter(store, in_background=in_background).save(2, {}, tensors())
+    assert [path.name for path in tmp_path.iterdir()] == [older.path.name]
+    verify(older)
+
+
+@pytest.mark.parametrize("failure", FAILURES[:3], ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize("place", AT_THE_COMMIT)
+def test_whatever_fails_at_the_commit_is_told_and_the_older_checkpoint_stays(tmp_path, monkeypatch, place, failure):
+    store = CheckpointStore(tmp_path, keep=1)
+    older = CheckpointWriter(store).save(1, {}, tensors())
+
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(checkpoint_writer, place, fail)
+    with pytest.raises(CheckpointError, match=r"step-00000002: could not be written"):
+        CheckpointWriter(store).save(2, {}, tensors())
+    assert [path.name for path in tmp_path.iterdir()] == [older.path.name]
+    verify(older)
+
+
+def _write_nothing(*_, **__) -> None: ...
+
+
+def _write_fewer(save, group, path):
+    save(dict(list(group.items())[:-1]), path)
+
+
+def _write_other_values(save, group, path):
+    save({name: tensor + 1 for name, tensor in group.items()}, path)
+
+
+def _write_another_dtype(save, group, path):
+    save({name: tensor.to(torch.bfloat16) for name, tensor in group.items()}, path)
+
+
+@pytest.mark.parametrize("wrong", [_write_nothing, _write_fewer, _write_other_values, _write_another_dtype])
+def test_files_that_do_not_hold_what_was_to_be_written_are_no_checkpoint(tmp_path, monkeypatch, wrong):
+    store = CheckpointStore(tmp_path, keep=1)
+    older = CheckpointWriter(store).save(1, {}, tensors())
+    save = checkpoint_writer.save_file
+    monkeypatch.setattr(checkpoint_writer, "save_file", lambda group, path: wrong(save, group, path))
+    with pytest.raises(CheckpointError, match="could not be written"):
+        CheckpointWriter(store).save(2, {}, tensors())
+    assert [path.name for path in tmp_path.iterdir()] == [older.path.name]
+
+
+def test_numbers_that_differ_from_themselves_are_written_and_read_back_all_the_same(tmp_path):
+    saved = {"weights.a": torch.full((2,), float("nan")), "weights.b": torch.tensor(-0.0)}
+    checkpoint = CheckpointWriter(CheckpointStore(tmp_path, keep=1)).save(1, {}, saved)
+    loaded = empty_like(saved)
+    load(checkpoint, loaded)
+    assert loaded["weights.a"].isnan().all() and torch.signbit(loaded["weights.b"])
+
+
+def test_parts_that_no_rank_has_written_are_missed(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    older = CheckpointWriter(store).save(1, {}, {"weights.a": torch.zeros(4, 3)})
+    half = Part(shape=(4, 3), index=(slice(0, 2), slice(0, 3)), is_first_copy=True)
+    with pytest.raises(CheckpointError, match="the files hold 6 of the 12 elements of tensor 'weights.a'"):
+        CheckpointWriter(store).save(2, {}, {"weights.a": torch.zeros(2, 3)}, parts={"weights.a": half})
+    assert store.list() == [older]
+
+
+def test_a_system_without_a_thread_left_is_told(tmp_path, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(CheckpointError, match="can't start new thread"):
+        CheckpointWriter(CheckpointStore(tmp_path, keep=1)).save(1, {}, tensors())
+
+
+def test_copies_that_get_no_memory_are_done_without(tmp_path, monkeypatch):
+    original = torch.Tensor.to
+
+    def refuse(tensor, *arguments, **options):
+        if options.get("copy"):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return original(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", refuse)
+    writer = CheckpointWriter(CheckpointStore(tmp_path, keep=1))
+    writer.begin(1, {}, tensors())
+    assert writer.is_written
+    verify(writer.commit())
+
+
+@pytest.mark.parametrize(
+    ("shape", "boxes", "whole"),
+    [
+        ((), [[]], True),
+        ((), [], False),
+        ((4,), [[[0, 4]]], True),
+        ((4,), [[[0, 2]], [[2, 4]]], True),
+        ((4,), [[[0, 2]], [[3, 4]]], False),
+        ((4,), [[[0, 2]], [[0, 2]]], False),
+        ((4,), [[[0, 3]], [[1, 2]]], False),
+        ((4,), [[[0, 5]]], False),
+        ((4,), [[[-1, 4]]], False),
+        ((4,), [[[0, 4], [0, 1]]], False),
+        ((2, 4), [[[0, 1], [0, 4]], [[1, 2], [0, 2]], [[1, 2], [2, 4]]], True),
+        ((2, 4), [[[0, 1], [0, 4]], [[0, 2], [0, 2]], [[1, 2], [2, 4]]], False),
+        ((0, 4), [], True),
+    ],
+)
+def test_boxes_hold_a_tensor_whole_when_each_element_is_in_one(shape, boxes, whole):
+    written = {f"file {number}": {"boxes": {"weights.a": box}} for number, box in enumerate(boxes)}
+    assert (find_missing_elements({"weights.a": shape}, written) is None) == whole
+
+
+def _rewrite_state(checkpoint, change) -> None:
+    path = checkpoint.path / "state.json"
+    document = json.loads(path.read_text())["content"]
+    change(document)
+    path.write_text(json.dumps({"sha256": document_digest(document), "content": document}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda document: document["files"].clear(),
+        lambda document: document["tensors"].update({"weights.c": [2]}),
+        lambda document: document["tensors"].update({"weights.a": [5, 3]}),
+        lambda document: document["files"]["tensors-00000-0000.safetensors"]["boxes"].pop("weights.a"),
+        lambda document: document["files"]["tensors-00000-0000.safetensors"].pop("boxes"),
+        lambda document: document.update({"files": 3}),
+    ],
+)
+def test_a_checkpoint_without_every_element_is_not_the_last_good_one(tmp_path, change):
+    """As an earlier version could leave it: the state intact, files that were never written."""
+    store = CheckpointStore(tmp_path, keep=3)
+    CheckpointWriter(store).save(1, {}, tensors())
+    _rewrite_state(CheckpointWriter(store).save(2, {}, tensors()), change)
+    skipped = []
+    last = store.last_good(on_skip=skipped.append)
+    assert last is not None and last.step == 1 and len(skipped) == 1 and "state.json" in skipped[0]
+
+
+def test_what_a_killed_run_left_goes_at_the_next_start(tmp_path):
+    store = CheckpointStore(tmp_path, keep=9)
+    for step in (1, 2, 3, 4):
+        CheckpointWriter(store).save(step, {}, tensors())
+    (tmp_path / ".writing-dropped-step-00000000").mkdir()
+    CheckpointWriter(CheckpointStore(tmp_path, keep=2)).tidy(3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{step}" for step in (2, 3, 4)]
+
+
+def test_old_checkpoints_that_cannot_be_dropped_are_a_notice_and_the_new_one_is_there(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, keep=1)
+    CheckpointWriter(store).save(1, {}, tensors())
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", refuse)
+    notices: list[str] = []
+    checkpoint = CheckpointWriter(store, on_notice=notices.append).save(2, {}, tensors())
+    verify(checkpoint)
+    assert len(notices) == 1 and "older checkpoints could not be removed ([Errno 13] Permission denied" in notices[0]
