@@ -34,6 +34,12 @@ class NonFiniteLossError(MoescaleError):
     exit_status = 3
 
 
+class NonFiniteWeightsError(CheckpointError):
+    """Weights that are to be trained hold NaN or infinity."""
+
+    exit_status = 3
+
+
 class Preempted(MoescaleError):
     """The run was asked to stop (SIGTERM, Ctrl-C); its state was saved and it can be resumed."""
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from moescale import __version__
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
+from moescale.files import write_atomically
 from moescale.formats import ComputeFormat, GradientFormat, MasterFormat, MomentFormat
 
 PLAN_FORMAT = 1
@@ -200,11 +201,9 @@ def load_plan(path: Path) -> ParallelPlan:
 
 def save_plan(plan: ParallelPlan, path: Path) -> None:
     """Write a plan file, whole or not at all. Raises ConfigError naming the path where that is not possible."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(plan.to_json() + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, plan.to_json() + "\n")
     except OSError as error:
         raise ConfigError(f"plan file ({path}) cannot be written: {error.strerror}; give another path") from None
 

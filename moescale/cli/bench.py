@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from moescale.errors import ConfigError, MoescaleError
+from moescale.files import write_atomically
 
 COLUMNS = ("scope", "tokens", "num_experts", "routing", "backend", "forward_ms", "backward_ms", "tflops", "peak_bytes")
 
@@ -46,7 +47,7 @@ def bench_command(
     document = _tuned_table() if tune else _measured()
     text = json_module.dumps(document, indent=1)
     if output is not None:
-        output.write_text(text + "\n")
+        write_atomically(output, text + "\n")
     if json:
         print(text)
     elif tune:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from moescale.files import write_atomically
 from moescale.planner.cluster import parse_cluster
 
 
@@ -30,5 +31,5 @@ def calibrate_command(output: Path, *, name: str | None = None) -> None:
     text = to_toml(document)
     parse_cluster(tomllib.loads(text), str(output))  # what we write must be what `compile` reads
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text)
+    write_atomically(output, text)
     print(f"written to {output}")

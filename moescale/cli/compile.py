@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from moescale.convert.hf_config import read_model_config, resolve_model
 from moescale.errors import ConfigError
+from moescale.files import write_atomically
 from moescale.plan import save_plan
 from moescale.planner.cluster import load_cluster
 from moescale.planner.explain import explain_html, explain_json, explain_text
@@ -114,7 +115,7 @@ def _check_files(settings: CompileSettings) -> None:
 def _write_page(page: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        write_atomically(path, page)
     except OSError as error:
         raise ConfigError(f"--html ({path}) cannot be written: {error.strerror}; give another path") from None
 

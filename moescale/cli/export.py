@@ -10,11 +10,19 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from moescale.config import ModelConfig
 from moescale.convert.checkpoint import export_checkpoint, folder_dtype
-from moescale.convert.hf_config import read_model_config
+from moescale.convert.hf_config import CONFIG_FILE, read_model_config
 from moescale.errors import CheckpointError, ConfigError
 from moescale.report.progress import bytes_progress
-from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, CheckpointWeights, DamagedCheckpointError
+from moescale.runtime.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    CheckpointWeights,
+    DamagedCheckpointError,
+    read_state,
+    verify,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,7 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
     if checkpoint is None:
         raise CheckpointError(f"{store.folder}: holds no whole checkpoint; let the run save one first")
     try:
+        _check_model(settings, reference, config, checkpoint)
         with CheckpointWeights(checkpoint) as source, bytes_progress("exporting", show=not json) as on_progress:
             report = export_checkpoint(
                 config,
@@ -87,8 +96,31 @@ def _with_remedy(error: DamagedCheckpointError, store: CheckpointStore, checkpoi
             f"{checkpoint.path}: the run has removed step {checkpoint.step} meanwhile; export again, or let the run "
             "keep more with --keep-checkpoints"
         )
-    others = ", ".join(str(other.step) for other in store.list() if other.step != checkpoint.step) or "none"
-    return CheckpointError(f"{error}; export another one with --step (there are: {others})")
+    for other in reversed(store.list()):
+        if other.step == checkpoint.step:
+            continue
+        try:
+            verify(other)
+        except CheckpointError:
+            continue
+        return CheckpointError(f"{error}; export the newest whole one with --step {other.step}")
+    return CheckpointError(f"{error}; the run has no other whole one, bring it back from a copy")
+
+
+def _check_model(settings: ExportSettings, reference: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a configuration that is not the one the weights were trained with, equal shapes or not."""
+    trained = read_state(checkpoint)["identity"].get("model")
+    if trained in (None, config.fingerprint()):
+        return
+    remedy = (
+        "leave --model out, or give a folder whose config.json is the one that was trained"
+        if settings.model is not None
+        else "it was changed since; bring it back, or give a copy of the one that was trained as --model"
+    )
+    raise ConfigError(
+        f"{reference / CONFIG_FILE}: describes a model with fingerprint {config.fingerprint()}, {checkpoint.path} was "
+        f"trained as {trained}: a field such as top_k or rope_theta differs; {remedy}"
+    )
 
 
 def _reference(settings: ExportSettings) -> Path:

@@ -21,6 +21,7 @@ from moescale.convert.weight_files import has_weights
 from moescale.data.corpus import Corpus, Verification, open_corpus
 from moescale.data.loader import Loader, validation_batches
 from moescale.errors import CheckpointError, ConfigError
+from moescale.files import write_atomically
 from moescale.model.flops import flops_per_token, peak_flops
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
 from moescale.report.metrics import Observer, SilentObserver, TrainSummary, to_json
@@ -399,7 +400,4 @@ def _write_run_file(inputs: RunInputs, folder: Path, plan: ParallelPlan, setting
         "settings": {key: value for key, value in asdict(settings).items() if value != math.inf},
         "plan": json_module.loads(plan.to_json()),
     }
-    path = inputs.output / RUN_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json_module.dumps(document, indent=2))
-    temporary.replace(path)
+    write_atomically(inputs.output / RUN_FILE, json_module.dumps(document, indent=2))

@@ -2,14 +2,13 @@
 
 Import: every name, shape and dtype is checked from the shards' headers, then each tensor is copied into its part of a
 parameter; one shard is mapped at a time. Export: shards are planned from shapes, then filled and written one at a time
-under a temporary name that becomes the final one when all is on disk.
+in a hidden folder that takes the final name when all is on disk, by one process at a time.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from collections import Counter
@@ -26,14 +25,22 @@ from moescale.boxes import Box, box_shape, overlap, relative_to, whole_box
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import CONFIG_FILE, read_hf_config, read_model_config, transformers_differences
 from moescale.convert.key_table import KeyTable, Piece, build_key_table
-from moescale.convert.weight_files import INDEX_FILE, SINGLE_FILE, StoredTensor, has_weights, read_headers, read_parts
-from moescale.errors import CheckpointError, ConfigError
+from moescale.convert.weight_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    WEIGHT_ENDINGS,
+    StoredTensor,
+    has_weights,
+    read_headers,
+    read_parts,
+)
+from moescale.errors import CheckpointError, ConfigError, NonFiniteWeightsError
+from moescale.files import InUseError, remedy, staged_folder, staging_path, write_atomically, written_by_library
 
 OUTPUT_KEY = "lm_head.weight"
 EMBEDDING_KEY = "model.embed_tokens.weight"
 _RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 """Buffers some published folders carry; the model computes them."""
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
@@ -97,7 +104,7 @@ def import_checkpoint(
         parts: for each parameter one slice with explicit bounds per dim.
 
     Raises CheckpointError naming the tensor where one is missing, extra, of the wrong shape or dtype, or its file is
-    truncated; no parameter has been touched then.
+    truncated; no parameter has been touched then. Raises NonFiniteWeightsError naming a tensor with NaN or infinity.
     """
     table = build_key_table(config)
     stored = read_headers(folder)
@@ -117,6 +124,11 @@ def import_checkpoint(
         tensors = read_parts(file, ((copy.key, copy.source) for copy in copies))
         for copy, tensor in zip(copies, tensors, strict=True):
             copy.target.copy_(tensor.view(copy.target.shape))
+            if not torch.isfinite(copy.target).all():
+                raise NonFiniteWeightsError(
+                    f"{file}: tensor '{copy.key}' has values that are not finite, or not in {copy.target.dtype}; fetch "
+                    "the folder again, or ask who made it"
+                )
             done += copy.target.nbytes
             if on_progress is not None:
                 on_progress(done, total)
@@ -144,7 +156,7 @@ def export_checkpoint(
             one parameter (of stacked experts: one expert) beside it.
 
     Raises CheckpointError naming the tensor where one is missing, extra, of the wrong shape, not finite, or overflows
-    ``dtype``; ConfigError where ``reference`` describes another model.
+    ``dtype``; ConfigError where ``reference`` describes another model, or has files that lie elsewhere.
     """
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes ({max_shard_bytes}) must be positive")
@@ -158,28 +170,25 @@ def export_checkpoint(
         raise ConfigError(
             f"{reference / CONFIG_FILE}: describes another model than the weights; give the right --model"
         )
-    target = output.resolve()  # a folder such as "." has no name otherwise
-    temporary = target.with_name(f".{target.name}.writing") if target.name else target
-    if temporary == target or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+    companions = _find_companions(reference)
+    # A folder such as "." has a name once it is resolved; "/" has none.
+    if not output.resolve().name or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise CheckpointError(f"{output}: already exists; give another --output, or remove it")
     shards = _plan_shards(table, dtype.itemsize, max_shard_bytes)
     weight_bytes = sum(math.prod(piece.shape) for shard in shards for _, piece in shard) * dtype.itemsize
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _copy_companions(reference, temporary, dtype)
-        _write_shards(shards, source, temporary, dtype, weight_bytes, on_progress)
-        _sync(temporary)
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    except (OSError, SafetensorError) as error:  # the latter is what a full disk becomes while a shard is written
+        with staged_folder(output) as folder:
+            _copy_companions(companions, reference, folder, dtype)
+            _write_shards(shards, source, folder, dtype, weight_bytes, on_progress)
+            _check_written(folder, shards, dtype)
+    except InUseError as error:
         raise CheckpointError(
-            f"{output}: could not be written ({error}); free space or give another --output"
+            f"{output}: another process is exporting to it (it holds {staging_path(output)}); wait for its end, or "
+            "give another --output"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk becomes while a shard is written
+        advice = remedy(error) or "give another --output"
+        raise CheckpointError(f"{output}: could not be written ({error}); {advice}") from error
     return ExportReport(
         output=output,
         num_tensors=sum(map(len, shards)),
@@ -328,11 +337,11 @@ def _write_shards(
             if on_progress is not None:
                 on_progress(done, weight_bytes)
         del read
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
-        _sync(folder / file_name)
+        with written_by_library(folder / file_name):
+            save_file(tensors, folder / file_name, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": weight_bytes}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        write_atomically(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
 def _convert(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -345,21 +354,42 @@ def _convert(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     return converted
 
 
-def _copy_companions(reference: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Everything of the reference folder that is not a weight."""
+def _check_written(folder: Path, shards: list[_Shard], dtype: torch.dtype) -> None:
+    """Raise CheckpointError unless the folder, opened as any other, holds every tensor."""
+    expected = {piece.key: (piece.shape, dtype) for shard in shards for _, piece in shard}
+    found = {key: (stored.shape, stored.dtype) for key, stored in read_headers(folder).items()}
+    for key in expected.keys() | found.keys():
+        if expected.get(key) != found.get(key):
+            raise CheckpointError(f"{folder}: tensor '{key}' was read back as {found.get(key)}; export again")
+
+
+def _find_companions(reference: Path) -> list[Path]:
+    """Everything of the reference folder that is not a weight.
+
+    Raises ConfigError naming a link that leads out of the folder: an export is published, what lies elsewhere is not
+    meant to be. In the hub's cache the files of a model are links to its own ``blobs``.
+    """
+    roots = [reference.resolve()]
+    if roots[0].parent.name == "snapshots":
+        roots.append(roots[0].parent.parent / "blobs")
+    found = []
     for path in sorted(reference.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copyfile(path, folder / path.name)
+        if path.name.startswith(".") or path.name.endswith(WEIGHT_ENDINGS) or not path.is_file():
+            continue
+        if not any(path.resolve().is_relative_to(root) for root in roots):
+            raise ConfigError(
+                f"{path}: is a link to {path.resolve()}, out of the model's folder, so it is not exported; put a copy "
+                "in its place, or remove it"
+            )
+        found.append(path)
+    return found
+
+
+def _copy_companions(companions: Iterable[Path], reference: Path, folder: Path, dtype: torch.dtype) -> None:
+    for path in companions:
+        shutil.copyfile(path, folder / path.name)
     document = read_hf_config(reference)
     name = "dtype" if "dtype" in document else "torch_dtype"
     if document.get(name) != _DTYPE_NAMES[dtype]:
         document[name] = _DTYPE_NAMES[dtype]
-        (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        write_atomically(folder / CONFIG_FILE, json.dumps(document, indent=2) + "\n")

@@ -15,7 +15,8 @@ from moescale.errors import CheckpointError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
-_WEIGHT_ENDINGS = (".safetensors", ".index.json", *_OTHER_FORMATS)
+WEIGHT_ENDINGS = (".safetensors", ".index.json", *_OTHER_FORMATS)
+"""What a file of weights, or an index of such, ends in."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -54,7 +55,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 def has_weights(folder: Path) -> bool:
     """Whether the folder means to hold weights: in any format, or in part, as after an interrupted download."""
-    return any(path.name.endswith(_WEIGHT_ENDINGS) for path in folder.iterdir())
+    return any(path.name.endswith(WEIGHT_ENDINGS) for path in folder.iterdir())
 
 
 def read_parts(file: Path, parts: Iterable[tuple[str, tuple[slice, ...]]]) -> Iterator[torch.Tensor]:

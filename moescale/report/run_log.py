@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moescale.errors import MoescaleError
+from moescale.files import write_atomically
 from moescale.report.metrics import StepMetrics, TrainSummary, to_json
 
 METRICS_FILE = "metrics.jsonl"
@@ -204,7 +204,5 @@ def _keep_records(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> list
         if is_kept(record):
             lines.append(line)
             records.append(record)
-    shortened = path.with_name(f".{path.name}.incomplete")
-    shortened.write_text("".join(line + "\n" for line in lines))
-    os.replace(shortened, path)
+    write_atomically(path, "".join(line + "\n" for line in lines))
     return records

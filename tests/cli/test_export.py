@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moescale import cli
+from moescale.files import staged_folder
 from moescale.runtime import checkpoint
 
 
@@ -76,7 +77,7 @@ def test_a_damaged_checkpoint_is_named_with_the_steps_that_can_be_exported_inste
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     status, errors = export(capsys, "--run", run, "--output", tmp_path / "out")
     assert status == 2 and f"{damaged}: checksum differs" in errors
-    assert "export another one with --step (there are: 1)" in errors and "last-good" not in errors
+    assert "export the newest whole one with --step 1" in errors and "last-good" not in errors
     assert export(capsys, "--run", run, "--output", tmp_path / "out", "--step", 1)[0] == 0
 
 
@@ -162,3 +163,67 @@ def test_any_other_failure_of_the_system_is_a_line_with_its_path(finished_run, t
     monkeypatch.setattr("moescale.cli.export.read_model_config", full)
     status, errors = export(capsys, "--run", finished_run, "--output", tmp_path / "out")
     assert status == 2 and "error: /somewhere: No space left on device; free space" in errors
+
+
+def test_two_exports_to_one_folder_come_one_by_one(finished_run, tmp_path, capsys):
+    with staged_folder(tmp_path / "out") as folder:
+        (folder / "first.txt").write_text("whole")
+        status, errors = export(capsys, "--run", finished_run, "--output", tmp_path / "out")
+        assert status == 2 and "out: another process is exporting to it" in errors and "wait for its end" in errors
+        assert (folder / "first.txt").read_text() == "whole"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["first.txt"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_experts_per_tok": 1}, {"rope_theta": 20000.0}, {"rms_norm_eps": 1e-3}, {"routed_scaling_factor": 2.0}],
+)
+@pytest.mark.parametrize("how", ["given", "changed"])
+def test_a_model_that_is_not_the_one_that_was_trained_is_refused(
+    change, how, finished_run, model_folder, tmp_path, capsys
+):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    other = shutil.copytree(model_folder, tmp_path / "model")
+    document = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(document | change))
+    options: list[object] = ["--model", other]
+    if how == "changed":
+        run_file = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(run_file | {"model": str(other)}))
+        options = []
+    status, errors = export(capsys, "--run", run, "--output", tmp_path / "out", *options)
+    assert status == 2 and f"{other / 'config.json'}: describes a model with fingerprint" in errors
+    assert ("leave --model out" if how == "given" else "it was changed since") in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_out_of_the_models_folder_is_refused_by_name_and_one_inside_is_copied(
+    finished_run, model_folder, tmp_path, capsys
+):
+    secret, model = tmp_path / "secret.txt", shutil.copytree(model_folder, tmp_path / "model")
+    secret.write_text("secret")
+    (model / "inside.txt").symlink_to(model / "config.json")
+    (model / "notes.txt").symlink_to(secret)
+    status, errors = export(capsys, "--run", finished_run, "--output", tmp_path / "out", "--model", model)
+    assert status == 2 and f"{model / 'notes.txt'}: is a link to {secret}, out of the model's folder" in errors
+    (model / "notes.txt").unlink()
+    assert export(capsys, "--run", finished_run, "--output", tmp_path / "out", "--model", model)[0] == 0
+    assert (tmp_path / "out" / "inside.txt").is_file() and not (tmp_path / "out" / "inside.txt").is_symlink()
+
+
+def test_the_files_of_the_hubs_cache_are_links_to_its_blobs(finished_run, model_folder, tmp_path, capsys):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1f", tmp_path / "models--a--b" / "blobs"
+    shutil.copytree(model_folder, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    assert export(capsys, "--run", finished_run, "--output", tmp_path / "out", "--model", snapshot)[0] == 0
+
+
+def test_no_weights_of_before_the_training_are_in_an_export(finished_run, model_folder, tmp_path, capsys):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    for name in ("flax_model.msgpack", "tf_model.h5", "last.ckpt", "pytorch_model.bin", "old.pt", "old.pth", "q4.gguf"):
+        (model / name).write_text("old")
+    options = ("--model", model, "--dtype", "bf16")
+    assert export(capsys, "--run", finished_run, "--output", tmp_path / "out", *options)[0] == 0
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.read_bytes() == b"old"]

@@ -305,9 +305,9 @@ class TestFailedExport:
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
     def test_leftovers_of_an_interrupted_export_do_no_harm(self, config, parameters, reference, tmp_path):
-        shutil.copytree(reference, tmp_path / ".out.writing")
+        shutil.copytree(reference, tmp_path / ".out.incomplete")
         self.export(config, parameters, reference, tmp_path / "out")
-        assert not (tmp_path / ".out.writing").exists() and (tmp_path / "out" / "model.safetensors").is_file()
+        assert not (tmp_path / ".out.incomplete").exists() and (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_a_model_that_transformers_computes_differently_exports_with_a_warning(tmp_path):

@@ -127,7 +127,7 @@ def test_records_are_kept_where_dropping_the_later_ones_fails(tmp_path, monkeypa
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(MoescaleError, match="metrics.jsonl cannot be written"), make_log(tmp_path) as log:
         log.on_resume(2, tmp_path / "checkpoints")
         log.on_step(metrics(3))
