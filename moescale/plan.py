@@ -97,6 +97,12 @@ class ParallelPlan:
     master_weight_format: MasterFormat
     gradient_dtype: GradientFormat
     """In which gradients are accumulated and reduced."""
+    dense_sharding: Literal["zero1", "fsdp"] = "fsdp"
+    """How weights outside the routed experts are kept on several GPUs.
+
+    ``zero1``: whole on every rank; gradients are accumulated locally and reduced once a step, only optimizer states are
+    sharded. ``fsdp``: sharded over ``dp_shard`` too, gathered layer by layer. Plans without the field are ``fsdp``.
+    """
     offload_optimizer: bool = False
     """Keep optimizer state in host memory."""
     dense_sharding: Literal["zero1", "fsdp"] = "zero1"
@@ -225,6 +231,7 @@ def validate(plan: ParallelPlan) -> None:
             "whole steps are read ahead into memory"
         )
     _check_mesh(plan)
+    _check_dense_sharding(plan)
     _check_recompute(plan)
     if plan.prediction is not None:
         _check_prediction(plan.prediction)
@@ -283,6 +290,24 @@ def _check_mesh(plan: ParallelPlan) -> None:
             f"plan.mesh.ep ({mesh.ep}) must divide dp_shard * cp ({mesh.dp_shard} * {mesh.cp}): "
             "experts live on the data-parallel GPUs of a scale unit"
         )
+
+
+def _check_dense_sharding(plan: ParallelPlan) -> None:
+    if plan.dense_sharding != "zero1":
+        return
+    for kind in ("dense_layers", "moe_layers"):
+        if getattr(plan, kind).reshard_after_forward:
+            raise ConfigError(
+                f"plan.{kind}.reshard_after_forward (True) must be False where plan.dense_sharding is zero1: weights "
+                "are whole on every rank, so there is nothing to free; compile the plan again"
+            )
+    for axis in ("pp", "cp", "tp"):
+        size = getattr(plan.mesh, axis)
+        if size != 1:
+            raise ConfigError(
+                f"plan.mesh.{axis} ({size}) must be 1 where plan.dense_sharding is zero1: this version keeps whole "
+                "weights along data-parallel axes only; use fsdp"
+            )
 
 
 def _parse(cls: type, document: Any, path: str) -> Any:

@@ -52,6 +52,18 @@ def test_a_plan_survives_its_file(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["plan.json"]
 
 
+def test_a_file_without_dense_sharding_is_one_of_fsdp_and_whole_weights_survive_theirs():
+    old = json.loads(plan().to_json())
+    del old["dense_sharding"]
+    assert ParallelPlan.from_json(json.dumps(old)) == plan(dense_sharding="fsdp")
+    whole = plan(
+        dense_sharding="zero1",
+        dense_layers=LayerPlan(reshard_after_forward=False),
+        moe_layers=LayerPlan(reshard_after_forward=False),
+    )
+    assert ParallelPlan.from_json(whole.to_json()) == whole
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("[" * 100_000, "is not JSON"), ('{"format": "1"}', r"format \('1'\) must be 1"), ("[]", "must be a JSON object")],
@@ -77,6 +89,26 @@ def test_a_plan_that_cannot_be_written_names_its_path(tmp_path):
         ({"micro_batch_sequences": 0}, r"plan\.micro_batch_sequences \(0\) must be at least 1"),
         ({"mesh": {"dp_replicate": 2, "dp_shard": 4, "ep": 3}}, r"plan\.mesh\.ep \(3\) must divide dp_shard \* cp"),
         ({"mesh": {"dp_replicate": 2, "dp_shards": 4}}, r"plan\.mesh\.dp_shards is not a field.*mean 'dp_shard'"),
+        ({"dense_sharding": "zero2"}, r"plan\.dense_sharding \('zero2'\) must be one of zero1, fsdp"),
+        (
+            {"dense_sharding": "zero1", "moe_layers": {"reshard_after_forward": True}},
+            r"plan\.dense_layers\.reshard_after_forward \(True\) must be False where plan\.dense_sharding is zero1",
+        ),
+        (
+            {"dense_sharding": "zero1", "dense_layers": {"reshard_after_forward": False}, "moe_layers": {}},
+            r"plan\.moe_layers\.reshard_after_forward \(True\) must be False where plan\.dense_sharding is zero1",
+        ),
+        *(
+            (
+                {
+                    "dense_sharding": "zero1",
+                    "dense_layers": {"reshard_after_forward": False},
+                    "mesh": {"dp_replicate": 2, "dp_shard": 2, axis: 2},
+                },
+                rf"plan\.mesh\.{axis} \(2\) must be 1 where plan\.dense_sharding is zero1",
+            )
+            for axis in ("pp", "cp", "tp")
+        ),
         ({"compute_dtype": "fp16"}, r"plan\.compute_dtype \('fp16'\) must be one of bf16, fp32"),
         ({"compute_dtype": "fp32"}, r"plan\.master_weight_format \('bf16_remainder'\) must be fp32"),
         ({"optimizer_state_dtyp": "fp32"}, r"did you mean 'optimizer_state_dtype'"),
