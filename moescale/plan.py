@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,10 @@ from typing import Any, Literal
 
 from moescale import __version__
 from moescale.config import ModelConfig
-from moescale.errors import ConfigError, nearest
+from moescale.errors import ConfigError
 from moescale.files import write_atomically
 from moescale.formats import ComputeFormat, GradientFormat, MasterFormat, MomentFormat
+from moescale.records import FileKind, build, parse_json_object, read_bytes, show
 
 PLAN_FORMAT = 1
 MAX_TOKENS_PER_STEP = 2**30
@@ -137,20 +137,24 @@ class ParallelPlan:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
-    def from_json(cls, text: str, path: str = "plan") -> ParallelPlan:
+    def from_json(cls, text: str | bytes, path: str = "plan") -> ParallelPlan:
         """Read and validate a plan. ``path`` names it in errors. Raises ConfigError."""
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: is not JSON ({error}); compile it again") from None
-        if not isinstance(document, dict):
-            raise ConfigError(f"{path}: must be a JSON object, not {type(document).__name__}")
+        document = parse_json_object(text, path, _FILE)
         if document.get("format") != PLAN_FORMAT:
             raise ConfigError(
-                f"{path}: format ({document.get('format')!r}) must be {PLAN_FORMAT}; compile it again with this version"
+                f"{path}: format ({show(document.get('format'))}) must be {PLAN_FORMAT}; compile it again with this "
+                "version"
             )
         # Plans of 0.1.0, which had FSDP2 alone.
-        return _parse(cls, {"dense_sharding": "fsdp"} | document, "plan")
+        return build(cls, {"dense_sharding": "fsdp"} | document, path, _FILE)
+
+
+_FILE = FileKind(
+    noun="a plan",
+    root="plan",
+    remedy="compile it again",
+    missing="missing; write a plan with `moescale compile`",
+)
 
 
 def expert_shard_dim(shape: Sequence[int], shards: int) -> int:
@@ -192,17 +196,7 @@ def one_device_plan(
 
 def load_plan(path: Path) -> ParallelPlan:
     """Read a plan file. Raises ConfigError naming the path where it is missing or contradicts itself."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"--plan ({path}) cannot be read: {error.strerror}; write one with `moescale compile`"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--plan ({path}) is not UTF-8 text (byte {error.start}: {error.reason}); write one with `moescale compile`"
-        ) from None
-    return ParallelPlan.from_json(text, str(path))
+    return ParallelPlan.from_json(read_bytes(path, _FILE), str(path))
 
 
 def save_plan(plan: ParallelPlan, path: Path) -> None:
@@ -308,57 +302,3 @@ def _check_dense_sharding(plan: ParallelPlan) -> None:
                 f"plan.mesh.{axis} ({size}) must be 1 where plan.dense_sharding is zero1: this version keeps whole "
                 "weights along data-parallel axes only; use fsdp"
             )
-
-
-def _parse(cls: type, document: Any, path: str) -> Any:
-    """Build the dataclass ``cls`` from JSON: every key known, every value of its field's type."""
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} must be an object, not {type(document).__name__}")
-    types = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in document:
-        if key not in fields:
-            raise ConfigError(f"{path}.{key} is not a field of a plan{nearest(key, fields)}")
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in document:
-            raise ConfigError(f"{path}.{name} is missing; compile the plan again")
-    return cls(**{key: _value(types[key], value, f"{path}.{key}") for key, value in document.items()})
-
-
-def _value(kind: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _parse(typing.cast(type, kind), value, path)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{path} ({value!r}) must be one of {', '.join(map(str, arguments))}")
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_value(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
-    if arguments and origin not in (tuple, dict):
-        return _value(_member(arguments, value), value, path)
-    return _scalar(kind, value, path)
-
-
-def _member(members: tuple[Any, ...], value: Any) -> Any:
-    """The member of a union that is meant by a value, so that an error tells of that one alone."""
-    if value is None and type(None) in members:
-        return type(None)
-    others = [member for member in members if member is not type(None)]
-    lists = [member for member in others if typing.get_origin(member) is tuple]
-    return lists[0] if lists and isinstance(value, list) else others[0]
-
-
-def _scalar(kind: Any, value: Any, path: str) -> Any:
-    if kind is Any or (kind is type(None) and value is None):
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(kind, type) or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        name = getattr(kind, "__name__", str(kind))
-        shown = f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)
-        raise ConfigError(f"{path} ({shown}) must be of type {name}")
-    return value

@@ -267,7 +267,7 @@ class _errors_of:
 
     def __exit__(self, _type: object, problem: BaseException | None, _traceback: object) -> None:
         if isinstance(problem, _Problem):
-            text = f"{self.origin}: {problem}" if self.origin else str(problem)
+            text = str(problem) if self.origin in ("", self.kind.root) else f"{self.origin}: {problem}"
             raise self.kind.error(_with_remedy(text, self.kind) if problem.remedy is None else text) from None
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tomllib
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
-from cyclopts.config import Toml
+from cyclopts.config import Dict
 from rich.console import Console
 
 from moescale import __version__
 from moescale.errors import ConfigError, MoescaleError, Preempted, nearest, printable
 from moescale.files import remedy
+from moescale.records import FileKind, read_toml, show
 
 app = App(
     name="moescale",
@@ -31,6 +31,10 @@ _COMMANDS = {
     "export": "Write a run's weights as a Hugging Face checkpoint.",
     "bench": "Measure the kernels beside their peers on this GPU, or tune them for it.",
 }
+_SETTINGS = FileKind(
+    noun="a settings file",
+    missing="is not a file; give a TOML file with a table such as [run] as --config",
+)
 for _name, _help in _COMMANDS.items():
     app.command(f"moescale.cli.{_name}:{_name}_command", name=_name, help=_help)
 
@@ -48,27 +52,24 @@ def _with_config(
         TOML file with one table per command ([prepare], [compile], [run], [export]); the command line overrides it.
     """
     if config is not None:
-        if not config.is_file():
-            raise ConfigError(f"--config ({config}) is not a file; give a TOML file with a table such as [run]")
-        _check_tables(config)
-        app.config = (Toml(config, must_exist=True, use_commands_as_keys=True), _refuse_fractions)
+        document = read_toml(config.expanduser(), _SETTINGS)
+        _check_tables(document, config)
+        app.config = (Dict(document, source=str(config), use_commands_as_keys=True), _refuse_fractions)
     else:
         app.config = (_refuse_fractions,)
     app(tokens, exit_on_error=False)
 
 
-def _check_tables(path: Path) -> None:
+def _check_tables(document: dict[str, Any], path: Path) -> None:
     """Refuse what no command would read; the keys inside a table are checked by the command that reads it."""
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML ({error})") from None
     tables = ", ".join(f"[{name}]" for name in _COMMANDS)
     for name, value in document.items():
         if not isinstance(value, dict) and name in _COMMANDS:
-            raise ConfigError(f"{path}: '{name}' ({value!r}) must be a table, written [{name}]")
+            raise ConfigError(f"{path}: '{name}' ({show(value)}) must be a table, written [{name}]")
         if not isinstance(value, dict):
-            raise ConfigError(f"{path}: key '{name}' ({value!r}) is outside the tables; put it under one of {tables}")
+            raise ConfigError(
+                f"{path}: key '{name}' ({show(value)}) is outside the tables; put it under one of {tables}"
+            )
         if name not in _COMMANDS:
             raise ConfigError(
                 f"{path}: table [{name}] belongs to no command{nearest(name, _COMMANDS)}; the tables are {tables}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 from rich.console import Console
 
 from moescale.files import write_atomically
-from moescale.planner.cluster import parse_cluster
+from moescale.planner.cluster import parse_cluster_text
 
 
 def calibrate_command(output: Path, *, name: str | None = None) -> None:
@@ -29,7 +28,7 @@ def calibrate_command(output: Path, *, name: str | None = None) -> None:
     if name is not None:
         document["name"] = name
     text = to_toml(document)
-    parse_cluster(tomllib.loads(text), str(output))  # what we write must be what `compile` reads
+    parse_cluster_text(text, str(output))  # what we write must be what `compile` reads
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, text)
     print(f"written to {output}")

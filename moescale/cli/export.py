@@ -14,6 +14,7 @@ from moescale.config import ModelConfig
 from moescale.convert.checkpoint import export_checkpoint, folder_dtype
 from moescale.convert.hf_config import CONFIG_FILE, read_model_config
 from moescale.errors import CheckpointError, ConfigError
+from moescale.records import FileKind, Length, Matches, build, read_json_object
 from moescale.report.progress import bytes_progress
 from moescale.runtime.checkpoint import (
     Checkpoint,
@@ -46,6 +47,14 @@ class ExportSettings:
     def __post_init__(self) -> None:
         if not 1e-9 <= self.max_shard_gigabytes < math.inf:
             raise ConfigError(f"export.max_shard_gigabytes ({self.max_shard_gigabytes}) must be positive and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """What is read of a run's ``run.json``; all else in it is for the reader of the run."""
+
+    model: Annotated[str, Length(least=1, most=4096), Matches(r"[^\0]+", "a path")]
+    """The folder the run started from."""
 
 
 def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, json: bool = False) -> None:
@@ -133,18 +142,16 @@ def _reference(settings: ExportSettings) -> Path:
             )
         return settings.model
     run_file = settings.run / "run.json"
-    try:
-        reference = Path(json_module.loads(run_file.read_text())["model"])
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{run_file}: missing; --run ({settings.run}) must be the output folder of `moescale run`. Without this "
-            "file, give the folder of the run's model as --model"
-        ) from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(
-            f"{run_file}: damaged ({type(error).__name__}: {error}), so the model's folder is not known; give it as "
-            "--model"
-        ) from None
+    kind = FileKind(
+        noun="a run's file",
+        error=CheckpointError,
+        missing=f"missing; --run ({settings.run}) must be the output folder of `moescale run`. Without this file, give "
+        "the folder of the run's model as --model",
+        remedy="the model's folder is therefore not known: give it as --model",
+        ignores_unknown=True,
+    )
+    record = build(RunFile, read_json_object(run_file, kind), str(run_file), kind)
+    reference = Path(record.model)
     if not reference.is_dir():
         raise CheckpointError(f"{reference}: gone, {run_file} says the run started from it; give its copy as --model")
     return reference

@@ -7,7 +7,6 @@ known not to touch the mathematics of training; any other is an error, because i
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from importlib.resources import files
@@ -16,8 +15,15 @@ from typing import Any
 
 from moescale.config import ModelConfig, YarnConfig
 from moescale.errors import ConfigError, nearest
+from moescale.records import FileKind, read_json_object, show
 
 CONFIG_FILE = "config.json"
+_FILE = FileKind(
+    noun="a config.json",
+    missing="missing; give the folder of a Hugging Face DeepSeek-V2 model",
+    remedy="fetch it again",
+    max_bytes=2**24,
+)
 PRESETS = ("deepseek-coder-v2-lite", "deepseek-v2", "deepseek-v2-lite", "tiny")
 _HUB_NAMES = {
     "deepseek-ai/DeepSeek-Coder-V2-Base": "deepseek-v2",
@@ -116,16 +122,7 @@ def read_model_config(model: str | Path) -> ModelConfig:
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """The JSON object in the folder's config.json. Raises ConfigError where there is none."""
-    path = folder / CONFIG_FILE
-    try:
-        document = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: missing; give the folder of a Hugging Face DeepSeek-V2 model") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: must be a JSON object, not {type(document).__name__}")
-    return document
+    return read_json_object(folder / CONFIG_FILE, _FILE)
 
 
 def parse_hf_config(document: Mapping[str, Any], path: str = CONFIG_FILE) -> ModelConfig:
@@ -287,16 +284,17 @@ def _check_fields(document: Mapping[str, Any], path: str) -> None:
         raise ConfigError(f"{path}: field 'model_type' is missing; it must be deepseek_v2")
     for name, supported in _ONLY.items():
         if name in document and document[name] not in supported:
-            raise ConfigError(f"{path}: {name} ({document[name]!r}) is not supported; it must be {supported[0]!r}")
+            raise ConfigError(f"{path}: {name} ({show(document[name])}) is not supported; it must be {supported[0]!r}")
     unknown = [
         name
         for name, value in document.items()
         if name not in _ONLY and name not in _HARMLESS and name not in _TRANSLATED and value is not None
     ]
     if unknown:
+        name = unknown[0]
         raise ConfigError(
-            f"{path}: field '{unknown[0]}' ({document[unknown[0]]!r}) is not known and may change the mathematics of "
-            f"the model{nearest(unknown[0], _TRANSLATED)}; remove it if it does not"
+            f"{path}: field '{name}' ({show(document[name])}) is not known and may change the mathematics of the "
+            f"model{nearest(name, _TRANSLATED)}; remove it if it does not"
         )
 
 
@@ -304,15 +302,15 @@ def _check_values(document: Mapping[str, Any], path: str) -> None:
     for name, value in document.items():
         problem = _wrong_type(name, value)
         if problem:
-            raise ConfigError(f"{path}: {name} ({value!r}) {problem}")
+            raise ConfigError(f"{path}: {name} ({show(value)}) {problem}")
     for alias, name in _ALIASES.items():
         # An absent aux_loss_alpha means 0, which a coefficient under the other name contradicts.
         value = document.get(name)
         value = 0 if value is None and name == "aux_loss_alpha" else value
         if document.get(alias) is not None and document[alias] != value:
             raise ConfigError(
-                f"{path}: {alias} ({document[alias]!r}) and {name} ({document.get(name)!r}) differ; {name} is the one "
-                f"that counts: set it, and remove {alias}"
+                f"{path}: {alias} ({show(document[alias])}) and {name} ({show(document.get(name))}) differ; {name} "
+                f"is the one that counts: set it, and remove {alias}"
             )
 
 
@@ -364,7 +362,7 @@ def _positions(document: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
         if scaling is None:
             continue
         if not isinstance(scaling, Mapping):
-            raise ConfigError(f"{name} ({scaling!r}) must be an object, not {_json_type(scaling)}")
+            raise ConfigError(f"{name} ({show(scaling)}) must be an object, not {_json_type(scaling)}")
         thetas[f"{name}.rope_theta"] = _scaling_number(scaling, name, "rope_theta")
         found[name] = _yarn(scaling, name)
     given = {name: float(theta) for name, theta in thetas.items() if theta is not None}
@@ -373,10 +371,7 @@ def _positions(document: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
         if theta != given[first]:
             raise ConfigError(f"{first} ({given[first]}) and {name} ({theta}) differ; keep one")
     if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
-        raise ConfigError(
-            f"rope_parameters ({document['rope_parameters']!r}) and rope_scaling ({document['rope_scaling']!r}) "
-            "describe different positions; keep one"
-        )
+        raise ConfigError("rope_parameters and rope_scaling describe different positions; keep one")
     return next(iter(given.values()), 10000.0), next(iter(found.values()), None)
 
 
@@ -384,12 +379,14 @@ def _yarn(scaling: Mapping[str, Any], name: str) -> YarnConfig | None:
     """YaRN's parameters, or None for plain RoPE."""
     kinds = {key: scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None}
     if len(kinds) == 2 and kinds["rope_type"] != kinds["type"]:
-        raise ConfigError(f"{name}.rope_type ({kinds['rope_type']!r}) and {name}.type ({kinds['type']!r}) differ")
+        raise ConfigError(
+            f"{name}.rope_type ({show(kinds['rope_type'])}) and {name}.type ({show(kinds['type'])}) differ"
+        )
     if not kinds:
         other = next((key for key, value in scaling.items() if key != "rope_theta" and value is not None), None)
         if other is not None:
             raise ConfigError(
-                f"{name}.rope_type is missing beside {name}.{other} ({scaling[other]!r}); "
+                f"{name}.rope_type is missing beside {name}.{other} ({show(scaling[other])}); "
                 f"it must be yarn, or {name} null"
             )
         return None
@@ -397,17 +394,17 @@ def _yarn(scaling: Mapping[str, Any], name: str) -> YarnConfig | None:
     if kind == "default":
         return None
     if kind != "yarn":
-        raise ConfigError(f"{name}.{key} ({kind!r}) is not supported; it must be yarn, or {name} null")
+        raise ConfigError(f"{name}.{key} ({show(kind)}) is not supported; it must be yarn, or {name} null")
     unknown = [key for key in scaling if key not in _YARN_FIELDS and scaling[key] is not None]
     if unknown:
-        raise ConfigError(f"{name}.{unknown[0]} ({scaling[unknown[0]]!r}) is not supported; remove it")
+        raise ConfigError(f"{name}.{unknown[0]} ({show(scaling[unknown[0]])}) is not supported; remove it")
     for key in ("factor", "original_max_position_embeddings"):
         if scaling.get(key) is None:
             raise ConfigError(f"{name}.{key} is missing")
     original = scaling["original_max_position_embeddings"]
     problem = _wrong_integer(original)
     if problem:
-        raise ConfigError(f"{name}.original_max_position_embeddings ({original!r}) {problem}")
+        raise ConfigError(f"{name}.original_max_position_embeddings ({show(original)}) {problem}")
 
     def number(key: str, default: float) -> float:
         value = _scaling_number(scaling, name, key)
@@ -429,5 +426,5 @@ def _scaling_number(scaling: Mapping[str, Any], name: str, key: str) -> float | 
         return None
     problem = _wrong_number(value)
     if problem:
-        raise ConfigError(f"{name}.{key} ({value!r}) {problem}")
+        raise ConfigError(f"{name}.{key} ({show(value)}) {problem}")
     return float(value)

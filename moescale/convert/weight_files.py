@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from moescale.errors import CheckpointError
+from moescale.records import FileKind, Length, RelativePath, build, read_json_object
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -27,6 +28,22 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Index:
+    """What is read of an index: the file that holds each tensor, below the index's folder."""
+
+    weight_map: Annotated[dict[str, RelativePath], Length(least=1)]
+
+
+_INDEX = FileKind(
+    noun="an index of weights",
+    error=CheckpointError,
+    remedy="fetch the index again",
+    max_bytes=2**28,
+    ignores_unknown=True,
+)
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
@@ -72,12 +89,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX_FILE
     if not path.is_file():
         return {}
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error!r}); fetch it again") from error
-    if not isinstance(weight_map, dict) or not all(isinstance(file_name, str) for file_name in weight_map.values()):
-        raise CheckpointError(f"{path}: weight_map must give each tensor the name of its file; fetch it again")
+    weight_map = build(_Index, read_json_object(path, _INDEX), str(path), _INDEX).weight_map
     for name, file_name in weight_map.items():
         if not (folder / file_name).is_file():
             raise CheckpointError(f"{folder / file_name}: missing; {INDEX_FILE} says it holds '{name}'")

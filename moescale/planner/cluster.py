@@ -9,17 +9,21 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-import sys
-import tomllib
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moescale.config import fingerprint
 from moescale.errors import ConfigError, nearest
+from moescale.records import FileKind, build, parse_toml, read_toml
 
 SHIPPED = Path(__file__).parent / "clusters"
+_FILE = FileKind(
+    noun="a cluster file",
+    remedy="correct it, or measure the machine with `moescale calibrate`",
+    missing="missing; give the path of a cluster file, or write one with `moescale calibrate`",
+    whole_floats=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,20 +110,17 @@ def load_cluster(name: str) -> Cluster:
             raise ConfigError(
                 f"cluster '{name}' is not known; use one of {', '.join(known)}, or a .toml file{nearest(name, known)}"
             )
-    try:
-        document = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--cluster ({path}) cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: is not TOML ({error})") from None
-    return parse_cluster(document, str(path))
+    return parse_cluster(read_toml(path, _FILE), str(path))
+
+
+def parse_cluster_text(text: str, path: str) -> Cluster:
+    """Build a cluster from TOML; ``path`` names it in errors. Raises ConfigError."""
+    return parse_cluster(parse_toml(text, path, _FILE), path)
 
 
 def parse_cluster(document: dict[str, Any], path: str) -> Cluster:
     """Build a cluster from a TOML document; ``path`` names it in errors. Raises ConfigError."""
-    cluster = _parse(Cluster, document, path)
+    cluster = build(Cluster, document, path, _FILE)
     for rates in ("dense_gemm", "grouped_gemm", "attention"):
         table: Rates = getattr(cluster, rates)
         if not table.sizes or len(table.sizes) != len(table.flops_per_second):
@@ -144,37 +145,3 @@ def parse_cluster(document: dict[str, Any], path: str) -> Cluster:
     if not 0 < cluster.sustained_clock <= 1:
         raise ConfigError(f"{path}: sustained_clock ({cluster.sustained_clock}) must be above 0 and at most 1")
     return cluster
-
-
-def _parse(cls: Any, document: Any, path: str) -> Any:
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: must be a table")
-    types = typing.get_type_hints(cls)
-    for key in document:
-        if key not in types:
-            raise ConfigError(f"{path}: '{key}' is not a field of a cluster file{nearest(key, types)}")
-    values: dict[str, Any] = {}
-    for key, kind in types.items():
-        if key not in document:
-            raise ConfigError(f"{path}: field '{key}' is missing")
-        values[key] = _value(kind, document[key], f"{path}: {key}")
-    return cls(**values)
-
-
-def _value(kind: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _parse(kind, value, path)
-    if typing.get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_value(float, item, path) for item in value)
-    if typing.get_origin(kind) is dict and isinstance(value, dict):
-        return value
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        # Compared, not converted: an integer of 400 digits has no float. NaN compares false.
-        if not abs(value) <= sys.float_info.max:
-            raise ConfigError(f"{path} ({str(value)[:20]}) must be a finite number")
-        return float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ConfigError(f"{path} ({value!r}) must be of type {kind.__name__}")
-    return value

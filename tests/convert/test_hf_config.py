@@ -98,7 +98,7 @@ def test_reading_a_configuration_imports_no_torch():
         ({"hidden_size": 192.5}, r"hidden_size \(192.5\) must be an integer, not a number with a fraction"),
         ({"hidden_size": "192"}, r"hidden_size \('192'\) must be an integer, not a text"),
         ({"num_hidden_layers": True}, r"num_hidden_layers \(True\) must be an integer, not a truth value"),
-        ({"q_lora_rank": [8]}, r"q_lora_rank \(\[8\]\) must be an integer, not a list"),
+        ({"q_lora_rank": [8]}, r"q_lora_rank \(a list\) must be an integer, not a list"),
         ({"first_k_dense_replace": -1}, r"first_k_dense_replace \(-1\) must not be negative"),
         ({"hidden_size": -192}, r"hidden_size \(-192\) must not be negative"),
         ({"n_group": -1}, r"n_group \(-1\) must not be negative"),
@@ -133,11 +133,11 @@ def test_reading_a_configuration_imports_no_torch():
         ),
         (
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": yarn()},
-            "rope_parameters .* and rope_scaling .* describe different positions; keep one",
+            "rope_parameters and rope_scaling describe different positions; keep one",
         ),
         (
             {"rope_parameters": yarn(), "rope_scaling": yarn(factor=8)},
-            "rope_parameters .* and rope_scaling .* describe different positions; keep one",
+            "rope_parameters and rope_scaling describe different positions; keep one",
         ),
         ({"num_experts_per_tok": 9}, r"model.top_k \(9\) must be between 1 and model.num_experts \(8\)"),
     ],
@@ -169,7 +169,7 @@ def test_other_names_of_a_field_may_agree_with_it():
 
 def test_errors_name_the_file(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=f"{tmp_path}/config.json: cannot be read"):
+    with pytest.raises(ConfigError, match=f"{tmp_path}/config.json: is not JSON"):
         read_model_config(tmp_path)
 
 

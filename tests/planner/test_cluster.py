@@ -54,7 +54,7 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 
 
 def test_a_file_that_is_not_there_or_no_toml_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="none.toml: missing"):
         load_cluster(str(tmp_path / "none.toml"))
     (tmp_path / "bad.toml").write_text("name = ")
     with pytest.raises(ConfigError, match="is not TOML"):
@@ -74,7 +74,7 @@ def test_a_name_with_brackets_is_printed_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"memory_byte": 1}, "'memory_byte' is not a field of a cluster file.*memory_bytes"),
+        ({"memory_byte": 1}, "memory_byte is not a field of a cluster file.*memory_bytes"),
         ({"memory_bytes": -1}, r"memory_bytes \(-1\) must be positive"),
         ({"memory_bytes": "80 GB"}, r"memory_bytes \('80 GB'\) must be of type int"),
         ({"sustained_clock": 1.5}, r"sustained_clock \(1.5\) must be above 0 and at most 1"),
@@ -88,16 +88,22 @@ def test_a_name_with_brackets_is_printed_as_it_is() -> None:
         ({"dense_gemm": {"sizes": [-1.0], "flops_per_second": [1.0]}}, r"dense_gemm.sizes \(-1.0\) must be positive"),
         (
             {"attention": {"sizes": [1.0], "flops_per_second": [math.nan]}},
-            r"attention: flops_per_second \(nan\) must be",
+            r"attention.flops_per_second.0. \(nan\) must be",
         ),
-        ({"attention": {"sizes": [math.inf], "flops_per_second": [1.0]}}, r"attention: sizes \(inf\) must be a finite"),
+        (
+            {"attention": {"sizes": [math.inf], "flops_per_second": [1.0]}},
+            r"attention.sizes.0. \(inf\) must be a",
+        ),
         ({"launch_seconds": math.nan}, r"launch_seconds \(nan\) must be a finite number"),
-        ({"peak_flops_per_second": 10**400}, r"peak_flops_per_second \(1000000.*\) must be a finite number"),
+        (
+            {"peak_flops_per_second": 10**400},
+            r"peak_flops_per_second \(an integer of 1329 bits\) must be a finite number",
+        ),
         ({"memory_bytes": math.inf}, r"memory_bytes \(inf\) must be of type int"),
-        ({"host": {"latency_seconds": 1e-6, "bytes_per_second": math.inf}}, r"host: bytes_per_second \(inf\) must be"),
-        ({"host": {"latency_seconds": math.nan, "bytes_per_second": 1}}, r"host: latency_seconds \(nan\) must be"),
+        ({"host": {"latency_seconds": 1e-6, "bytes_per_second": math.inf}}, r"host.bytes_per_second \(inf\) must be"),
+        ({"host": {"latency_seconds": math.nan, "bytes_per_second": 1}}, r"host.latency_seconds \(nan\) must be"),
         ({"host": {"latency_seconds": -1, "bytes_per_second": 1}}, r"host.latency_seconds \(-1.0\) must not be"),
-        ({"host": {"latency_seconds": 1e-6}}, "host: field 'bytes_per_second' is missing"),
+        ({"host": {"latency_seconds": 1e-6}}, "host.bytes_per_second is missing"),
         ({"host": {"latency_seconds": 1e-6, "bytes_per_second": 0}}, "host.bytes_per_second .* must be positive"),
     ],
 )
@@ -109,7 +115,7 @@ def test_a_wrong_figure_is_refused(change: dict, message: str) -> None:
 def test_a_missing_field_is_named() -> None:
     incomplete = document()
     del incomplete["launch_seconds"]
-    with pytest.raises(ConfigError, match="field 'launch_seconds' is missing"):
+    with pytest.raises(ConfigError, match="launch_seconds is missing"):
         parse_cluster(incomplete, "my.toml")
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from importlib import resources
 from typing import Any
 
 import torch
 
+from moescale.records import FileKind, build, parse_json_object
+
 # The six products of an expert MLP, forward and backward, each with its own best launch.
 KERNELS = ("up", "down", "down_dgrad", "up_dgrad", "up_wgrad", "down_wgrad")
+_FILE = FileKind(noun="a table of launches", remedy="write it again with `moescale bench experts --tune`")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,10 +90,9 @@ class LaunchTable:
         return min(candidates, key=distance).launch if candidates else None
 
 
-def parse_table(document: dict[str, Any]) -> LaunchTable:
+def parse_table(document: dict[str, Any], origin: str = "table") -> LaunchTable:
     """Build a table from its JSON document ``{"gpu", "entries": [TunedLaunch as an object, ...]}``."""
-    entries = (TunedLaunch(**{**entry, "launch": LaunchConfig(**entry["launch"])}) for entry in document["entries"])
-    return LaunchTable(gpu=document["gpu"], entries=tuple(entries))
+    return build(LaunchTable, document, origin, _FILE)
 
 
 @functools.cache
@@ -101,7 +102,7 @@ def load_tables() -> dict[str, LaunchTable]:
     folder = resources.files("moescale.kernels.experts").joinpath("tables")
     for file in folder.iterdir() if folder.is_dir() else ():
         if file.name.endswith(".json"):
-            table = parse_table(json.loads(file.read_text()))
+            table = parse_table(parse_json_object(file.read_text(), file.name, _FILE), file.name)
             tables[table.gpu] = table
     return tables
 
