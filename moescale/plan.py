@@ -105,8 +105,6 @@ class ParallelPlan:
     """
     offload_optimizer: bool = False
     """Keep optimizer state in host memory."""
-    dense_sharding: Literal["zero1", "fsdp"] = "zero1"
-    """How ranks share what several of them hold: the update of whole weights, or every layer's weights (FSDP2)."""
     prediction: Prediction | None = None
     alternatives: tuple[dict[str, Any], ...] = ()
     """Decisions that lost, each with the number that lost it."""
@@ -145,8 +143,7 @@ class ParallelPlan:
                 f"{path}: format ({show(document.get('format'))}) must be {PLAN_FORMAT}; compile it again with this "
                 "version"
             )
-        # Plans of 0.1.0, which had FSDP2 alone.
-        return build(cls, {"dense_sharding": "fsdp"} | document, path, _FILE)
+        return build(cls, document, path, _FILE)
 
 
 _FILE = FileKind(

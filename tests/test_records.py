@@ -1,14 +1,17 @@
 """The strict reader: whatever a file holds, either a record that keeps every rule, or an error that names the rule."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 
+import moescale
 from moescale.errors import CheckpointError, DataError
 from moescale.records import (
     MAX_DEPTH,
@@ -222,3 +225,65 @@ def test_long_documents_are_read_as_json_itself_reads_them():
 def test_a_file_name_that_is_not_utf8_is_read_back():
     name = os.fsdecode(b"caf\xe9.txt")
     assert parse_json(json.dumps({"a": name}), "x", KIND) == {"a": name}
+
+
+PACKAGE = Path(moescale.__file__).parent
+PARSES_ITSELF = {
+    "moescale/records.py": "is the reader",
+    "moescale/runtime/watchdog.py": "a rank's own beat from the rendezvous store",
+    "moescale/runtime/checkpoint_writer.py": "its own document of a moment ago, in memory",
+    "moescale/data/prepare/table_process.py": "what this process and its own child send each other",
+    "moescale/planner/explain.py": "the plan it has just written, in memory",
+    "moescale/cli/run.py": "the plan it has just written, in memory",
+    "moescale/data/prepare/encode.py": "a line of the user's corpus: one that is not JSON is counted",
+    "moescale/data/prepare/file_kinds.py": "whether a line of the user's corpus is a record",
+    "moescale/data/prepare/record_files.py": "an array of the user's corpus",
+    "moescale/data/prepare/word_table.py": "the tokenizer library's own serialisation, in memory",
+    "moescale/data/prepare/unknown_text.py": "the tokenizer library's own serialisation, in memory",
+}
+PARSERS = {
+    "json": {"load", "loads", "JSONDecoder"},
+    "numpy": {"load", "fromfile", "loadtxt", "genfromtxt"},
+    "torch": {"load"},
+    **dict.fromkeys(("tomllib", "pickle", "marshal", "yaml", "configparser", "msgspec", "cyclopts.config.Toml"), {""}),
+}
+"""By module, what of it makes values of a file; "" is all of it."""
+
+
+def parses(tree: ast.Module) -> bool:
+    """Whether a module turns text or bytes into values by a parser other than records.py."""
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for name in (alias.name for alias in node.names):
+                if name in PARSERS.get(node.module, ()) or f"{node.module}.{name}" in PARSERS:
+                    return True
+                if "" in PARSERS.get(node.module, ()):
+                    return True
+    if any("" in PARSERS.get(module, ()) for module in modules.values()):
+        return True
+    used = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name))
+    return any(node.attr in PARSERS.get(modules.get(node.value.id, ""), ()) for node in used)
+
+
+def test_nothing_but_the_strict_reader_parses_files():
+    """A new reader fails here until it goes through records.py, or is listed with what it reads instead of a file."""
+    found = {
+        path.relative_to(PACKAGE.parent).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if parses(ast.parse(path.read_text()))
+    }
+    assert found == PARSES_ITSELF.keys()
+
+
+def test_a_new_reader_would_be_found():
+    for source in (
+        "import json\njson.load(f)",
+        "import json as j\nj.loads(s)",
+        "from json import loads",
+        "import tomllib",
+    ):
+        assert parses(ast.parse(source))
+    assert not parses(ast.parse("from moescale.records import read_json\nread_json(p, k)"))

@@ -26,7 +26,7 @@ from moescale.model.flops import flops_per_token, peak_flops
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
 from moescale.report.metrics import Observer, SilentObserver, TrainSummary, to_json
 from moescale.report.run_log import RunLog
-from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, DamagedCheckpointError, read_state
+from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, DamagedCheckpointError, read_training_state
 from moescale.runtime.device import choose_device, make_deterministic
 from moescale.runtime.launch import Membership, join_ranks, run_local_ranks, was_launched
 from moescale.runtime.mapping import compile_layers, optimizer_format
@@ -249,7 +249,7 @@ def _steps_of_one_epoch(corpus: Corpus, plan: ParallelPlan, checkpoint: Checkpoi
     """
     done, position = 0, 0
     if checkpoint is not None:
-        state = read_state(checkpoint)
+        state = read_training_state(checkpoint)
         done, position = state["step"], state["source"]["position"]
     return max(1, done + max(0, corpus.num_sequences - position) // plan.sequences_per_step)
 

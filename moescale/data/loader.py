@@ -10,7 +10,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,21 @@ from moescale.data import shuffle as shuffling
 from moescale.data.batch import NO_TARGET, Batch, read_batch
 from moescale.data.corpus import Corpus, Verification
 from moescale.errors import ConfigError, DataError
+from moescale.records import FileKind, Range, build
+
+MAX_POSITION = 2**53
+"""Sequences read since the start; more than any corpus and number of epochs come to."""
+_STATE = FileKind(noun="a loader's state", error=DataError, remedy="start a new run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderState:
+    """What a checkpoint keeps of a :class:`Loader`."""
+
+    position: Annotated[int, Range(least=0, most=MAX_POSITION)]
+    seed: int
+    corpus: str
+    shuffle: bool
 
 
 class Loader:
@@ -79,13 +95,14 @@ class Loader:
         Raises:
             DataError: the state belongs to another corpus, seed or order.
         """
+        state = vars(build(LoaderState, state, "the saved position", _STATE))
         for name, now in (("corpus", self.corpus.fingerprint), ("seed", self.seed), ("shuffle", self.shuffle)):
             if state[name] != now:
                 raise DataError(
                     f"the saved position is one of data.{name} {state[name]!r}, this run has {now!r}; "
                     f"resume with the same {name}, or start a new run"
                 )
-        self._position = int(state["position"])
+        self._position = state["position"]
 
     def __iter__(self) -> Iterator[list[Batch]]:
         position = began = self._position

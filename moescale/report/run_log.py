@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moescale.errors import MoescaleError
 from moescale.files import write_atomically
+from moescale.records import Count, FileKind, build, parse_json_object
 from moescale.report.metrics import StepMetrics, TrainSummary, to_json
 
 METRICS_FILE = "metrics.jsonl"
+_FILE = FileKind(noun="a record of metrics", error=MoescaleError, ignores_unknown=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """What is read of a line of ``metrics.jsonl`` again."""
+
+    step: Count
+    validation_loss: float | None = None
 
 
 class RunLog:
@@ -191,18 +201,28 @@ def _writing(path: Path) -> Iterator[None]:
 def _keep_records(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Drop the other records from a file, whole or not at all, and return those kept.
 
-    A last line cut short by a kill is dropped too.
+    A last line cut short by a kill is dropped too. Any other line that is not a record is moved to
+    ``metrics.damaged.jsonl``.
     """
     if not path.is_file():
         return []
-    lines, records = [], []
-    for line in path.read_text().splitlines():
+    kept: list[bytes] = []
+    damaged: list[bytes] = []
+    records = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = parse_json_object(line, f"{path}:{number}", _FILE)
+            build(_Record, record, f"{path}:{number}", _FILE)
+        except MoescaleError:
+            if line.strip() and number < len(lines):
+                damaged.append(line)
             continue
         if is_kept(record):
-            lines.append(line)
+            kept.append(line)
             records.append(record)
-    write_atomically(path, "".join(line + "\n" for line in lines))
+    if damaged:
+        with path.with_name("metrics.damaged.jsonl").open("ab") as file:
+            file.writelines(line + b"\n" for line in damaged)
+    write_atomically(path, b"".join(line + b"\n" for line in kept))
     return records

@@ -10,7 +10,6 @@ damaged later.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from bisect import bisect_left
@@ -28,6 +27,7 @@ from moescale.boxes import Box, box_shape, overlap, relative_to, whole_box
 from moescale.errors import CheckpointError
 from moescale.files import document_digest, file_digest, sync
 from moescale.kernels.adamw import join_master
+from moescale.runtime.checkpoint_state import DamagedCheckpointError, check_document, check_training_state, read_stored
 from moescale.runtime.layout import Part, whole
 from moescale.runtime.ranks import ONE_RANK, Ranks
 
@@ -39,10 +39,6 @@ REMAINDER_PREFIX = "remainder."
 _PREFIX = "step-"
 _LEFTOVERS = ".writing-*"
 _MAX_GRID_CELLS = 10**7
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is not as it was written. The message has no remedy: only who reads it knows of another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +153,13 @@ class CheckpointStore:
         """Remove what a killed run was writing or dropping."""
         for leftover in self.folder.glob(_LEFTOVERS):
             shutil.rmtree(leftover)
+
+
+def read_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The state that a trainer saved, of which every field it needs is there. Raises CheckpointError."""
+    state = read_state(checkpoint)
+    check_training_state(state, checkpoint.path / STATE_FILE)
+    return state
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -324,25 +327,16 @@ def verify(checkpoint: Checkpoint, ranks: Ranks = ONE_RANK, on_progress: Callabl
 
 def _read_document(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
-    try:
-        stored = json.loads(path.read_text())
-        document = stored["content"]
-        intact = stored["sha256"] == document_digest(document)
-    except FileNotFoundError:
-        raise DamagedCheckpointError(f"{path}: missing; the checkpoint is damaged") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path}: damaged ({error})") from error
-    if not intact:
+    digest, document = read_stored(path)
+    if digest != document_digest(document):
         raise DamagedCheckpointError(f"{path}: checksum differs, the file is damaged")
     if document.get("format") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format ({document.get('format')}) must be {FORMAT_VERSION}: another version of moescale wrote "
             "it; export it with that version, or start a new --output"
         )
-    try:
-        problem = find_missing_elements(document["tensors"], document["files"])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{path}: damaged ({error!r})") from error
+    check_document(document, path)
+    problem = find_missing_elements(document["tensors"], document["files"])
     if problem is not None:
         raise DamagedCheckpointError(f"{path}: {problem}")
     return document

@@ -121,7 +121,7 @@ class Trainer:
 
         Returns where the store's checkpoints of later steps are now, which this run writes again.
         """
-        stored = checkpoints.read_state(checkpoint)
+        stored = checkpoints.read_training_state(checkpoint)
         if stored["step"] > self.total_steps:
             raise ConfigError(
                 f"run.steps ({self.total_steps}) must be at least {stored['step']}, the step of the checkpoint to "
@@ -144,7 +144,10 @@ class Trainer:
             checkpoint, self.optimizer.tensors(), self.optimizer.tensor_parts(), self.ranks, loading
         )
         self.optimizer.finish_load(state["num_updates"])
-        torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["cpu_random_state"])), dtype=torch.uint8))
+        try:
+            torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["cpu_random_state"])), dtype=torch.uint8))
+        except (RuntimeError, TypeError) as error:
+            raise checkpoints.DamagedCheckpointError(f"{checkpoint.path}: cpu_random_state: {error}") from error
         if self.device.type == "cuda" and state["cuda_random_state"] is not None:
             cuda_state = torch.tensor(list(bytes.fromhex(state["cuda_random_state"])), dtype=torch.uint8)
             torch.cuda.set_rng_state(cuda_state, self.device)
@@ -162,12 +165,12 @@ class Trainer:
             "optimizer_state_dtype": self.optimizer.format.moments,
             "master_weight_format": self.optimizer.format.master,
         }
-        differing = [name for name, value in now.items() if written[name] != value]
+        differing = {name: written.get(name) for name, value in now.items() if written.get(name) != value}
         if differing:
             raise CheckpointError(
-                f"{path}: was written with {' and '.join(f'{name} {written[name]}' for name in differing)}, this run's "
-                f"plan says {' and '.join(now[name] for name in differing)}; compile the plan with "
-                f"{' '.join(f'--pin {name}={written[name]}' for name in differing)}, or choose another --output"
+                f"{path}: was written with {' and '.join(f'{name} {then}' for name, then in differing.items())}, this "
+                f"run's plan says {' and '.join(now[name] for name in differing)}; compile the plan with "
+                f"{' '.join(f'--pin {name}={then}' for name, then in differing.items())}, or choose another --output"
             )
 
     def train(self) -> TrainSummary:

@@ -9,7 +9,19 @@ from typing import Annotated, Any, Literal
 
 from moescale.config import fingerprint
 from moescale.errors import DataError
-from moescale.records import Count, FileKind, FileName, Length, Positive, Range, Sha256, build, read_json_object, show
+from moescale.records import (
+    Count,
+    FileKind,
+    FileName,
+    Length,
+    Positive,
+    Range,
+    Sha256,
+    build,
+    read_json_lines,
+    read_json_object,
+    show,
+)
 
 MANIFEST = "manifest.json"
 SOURCE_FILES = "source.jsonl"
@@ -82,7 +94,9 @@ class Manifest:
     shards: dict[FileName, Annotated[list[Shard], Length(least=1)]]
 
     def __post_init__(self) -> None:
-        if self.counts.keys() != self.shards.keys():
+        # A split that came to less than one sequence has counts and no shards.
+        filled = {split for split, counts in self.counts.items() if counts.num_sequences} | self.shards.keys()
+        if filled != self.shards.keys() or not filled <= self.counts.keys():
             raise DataError(
                 f"counts ({', '.join(self.counts)}) and shards ({', '.join(self.shards)}) must be of the same splits"
             )
@@ -152,6 +166,18 @@ def read_manifest(folder: Path) -> Manifest:
     if version == 1:
         _complete_version_1(document)
     return build(Manifest, document, str(path), kind)
+
+
+def read_source_files(folder: Path) -> dict[str, list[Any]]:
+    """What ``folder``'s list of source files says of each, by name. Raises DataError."""
+    path = folder / SOURCE_FILES
+    kind = FileKind(noun="a list of source files", error=DataError, max_bytes=2**30)
+    found: dict[str, list[Any]] = {}
+    for line in read_json_lines(path, kind):
+        if not isinstance(line, list) or not line or not isinstance(line[0], str):
+            raise DataError(f"{path}: a line ({show(line)}) must be a list that begins with a file's name")
+        found[line[0]] = line[1:]
+    return found
 
 
 def _complete_version_1(document: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ Columns mean what they mean to transformers: ``labels`` and ``attention_mask`` d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,34 @@ from moescale.config import fingerprint
 from moescale.data.corpus.columns import COLUMNS, TOKENS, Block
 from moescale.data.corpus.sequence import PackedSequence
 from moescale.errors import DataError
+from moescale.records import FileKind, FileName, build, file_name_problem, read_json_object, show
+
+_FILE = FileKind(
+    noun="a saved dataset's state",
+    error=DataError,
+    missing="missing: the saved dataset is not whole",
+    remedy="save the dataset again",
+    ignores_unknown=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFile:
+    """An entry of ``_data_files``."""
+
+    filename: FileName
 
 
 def splits_of(folder: Path) -> dict[str, Path]:
     """Return the folder of every split."""
     if (folder / "dataset_dict.json").is_file():
         names = _list_in(folder / "dataset_dict.json", "splits")
-        if not all(isinstance(name, str) for name in names):
-            raise DataError(f"{folder / 'dataset_dict.json'} is damaged: splits must be names; save the dataset again")
+        for name in names:
+            problem = file_name_problem(name) if isinstance(name, str) else "must be a name"
+            if problem is not None:
+                raise DataError(
+                    f"{folder / 'dataset_dict.json'}: splits ({show(name)}) {problem}; save the dataset again"
+                )
         return {split: folder / split for split in names}
     return {"train": folder}
 
@@ -44,11 +64,7 @@ def open_saved_dataset(folder: Path) -> SavedDataset:
     sizes = []
     unused: dict[str, None] = {}
     for entry in _list_in(folder / "state.json", "_data_files"):
-        if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
-            raise DataError(
-                f"{folder / 'state.json'} is damaged: an entry of _data_files has no filename; save the dataset again"
-            )
-        path = folder / entry["filename"]
+        path = folder / data_file_name(entry, folder)
         if not path.is_file():
             raise DataError(f"{path} is missing, though {folder / 'state.json'} lists it")
         sizes.append(path.stat().st_size)
@@ -114,16 +130,13 @@ class SavedDataset:
             yield block.num_bytes
 
 
+def data_file_name(entry: Any, folder: Path) -> str:
+    """The file name in an entry of ``_data_files``. Raises DataError."""
+    return build(DataFile, entry, f"{folder / 'state.json'}: _data_files", _FILE).filename
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: the saved dataset is not whole") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds no JSON object: {path.parent} is not a saved dataset")
-    return value
+    return read_json_object(path, _FILE)
 
 
 def _list_in(path: Path, key: str) -> list[Any]:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import tokenizers
 
 from moescale.errors import DataError
+from moescale.records import FileKind, read_json_object
 
 ADDED_TOKENS = "added_tokens.json"
 _CONFIG = "tokenizer_config.json"
@@ -72,12 +72,5 @@ def _is_token(value: Any) -> bool:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(
-            f"{path} must hold a JSON object, and holds a {type(value).__name__}; repair it, or fetch it again"
-        )
-    return value
+    kind = FileKind(noun="a tokenizer's configuration", error=DataError, remedy="repair it, or fetch it again")
+    return read_json_object(path, kind)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from moescale.data.prepare.file_kinds import ARROW, DOCUMENT, RECORDS, is_about_
 from moescale.data.prepare.split_names import split_of
 from moescale.errors import DataError, nearest
 from moescale.files import staging_path
+from moescale.records import FileKind, FileName, build, read_json_object
 
 ALL_SPLITS = "all"
 OTHER_SPLIT, EXCLUDED = "of another split", "excluded"
@@ -272,6 +272,18 @@ def _splits_of(files: Iterable[SourceFile]) -> dict[str, str]:
     return splits
 
 
+_MAYBE_STATE = FileKind(
+    noun="a saved dataset's state", error=DataError, remedy="save the dataset again", ignores_unknown=True
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DataFile:
+    """An entry of ``_data_files``."""
+
+    filename: FileName
+
+
 def _is_saved_dataset(folder: Path) -> bool:
     """Whether ``datasets.save_to_disk`` wrote ``folder``; the names of its files are ordinary ones by themselves."""
     splits = _list_in(folder / "dataset_dict.json", "splits")
@@ -295,14 +307,11 @@ def _add_saved_dataset(
     if entries is None:
         return False
     for entry in entries:
-        if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str):
-            raise DataError(
-                f"{root / 'state.json'} is damaged: an entry of _data_files has no filename; save the dataset again"
-            )
-        path = root / entry["filename"]
+        name = build(_DataFile, entry, f"{root / 'state.json'}: _data_files", _MAYBE_STATE).filename
+        path = root / name
         if not path.is_file():
             raise DataError(f"{path} is missing, though {root / 'state.json'} lists it")
-        found.files.append(_source_file(path, prefix + entry["filename"], ARROW, split_name=split_name))
+        found.files.append(_source_file(path, prefix + name, ARROW, split_name=split_name))
     return True
 
 
@@ -323,8 +332,8 @@ def _add_saved_splits(root: Path, splits: list[str], prefix: str, found: FoundFi
 def _list_in(path: Path, key: str) -> list[Any] | None:
     """Return the list under ``key`` of a JSON object; None where there is no such file, object or list."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        value = read_json_object(path, _MAYBE_STATE)
+    except DataError:
         return None
-    found = value.get(key) if isinstance(value, dict) else None
+    found = value.get(key)
     return found if isinstance(found, list) else None

@@ -16,7 +16,14 @@ import numpy as np
 from moescale.config import fingerprint
 from moescale.data import shuffle
 from moescale.data.corpus import PreparedCorpus
-from moescale.data.corpus.manifest import FIRST_POSITIONS, SOURCE_FILES, BadItems, Manifest, read_manifest
+from moescale.data.corpus.manifest import (
+    FIRST_POSITIONS,
+    SOURCE_FILES,
+    BadItems,
+    Manifest,
+    read_manifest,
+    read_source_files,
+)
 from moescale.data.prepare.atomic_folder import staged, writing
 from moescale.data.prepare.encode import MISSING_COLUMN, EncodedChunk, Fault, token_dtype
 from moescale.data.prepare.file_kinds import DOCUMENT
@@ -136,12 +143,9 @@ def _check_same_input(settings: PrepareSettings, source: Source, made_from: dict
 
 def _changed_file(output: Path, source: Source) -> str:
     try:
-        with (output / SOURCE_FILES).open() as stream:
-            then = {line[0]: line[1:] for line in map(json.loads, stream)}
-    except (OSError, ValueError) as error:
-        return (
-            f"files of the source have changed ({output / SOURCE_FILES}, which tells of them, cannot be read: {error})"
-        )
+        then = read_source_files(output)
+    except DataError as error:
+        return f"files of the source have changed (which ones is not known: {error})"
     now = {line[0]: line[1:] for line in source.identity()}
     for name in sorted(then.keys() | now.keys(), key=str):
         if name not in now:

@@ -12,7 +12,11 @@ import tokenizers
 
 from moescale.data.prepare.added_tokens import ADDED_TOKENS, add_missing_tokens
 from moescale.errors import DataError, nearest
+from moescale.records import FileKind, read_json_object
 
+_SIDE_FILE = FileKind(
+    noun="a tokenizer's configuration", error=DataError, remedy="repair it, or name the end token with end_token"
+)
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
 
@@ -124,15 +128,7 @@ def _configured_end_tokens(files: dict[str, Path]) -> Iterator[str | int]:
     for name in _SIDE_FILES:
         if name not in files:
             continue
-        try:
-            config = json.loads(files[name].read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{files[name]} is not valid JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise DataError(
-                f"{files[name]} must hold a JSON object, and holds a {type(config).__name__}; repair it, or name the "
-                "end token with end_token"
-            )
+        config = read_json_object(files[name], _SIDE_FILE)
         token = config.get("eos_token")
         if isinstance(token, dict):
             token = token.get("content")

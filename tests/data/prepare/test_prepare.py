@@ -353,7 +353,7 @@ def test_a_saved_dataset_that_lacks_its_lists_is_named(settings, tmp_path, docum
     with pytest.raises(DataError, match=r"train/state.json is missing or damaged, .*; save it again"):
         prepare(settings(source), progress=False)
     (source / "train" / "state.json").write_text('{"_data_files": ["data.arrow"]}')
-    with pytest.raises(DataError, match=r"train/state.json is damaged: an entry of _data_files has no filename"):
+    with pytest.raises(DataError, match=r"train/state.json: _data_files: must be an object, not str; save"):
         prepare(settings(source), progress=False)
 
 
