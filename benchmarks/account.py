@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from moescale.convert.hf_config import read_model_config
-from moescale.model.flops import flops_per_token
+from moescale.models.flops import flops_per_token
 
 PROFILED_MICRO_BATCHES = 2
 KINDS: tuple[tuple[str, str], ...] = (

@@ -27,7 +27,7 @@ from moescale.config import ModelConfig
 from moescale.convert.checkpoint import export_checkpoint, import_checkpoint
 from moescale.convert.hf_config import read_model_config
 from moescale.convert.key_table import build_key_table
-from moescale.model.transformer import build_on_meta
+from moescale.models.transformer import build_on_meta
 from moescale.runtime.checkpoint import WEIGHTS_PREFIX, CheckpointStore, CheckpointWeights
 from moescale.runtime.checkpoint_writer import CheckpointWriter
 

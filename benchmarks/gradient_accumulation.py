@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from moescale.convert.hf_config import read_model_config
-from moescale.model.transformer import build_on_meta, initialize
+from moescale.models.transformer import build_on_meta, initialize
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.settings import TrainSettings

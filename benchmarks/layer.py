@@ -30,9 +30,9 @@ from moescale.kernels.rms_norm import add_rms_norm, rms_norm
 from moescale.kernels.rope import mla_rope
 from moescale.kernels.router import route, router_logits
 from moescale.kernels.swiglu import swiglu
-from moescale.model.attention import LatentAttention
-from moescale.model.rope import rope_tables
-from moescale.model.transformer import Block
+from moescale.models.blocks.mla import LatentAttention
+from moescale.models.blocks.rope import rope_tables
+from moescale.models.transformer import Block
 
 BATCH, LENGTH = 4, 2048
 TOKENS = BATCH * LENGTH
@@ -316,7 +316,7 @@ def hf_layer(kind: str) -> tuple[torch.nn.Module, torch.Tensor]:
 
 def our_layer(kind: str) -> torch.nn.Module:
     with torch.device("cuda"):
-        layer = LatentAttention(CONFIG) if kind == "mla" else Block(CONFIG, 1)
+        layer = LatentAttention(CONFIG) if kind == "mla" else Block(CONFIG, 1, LatentAttention)
     layer = layer.to(torch.bfloat16)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)

@@ -32,7 +32,7 @@ from moescale.config import ModelConfig
 from moescale.convert.checkpoint import ModelWeights, export_checkpoint
 from moescale.convert.hf_config import read_model_config, to_hf_config
 from moescale.formats import MasterFormat, MomentFormat
-from moescale.model.transformer import Transformer, build_on_meta, initialize
+from moescale.models.transformer import Transformer, build_on_meta, initialize
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.settings import TrainSettings, learning_rate_at

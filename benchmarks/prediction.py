@@ -32,8 +32,8 @@ import torch
 from step import RandomSteps, build, forward_backward_seconds, profile
 
 from moescale.convert.hf_config import read_model_config
-from moescale.model.flops import flops_per_token, peak_flops
-from moescale.model.moe import Router
+from moescale.models.blocks.moe import Router
+from moescale.models.flops import flops_per_token, peak_flops
 from moescale.plan import ParallelPlan
 from moescale.planner.cluster import load_cluster
 from moescale.planner.request import PlanRequest

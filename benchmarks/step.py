@@ -22,8 +22,8 @@ import torch
 
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config
-from moescale.model.flops import flops_per_token, peak_flops
-from moescale.model.transformer import Transformer, build_on_meta, initialize
+from moescale.models.flops import flops_per_token, peak_flops
+from moescale.models.transformer import Transformer, build_on_meta, initialize
 from moescale.plan import LayerPlan, ParallelPlan, one_device_plan
 from moescale.runtime.checkpoint import CheckpointStore
 from moescale.runtime.mapping import apply_plan, compile_layers, optimizer_format

@@ -25,7 +25,7 @@ from moescale.convert.checkpoint import import_checkpoint
 from moescale.convert.hf_config import read_model_config, resolve_model
 from moescale.data.corpus import open_corpus
 from moescale.errors import Preempted
-from moescale.model.transformer import build_on_meta
+from moescale.models.transformer import build_on_meta
 
 VOCABULARY = 4096
 SEQUENCE_LENGTH = 256

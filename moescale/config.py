@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from moescale.errors import ConfigError
 
@@ -30,7 +30,7 @@ class YarnConfig:
     beta_slow: float
     """Number of rotations below which a frequency is divided by ``factor``."""
     mscale: float
-    """Numerator's coefficient of the cos/sin scale; see :mod:`moescale.model.rope`."""
+    """Numerator's coefficient of the cos/sin scale; see :mod:`moescale.models.blocks.rope`."""
     mscale_all_dim: float
     """Denominator's coefficient of the cos/sin scale, and the softmax scale's coefficient; 0 means neither."""
 
@@ -46,6 +46,9 @@ class YarnConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The DeepSeek-V2 architecture (arXiv:2405.04434). Everything that changes the mathematics is here."""
+
+    model_type: ClassVar[str] = "deepseek_v2"
+    """The family, by its name in Hugging Face's config.json."""
 
     vocab_size: int
     hidden_size: int

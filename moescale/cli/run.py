@@ -22,7 +22,7 @@ from moescale.data.corpus import Corpus, Verification, open_corpus
 from moescale.data.loader import Loader, validation_batches
 from moescale.errors import CheckpointError, ConfigError
 from moescale.files import write_atomically
-from moescale.model.flops import flops_per_token, peak_flops
+from moescale.models.flops import flops_per_token, peak_flops
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
 from moescale.report.metrics import Observer, SilentObserver, TrainSummary, to_json
 from moescale.report.run_log import RunLog

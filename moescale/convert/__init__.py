@@ -1,4 +1,4 @@
 """Hugging Face <-> moescale: configuration fields, tensor names and layouts. Hugging Face spellings live here.
 
-May import: moescale.model, moescale.config, moescale.errors.
+May import: moescale.models, moescale.config, moescale.errors.
 """

@@ -36,9 +36,9 @@ from moescale.convert.weight_files import (
 )
 from moescale.errors import CheckpointError, ConfigError, NonFiniteWeightsError
 from moescale.files import InUseError, remedy, staged_folder, staging_path, write_atomically, written_by_library
+from moescale.models.family import HfNames
+from moescale.models.registry import family_of
 
-OUTPUT_KEY = "lm_head.weight"
-EMBEDDING_KEY = "model.embed_tokens.weight"
 _RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 """Buffers some published folders carry; the model computes them."""
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -250,8 +250,9 @@ def _check_stored(folder: Path, config: ModelConfig, table: KeyTable, stored: Ma
                 f"{stored[key].file}: tensor '{key}' has shape {stored[key].shape}, config.json asks for {piece.shape}"
             )
     extra = [key for key in stored if key not in expected and not _RECOMPUTED.search(key)]
-    if config.tie_embeddings and extra == [OUTPUT_KEY]:
-        return _check_tied(stored[OUTPUT_KEY], stored[EMBEDDING_KEY])
+    names = family_of(config).names
+    if config.tie_embeddings and extra == [names.output]:
+        return _check_tied(names, stored)
     if extra:
         raise CheckpointError(
             f"{stored[extra[0]].file}: tensor '{extra[0]}' has no place in the model that config.json describes "
@@ -259,16 +260,17 @@ def _check_stored(folder: Path, config: ModelConfig, table: KeyTable, stored: Ma
         )
 
 
-def _check_tied(output: StoredTensor, embedding: StoredTensor) -> None:
+def _check_tied(names: HfNames, stored: Mapping[str, StoredTensor]) -> None:
     """A tied model may carry its embedding twice, if it is the same."""
+    output, embedding = stored[names.output], stored[names.embedding]
     whole = whole_box(embedding.shape)
     if output.shape == embedding.shape:
-        (first,) = read_parts(output.file, [(OUTPUT_KEY, whole)])
-        (second,) = read_parts(embedding.file, [(EMBEDDING_KEY, whole)])
+        (first,) = read_parts(output.file, [(names.output, whole)])
+        (second,) = read_parts(embedding.file, [(names.embedding, whole)])
         if torch.equal(first, second):
             return
     raise CheckpointError(
-        f"{output.file}: tensor '{OUTPUT_KEY}' differs from '{EMBEDDING_KEY}', but config.json says "
+        f"{output.file}: tensor '{names.output}' differs from '{names.embedding}', but config.json says "
         "tie_word_embeddings; set it to false, or remove the tensor"
     )
 

@@ -12,7 +12,9 @@ import torch
 
 from moescale.boxes import Box, whole_box
 from moescale.config import ModelConfig
-from moescale.model.transformer import build_on_meta
+from moescale.models.family import HfNames
+from moescale.models.registry import family_of
+from moescale.models.transformer import build_on_meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,73 +32,49 @@ class Piece:
 KeyTable = dict[str, tuple[Piece, ...]]
 """Parameter name -> its pieces, in the order of a published folder."""
 
-_WHOLE = {
-    "attention_norm": "input_layernorm",
-    "attention.q_proj": "self_attn.q_proj",
-    "attention.q_down": "self_attn.q_a_proj",
-    "attention.q_norm": "self_attn.q_a_layernorm",
-    "attention.q_up": "self_attn.q_b_proj",
-    "attention.kv_down": "self_attn.kv_a_proj_with_mqa",
-    "attention.kv_norm": "self_attn.kv_a_layernorm",
-    "attention.kv_up": "self_attn.kv_b_proj",
-    "attention.output": "self_attn.o_proj",
-    "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.router": "mlp.gate",
-    "feed_forward.down": "mlp.down_proj",
-    "feed_forward.shared_experts.down": "mlp.shared_experts.down_proj",
-}
-_GATE_AND_UP = {
-    "feed_forward.gate_up": "mlp",
-    "feed_forward.shared_experts.gate_up": "mlp.shared_experts",
-}
-_OUTSIDE_LAYERS = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-
 
 def build_key_table(config: ModelConfig) -> KeyTable:
     """The table of ``config``'s model: every parameter once, every tensor of the folder once."""
+    names = family_of(config).names
     model = build_on_meta(config, torch.bfloat16)
-    return {name: _pieces(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+    return {name: _pieces(names, name, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
 
 
-def _pieces(name: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
-    if name in _OUTSIDE_LAYERS:
-        return (_whole(_OUTSIDE_LAYERS[name], shape),)
+def _pieces(names: HfNames, name: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
+    if name in names.outside_layers:
+        return (_whole(names.outside_layers[name], shape),)
     _, layer, rest = name.split(".", 2)  # layers.<i>.<module>...
-    prefix = f"model.layers.{layer}."
+    prefix = names.layer_prefix.format(layer=layer)
     if rest == "feed_forward.experts.gate_up":
-        return _expert_gate_up(prefix, shape)
+        return _expert_gate_up(prefix + names.experts, shape)
     if rest == "feed_forward.experts.down":
         return tuple(
             Piece(
-                key=f"{prefix}mlp.experts.{expert}.down_proj.weight",
+                key=f"{prefix}{names.experts}.{expert}.down_proj.weight",
                 shape=shape[1:],
                 index=(slice(expert, expert + 1), slice(0, shape[1]), slice(0, shape[2])),
             )
             for expert in range(shape[0])
         )
     module, kind = rest.rsplit(".", 1)  # kind: weight or bias
-    if module in _GATE_AND_UP:
+    if module in names.gate_and_up:
         rows, columns = shape[0] // 2, shape[1]
         return tuple(
             Piece(
-                key=f"{prefix}{_GATE_AND_UP[module]}.{part}_proj.{kind}",
+                key=f"{prefix}{names.gate_and_up[module]}.{part}_proj.{kind}",
                 shape=(rows, columns),
                 index=(slice(number * rows, (number + 1) * rows), slice(0, columns)),
             )
             for number, part in enumerate(("gate", "up"))
         )
-    return (_whole(f"{prefix}{_WHOLE[module]}.{kind}", shape),)
+    return (_whole(f"{prefix}{names.whole[module]}.{kind}", shape),)
 
 
-def _expert_gate_up(prefix: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
+def _expert_gate_up(experts: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
     rows = shape[1] // 2
     return tuple(
         Piece(
-            key=f"{prefix}mlp.experts.{expert}.{part}_proj.weight",
+            key=f"{experts}.{expert}.{part}_proj.weight",
             shape=(rows, shape[2]),
             index=(slice(expert, expert + 1), slice(number * rows, (number + 1) * rows), slice(0, shape[2])),
         )

@@ -1,4 +1,1 @@
-"""The DeepSeek-V2 architecture in training form: attention, moe, transformer. No torch.distributed here.
-
-May import: moescale.kernels, moescale.operators, moescale.config, moescale.errors.
-"""
+"""The former place of :mod:`moescale.models`, for one caller that still names it."""

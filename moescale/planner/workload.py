@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
+from moescale.models.registry import family_of
 from moescale.operators import (
     Operator,
     Tensor,
@@ -21,8 +22,8 @@ from moescale.operators import (
     weight_elements,
 )
 
-_ATTENTION_START = ("attention_norm",)
-_ATTENTION_END = ("kv_down", "kv_norm", "kv_up", "mla_rope", "attention", "attention_output", "feed_forward_norm")
+OUTSIDE = "outside"
+"""The kind of what is in no layer: embedding, final norm and loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +52,13 @@ class Workload:
 
     config: ModelConfig
     layers: tuple[LayerKind, ...]
-    """The kinds that occur, dense before MoE."""
+    """The kinds that occur, in the family's order."""
     outside: LayerKind
     """Embedding, final norm and loss."""
 
     def dims(self, tokens: int, sequence_length: int) -> dict[str, int]:
         """Dim sizes for a micro-batch of ``tokens`` in sequences of ``sequence_length``."""
-        return model_dims(self.config) | {
+        return family_of(self.config).dims(self.config) | {
             "n": tokens,
             "r": tokens * max(1, self.config.top_k),
             "b": -(-tokens // sequence_length),
@@ -69,7 +70,7 @@ class Workload:
         dims = self.dims(1, 1)
         routed = sum(routed_weight_elements(op, dims) for op in kind.operators)
         everything = sum(weight_elements(op, dims) for op in kind.operators)
-        return everything - routed + _biases(self.config), routed
+        return everything - routed + family_of(self.config).biases(self.config), routed
 
     def outside_parameters(self) -> int:
         """Parameters outside the layers: embedding, norm, output; one embedding where the two are tied."""
@@ -89,21 +90,15 @@ def build_workload(
     """List the operators of ``config``'s model.
 
     Args:
-        extra: names of registered operators to append to a layer kind (``dense``, ``moe``, ``outside``): a model with
-            an operator of the user's own.
+        extra: names of registered operators to append to a layer kind (one of the family's, or ``outside``): a model
+            with an operator of the user's own.
         without: names of operators to leave out, those that such an operator replaces.
 
     Raises ConfigError for a layer kind, an operator or a dim of one that is not known.
     """
-    query = ("q_proj",) if config.q_lora_rank is None else ("q_down", "q_norm", "q_up")
-    attention = (*_ATTENTION_START, *query, *_ATTENTION_END)
-    shared = ("shared_gate_up", "shared_swiglu", "shared_down") if config.num_shared_experts else ()
-    names = {
-        "dense": (*attention, "dense_gate_up", "dense_swiglu", "dense_down", "residual"),
-        "moe": (*attention, "router", "experts", "expert_gather_combine", *shared, "residual"),
-        "outside": ("embedding", "final_norm", "linear_cross_entropy"),
-    }
-    counts = {"dense": config.num_layers - config.num_moe_layers, "moe": config.num_moe_layers, "outside": 1}
+    family = family_of(config)
+    names = {layers.name: layers.operators for layers in family.layers(config)} | {OUTSIDE: family.outside(config)}
+    counts = {layers.name: layers.count for layers in family.layers(config)} | {OUTSIDE: 1}
     _check_names(names, extra or {}, without)
     kinds = {
         kind: LayerKind(
@@ -113,8 +108,8 @@ def build_workload(
         )
         for kind, listed in names.items()
     }
-    layers = tuple(kinds[name] for name in ("dense", "moe") if counts[name])
-    workload = Workload(config=config, layers=layers, outside=kinds["outside"])
+    layers = tuple(kind for kind in kinds.values() if kind.name != OUTSIDE and kind.count)
+    workload = Workload(config=config, layers=layers, outside=kinds[OUTSIDE])
     dims = workload.dims(1, 1)
     for kind in kinds.values():
         for op in kind.operators:
@@ -134,36 +129,7 @@ def _check_names(
             raise ConfigError(f"without: '{name}' is no operator of this model{nearest(name, listed)}")
 
 
-def model_dims(config: ModelConfig) -> dict[str, int]:
-    """Sizes of the dims that do not depend on the batch; see the legend in :mod:`moescale.operators`."""
-    return {
-        "h": config.hidden_size,
-        "a": config.num_heads,
-        "q": config.qk_head_dim,
-        "t": config.qk_rope_head_dim,
-        "v": config.v_head_dim,
-        "u": config.qk_nope_head_dim + config.v_head_dim,
-        "c": config.kv_lora_rank,
-        "d": config.kv_lora_rank + config.qk_rope_head_dim,
-        "l": config.q_lora_rank or 0,
-        "e": config.num_experts or 0,
-        "k": config.top_k,
-        "f": config.expert_intermediate_size,
-        "s": config.num_shared_experts * config.expert_intermediate_size,
-        "i": config.dense_intermediate_size,
-        "w": config.vocab_size,
-    }
-
-
 def saved_bytes(kind: LayerKind, dims: Mapping[str, int], itemsize: int, dropped: frozenset[str] = frozenset()) -> int:
     """Bytes one layer keeps for its backward pass; each named tensor once, those in ``dropped`` not at all."""
     tensors = {saved.name: saved for op in kind.operators for saved in op.saved if saved.name not in dropped}
     return sum(Tensor.parse(s.dims).size(dims) * (s.itemsize or itemsize) for s in tensors.values())
-
-
-def _biases(config: ModelConfig) -> int:
-    """Biases of one layer's attention projections, which the annotations leave out for their smallness."""
-    if not config.attention_bias:
-        return 0
-    query = config.q_lora_rank or 0
-    return query + config.kv_lora_rank + config.qk_rope_head_dim + config.hidden_size

@@ -22,7 +22,7 @@ from moescale.kernels.attention import attention
 from moescale.kernels.experts import expert_mlp
 from moescale.kernels.experts.sort import sort_pairs
 from moescale.kernels.rms_norm import rms_norm
-from moescale.model.flops import peak_flops
+from moescale.models.flops import peak_flops
 from moescale.runtime.device import choose_device
 
 ROWS = 8192

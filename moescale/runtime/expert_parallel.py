@@ -31,8 +31,8 @@ from moescale.kernels.backends import KernelInputError, choose_backend, debug_ch
 from moescale.kernels.experts import expert_mlp
 from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.router import Routing
-from moescale.model.moe import Dispatcher, MixtureOfExperts, RoutedExperts
-from moescale.model.transformer import Transformer
+from moescale.models.blocks.moe import Dispatcher, MixtureOfExperts, RoutedExperts
+from moescale.models.transformer import Transformer
 from moescale.plan import ParallelPlan, expert_shard_dim
 
 
@@ -277,7 +277,7 @@ class AllToAllDispatcher:
         routing: Routing,
         overlapped: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
-        """As :class:`moescale.model.moe.Dispatcher`.
+        """As :class:`moescale.models.blocks.moe.Dispatcher`.
 
         ``overlapped`` is computed while rows are on their way to the experts, its gradient while theirs return.
         """

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from moescale import boxes
-from moescale.model.moe import RoutedExperts
+from moescale.models.blocks.moe import RoutedExperts
 from moescale.runtime.meshes import Meshes
 
 

@@ -19,8 +19,8 @@ from torch.distributed.tensor import Shard
 
 from moescale.errors import ConfigError
 from moescale.kernels.dispatch.buffers import ExchangeShape
-from moescale.model.moe import Dispatcher, LocalDispatcher, RoutedExperts
-from moescale.model.transformer import Transformer
+from moescale.models.blocks.moe import Dispatcher, LocalDispatcher, RoutedExperts
+from moescale.models.transformer import Transformer
 from moescale.plan import LayerPlan, ParallelPlan, expert_shard_dim
 from moescale.runtime.expert_parallel import AllToAllDispatcher, PaddedExchange, SplitExchange, shard_experts
 from moescale.runtime.meshes import Meshes

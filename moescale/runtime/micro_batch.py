@@ -15,8 +15,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from moescale.kernels.attention import LEAST_OFFSETS, Documents
-from moescale.model.moe import RoutedExperts
-from moescale.model.transformer import ModelOutput, Transformer
+from moescale.models.blocks.moe import RoutedExperts
+from moescale.models.transformer import ModelOutput, Transformer
 from moescale.runtime.ranks import Ranks
 
 

@@ -29,7 +29,7 @@ from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
 from moescale.kernels.experts import operators_of
 from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.router import Routing
-from moescale.model.moe import RoutedExperts
+from moescale.models.blocks.moe import RoutedExperts
 from moescale.plan import SAVED_ROWS_FACTOR
 
 
@@ -58,7 +58,10 @@ class PeerDispatcher:
         routing: Routing,
         overlapped: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
-        """As :class:`moescale.model.moe.Dispatcher`. Raises KernelInputError for more tokens than there is room for."""
+        """As :class:`moescale.models.blocks.moe.Dispatcher`.
+
+        Raises KernelInputError for more tokens than there is room for.
+        """
         shape = self.buffers.shape
         if x.shape[0] > shape.num_tokens:
             raise KernelInputError(

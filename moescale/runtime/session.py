@@ -10,7 +10,7 @@ import torch
 
 from moescale.config import ModelConfig
 from moescale.convert.checkpoint import import_checkpoint
-from moescale.model.transformer import Transformer, build_on_meta, initialize_part
+from moescale.models.transformer import Transformer, build_on_meta, initialize_part
 from moescale.plan import ParallelPlan
 from moescale.runtime.layout import Part, find_parts, local_tensor
 from moescale.runtime.mapping import apply_plan

@@ -22,7 +22,7 @@ import torch
 
 from moescale.errors import CheckpointError, ConfigError, MoescaleError, NonFiniteLossError, Preempted
 from moescale.kernels.attention import Documents
-from moescale.model.transformer import Transformer
+from moescale.models.transformer import Transformer
 from moescale.report.metrics import Observer, StepMetrics, TrainSummary
 from moescale.runtime import checkpoint as checkpoints
 from moescale.runtime.checkpoint import CheckpointStore

@@ -19,7 +19,7 @@ from moescale.cli.run import memory_warning
 from moescale.convert.checkpoint import import_checkpoint
 from moescale.convert.hf_config import read_model_config
 from moescale.data.corpus import open_corpus
-from moescale.model.transformer import build_on_meta
+from moescale.models.transformer import build_on_meta
 from moescale.plan import ParallelPlan, Prediction, one_device_plan, save_plan
 
 STEPS = 200

@@ -16,7 +16,7 @@ from moescale.convert.checkpoint import ModelWeights, export_checkpoint, import_
 from moescale.convert.hf_config import read_model_config, to_hf_config
 from moescale.convert.key_table import build_key_table
 from moescale.errors import CheckpointError, ConfigError
-from moescale.model.transformer import Transformer, build_on_meta, initialize
+from moescale.models.transformer import Transformer, build_on_meta, initialize
 from tiny import tiny_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

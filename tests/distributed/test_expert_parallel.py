@@ -16,8 +16,9 @@ from gloo_ranks import GlooRanks
 from moescale.kernels.backends import KernelInputError
 from moescale.kernels.experts import experts
 from moescale.kernels.router import Routing
-from moescale.model.moe import RoutedExperts
-from moescale.model.transformer import Transformer, build_on_meta, initialize
+from moescale.models.blocks.moe import RoutedExperts
+from moescale.models.deepseek_v2.model import build
+from moescale.models.transformer import build_on_meta, initialize
 from moescale.plan import MeshShape, one_device_plan
 from moescale.runtime import expert_parallel
 from moescale.runtime.expert_parallel import (
@@ -234,7 +235,7 @@ def check_sharding(sharding: Sharding) -> None:
     edp = ranks // (sharding.replicas * sharding.ep)
     config = tiny_config(num_experts=sharding.experts)
     torch.manual_seed(0)
-    whole, model, meta = Transformer(config), Transformer(config), build_on_meta(config, torch.float32)
+    whole, model, meta = build(config), build(config), build_on_meta(config, torch.float32)
     initialize(whole, seed=1)
     model.load_state_dict(whole.state_dict())
     model.recompute_layers = frozenset({1})

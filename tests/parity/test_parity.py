@@ -17,7 +17,7 @@ from moescale.convert.checkpoint import ModelWeights, export_checkpoint
 from moescale.convert.hf_config import to_hf_config, transformers_differences
 from moescale.convert.key_table import build_key_table
 from moescale.kernels.router import Routing
-from moescale.model.transformer import Transformer, build_on_meta, initialize
+from moescale.models.transformer import Transformer, build_on_meta, initialize
 from reference import forward
 from tiny import tiny_config
 

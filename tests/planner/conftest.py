@@ -7,8 +7,8 @@ import torch
 
 from moescale.kernels import backends, router
 from moescale.kernels import experts as experts_module
-from moescale.model import attention as attention_module
-from moescale.model import moe as moe_module
+from moescale.models.blocks import mla as attention_module
+from moescale.models.blocks import moe as moe_module
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ import moescale.runtime.expert_parallel as expert_parallel
 import moescale.runtime.mapping as mapping
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config
-from moescale.model.transformer import Transformer, build_on_meta
+from moescale.models.transformer import Transformer, build_on_meta
 from moescale.plan import MeshShape, ParallelPlan, one_device_plan
 from moescale.planner.cluster import load_cluster
 from moescale.planner.memory import MemoryModel

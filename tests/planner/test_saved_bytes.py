@@ -14,8 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moescale.config import ModelConfig
-from moescale.model.rope import rope_tables
-from moescale.model.transformer import Transformer, build_on_meta
+from moescale.models.blocks.rope import rope_tables
+from moescale.models.transformer import Transformer, build_on_meta
 from moescale.planner.workload import build_workload, saved_bytes
 from tiny import tiny_config
 

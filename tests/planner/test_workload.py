@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config
-from moescale.model.flops import flops_per_token
-from moescale.model.transformer import build_on_meta, initialize
+from moescale.models.flops import flops_per_token
+from moescale.models.transformer import build_on_meta, initialize
 from moescale.operators import forward_flops
 from moescale.planner.workload import build_workload
 from tiny import tiny_config

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moescale.errors import ConfigError
-from moescale.model.transformer import build_on_meta
+from moescale.models.transformer import build_on_meta
 from moescale.plan import MeshShape, ParallelPlan, one_device_plan
 from moescale.runtime.mapping import apply_plan
 from moescale.runtime.meshes import build_meshes, check_runnable

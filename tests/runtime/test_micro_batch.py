@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moescale.model.transformer import Transformer, build_on_meta, initialize
+from moescale.models.transformer import Transformer, build_on_meta, initialize
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.settings import TrainSettings

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moescale.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
-from moescale.model.transformer import build_on_meta, initialize
+from moescale.models.transformer import build_on_meta, initialize
 from moescale.report.run_log import RunLog
 from moescale.runtime.checkpoint import CheckpointStore
 from moescale.runtime.optimizer import OptimizerFormat

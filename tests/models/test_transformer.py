@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moescale.kernels.attention import Documents
-from moescale.model.transformer import Transformer, build_on_meta, initialize
+from moescale.models.transformer import Transformer, build_on_meta, initialize
 from tiny import tiny_config
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moescale.config import YarnConfig
-from moescale.model.rope import rope_tables, softmax_scale, yarn_mscale
+from moescale.models.blocks.rope import rope_tables, softmax_scale, yarn_mscale
 from tiny import tiny_config
 
 CPU = torch.device("cpu")

@@ -3,8 +3,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moescale.config import ModelConfig
-from moescale.model.flops import flops_per_token, matmul_parameters_per_token, peak_flops
-from moescale.model.transformer import build_on_meta, initialize
+from moescale.models.flops import flops_per_token, matmul_parameters_per_token, peak_flops
+from moescale.models.transformer import build_on_meta, initialize
 from tiny import tiny_config
 
 

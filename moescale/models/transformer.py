@@ -1,4 +1,4 @@
-"""The DeepSeek-V2 decoder in training form: embedding, blocks, final norm, and the loss.
+"""The decoder in training form: embedding, blocks, final norm, and the loss. A family gives its attention.
 
 A model is built on the meta device (:func:`build_on_meta`), given memory on its device, then filled either by
 :func:`initialize` or from a checkpoint. Logits exist only where a caller asks for them: training goes through the
@@ -17,9 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from moescale.config import ModelConfig
 from moescale.kernels.attention import Documents
 from moescale.kernels.cross_entropy import linear_cross_entropy
-from moescale.model.attention import LatentAttention, RMSNorm
-from moescale.model.moe import DenseFeedForward, FeedForwardOutput, MixtureOfExperts
-from moescale.model.rope import rope_tables
+from moescale.models.blocks.moe import DenseFeedForward, FeedForwardOutput, MixtureOfExperts
+from moescale.models.blocks.norm import RMSNorm
+from moescale.models.registry import family_of
+
+AttentionClass = Callable[[ModelConfig], nn.Module]
+"""Builds a layer's attention: (x [B, S, H], cos, sin, documents) -> [B, S, H]."""
+Positions = Callable[[ModelConfig, int, torch.device], tuple[torch.Tensor, torch.Tensor]]
+"""(configuration, sequence length, device) -> cosine and sine tables."""
 
 
 class ModelOutput(NamedTuple):
@@ -38,10 +43,10 @@ class ModelOutput(NamedTuple):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, attention: AttentionClass) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = LatentAttention(config)
+        self.attention = attention(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward: DenseFeedForward | MixtureOfExperts
         if config.is_moe_layer(layer):
@@ -61,11 +66,12 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The whole model. Blocks in ``recompute_layers`` keep no activations but run forward again in the backward."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, attention: AttentionClass, positions: Positions) -> None:
         super().__init__()
         self.config = config
+        self.positions = positions
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, layer, attention) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute_layers: frozenset[int] = frozenset()
@@ -90,7 +96,7 @@ class Transformer(nn.Module):
 
         ``documents`` keeps attention within documents.
         """
-        cos, sin = rope_tables(self.config, tokens.shape[1], tokens.device)
+        cos, sin = self.positions(self.config, tokens.shape[1], tokens.device)
         x = self.embedding(tokens)
         aux_loss = torch.zeros((), dtype=torch.float32, device=tokens.device)
         counts: list[torch.Tensor] = []
@@ -117,7 +123,7 @@ class Transformer(nn.Module):
 def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     """Build the model without memory: every parameter is on the meta device, in ``dtype``."""
     with torch.device("meta"):
-        return Transformer(config).to(dtype)
+        return family_of(config).build(config).to(dtype)
 
 
 def initialize(model: Transformer, seed: int) -> None:

@@ -12,29 +12,13 @@ from torch import nn
 
 from moescale.config import ModelConfig
 from moescale.kernels.attention import Documents, attention
-from moescale.kernels.rms_norm import add_rms_norm, rms_norm
 from moescale.kernels.rope import mla_rope
-from moescale.model.linear import Linear
-from moescale.model.rope import softmax_scale
+from moescale.models.blocks.linear import Linear
+from moescale.models.blocks.norm import RMSNorm
+from moescale.models.blocks.rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6
 """The published code gives the q and kv latent norms this eps whatever ``rms_norm_eps`` is."""
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned gain, fp32 inside."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-    def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the norm of ``x + residual``, and that sum, in one pass."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LatentAttention(nn.Module):

@@ -1,0 +1,181 @@
+"""Feed-forward layers: a gated MLP, and the mixture of experts (DeepSeek-V2, arXiv:2405.04434, section 2.2).
+
+Every token goes to ``top_k`` of E routed experts and to all shared experts. Routed experts are stacked in memory, so
+one grouped GEMM serves them all; the shared experts act as a single MLP of their summed width. :class:`RoutedExperts`
+holds the weights of this rank's experts, its :class:`Dispatcher` brings them the rows: expert parallelism swaps that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from moescale.config import ModelConfig
+from moescale.kernels.experts import experts as run_experts
+from moescale.kernels.router import Routing, route, router_logits
+from moescale.kernels.swiglu import swiglu
+from moescale.models.blocks.linear import Linear
+
+
+class FeedForwardOutput(NamedTuple):
+    """A feed-forward's result and, from a MoE layer, what its router did."""
+
+    hidden: torch.Tensor
+    """[B, S, H]"""
+    aux_loss: torch.Tensor | None
+    """Scalar fp32: the load-balancing loss by its published definition, not yet times ``aux_loss_alpha``."""
+    tokens_per_expert: torch.Tensor | None
+    """[E] int32: routed rows each expert received."""
+
+
+class GatedMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``; gate and up are one product, gate rows first."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down = Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(swiglu(self.gate_up(x)))
+
+
+class DenseFeedForward(GatedMLP):
+    """The feed-forward of a layer without experts, with the interface of :class:`MixtureOfExperts`."""
+
+    def forward(self, x: torch.Tensor) -> FeedForwardOutput:  # type: ignore[override]
+        return FeedForwardOutput(super().forward(x), None, None)
+
+
+class Router(nn.Module):
+    """Chooses ``top_k`` experts per token; logits and probabilities are fp32 whatever the compute dtype."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.num_experts is not None
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x: torch.Tensor, num_sequences: int) -> Routing:
+        config = self.config
+        return route(
+            router_logits(x, self.weight),
+            top_k=config.top_k,
+            group_limited=config.routing_method == "group_limited_greedy",
+            num_groups=config.num_groups,
+            top_k_groups=config.top_k_groups,
+            normalize_topk=config.normalize_topk,
+            routed_scaling_factor=config.routed_scaling_factor,
+            num_sequences=num_sequences if config.aux_loss_per_sequence else None,
+        )
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to the experts that they chose and their results back."""
+
+    num_ranks: int
+    """Ranks that share the experts of a layer among them."""
+    is_recordable: bool
+    """Whether a CUDA graph can hold its work: no size that the host must know, no call of the host's."""
+
+    def __call__(
+        self,
+        experts: RoutedExperts,
+        x: torch.Tensor,
+        routing: Routing,
+        overlapped: Callable[[], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Return what the experts of all ranks make of x [T, H], plus the result of ``overlapped``.
+
+        A dispatcher that waits for other ranks runs ``overlapped`` meanwhile.
+        """
+        ...
+
+
+class LocalDispatcher:
+    """For a rank that holds all experts: rows are gathered and combined in its own memory."""
+
+    num_ranks = 1
+    is_recordable = True
+
+    def __call__(
+        self,
+        experts: RoutedExperts,
+        x: torch.Tensor,
+        routing: Routing,
+        overlapped: Callable[[], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        out = run_experts(
+            x,
+            routing.topk_ids,
+            routing.topk_weights,
+            experts.gate_up,
+            experts.down,
+            tokens_per_expert=routing.tokens_per_expert,
+            gate_up_gradient=experts.gate_up_gradient,
+            down_gradient=experts.down_gradient,
+            backend=experts.backend,
+            recompute_up=experts.recompute_up,
+        )
+        return out if overlapped is None else out + overlapped()
+
+
+class RoutedExperts(nn.Module):
+    """This rank's routed experts of a layer, stacked: ``gate_up`` [E, 2F, H] (gate rows first), ``down`` [E, H, F].
+
+    All experts of the layer until a plan leaves it with E / P of them and sets the ``dispatcher`` for P ranks.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.num_experts is not None
+        width = config.expert_intermediate_size
+        self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
+        self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.backend = "auto"
+        self.recompute_up = False  # save no pre-activation, compute it again in the backward
+        self.gate_up_gradient: torch.Tensor | None = None
+        self.down_gradient: torch.Tensor | None = None
+
+    def forward(
+        self, x: torch.Tensor, routing: Routing, overlapped: Callable[[], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """[T, H] -> [T, H]: the sum over the chosen experts, weighted by the router, plus what ``overlapped`` returns.
+
+        The ids of one token must differ.
+        """
+        return self.dispatcher(self, x, routing, overlapped)
+
+    def set_gradient_buffers(self, buffer: Callable[[str], torch.Tensor | None]) -> None:
+        """Take the buffers, found by parameter name, to which the backward adds the weights' gradients."""
+        self.gate_up_gradient = buffer("gate_up")
+        self.down_gradient = buffer("down")
+
+    def extra_repr(self) -> str:
+        return f"local_experts={self.gate_up.shape[0]}, ranks={self.dispatcher.num_ranks}"
+
+
+class MixtureOfExperts(nn.Module):
+    """Router, routed experts and shared experts of one layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = RoutedExperts(config)
+        self.shared_experts = None
+        if config.num_shared_experts:
+            width = config.num_shared_experts * config.expert_intermediate_size
+            self.shared_experts = GatedMLP(config.hidden_size, width)
+
+    def forward(self, x: torch.Tensor) -> FeedForwardOutput:
+        flat = x.flatten(0, 1)  # [T, H]
+        routing = self.router(flat, num_sequences=x.shape[0])
+        # A dispatcher between ranks computes the shared experts while it waits for the others.
+        overlapped = None if self.shared_experts is None else partial(self.shared_experts, flat)
+        hidden = self.experts(flat, routing, overlapped).view_as(x)
+        return FeedForwardOutput(hidden, routing.aux_loss, routing.tokens_per_expert)

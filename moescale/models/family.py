@@ -1,0 +1,77 @@
+"""What a model family declares; the planner, the conversion and the runtime learn of a family from this alone.
+
+Imports no torch: what needs it is named and imported when a model is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moescale.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerList:
+    """The operators of one kind of layer, in the order of the forward pass, and how many layers are of it."""
+
+    name: str
+    operators: tuple[str, ...]
+    """Names of registered operators."""
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfNames:
+    """Names of a family's tensors in a Hugging Face folder; those of layers behind the layer's prefix."""
+
+    outside_layers: Mapping[str, str]
+    """Parameter -> tensor."""
+    layer_prefix: str
+    """With ``{layer}`` for the layer's number."""
+    whole: Mapping[str, str]
+    """Module of a layer -> the module whose weight and bias are its own."""
+    gate_and_up: Mapping[str, str]
+    """Module of a layer that stacks gate and up -> the module that holds ``gate_proj`` and ``up_proj``."""
+    experts: str
+    """The module that holds the experts by number, each with ``gate_proj``, ``up_proj`` and ``down_proj``."""
+
+    @property
+    def embedding(self) -> str:
+        return self.outside_layers["embedding.weight"]
+
+    @property
+    def output(self) -> str:
+        return self.outside_layers["output.weight"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture, whatever its sizes."""
+
+    model_type: str
+    """Of config.json."""
+    read_hf: Callable[[Mapping[str, Any], str], ModelConfig]
+    """(document, path in errors) -> configuration. Raises ConfigError for what it does not know."""
+    write_hf: Callable[[ModelConfig, str], dict[str, Any]]
+    """(configuration, dtype of the weights) -> config.json, which ``read_hf`` gives back."""
+    transformers_differences: Callable[[ModelConfig], list[str]]
+    """Where transformers departs from the published definition for a model of this family."""
+    names: HfNames
+    layers: Callable[[ModelConfig], tuple[LayerList, ...]]
+    """The layer kinds that the family has, those that a model lacks with count 0."""
+    outside: Callable[[ModelConfig], tuple[str, ...]]
+    """Operators outside the layers."""
+    dims: Callable[[ModelConfig], dict[str, int]]
+    """Sizes of the operators' dims that do not depend on the batch."""
+    biases: Callable[[ModelConfig], int]
+    """Parameters of one layer that annotations leave out for their smallness."""
+    builder: str
+    """``module:function`` of (configuration) -> Transformer."""
+
+    def build(self, config: ModelConfig) -> Any:
+        """Build a model of this family, on the device of the context."""
+        module, _, function = self.builder.partition(":")
+        return getattr(importlib.import_module(module), function)(config)
