@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config
-from moescale.operators import forward_flops
 from moescale.plan import LayerPlan, MeshShape
 from moescale.planner.cluster import Cluster, Rates, load_cluster
 from moescale.planner.cost import CostModel, StepTime
@@ -228,18 +227,6 @@ def _exchange_correction(time: StepTime, variant: Variant) -> float:
     if variant.exchange == "by itself":
         return time.hidden.get("communication ep", 0.0)
     return 0.0
-
-
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Model FLOPs of a token, forward and backward."""
-    workload = build_workload(config)
-    dims = workload.dims(1, sequence_length)
-    return sum(
-        kind.count * forward_flops(op, dims) * (1 + op.backward_flops_ratio)
-        for kind in (*workload.layers, workload.outside)
-        for op in kind.operators
-        if op.kind != "elementwise"
-    )
 
 
 def rows() -> list[dict[str, Any]]:

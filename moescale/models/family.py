@@ -71,6 +71,15 @@ class Family:
     builder: str
     """``module:function`` of (configuration) -> Transformer."""
 
+    def dims_of(self, config: ModelConfig, tokens: int, sequence_length: int) -> dict[str, int]:
+        """Return the sizes of all dims for a micro-batch of ``tokens`` in sequences of ``sequence_length``."""
+        return self.dims(config) | {
+            "n": tokens,
+            "r": tokens * max(1, config.top_k),
+            "b": -(-tokens // max(1, sequence_length)),
+            "x": sequence_length,
+        }
+
     def build(self, config: ModelConfig) -> Any:
         """Build a model of this family, on the device of the context."""
         module, _, function = self.builder.partition(":")

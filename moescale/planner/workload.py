@@ -58,12 +58,7 @@ class Workload:
 
     def dims(self, tokens: int, sequence_length: int) -> dict[str, int]:
         """Dim sizes for a micro-batch of ``tokens`` in sequences of ``sequence_length``."""
-        return family_of(self.config).dims(self.config) | {
-            "n": tokens,
-            "r": tokens * max(1, self.config.top_k),
-            "b": -(-tokens // sequence_length),
-            "x": sequence_length,
-        }
+        return family_of(self.config).dims_of(self.config, tokens, sequence_length)
 
     def layer_parameters(self, kind: LayerKind) -> tuple[int, int]:
         """Parameters of one layer: (without routed experts, routed experts)."""

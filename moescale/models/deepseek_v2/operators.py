@@ -67,7 +67,7 @@ def biases(config: ModelConfig) -> int:
 
 
 def _attention_flops(dims: Dims) -> float:
-    """Two products over the causal half of the square, as the model's own count (``models.flops``) has it."""
+    """Return the FLOPs of two GEMMs over the causal half of the square."""
     return dims["n"] * dims["a"] * dims["x"] * (dims["q"] + dims["v"])
 
 
