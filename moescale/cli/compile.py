@@ -52,6 +52,8 @@ class CompileSettings:
     """Also consider bf16 weights with stochastic rounding, without an exact fp32 master."""
     allow_unsupported: bool = False
     """Also plans this version cannot run: pipeline, context and tensor parallelism."""
+    ignore_config_field: tuple[str, ...] = ()
+    """A field of config.json that is not known and does not change the model; repeatable."""
     output: Path | None = None
     """Plan file to write."""
     html: Path | None = None
@@ -69,7 +71,7 @@ def compile_command(settings: Annotated[CompileSettings, Parameter(name="*")], *
         Print the plan (or with --fit the table) as JSON on standard output.
     """
     _check_files(settings)
-    config = read_model_config(resolve_model(settings.model, config_only=True))
+    config = read_model_config(resolve_model(settings.model, config_only=True), settings.ignore_config_field)
     cluster = load_cluster(settings.cluster)
     request = _request(settings)
     if settings.fit:

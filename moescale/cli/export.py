@@ -21,7 +21,7 @@ from moescale.runtime.checkpoint import (
     CheckpointStore,
     CheckpointWeights,
     DamagedCheckpointError,
-    read_state,
+    read_training_state,
     verify,
 )
 
@@ -41,6 +41,9 @@ class ExportSettings:
     names it, or else its weights; bf16 where neither does."""
     model: Path | None = None
     """Folder with the config.json, tokenizer and generation files to copy; default: the one the run started from."""
+    ignore_config_field: tuple[str, ...] = ()
+    """A field of config.json that is not known and does not change the model; repeatable;
+    default: those that the run was told to ignore."""
     max_shard_gigabytes: float = 5.0
     """Largest shard, in units of 10^9 bytes."""
 
@@ -55,6 +58,7 @@ class RunFile:
 
     model: Annotated[str, Length(least=1, most=4096), Matches(r"[^\0]+", "a path")]
     """The folder the run started from."""
+    ignore_config_field: tuple[str, ...] = ()
 
 
 def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, json: bool = False) -> None:
@@ -67,8 +71,9 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
     """
     import torch
 
-    reference = _reference(settings)
-    config = read_model_config(reference)
+    reference, ignored_fields = _reference(settings)
+    ignored_fields = settings.ignore_config_field or ignored_fields
+    config = read_model_config(reference, ignored_fields)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     names = {dtype: name for name, dtype in dtypes.items()}
     dtype_name: str = settings.dtype or names[folder_dtype(reference)]
@@ -84,6 +89,7 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
                 source,
                 settings.output,
                 reference=reference,
+                ignored_fields=ignored_fields,
                 dtype=dtypes[dtype_name],
                 max_shard_bytes=int(settings.max_shard_gigabytes * 1e9),
                 on_progress=on_progress,
@@ -118,7 +124,7 @@ def _with_remedy(error: DamagedCheckpointError, store: CheckpointStore, checkpoi
 
 def _check_model(settings: ExportSettings, reference: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Refuse a configuration that is not the one the weights were trained with, equal shapes or not."""
-    trained = read_state(checkpoint)["identity"].get("model")
+    trained = read_training_state(checkpoint)["identity"].get("model")
     if trained in (None, config.fingerprint()):
         return
     remedy = (
@@ -132,15 +138,15 @@ def _check_model(settings: ExportSettings, reference: Path, config: ModelConfig,
     )
 
 
-def _reference(settings: ExportSettings) -> Path:
-    """The folder whose configuration and tokenizer go with the weights."""
+def _reference(settings: ExportSettings) -> tuple[Path, tuple[str, ...]]:
+    """The folder whose configuration and tokenizer go with the weights, and the fields of config.json to ignore."""
     if settings.model is not None:
         if not settings.model.is_dir():
             raise ConfigError(
                 f"export.model ({settings.model}) is not a folder; give one with the config.json to copy, "
                 "or leave --model out to take the one the run started from"
             )
-        return settings.model
+        return settings.model, ()
     run_file = settings.run / "run.json"
     kind = FileKind(
         noun="a run's file",
@@ -154,4 +160,4 @@ def _reference(settings: ExportSettings) -> Path:
     reference = Path(record.model)
     if not reference.is_dir():
         raise CheckpointError(f"{reference}: gone, {run_file} says the run started from it; give its copy as --model")
-    return reference
+    return reference, record.ignore_config_field

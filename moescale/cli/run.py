@@ -50,6 +50,8 @@ class RunInputs:
     """Corpus written by `moescale prepare`, or by datasets.save_to_disk with an input_ids column."""
     output: Path
     """Folder of the run: checkpoints, metrics, TensorBoard."""
+    ignore_config_field: tuple[str, ...] = ()
+    """A field of config.json that is not known and does not change the model; repeatable."""
     plan: Path | None = None
     """Plan written by `moescale compile`; default: one device, as the next three options say."""
     tokens_per_step: int | None = None
@@ -93,7 +95,7 @@ def run_command(
         Print the summary as JSON on standard output, without a progress bar.
     """
     folder = resolve_model(inputs.model)
-    config = read_model_config(folder)
+    config = read_model_config(folder, inputs.ignore_config_field)
     corpus = open_corpus(inputs.data)
     device = choose_device(inputs.device)
     plan = _plan(inputs, config, corpus, device)
@@ -397,6 +399,7 @@ def _write_run_file(inputs: RunInputs, folder: Path, plan: ParallelPlan, setting
         "moescale": __version__,
         "model": str(folder.resolve()),
         "data": str(inputs.data.resolve()),
+        "ignore_config_field": inputs.ignore_config_field,
         "settings": {key: value for key, value in asdict(settings).items() if value != math.inf},
         "plan": json_module.loads(plan.to_json()),
     }

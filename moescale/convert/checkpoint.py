@@ -12,8 +12,8 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from moescale.boxes import Box, box_shape, overlap, relative_to, whole_box
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import CONFIG_FILE, read_hf_config, read_model_config, transformers_differences
-from moescale.convert.key_table import KeyTable, Piece, build_key_table
+from moescale.convert.key_table import KeyTable, Piece, build_key_table, fused_experts
 from moescale.convert.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -37,7 +37,7 @@ from moescale.convert.weight_files import (
 from moescale.errors import CheckpointError, ConfigError, NonFiniteWeightsError
 from moescale.files import InUseError, remedy, staged_folder, staging_path, write_atomically, written_by_library
 from moescale.models.family import HfNames
-from moescale.models.registry import family_of
+from moescale.models.registry import family_of, find_family
 
 _RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 """Buffers some published folders carry; the model computes them."""
@@ -107,7 +107,8 @@ def import_checkpoint(
     truncated; no parameter has been touched then. Raises NonFiniteWeightsError naming a tensor with NaN or infinity.
     """
     table = build_key_table(config)
-    stored = read_headers(folder)
+    stored = read_headers(folder, may_be_absent=_tied_keys(family_of(config).names) if config.tie_embeddings else ())
+    table = _as_stored(table, config, stored)
     _check_stored(folder, config, table, stored)
     _check_parameters(table, parameters, parts)
     wanted: dict[Path, list[_Copy]] = {}
@@ -141,6 +142,7 @@ def export_checkpoint(
     output: Path,
     *,
     reference: Path,
+    ignored_fields: Collection[str] = (),
     dtype: torch.dtype,
     max_shard_bytes: int = 5_000_000_000,
     on_progress: Progress | None = None,
@@ -166,7 +168,7 @@ def export_checkpoint(
         )
     table = build_key_table(config)
     _check_source(table, source)
-    if read_model_config(reference) != config:
+    if read_model_config(reference, ignored_fields) != config:
         raise ConfigError(
             f"{reference / CONFIG_FILE}: describes another model than the weights; give the right --model"
         )
@@ -211,7 +213,7 @@ def folder_dtype(folder: Path) -> torch.dtype:
     if not has_weights(folder):
         return torch.bfloat16
     values: Counter[torch.dtype] = Counter()
-    for tensor in read_headers(folder).values():
+    for tensor in read_headers(folder, may_be_absent=_tied_keys(find_family(document["model_type"]).names)).values():
         values[tensor.dtype] += math.prod(tensor.shape)
     return values.most_common(1)[0][0] if values else torch.bfloat16
 
@@ -237,6 +239,26 @@ def _copy_of(piece: Piece, part: Box, parameter: torch.Tensor) -> _Copy | None:
         source=inside[len(inside) - len(piece.shape) :],
         target=parameter.detach()[relative_to(common, part)],
     )
+
+
+def _tied_keys(names: HfNames) -> tuple[str, str]:
+    return names.embedding, names.output
+
+
+def _as_stored(table: KeyTable, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> KeyTable:
+    """The table with the keys of this folder, where it has another of the known layouts of the same weights.
+
+    A tied embedding may be stored under the output's name; transformers 5 also writes a layer's experts fused.
+    """
+    found, names = dict(table), family_of(config).names
+    for name, pieces in table.items():
+        fused = fused_experts(names, name, pieces)
+        if fused is not None and fused.key in stored:
+            found[name] = (fused,)
+        is_embedding = config.tie_embeddings and pieces[0].key == names.embedding
+        if is_embedding and names.embedding not in stored and names.output in stored:
+            found[name] = (replace(pieces[0], key=names.output),)
+    return found
 
 
 def _check_stored(folder: Path, config: ModelConfig, table: KeyTable, stored: Mapping[str, StoredTensor]) -> None:

@@ -5,7 +5,7 @@ Which fields there are and what they mean is the family's (``moescale.models.<fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,14 @@ def resolve_model(name: str, *, config_only: bool = False) -> Path:
     )
 
 
-def read_model_config(model: str | Path) -> ModelConfig:
+def read_model_config(model: str | Path, ignored_fields: Collection[str] = ()) -> ModelConfig:
     """Read the configuration of a model: a folder with a config.json, or any name :func:`resolve_model` takes.
 
-    Raises ConfigError naming file and field where one is missing, has an unsupported value, or is unknown.
+    Raises ConfigError naming file and field where one is missing, has an unsupported value, or is unknown and not one
+    of ``ignored_fields``.
     """
     folder = resolve_model(str(model), config_only=True)
-    return parse_hf_config(read_hf_config(folder), str(folder / CONFIG_FILE))
+    return parse_hf_config(read_hf_config(folder), str(folder / CONFIG_FILE), ignored_fields)
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -73,7 +74,9 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / CONFIG_FILE, _FILE)
 
 
-def parse_hf_config(document: Mapping[str, Any], path: str = CONFIG_FILE) -> ModelConfig:
+def parse_hf_config(
+    document: Mapping[str, Any], path: str = CONFIG_FILE, ignored_fields: Collection[str] = ()
+) -> ModelConfig:
     """Translate the fields of a config.json; ``path`` names the file in errors. Raises ConfigError."""
     if "model_type" not in document:
         raise ConfigError(f"{path}: field 'model_type' is missing; it must be {' or '.join(sorted(FAMILIES))}")
@@ -81,7 +84,12 @@ def parse_hf_config(document: Mapping[str, Any], path: str = CONFIG_FILE) -> Mod
         family = find_family(document["model_type"])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return family.read_hf(document, path)
+    for name in ignored_fields:
+        if name in family.hf_fields:
+            raise ConfigError(f"--ignore-config-field {name}: it decides what is trained and cannot be ignored")
+        if name not in document:
+            raise ConfigError(f"--ignore-config-field {name}: {path} has no such field{nearest(name, document)}")
+    return family.read_hf({name: value for name, value in document.items() if name not in ignored_fields}, path)
 
 
 def to_hf_config(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:

@@ -40,6 +40,15 @@ def build_key_table(config: ModelConfig) -> KeyTable:
     return {name: _pieces(names, name, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
 
 
+def fused_experts(names: HfNames, name: str, pieces: tuple[Piece, ...]) -> Piece | None:
+    """The one tensor that holds all experts of a parameter in the fused layout of transformers 5, None for others."""
+    if not name.endswith((".feed_forward.experts.gate_up", ".feed_forward.experts.down")):
+        return None
+    module = pieces[0].key.partition(f"{names.experts}.")[0] + names.experts
+    shape = tuple(max(piece.index[dim].stop for piece in pieces) for dim in range(len(pieces[0].index)))
+    return _whole(f"{module}.{'gate_up_proj' if name.endswith('gate_up') else 'down_proj'}", shape)
+
+
 def _pieces(names: HfNames, name: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
     if name in names.outside_layers:
         return (_whole(names.outside_layers[name], shape),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -46,8 +46,11 @@ _INDEX = FileKind(
 )
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_headers(folder: Path, may_be_absent: Collection[str] = ()) -> dict[str, StoredTensor]:
     """Every tensor of the folder's shards by name; only headers are read.
+
+    Args:
+        may_be_absent: tensors that the index may list though no shard has them, as writers of tied models do.
 
     Raises CheckpointError where a shard is missing or truncated, a dtype is not supported, two shards hold the same
     tensor, or the index contradicts the shards.
@@ -63,9 +66,17 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
                 )
             found[name] = tensor
     for name, file_name in index.items():
-        if name not in found or found[name].file.name != file_name:
+        if name in found and found[name].file == folder / file_name:
+            continue
+        if name in found:
             raise CheckpointError(
-                f"{folder / file_name}: lacks tensor '{name}', which {INDEX_FILE} says it holds; fetch the folder again"
+                f"{folder / file_name}: lacks tensor '{name}', which {INDEX_FILE} says it holds and {found[name].file} "
+                "has: the two are of different downloads; fetch the index and these files again"
+            )
+        if name not in may_be_absent:
+            raise CheckpointError(
+                f"{folder / file_name}: lacks tensor '{name}', which {INDEX_FILE} says it holds: one of the two is of "
+                "another download or a left-over; fetch both again"
             )
     return found
 

@@ -55,6 +55,8 @@ class Family:
     """Of config.json."""
     read_hf: Callable[[Mapping[str, Any], str], ModelConfig]
     """(document, path in errors) -> configuration. Raises ConfigError for what it does not know."""
+    hf_fields: frozenset[str]
+    """Fields of config.json that decide what is trained; ``read_hf`` knows no other ones, but the harmless."""
     write_hf: Callable[[ModelConfig, str], dict[str, Any]]
     """(configuration, dtype of the weights) -> config.json, which ``read_hf`` gives back."""
     transformers_differences: Callable[[ModelConfig], list[str]]

@@ -3,7 +3,46 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
+
+# Fields that do not change what is trained: bookkeeping, generation, the inference engine.
+_HARMLESS = frozenset(
+    "architectures auto_map bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id "
+    "torch_dtype dtype transformers_version use_cache pretraining_tp ep_size _name_or_path name_or_path "
+    "output_attentions output_hidden_states output_router_logits return_dict return_dict_in_generate id2label "
+    "label2id problem_type chunk_size_feed_forward head_dim qk_head_dim _attn_implementation attn_implementation "
+    "_experts_implementation experts_implementation torchscript use_bfloat16 tokenizer_class task_specific_params "
+    "finetuning_task prefix is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder "
+    "model_max_length".split()
+)
+# How text is sampled, which older writers leave in config.json too: the fields of transformers' GenerationConfig.
+_GENERATION = frozenset(
+    "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bad_words_ids "
+    "begin_suppress_tokens cache_config cache_implementation compile_config constraints continuous_batching_config "
+    "disable_compile diversity_penalty do_sample dola_layers early_stopping encoder_no_repeat_ngram_size "
+    "encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty force_words_ids "
+    "forced_bos_token_id forced_eos_token_id guidance_scale is_assistant length_penalty low_memory max_cache_len "
+    "max_length max_matching_ngram_size max_new_tokens max_time min_length min_new_tokens min_p no_repeat_ngram_size "
+    "num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_logits "
+    "output_scores penalty_alpha prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values "
+    "renormalize_logits repetition_penalty sequence_bias speculation_type stop_strings suppress_tokens "
+    "target_lookbehind temperature tf_legacy_loss token_healing top_h top_k top_p typical_p use_mtp "
+    "watermarking_config".split()
+)
+_BOOKKEEPING = re.compile(r"_?(attn|experts)_implementation\w*|\w+_version|_from_model_config|_commit_hash|unsloth_\w+")
+"""Names under which writers sign their work or keep how they opened the folder."""
+_HARMLESS_EMPTY = frozenset({"pruned_heads"})
+"""Harmless where empty."""
+CLOSE = 0.8
+"""How alike two names of fields must be for one to be taken for a misspelling of the other."""
+
+
+def is_harmless(name: str, value: Any) -> bool:
+    """Whether a field has no part in training, whatever the family."""
+    if value is None or name in _HARMLESS or name in _GENERATION or _BOOKKEEPING.fullmatch(name):
+        return True
+    return name in _HARMLESS_EMPTY and not value
 
 
 def wrong_integer(value: Any) -> str | None:

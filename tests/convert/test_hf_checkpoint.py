@@ -319,3 +319,92 @@ def test_a_model_that_transformers_computes_differently_exports_with_a_warning(t
     weights = ModelWeights(dict(filled_model(config).named_parameters()))
     report = export_checkpoint(config, weights, tmp_path / "out", reference=tmp_path, dtype=torch.float32)
     assert any("norm_topk_prob" in warning for warning in report.warnings)
+
+
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], config: ModelConfig) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config, "float32")))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def assert_same_parameters(first: Transformer, second: Transformer) -> None:
+    for (name, one), (_, other) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_experts_fused_by_transformers_are_read_whole_and_in_parts(tmp_path):
+    config = tiny_config()
+    original = write_folder(tmp_path / "original", config, torch.float32)
+    tensors = all_tensors(original)
+    for layer in range(config.num_layers):
+        if not config.is_moe_layer(layer):
+            continue
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            [tensors.pop(f"{prefix}{expert}.{part}_proj.weight") for expert in range(config.num_experts)]
+            for part in ("gate", "up", "down")
+        )
+        tensors[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
+        tensors[f"{prefix}down_proj"] = torch.stack(down)
+    fused = write_tensors(tmp_path / "fused", tensors, config)
+    whole = imported(original, config, torch.float32)
+    assert_same_parameters(whole, imported(fused, config, torch.float32))
+    parts = {
+        name: tuple(slice(size // 2 if dim == 0 and size > 1 else 0, size) for dim, size in enumerate(parameter.shape))
+        for name, parameter in whole.named_parameters()
+    }
+    targets = {name: torch.empty_like(parameter[parts[name]]) for name, parameter in whole.named_parameters()}
+    import_checkpoint(fused, config, targets, parts=parts)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(targets[name], parameter[parts[name]]), name
+
+
+def test_fused_experts_of_another_shape_are_refused(tmp_path):
+    config = tiny_config()
+    tensors = all_tensors(write_folder(tmp_path / "original", config, torch.float32))
+    layer = next(layer for layer in range(config.num_layers) if config.is_moe_layer(layer))
+    tensors = {key: tensor for key, tensor in tensors.items() if f"layers.{layer}.mlp.experts." not in key}
+    tensors[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.zeros(1, 2, 3)
+    tensors[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.zeros(1, 2, 3)
+    with pytest.raises(CheckpointError, match=r"gate_up_proj' has shape \(1, 2, 3\), config.json asks for"):
+        imported(write_tensors(tmp_path / "fused", tensors, config), config, torch.float32)
+
+
+def test_a_tied_folder_may_hold_its_embedding_under_either_name(tmp_path):
+    config = tiny_config(tie_embeddings=True)
+    original = write_folder(tmp_path / "original", config, torch.float32)
+    tensors = all_tensors(original)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    head_only = write_tensors(tmp_path / "head", tensors, config)
+    assert_same_parameters(imported(original, config, torch.float32), imported(head_only, config, torch.float32))
+
+
+def test_an_index_may_list_the_other_name_of_a_tied_embedding_and_files_in_folders(tmp_path):
+    config = tiny_config(tie_embeddings=True)
+    folder = write_folder(tmp_path / "original", config, torch.float32)
+    expected = imported(folder, config, torch.float32)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "model-00001-of-00003.safetensors"
+    (folder / "w").mkdir()
+    (folder / "model-00002-of-00003.safetensors").rename(folder / "w" / "part.safetensors")
+    index["weight_map"] = {
+        key: "w/part.safetensors" if name.startswith("model-00002") else name
+        for key, name in index["weight_map"].items()
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same_parameters(expected, imported(folder, config, torch.float32))
+    index["weight_map"]["model.extra.weight"] = "w/part.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="lacks tensor 'model.extra.weight', .* left-over; fetch both again"):
+        imported(folder, config, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "w/../../x.safetensors", "", "w//x"])
+def test_an_index_leads_nowhere_outside_its_folder(name, tmp_path):
+    folder = write_folder(tmp_path / "original", tiny_config(), torch.float32)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"weight_map.model.norm.weight \(.*\) must be a path below"):
+        imported(folder, tiny_config(), torch.float32)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from transformers import DeepseekV2Config
+from transformers import DeepseekV2Config, GenerationConfig
 
 from moescale.config import YarnConfig
 from moescale.convert.hf_config import PRESETS, parse_hf_config, read_model_config, resolve_model, to_hf_config
@@ -176,3 +176,42 @@ def test_errors_name_the_file(tmp_path):
 def test_an_unknown_model_names_the_presets():
     with pytest.raises(ConfigError, match="'deepseek-v2-light' is neither .* did you mean 'deepseek-v2-lite'"):
         resolve_model("deepseek-v2-light")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_attn_implementation_autoset": True},
+        {"temperature": 0.3, "top_p": 0.95, "do_sample": True, "max_length": 20},
+        {"pruned_heads": {}},
+        {"unsloth_version": "2025.3.1", "unsloth_fixed": True, "mlx_version": "0.1"},
+    ],
+)
+def test_what_writers_leave_behind_is_harmless(changes):
+    assert parse_hf_config(document(**changes)) == parse_hf_config(document())
+
+
+def test_every_generation_field_of_transformers_is_harmless():
+    fields = {name: 1 for name in GenerationConfig().to_dict()}
+    assert parse_hf_config(document(**fields)) == parse_hf_config(document())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "suggestion"),
+    [("pruned_heads", {"0": [1]}, None), ("attn_temperature", 2.0, None), ("num_hidden_layer", 3, "num_hidden_layers")],
+)
+def test_an_unknown_field_names_its_switch_and_only_a_close_field(name, value, suggestion):
+    with pytest.raises(ConfigError, match=f"field '{name}' .*pass --ignore-config-field {name}$") as caught:
+        parse_hf_config(document(**{name: value}))
+    assert (f"did you mean '{suggestion}'" in str(caught.value)) == (suggestion is not None)
+    assert ("did you mean" in str(caught.value)) == (suggestion is not None)
+    assert parse_hf_config(document(**{name: value}), "config.json", {name}) == parse_hf_config(document())
+
+
+def test_a_field_that_counts_or_is_not_there_cannot_be_ignored():
+    with pytest.raises(ConfigError, match="--ignore-config-field rope_theta: it decides what is trained"):
+        parse_hf_config(document(), ignored_fields=("rope_theta",))
+    with pytest.raises(
+        ConfigError, match="--ignore-config-field hidden_siz: .* has no such field; did you mean 'hidden_"
+    ):
+        parse_hf_config(document(), ignored_fields=("hidden_siz",))

@@ -9,6 +9,7 @@ from moescale.models.family import Family
 FAMILY = Family(
     model_type="deepseek_v2",
     read_hf=hf.read_hf,
+    hf_fields=frozenset(hf.FIELDS),
     write_hf=hf.write_hf,
     transformers_differences=hf.transformers_differences,
     names=hf.NAMES,

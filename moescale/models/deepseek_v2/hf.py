@@ -13,7 +13,7 @@ from typing import Any
 from moescale.config import ModelConfig, YarnConfig
 from moescale.errors import ConfigError, nearest
 from moescale.models.family import HfNames
-from moescale.models.hf_fields import json_type, wrong_integer, wrong_number
+from moescale.models.hf_fields import CLOSE, is_harmless, json_type, wrong_integer, wrong_number
 from moescale.records import show
 
 NAMES = HfNames(
@@ -60,16 +60,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, 1.0, None),
     "use_mla": (True, None),
 }
-# Fields that do not change what is trained: bookkeeping, generation, the inference engine.
-_HARMLESS = frozenset(
-    "architectures auto_map bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id "
-    "torch_dtype dtype transformers_version use_cache pretraining_tp ep_size _name_or_path name_or_path "
-    "output_attentions output_hidden_states output_router_logits return_dict return_dict_in_generate id2label "
-    "label2id problem_type chunk_size_feed_forward head_dim qk_head_dim _attn_implementation attn_implementation "
-    "_experts_implementation experts_implementation torchscript use_bfloat16 tokenizer_class task_specific_params "
-    "finetuning_task prefix is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder "
-    "model_max_length".split()
-)
 _YARN_FIELDS = frozenset(
     "type rope_type factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim "
     "rope_theta".split()
@@ -87,6 +77,8 @@ _NUMBERS = frozenset(
 )
 _FLAGS = frozenset("attention_bias norm_topk_prob seq_aux tie_word_embeddings".split())
 _TRANSLATED = _INTEGERS | _NUMBERS | _FLAGS | frozenset("model_type topk_method rope_scaling rope_parameters".split())
+FIELDS = _TRANSLATED | _ONLY.keys()
+"""What decides what is trained."""
 # Other names of a field, which must agree with it where both are given.
 _ALIASES = {
     "num_local_experts": "n_routed_experts",
@@ -234,16 +226,12 @@ def _check_fields(document: Mapping[str, Any], path: str) -> None:
     for name, supported in _ONLY.items():
         if name in document and document[name] not in supported:
             raise ConfigError(f"{path}: {name} ({show(document[name])}) is not supported; it must be {supported[0]!r}")
-    unknown = [
-        name
-        for name, value in document.items()
-        if name not in _ONLY and name not in _HARMLESS and name not in _TRANSLATED and value is not None
-    ]
+    unknown = [name for name, value in document.items() if name not in FIELDS and not is_harmless(name, value)]
     if unknown:
         name = unknown[0]
         raise ConfigError(
             f"{path}: field '{name}' ({show(document[name])}) is not known and may change the mathematics of the "
-            f"model{nearest(name, _TRANSLATED)}; remove it if it does not"
+            f"model{nearest(name, FIELDS, cutoff=CLOSE)}; if it does not, pass --ignore-config-field {name}"
         )
 
 
