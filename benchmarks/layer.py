@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from moescale.config import ModelConfig
 from moescale.kernels.attention import Documents, attention
 from moescale.kernels.backends import runs_cute
 from moescale.kernels.cross_entropy import linear_cross_entropy
@@ -32,11 +31,12 @@ from moescale.kernels.router import route, router_logits
 from moescale.kernels.swiglu import swiglu
 from moescale.models.blocks.mla import LatentAttention
 from moescale.models.blocks.rope import rope_tables
+from moescale.models.deepseek_v2.config import DeepSeekV2Config
 from moescale.models.transformer import Block
 
 BATCH, LENGTH = 4, 2048
 TOKENS = BATCH * LENGTH
-CONFIG = ModelConfig(
+CONFIG = DeepSeekV2Config(
     vocab_size=102400,
     hidden_size=2048,
     num_layers=27,

@@ -45,23 +45,15 @@ class YarnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The DeepSeek-V2 architecture (arXiv:2405.04434). Everything that changes the mathematics is here."""
+    """What all families share. With a family's own fields it is everything that changes the mathematics."""
 
-    model_type: ClassVar[str] = "deepseek_v2"
+    model_type: ClassVar[str]
     """The family, by its name in Hugging Face's config.json."""
 
     vocab_size: int
     hidden_size: int
     num_layers: int
     num_heads: int
-    q_lora_rank: int | None
-    """Rank of the compressed query, or None for one full projection."""
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    attention_bias: bool
-    """Bias on the q_a, kv_a and output projections, as the published code has it."""
     dense_intermediate_size: int
     """Intermediate size of the dense layers' feed-forward."""
     expert_intermediate_size: int
@@ -89,29 +81,18 @@ class ModelConfig:
     max_sequence_length: int
     """Longest sequence the positional encoding is meant for, in tokens."""
     rope_theta: float
-    yarn: YarnConfig | None
     initializer_std: float
 
     def __post_init__(self) -> None:
         positive = (
-            "vocab_size hidden_size num_layers num_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
-            "dense_intermediate_size moe_layer_frequency rope_theta max_sequence_length initializer_std rms_norm_eps"
+            "vocab_size hidden_size num_layers num_heads dense_intermediate_size moe_layer_frequency rope_theta "
+            "max_sequence_length initializer_std rms_norm_eps"
         )
-        for name in positive.split():
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"model.{name} ({getattr(self, name)}) must be positive")
-        if self.q_lora_rank is not None and self.q_lora_rank <= 0:
-            raise ConfigError(f"model.q_lora_rank ({self.q_lora_rank}) must be positive, or None for a full projection")
-        if self.qk_rope_head_dim % 2:
-            raise ConfigError(f"model.qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: RoPE rotates pairs")
+        self._check_positive(*positive.split())
         if not 0 <= self.aux_loss_alpha < math.inf:
             raise ConfigError(f"model.aux_loss_alpha ({self.aux_loss_alpha}) must not be negative; use 0 for none")
         if not math.isfinite(self.routed_scaling_factor):
             raise ConfigError(f"model.routed_scaling_factor ({self.routed_scaling_factor}) must be finite")
-        if self.yarn is not None and self.rope_theta <= 1:
-            raise ConfigError(
-                f"model.rope_theta ({self.rope_theta}) must be above 1 with YaRN, which divides by its logarithm"
-            )
         if self.routing_method not in ROUTING_METHODS:
             raise ConfigError(
                 f"model.routing_method ('{self.routing_method}') is not supported; "
@@ -119,6 +100,11 @@ class ModelConfig:
             )
         if self.num_experts is not None:
             self._check_experts(self.num_experts)
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"model.{name} ({getattr(self, name)}) must be positive")
 
     def _check_experts(self, num_experts: int) -> None:
         if num_experts <= 0:
@@ -150,9 +136,9 @@ class ModelConfig:
                 )
 
     @property
-    def qk_head_dim(self) -> int:
-        """Width of one head's query and key: the part without and the part with positions."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
+    def key_value_width(self) -> int:
+        """Elements of a token's keys and values together, over all heads."""
+        raise NotImplementedError
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the layer with absolute index ``layer`` routes its tokens to experts."""

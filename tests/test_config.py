@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
+from moescale.models.deepseek_v2.config import DeepSeekV2Config
 from tiny import tiny_config
 
 
@@ -55,7 +55,7 @@ def test_the_fingerprint_changes_with_every_field():
 
 def test_a_newer_field_changes_the_fingerprint_only_where_it_differs_from_its_default():
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class NewerConfig(ModelConfig):
+    class NewerConfig(DeepSeekV2Config):
         qk_norm: bool = False
 
     older = tiny_config()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from moescale.config import ModelConfig
+from moescale.models.deepseek_v2.config import DeepSeekV2Config
 
 
-def tiny_config(**overrides: Any) -> ModelConfig:
+def tiny_config(**overrides: Any) -> DeepSeekV2Config:
     """Three layers, the first one dense, eight experts of which two are chosen."""
     fields: dict[str, Any] = dict(
         vocab_size=96,
@@ -41,4 +41,4 @@ def tiny_config(**overrides: Any) -> ModelConfig:
         yarn=None,
         initializer_std=0.05,
     )
-    return ModelConfig(**(fields | overrides))
+    return DeepSeekV2Config(**(fields | overrides))

@@ -49,7 +49,7 @@ class HfNames:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One architecture, whatever its sizes."""
+    """One architecture, whatever its sizes. Its functions take its own class of configuration."""
 
     model_type: str
     """Of config.json."""
@@ -57,18 +57,18 @@ class Family:
     """(document, path in errors) -> configuration. Raises ConfigError for what it does not know."""
     hf_fields: frozenset[str]
     """Fields of config.json that decide what is trained; ``read_hf`` knows no other ones, but the harmless."""
-    write_hf: Callable[[ModelConfig, str], dict[str, Any]]
+    write_hf: Callable[[Any, str], dict[str, Any]]
     """(configuration, dtype of the weights) -> config.json, which ``read_hf`` gives back."""
-    transformers_differences: Callable[[ModelConfig], list[str]]
+    transformers_differences: Callable[[Any], list[str]]
     """Where transformers departs from the published definition for a model of this family."""
     names: HfNames
-    layers: Callable[[ModelConfig], tuple[LayerList, ...]]
+    layers: Callable[[Any], tuple[LayerList, ...]]
     """The layer kinds that the family has, those that a model lacks with count 0."""
-    outside: Callable[[ModelConfig], tuple[str, ...]]
+    outside: Callable[[Any], tuple[str, ...]]
     """Operators outside the layers."""
-    dims: Callable[[ModelConfig], dict[str, int]]
+    dims: Callable[[Any], dict[str, int]]
     """Sizes of the operators' dims that do not depend on the batch."""
-    biases: Callable[[ModelConfig], int]
+    biases: Callable[[Any], int]
     """Parameters of one layer that annotations leave out for their smallness."""
     builder: str
     """``module:function`` of (configuration) -> Transformer."""

@@ -8,7 +8,7 @@ linear cross-entropy, which never holds a micro-batch's logits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,9 +21,9 @@ from moescale.models.blocks.moe import DenseFeedForward, FeedForwardOutput, Mixt
 from moescale.models.blocks.norm import RMSNorm
 from moescale.models.registry import family_of
 
-AttentionClass = Callable[[ModelConfig], nn.Module]
+AttentionClass = Callable[[Any], nn.Module]
 """Builds a layer's attention: (x [B, S, H], cos, sin, documents) -> [B, S, H]."""
-Positions = Callable[[ModelConfig, int, torch.device], tuple[torch.Tensor, torch.Tensor]]
+Positions = Callable[[Any, int, torch.device], tuple[torch.Tensor, torch.Tensor]]
 """(configuration, sequence length, device) -> cosine and sine tables."""
 
 

@@ -327,7 +327,7 @@ class CostModel:
             ledger.communicate("tp", forward, reduce, 0.0)
             ledger.communicate("tp", backward, reduce, 0.0)
         if mesh.cp > 1:  # keys and values travel around the ring beside attention (Liu et al. 2023)
-            width = config.num_heads * (config.qk_head_dim + config.v_head_dim)
+            width = config.key_value_width
             link = link_of(self.cluster, mesh.cp, mesh.tp)
             once = (mesh.cp - 1) * (tokens * width * self.itemsize / link.bytes_per_second + link.latency_seconds)
             layers = self.workload.layers

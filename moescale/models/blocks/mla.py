@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moescale.config import ModelConfig
 from moescale.kernels.attention import Documents, attention
 from moescale.kernels.rope import mla_rope
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.norm import RMSNorm
 from moescale.models.blocks.rope import softmax_scale
+from moescale.models.deepseek_v2.config import DeepSeekV2Config
 
 LATENT_NORM_EPS = 1e-6
 """The published code gives the q and kv latent norms this eps whatever ``rms_norm_eps`` is."""
@@ -24,7 +24,7 @@ LATENT_NORM_EPS = 1e-6
 class LatentAttention(nn.Module):
     """[B, S, H] -> [B, S, H], causal; with ``documents`` tokens see only their own document."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: DeepSeekV2Config) -> None:
         super().__init__()
         self.config = config
         self.softmax_scale = softmax_scale(config)

@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from moescale.config import ModelConfig, YarnConfig
+from moescale.config import YarnConfig
+from moescale.models.deepseek_v2.config import DeepSeekV2Config
 
 
 def yarn_mscale(factor: float, coefficient: float) -> float:
@@ -18,7 +19,7 @@ def yarn_mscale(factor: float, coefficient: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
 
 
-def softmax_scale(config: ModelConfig) -> float:
+def softmax_scale(config: DeepSeekV2Config) -> float:
     """Factor on QK^T before the softmax: ``qk_head_dim ** -0.5``, times YaRN's temperature squared."""
     scale = config.qk_head_dim**-0.5
     if config.yarn is not None and config.yarn.mscale_all_dim:
@@ -26,7 +27,9 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
-def rope_tables(config: ModelConfig, sequence_length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(
+    config: DeepSeekV2Config, sequence_length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of every position and rotated pair, each [S, qk_rope_head_dim / 2] in fp32.
 
     Pair ``i`` is made of the adjacent elements ``2i`` and ``2i + 1`` (interleaved RoPE). YaRN's ratio of ``mscale`` to
@@ -42,7 +45,7 @@ def rope_tables(config: ModelConfig, sequence_length: int, device: torch.device)
     return angles.cos() * amplitude, angles.sin() * amplitude
 
 
-def _inverse_frequencies(config: ModelConfig, device: torch.device) -> torch.Tensor:
+def _inverse_frequencies(config: DeepSeekV2Config, device: torch.device) -> torch.Tensor:
     dim = config.qk_rope_head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     original = 1.0 / (config.rope_theta**exponents)

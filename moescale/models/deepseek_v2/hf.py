@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moescale.config import ModelConfig, YarnConfig
+from moescale.config import YarnConfig
 from moescale.errors import ConfigError, nearest
+from moescale.models.deepseek_v2.config import DeepSeekV2Config
 from moescale.models.family import HfNames
 from moescale.models.hf_fields import CLOSE, is_harmless, json_type, wrong_integer, wrong_number
 from moescale.records import show
@@ -87,7 +88,7 @@ _ALIASES = {
 }
 
 
-def read_hf(document: Mapping[str, Any], path: str) -> ModelConfig:
+def read_hf(document: Mapping[str, Any], path: str) -> DeepSeekV2Config:
     """Translate the fields of a config.json; ``path`` names the file in errors. Raises ConfigError."""
     _check_fields(document, path)
     _check_values(document, path)
@@ -142,12 +143,12 @@ def read_hf(document: Mapping[str, Any], path: str) -> ModelConfig:
     )
     try:
         rope_theta, yarn = _positions(document)
-        return ModelConfig(**values, rope_theta=rope_theta, yarn=yarn)
+        return DeepSeekV2Config(**values, rope_theta=rope_theta, yarn=yarn)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def write_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def write_hf(config: DeepSeekV2Config, dtype: str) -> dict[str, Any]:
     """The config.json of a model that has none yet; :func:`read_hf` gives ``config`` back.
 
     Args:
@@ -205,7 +206,7 @@ def write_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def transformers_differences(config: ModelConfig) -> list[str]:
+def transformers_differences(config: DeepSeekV2Config) -> list[str]:
     """Where transformers' own DeepSeek-V2 (5.17 to 5.23) departs from the published definition for this model."""
     found = []
     if config.num_experts is not None and config.normalize_topk and config.top_k > 1:

@@ -5,7 +5,7 @@ Tests hold their parameters, FLOPs and saved bytes to the real model.
 
 from __future__ import annotations
 
-from moescale.config import ModelConfig
+from moescale.models.deepseek_v2.config import DeepSeekV2Config
 from moescale.models.family import LayerList
 from moescale.operators import Dims, Operator, Recompute, Saved, register
 
@@ -13,7 +13,7 @@ _ATTENTION_START = ("attention_norm",)
 _ATTENTION_END = ("kv_down", "kv_norm", "kv_up", "mla_rope", "attention", "attention_output", "feed_forward_norm")
 
 
-def layers(config: ModelConfig) -> tuple[LayerList, ...]:
+def layers(config: DeepSeekV2Config) -> tuple[LayerList, ...]:
     """Return the operators of a dense and of an MoE layer."""
     query = ("q_proj",) if config.q_lora_rank is None else ("q_down", "q_norm", "q_up")
     attention = (*_ATTENTION_START, *query, *_ATTENTION_END)
@@ -26,12 +26,12 @@ def layers(config: ModelConfig) -> tuple[LayerList, ...]:
     )
 
 
-def outside(config: ModelConfig) -> tuple[str, ...]:
+def outside(config: DeepSeekV2Config) -> tuple[str, ...]:
     """Return the operators that are in no layer."""
     return ("embedding", "final_norm", "linear_cross_entropy")
 
 
-def dims(config: ModelConfig) -> dict[str, int]:
+def dims(config: DeepSeekV2Config) -> dict[str, int]:
     """Sizes of the dims that do not depend on the batch; see the legend above."""
     return {
         "h": config.hidden_size,
@@ -52,7 +52,7 @@ def dims(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def biases(config: ModelConfig) -> int:
+def biases(config: DeepSeekV2Config) -> int:
     """Biases of one layer's attention projections, which the annotations leave out for their smallness."""
     if not config.attention_bias:
         return 0
