@@ -41,7 +41,7 @@ VARIANTS = ("prepare", "prepare_by_tokenizer_alone", "datasets_map", "datasets_m
 _WITHOUT_TABLE = "BENCHMARK_WITHOUT_TABLE"
 
 if _WITHOUT_TABLE in os.environ:  # here, because worker processes import this file and inherit nothing else
-    encode.word_encoder = lambda tokenizer, dtype: None
+    encode.word_encoder = lambda *_: None
 
 
 def write_documents(path: Path) -> dict[str, int]:

@@ -102,8 +102,9 @@ class Encoder:
         self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         self.text_column = text_column
         self.dtype = token_dtype(vocabulary_size)
-        self._unknown = UnknownText(self.tokenizer)
-        self._by_words = word_encoder(self.tokenizer, self.dtype)
+        description = json.loads(tokenizer_json)
+        self._unknown = UnknownText(self.tokenizer, description)
+        self._by_words = word_encoder(self.tokenizer, self.dtype, description)
         self._end = np.array([end_token_id], dtype=self.dtype)
 
     def __call__(self, chunk: ReadableChunk) -> EncodedChunk:

@@ -6,8 +6,8 @@ once, alone; where the unknown token stands for words, the tokens themselves are
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from typing import Any
 
 import tokenizers
 
@@ -17,9 +17,9 @@ _BYTES = 256
 class UnknownText:
     """Counts what a tokenizer does not spell; ``is_possible`` says whether there can be any such thing."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, description: dict[str, Any]) -> None:
+        """``description`` is the tokenizer's JSON."""
         self._tokenizer = tokenizer
-        description = json.loads(tokenizer.to_str())
         model = description["model"]
         unknown = model.get("unk_token")
         if unknown is None and isinstance(model.get("unk_id"), int):

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from multiprocessing import get_context, parent_process
 from typing import Any
 
@@ -29,13 +30,17 @@ def encode(source: Source, *, options: dict[str, Any], resources: Resources) -> 
 
     With one worker everything happens in the calling process. ``options`` are :class:`Encoder`'s arguments.
     """
-    encoder = Encoder(**options)
-    chunks = in_parts(source.chunks(resources.chunk_bytes), encoder.tokens_of, _LONG_FILE_PART_BYTES)
     if resources.num_workers == 1:
+        encoder = Encoder(**options)
+        chunks = in_parts(source.chunks(resources.chunk_bytes), encoder.tokens_of, _LONG_FILE_PART_BYTES)
         yield from map(encoder, chunks)
         return
     pool = ProcessPoolExecutor(
         resources.num_workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(options,)
+    )
+    own_encoder = cache(lambda: Encoder(**options))  # made when a long file comes up: it takes a second
+    chunks = in_parts(
+        source.chunks(resources.chunk_bytes), lambda text: own_encoder().tokens_of(text), _LONG_FILE_PART_BYTES
     )
     begun: deque[Future[EncodedChunk]] = deque()
     try:

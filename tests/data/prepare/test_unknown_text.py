@@ -60,7 +60,7 @@ def unigram() -> Tokenizer:
 )
 def test_what_a_tokenizer_cannot_spell_is_counted(make, expected):
     tokenizer = make()
-    unknown = UnknownText(tokenizer)
+    unknown = UnknownText(tokenizer, json.loads(tokenizer.to_str()))
     assert unknown.is_possible == (expected is not None)
     if expected is None:
         return

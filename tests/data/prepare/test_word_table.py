@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.normalizers import NFC
 
-from moescale.data.prepare import word_table
+from moescale.data.prepare import patterns, word_table
 from moescale.data.prepare.word_table import word_encoder
 
 LLAMA3 = (
@@ -95,11 +96,14 @@ def test_tokens_of_sources_are_the_tokenizers_own(tokenizers_by_name, stdlib_sou
 
 
 @pytest.mark.parametrize(
-    "name, stages", [("gpt2", 1), ("starcoder", 2), ("llama3", 1), ("deepseek v2", 2), ("deepseek v3", 3)]
+    "name, merged, cuts",
+    [("gpt2", 1, 1), ("starcoder", 2, 1), ("llama3", 1, 1), ("deepseek v2", 2, 1), ("deepseek v3", 3, 1)],
 )
-def test_stages_are_taken_until_pieces_are_short(tokenizers_by_name, stdlib_sources, name, stages):
-    encoder = encoder_of(tokenizers_by_name[name])
-    assert len(encoder._cuts) == stages
+def test_stages_are_merged_and_taken_until_pieces_are_short(tokenizers_by_name, stdlib_sources, name, merged, cuts):
+    tokenizer = tokenizers_by_name[name]
+    encoder = encoder_of(tokenizer)
+    assert len(encoder._cuts) == cuts
+    assert patterns.merged(word_table._stages(json.loads(tokenizer.to_str()))).num_stages == merged
     for path in sorted(stdlib_sources.iterdir()):
         encoder(path.read_text(encoding="utf-8"))
     assert sum(map(len, encoder._table)) / len(encoder._table) < 12
@@ -167,22 +171,20 @@ def encoder_of_cached(tokenizer):
     ],
 )
 def test_every_stable_character_means_the_same_to_both_libraries(element):
-    import re
 
-    text = "".join(map(chr, sorted(word_table._stable_characters())))
+    text = "".join(map(chr, sorted(patterns.stable_characters())))
     pieces = pre_tokenizers.Split(Regex(element), "removed").pre_tokenize_str(text)
     outside_for_tokenizers = "".join(piece for piece, _ in pieces)
-    outside_for_python = re.sub(word_table.translated(element), "", text)
+    outside_for_python = re.sub(patterns.translated(element), "", text)
     assert outside_for_tokenizers == outside_for_python
 
 
 def test_digits_are_the_characters_that_the_digits_stage_isolates():
-    import re
 
-    text = "".join(map(chr, sorted(word_table._stable_characters())))
+    text = "".join(map(chr, sorted(patterns.stable_characters())))
     pieces = [piece for piece, _ in pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str(text)]
-    assert pieces == word_table._cut_by(word_table.translated(r"\p{N}"), [text])(text)
-    assert re.fullmatch(word_table.translated(r"\p{N}"), "5")
+    assert pieces == word_table._cut_by(patterns.translated(r"\p{N}"), [text])(text)
+    assert re.fullmatch(patterns.translated(r"\p{N}"), "5")
 
 
 @pytest.mark.parametrize(
@@ -205,8 +207,8 @@ def test_digits_are_the_characters_that_the_digits_stage_isolates():
     ],
 )
 def test_patterns_outside_the_small_language_are_refused(pattern):
-    with pytest.raises(word_table._Unsupported):
-        word_table.translated(pattern)
+    with pytest.raises(patterns.UnsupportedPattern):
+        patterns.translated(pattern)
 
 
 def test_texts_with_added_tokens_or_rare_characters_are_left_to_the_tokenizer(tokenizers_by_name):
@@ -261,3 +263,59 @@ def test_the_description_of_the_test_tokenizers_is_the_published_kind(tokenizers
         description = json.loads(tokenizer.to_str())["pre_tokenizer"]
         last = description["pretokenizers"][-1] if description["type"] == "Sequence" else description
         assert last["type"] == "ByteLevel"
+
+
+def random_text(generator: random.Random) -> str:
+    return "".join(generator.choices([*FRAGMENTS, *["ア・イ", "゛", "abcd", "c1d"] * 5], k=generator.randint(1, 30)))
+
+
+@pytest.fixture(scope="module")
+def model_across_pieces() -> models.BPE:
+    """A model with tokens for whatever occurs side by side, so that a piece that is not cut gives other tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = byte_level()
+    trainer = trainers.BpeTrainer(
+        vocab_size=3000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    generator = random.Random(2)
+    tokenizer.train_from_iterator([random_text(generator) for _ in range(3000)], trainer)
+    return tokenizer.model
+
+
+@pytest.mark.parametrize(
+    "first",
+    [r"\p{N}{1,3}", r"[\r\n]", "[一-龥ࠀ-一가-퟿]+", r"[a-c]+", r"\s", r"\s+", r"[\p{L}\p{N}]+"],
+)
+@pytest.mark.parametrize("second", [r"\p{N}", r"[b-d]+", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK_V3])
+@pytest.mark.parametrize("third", [DEEPSEEK_V3, LLAMA3, r"\s?\p{L}+", r"\s+(?!\S)|\p{P}"])
+def test_stages_of_any_kind_give_the_tokenizers_own_tokens(model_across_pieces, first, second, third):
+    """Runs of one stage may hold what a later one cuts by: punctuation within katakana, digits among letters."""
+    tokenizer = Tokenizer(model_across_pieces)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*isolated(first, second, third), byte_level()])
+    encoder = encoder_of(tokenizer)
+    assert encoder is not None
+    generator = random.Random(1)
+    for _ in range(300):
+        text = random_text(generator)
+        tokens = encoder(text)
+        if tokens is not None:
+            assert tokens.tolist() == tokenizer.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+@pytest.mark.parametrize("expression", [r"[\p{N}a]+", r"5|\p{L}", r"[0-9]x", r"\p{N}"])
+def test_a_pattern_that_names_characters_which_another_has_taken_is_not_merged(expression):
+    digits = frozenset(map(ord, "0123456789"))
+    if expression == r"[\p{N}a]+":
+        assert re.fullmatch(patterns.translated(expression, digits), "a\u00bd")
+        assert not re.search(patterns.translated(expression, digits), "0123456789")
+    elif expression == r"\p{N}":
+        assert not re.search(patterns.translated(expression, digits), "0123456789")
+    else:
+        with pytest.raises(patterns.UnsupportedPattern):
+            patterns.translated(expression, digits)
+
+
+def test_the_letters_of_bytes_are_the_librarys():
+    text = "".join(map(chr, sorted(patterns.stable_characters())))
+    stage = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert word_table._byte_letters(text) == "".join(piece for piece, _ in stage.pre_tokenize_str(text))
