@@ -93,8 +93,8 @@ def _refuse_fractions(_app: App, commands: tuple[str, ...], arguments: ArgumentC
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit status: 0 done, 2 bad input, 3 loss not finite, 4 a rank failed, 75 stopped and resumable,
-    130 interrupted.
+    """Entry point. Exit status: 0 done, 2 bad input, 3 loss or weights not finite, 4 a rank failed, 75 stopped and
+    resumable, 130 interrupted.
     """
     # Read by torch when a command imports it: without, pieces of 16 B parameters leave holes of gigabytes.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
@@ -128,4 +128,5 @@ def _print_error(text: str) -> None:
 
 
 def _print(text: str, style: str) -> None:
-    Console(stderr=True).print(printable(text, keep="\n"), style=style, highlight=False, soft_wrap=True, markup=False)
+    console = Console(stderr=True, markup=False, emoji=False)
+    console.print(printable(text, keep="\n"), style=style, highlight=False, soft_wrap=True)

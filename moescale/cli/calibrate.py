@@ -22,7 +22,7 @@ def calibrate_command(output: Path, *, name: str | None = None) -> None:
     """
     from moescale.runtime.calibrate import calibrate_machine, to_toml
 
-    document = calibrate_machine(Console(stderr=True).print)
+    document = calibrate_machine(Console(stderr=True, markup=False, emoji=False).print)
     if document is None:
         return
     if name is not None:

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from moescale.config import ModelConfig
 from moescale.convert.checkpoint import export_checkpoint, folder_dtype
 from moescale.convert.hf_config import CONFIG_FILE, read_model_config
-from moescale.errors import CheckpointError, ConfigError
+from moescale.errors import CheckpointError, ConfigError, printable
 from moescale.records import FileKind, Length, Matches, build, read_json_object
 from moescale.report.progress import bytes_progress
 from moescale.runtime.checkpoint import (
@@ -100,9 +100,10 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
         summary = asdict(report) | {"output": str(report.output), "step": checkpoint.step, "dtype": dtype_name}
         print(json_module.dumps(summary, indent=2))
         return
-    print(f"exported step {checkpoint.step} as {dtype_name} to {settings.output} ({report.num_shards} shards)")
+    shards = f"{report.num_shards} shard{'s' * (report.num_shards > 1)}"
+    print(printable(f"exported step {checkpoint.step} as {dtype_name} to {settings.output} ({shards})"))
     for warning in report.warnings:
-        print(f"warning: {warning}")
+        print(printable(f"warning: {warning}"))
 
 
 def _with_remedy(error: DamagedCheckpointError, store: CheckpointStore, checkpoint: Checkpoint) -> CheckpointError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +20,7 @@ from moescale.convert.hf_config import PRESETS, read_model_config, resolve_model
 from moescale.convert.weight_files import has_weights
 from moescale.data.corpus import Corpus, Verification, open_corpus
 from moescale.data.loader import Loader, validation_batches
-from moescale.errors import CheckpointError, ConfigError
+from moescale.errors import CheckpointError, ConfigError, printable
 from moescale.files import write_atomically
 from moescale.models.flops import flops_per_token, peak_flops
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
@@ -35,9 +35,13 @@ from moescale.runtime.ranks import Ranks, place_on_host
 from moescale.runtime.session import PlacedModel, place_model
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
+from moescale.runtime.watchdog import first_line
 
 RUN_FILE = "run.json"
 MAX_HANG_SECONDS = 86_400
+MIN_CPU_RANKS = 16
+CPU_RANKS_PER_CORE = 4
+"""Ranks on a CPU are for trying a plan out; more of them only take one another's memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,10 @@ class RunInputs:
     """Ask for bit-identical results where an operator has a faster way that is not."""
 
     def __post_init__(self) -> None:
+        for name in ("tokens_per_step", "micro_batch_sequences"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"run.{name} ({value}) must be positive; leave it out for the default")
         if not 1 <= self.hang_seconds <= MAX_HANG_SECONDS:
             raise ConfigError(
                 f"run.hang_seconds ({self.hang_seconds}) must be between 1 and {MAX_HANG_SECONDS} (a day); leave it "
@@ -113,6 +121,13 @@ def run_command(
                 summary = _train(
                     inputs, settings, folder, config, corpus, verification, plan, member, show_progress=not json
                 )
+            except (RuntimeError, MemoryError) as error:
+                if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+                    raise
+                raise ConfigError(
+                    f"host memory is exhausted ({first_line(str(error))}); give the run more of it, or a smaller model "
+                    "or micro-batch"
+                ) from error
             except DamagedCheckpointError as error:
                 raise CheckpointError(f"{error}; {_help_with_damage(inputs)}") from error
     if json and member.ranks.is_first:
@@ -134,6 +149,12 @@ def _check_devices(inputs: RunInputs, plan: ParallelPlan, device: torch.device) 
         raise ConfigError(
             f"plan.runtime_gpus ({plan.runtime_gpus}) needs GPUs, and torch sees none here; pass --device cpu if the "
             "plan is to run on as many CPU processes"
+        )
+    most = max(MIN_CPU_RANKS, CPU_RANKS_PER_CORE * (os.cpu_count() or 1))
+    if device.type == "cpu" and not was_launched() and plan.runtime_gpus > most:
+        raise ConfigError(
+            f"plan.runtime_gpus ({plan.runtime_gpus}) exceeds the {most} processes that --device cpu starts on this "
+            "machine's cores; start them on several machines with torchrun, or compile a plan for fewer"
         )
     if device.type == "cuda" and not was_launched() and torch.cuda.device_count() < plan.runtime_gpus:
         raise ConfigError(
@@ -337,7 +358,7 @@ def _check_corpus(config: ModelConfig, corpus: Corpus, plan: ParallelPlan) -> No
 
 def _warn(text: str, ranks: Ranks) -> None:
     if ranks.is_first:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
 
 
 def _checkpoint_to_resume(store: CheckpointStore, resume: str, member: Membership) -> Checkpoint | None:
@@ -400,7 +421,7 @@ def _write_run_file(inputs: RunInputs, folder: Path, plan: ParallelPlan, setting
         "model": str(folder.resolve()),
         "data": str(inputs.data.resolve()),
         "ignore_config_field": inputs.ignore_config_field,
-        "settings": {key: value for key, value in asdict(settings).items() if value != math.inf},
+        "settings": asdict(settings),
         "plan": json_module.loads(plan.to_json()),
     }
     write_atomically(inputs.output / RUN_FILE, json_module.dumps(document, indent=2))

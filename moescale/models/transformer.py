@@ -156,7 +156,7 @@ def initialize_part(
     elif name.endswith(".bias"):
         part.zero_()
     else:
-        generator = torch.Generator(part.device).manual_seed(seed * 1_000_003 + position)
+        generator = torch.Generator(part.device).manual_seed((seed * 1_000_003 + position) % 2**63)
         # One slice of dim 0 at a time keeps the fp32 copy small beside stacked experts.
         for number in range(index[0].stop) if len(shape) == 3 else (None,):
             drawn = torch.empty(shape if number is None else shape[1:], device=part.device)

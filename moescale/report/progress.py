@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 def bytes_progress(description: str, *, show: bool) -> Iterator[Callable[[int, int], None]]:
     """Yield a function to call with (bytes done, bytes in all); nothing is drawn unless ``show``."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not show) as progress:
+    console = Console(stderr=True, markup=False, emoji=False)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not show) as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moescale.errors import MoescaleError
+from moescale.errors import MoescaleError, printable
 from moescale.files import write_atomically
 from moescale.records import Count, FileKind, build, parse_json_object
 from moescale.report.metrics import StepMetrics, TrainSummary, to_json
@@ -54,7 +54,7 @@ class RunLog:
         self.folder = folder
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, markup=False, emoji=False)
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -88,7 +88,7 @@ class RunLog:
     def on_resume(self, step: int, path: Path) -> None:
         self._first_step = step
         self._progress.update(self._task, completed=step)
-        self.console.print(f"resumed from {path} at step {step}", highlight=False, soft_wrap=True)
+        self._print(f"resumed from {path} at step {step}")
 
     def on_step(self, metrics: StepMetrics) -> None:
         record: dict[str, Any] = {
@@ -123,9 +123,7 @@ class RunLog:
         if self._drop_validation(step) != loss:
             self._scalars({"validation/loss": loss, "validation/perplexity": perplexity}, step)
         self._write({"step": step, "validation_loss": loss, "validation_perplexity": perplexity})
-        self.console.print(
-            f"step {step}: validation loss {loss:.4f} nats per token, perplexity {perplexity:.2f}", highlight=False
-        )
+        self._print(f"step {step}: validation loss {loss:.4f} nats per token, perplexity {perplexity:.2f}")
 
     def on_checkpoint(self, step: int, path: Path, seconds: float) -> None:
         self._write({"step": step, "checkpoint": str(path), "checkpoint_seconds": seconds})
@@ -143,7 +141,11 @@ class RunLog:
         if summary.checkpoint:
             lines.append(f"checkpoint {summary.checkpoint}")
         for line in lines:
-            self.console.print(line, highlight=False, soft_wrap=True)
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        """Print above the progress bar as it is: what stands in square brackets or colons is the user's own."""
+        self.console.print(printable(line), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def _write(self, record: dict[str, Any]) -> None:
         path = self.folder / METRICS_FILE

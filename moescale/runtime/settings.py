@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from moescale.errors import ConfigError
 
@@ -22,7 +23,8 @@ class TrainSettings:
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     final_learning_rate_ratio: float = 0.1
-    """Learning rate at the last step as a fraction of the peak (linear and cosine schedules)."""
+    """Learning rate at the last step as a fraction of the peak (linear and cosine schedules, where the warm-up ends
+    before it)."""
     beta1: float = 0.9
     """AdamW: decay of the first moment."""
     beta2: float = 0.95
@@ -53,6 +55,8 @@ class TrainSettings:
     """On a GPU, record a micro-batch once and replay it, so that the host's work does not hold it up."""
     skip_nonfinite: bool = False
     """Skip a step whose loss or gradient norm is not finite, and count it, instead of stopping."""
+    max_skipped_steps: int = 10
+    """With skip_nonfinite: so many skipped in a row stop the run all the same."""
 
     def __post_init__(self) -> None:
         rules: list[tuple[str, bool, str]] = [
@@ -62,14 +66,16 @@ class TrainSettings:
             ("final_learning_rate_ratio", 0 <= self.final_learning_rate_ratio <= 1, "must be between 0 and 1"),
             ("beta1", 0 <= self.beta1 < 1, "must be at least 0 and below 1"),
             ("beta2", 0 <= self.beta2 < 1, "must be at least 0 and below 1"),
-            ("eps", self.eps > 0, "must be positive"),
-            ("weight_decay", self.weight_decay >= 0, "must not be negative"),
-            ("gradient_clip", self.gradient_clip >= 0, "must not be negative; 0 turns clipping off"),
+            ("eps", 0 < self.eps < math.inf, "must be positive and finite"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "must be finite and not negative"),
+            ("gradient_clip", 0 <= self.gradient_clip < math.inf, "must be finite; 0 turns clipping off"),
+            ("seed", -(2**63) <= self.seed < 2**63, "must have 64 bits: from -2^63 to 2^63 - 1"),
             ("validation_every", self.validation_every >= 0, "must not be negative; 0 means at the end only"),
             ("validation_sequences", self.validation_sequences > 0, "must be positive"),
             ("checkpoint_every", self.checkpoint_every >= 0, "must not be negative; 0 means at the end only"),
-            ("checkpoint_minutes", self.checkpoint_minutes >= 0, "must not be negative; 0 turns it off"),
+            ("checkpoint_minutes", 0 <= self.checkpoint_minutes < math.inf, "must be finite; 0 turns it off"),
             ("keep_checkpoints", self.keep_checkpoints >= 1, "must be at least 1"),
+            ("max_skipped_steps", self.max_skipped_steps >= 1, "must be at least 1"),
         ]
         for name, holds, rule in rules:
             if not holds:
@@ -81,11 +87,39 @@ class TrainSettings:
         return self.final_checkpoint or self.checkpoint_every > 0 or self.checkpoint_minutes > 0
 
 
+DECIDE_RESULT = (
+    *("learning_rate", "schedule", "warmup_steps", "final_learning_rate_ratio", "beta1", "beta2", "eps"),
+    *("weight_decay", "gradient_clip", "skip_nonfinite"),
+)
+"""Settings that change what a run computes, and may differ when it resumes; the seed may not."""
+
+
+def find_differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return ``name old -> new`` for each of ``names`` that both have and in which they differ."""
+    known = [name for name in names if name in before and name in now]
+    return [f"{name} {before[name]} -> {now[name]}" for name in known if before[name] != now[name]]
+
+
+def warmup_problem(settings: TrainSettings, total_steps: int) -> str | None:
+    """Return what is lost where the warm-up takes all of a run's steps, else None."""
+    if settings.warmup_steps >= total_steps:
+        return (
+            f"run.warmup_steps ({settings.warmup_steps}) reaches past the last step ({total_steps}): the peak learning "
+            "rate is never reached"
+        )
+    if settings.warmup_steps > 0 and settings.warmup_steps == total_steps - 1 and settings.schedule != "constant":
+        return (
+            f"run.warmup_steps ({settings.warmup_steps}) ends at the last step ({total_steps}): the learning rate "
+            f"never falls as run.schedule ({settings.schedule}) says"
+        )
+    return None
+
+
 def learning_rate_at(settings: TrainSettings, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step ``step`` (the first is 0) in a run of ``total_steps``.
 
     Warm-up rises linearly and reaches the peak at step ``warmup_steps``; linear and cosine schedules reach
-    ``final_learning_rate_ratio`` of the peak at the last step.
+    ``final_learning_rate_ratio`` of the peak at the last step, if that comes after the warm-up and is not the only one.
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)

@@ -32,7 +32,7 @@ from moescale.runtime.mapping import sum_over_replicas_at_the_last
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.ranks import ONE_RANK, Ranks
-from moescale.runtime.settings import TrainSettings, learning_rate_at
+from moescale.runtime.settings import DECIDE_RESULT, TrainSettings, find_differences, learning_rate_at, warmup_problem
 
 
 class Batch(Protocol):
@@ -111,6 +111,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.step = 0
         self.skipped_steps = 0
+        self._skipped_in_a_row = 0
         self._last_loss: float | None = None
         self._validation_loss: float | None = None
         self._save_seconds = 0.0
@@ -134,6 +135,7 @@ class Trainer:
                     "use the same one, or another --output"
                 )
         self._check_formats(checkpoint.path, stored["plan"])
+        self._tell_of_differences(stored)
 
         def loading() -> None:
             self.on_progress(stored["step"], "loading the checkpoint")
@@ -156,6 +158,16 @@ class Trainer:
         self._checkpoint = checkpoint
         self.observer.on_resume(self.step, checkpoint.path)
         return self.store.set_aside_after(self.step, self.ranks)
+
+    def _tell_of_differences(self, stored: Mapping[str, Any]) -> None:
+        """Say which settings that decide the result are not those the checkpoint was trained with."""
+        differences = find_differences(stored["settings"], asdict(self.settings), DECIDE_RESULT)
+        differences += find_differences(stored["plan"] or {}, self.plan or {}, ("tokens_per_step", "compute_dtype"))
+        if stored["total_steps"] != self.total_steps:
+            again = "" if self.settings.schedule == "constant" else " (the schedule is computed anew)"
+            differences.append(f"steps {stored['total_steps']} -> {self.total_steps}{again}")
+        if differences:
+            self.on_notice(f"differs from the checkpoint: {', '.join(differences)}")
 
     def _check_formats(self, path: Path, written: dict[str, Any] | None) -> None:
         """Refuse a checkpoint whose optimizer state has other formats than this run keeps it in."""
@@ -181,6 +193,9 @@ class Trainer:
         if self.step < self.total_steps and self.settings.writes_checkpoints:
             self.writer.check_room(self.optimizer.tensors(), self.optimizer.tensor_parts())
         self.writer.tidy(self.step)
+        problem = warmup_problem(self.settings, self.total_steps)
+        if problem is not None and self.step < self.total_steps:
+            self.on_notice(problem)
         started, first_step, tokens = time.monotonic(), self.step, 0
         last_saved_step, last_saved_time = self.step if self.step else None, time.monotonic()
         steps = iter(self.source)
@@ -210,6 +225,7 @@ class Trainer:
                     )
             if self.validation is not None and not self._due(self.settings.validation_every):
                 self._validate()
+            self._check_outcome(first_step)
             if self.settings.final_checkpoint and last_saved_step != self.step:
                 self._save()
         return TrainSummary(
@@ -272,6 +288,7 @@ class Trainer:
         else:
             self.optimizer.step(learning_rate, gradient_norm)
             self._last_loss = mean_loss
+            self._skipped_in_a_row = 0
         self.step += 1
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -298,14 +315,46 @@ class Trainer:
         self.optimizer.zero_gradients()
         if self.settings.skip_nonfinite:
             self.skipped_steps += 1
-            return
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row < self.settings.max_skipped_steps:
+                return
+            raise NonFiniteLossError(
+                f"step {self.step + 1}: {self._skipped_in_a_row} steps in a row (run.max_skipped_steps) had a loss or "
+                f"gradient norm that is not finite, and were skipped. {self._help_with_nonfinite()}"
+            )
         mine = [int(number) for batch in batches for number in batch.sequence_ids]
         sequences = [number for part in self.ranks.gather(mine) for number in part]
         raise NonFiniteLossError(
             f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step's sequences are "
-            f"{_abridged(sequences)}. Nothing was saved over the last good checkpoint. Look at them, lower "
-            f"run.learning_rate ({self.settings.learning_rate}), or pass --skip-nonfinite"
+            f"{_abridged(sequences)}. {self._help_with_nonfinite()}, or pass --skip-nonfinite"
         )
+
+    def _help_with_nonfinite(self) -> str:
+        saved = "Nothing was saved over the last good checkpoint."
+        if self.optimizer.num_updates == 0:  # no learning rate has been applied yet
+            return f"{saved} No update was made before: look at the weights the run started from, and at the sequences"
+        return f"{saved} Look at the sequences, lower run.learning_rate ({self.settings.learning_rate})"
+
+    def _check_outcome(self, first_step: int) -> None:
+        """Raise NonFiniteLossError where the steps since ``first_step`` have trained nothing, or spoilt the weights."""
+        if self.step > first_step and self._last_loss is None:
+            raise NonFiniteLossError(
+                f"step {self.step}: all {self.step - first_step} steps were skipped, nothing was trained. "
+                f"{self._help_with_nonfinite()}"
+            )
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        """Raise NonFiniteLossError, on all ranks, where an update has made a weight NaN or infinite. A collective."""
+        weights = self.optimizer.weights
+        finite = torch.stack([torch.isfinite(weight).all() for weight in weights.values()]).tolist()
+        mine = [name for name, is_finite in zip(weights, finite, strict=True) if not is_finite]
+        names = [name for of_rank in self.ranks.gather(mine[:1]) for name in of_rank]
+        if names:
+            raise NonFiniteLossError(
+                f"step {self.step}: the weights are no longer finite, '{names[0]}' among them. "
+                f"{self._help_with_nonfinite()}"
+            )
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -334,6 +383,7 @@ class Trainer:
         if self.writer.is_pending:
             self._commit()
         self.on_progress(self.step, "checkpoint")
+        self._check_weights()
         started = time.monotonic()
         cuda_state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state = {

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moescale import __version__
@@ -20,7 +22,7 @@ from moescale.convert.checkpoint import import_checkpoint
 from moescale.convert.hf_config import read_model_config
 from moescale.data.corpus import open_corpus
 from moescale.models.transformer import build_on_meta
-from moescale.plan import ParallelPlan, Prediction, one_device_plan, save_plan
+from moescale.plan import MeshShape, ParallelPlan, Prediction, one_device_plan, save_plan
 
 STEPS = 200
 SEQUENCES_PER_STEP = 8
@@ -247,3 +249,49 @@ def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
 
 def losses_so_far(output: Path) -> list[str]:
     return [line for line in (output / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+
+
+@pytest.mark.parametrize("seed", [1_750_000_000_000_000_000, -(2**63), 2**63 - 1])
+def test_any_seed_of_64_bits_starts_a_run(tmp_path, model_folder, stdlib_corpus, seed):
+    arguments = run_arguments(model_folder, stdlib_corpus, tmp_path / "run", f"--seed={seed}")
+    moescale(*arguments, "--steps", 1)
+
+
+@pytest.mark.parametrize("option", ["--tokens-per-step", "--micro-batch-sequences"])
+def test_zero_is_not_taken_for_the_default(tmp_path, model_folder, stdlib_corpus, capsys, option):
+    inputs = ("run", "--model", model_folder, "--data", stdlib_corpus, "--output", tmp_path / "run")
+    message = error_of(capsys, *inputs, option, 0)
+    assert f"run.{option[2:].replace('-', '_')} (0) must be positive" in message
+
+
+def test_weights_that_are_not_finite_are_named_before_a_step(tmp_path, model_folder, stdlib_corpus, capsys):
+    moescale(*run_arguments(model_folder, stdlib_corpus, tmp_path / "run"), "--steps", 1)
+    moescale("export", "--run", tmp_path / "run", "--output", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][3, 0] = float("nan")  # of a token that may never be seen
+    save_file(weights, path, metadata={"format": "pt"})
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(SystemExit) as caught:
+        main(run_arguments(tmp_path / "model", stdlib_corpus, tmp_path / "run", "--skip-nonfinite"))
+    assert caught.value.code == 3
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"{path}: tensor 'model.embed_tokens.weight' has values that are not finite" in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_more_ranks_than_a_machines_cores_can_serve_are_not_started(tmp_path, model_folder, stdlib_corpus, capsys):
+    plan = one_device_plan(
+        read_model_config(model_folder),
+        sequence_length=64,
+        micro_batch_sequences=1,
+        gradient_accumulation_steps=1,
+        compute_dtype="fp32",
+    )
+    mesh = MeshShape(dp_shard=512)
+    plan = dataclasses.replace(plan, mesh=mesh, plan_gpus=512, runtime_gpus=512, tokens_per_step=512 * 64)
+    save_plan(plan, tmp_path / "plan.json")
+    inputs = ("run", "--model", model_folder, "--data", stdlib_corpus, "--output", tmp_path / "run")
+    message = error_of(capsys, *inputs, "--plan", tmp_path / "plan.json", "--device", "cpu")
+    assert "plan.runtime_gpus (512) exceeds the" in message and "compile a plan for fewer" in message
+    assert not (tmp_path / "run" / "logs").exists()

@@ -1,7 +1,7 @@
 import pytest
 
 from moescale.errors import ConfigError
-from moescale.runtime.settings import TrainSettings, learning_rate_at
+from moescale.runtime.settings import TrainSettings, learning_rate_at, warmup_problem
 
 
 def rates(total: int, **fields) -> list[float]:
@@ -25,8 +25,34 @@ def test_a_run_of_one_step_and_a_warm_up_longer_than_the_run_are_fine():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("beta2", 1.0), ("keep_checkpoints", 0)],
+    [
+        *(
+            ("steps", 0),
+            ("learning_rate", 0.0),
+            ("learning_rate", float("nan")),
+            ("beta2", 1.0),
+            ("keep_checkpoints", 0),
+        ),
+        *((name, float("inf")) for name in ("learning_rate", "eps", "weight_decay", "gradient_clip")),
+        *(("checkpoint_minutes", float("inf")), ("max_skipped_steps", 0), ("seed", 2**63), ("seed", -(2**63) - 1)),
+    ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(field, value):
     with pytest.raises(ConfigError, match=rf"run\.{field} \({value}\) must"):
         TrainSettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "total", "schedule", "said"),
+    [
+        (10, 4, "cosine", "never reached"),
+        (4, 4, "constant", "never reached"),
+        (3, 4, "linear", "never falls"),
+        (3, 4, "constant", None),
+        (2, 4, "cosine", None),
+        (0, 1, "cosine", None),
+    ],
+)
+def test_a_warm_up_that_takes_all_steps_is_said(warmup_steps, total, schedule, said):
+    problem = warmup_problem(TrainSettings(warmup_steps=warmup_steps, schedule=schedule), total)
+    assert (problem is None) if said is None else (said in problem)

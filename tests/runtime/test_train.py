@@ -310,3 +310,49 @@ def test_without_a_final_checkpoint_nothing_is_written(tmp_path):
     assert not (tmp_path / "checkpoints").exists() and one.observer.saves == []
     every = trainer(tmp_path / "checkpoints", total_steps=3, final_checkpoint=False, checkpoint_every=2)
     assert every.train().checkpoint == str(tmp_path / "checkpoints" / "step-00000002")
+
+
+def _always_nan(one: Trainer) -> None:
+    one.model.forward = lambda *a, **k: _nan_output(type(one.model).forward(one.model, *a, **k))
+
+
+@pytest.mark.parametrize("fields", [{"max_skipped_steps": 3}, {}, {"checkpoint_every": 1}])
+def test_a_run_that_skips_every_step_fails(tmp_path, fields):
+    one = trainer(tmp_path, total_steps=5, skip_nonfinite=True, **fields)
+    _always_nan(one)
+    rule = (
+        r"step 3: 3 steps in a row \(run.max_skipped_steps\)" if "max_skipped_steps" in fields else "all 5 steps were"
+    )
+    with pytest.raises(NonFiniteLossError, match=rule) as caught:
+        one.train()
+    assert "No update was made before" in str(caught.value) and "learning_rate" not in str(caught.value)
+
+
+def test_weights_that_the_last_update_spoils_are_not_saved_over_good_ones(tmp_path):
+    one = trainer(tmp_path, total_steps=3, checkpoint_every=2)
+
+    def after_step(metrics):
+        if metrics.step == 3:
+            _poison(one)
+
+    one.observer.after_step = after_step
+    with pytest.raises(NonFiniteLossError, match=r"step 3: the weights are no longer finite, 'norm.weight' among them"):
+        one.train()
+    assert [checkpoint.step for checkpoint in one.store.list()] == [2]
+
+
+def test_a_run_that_resumes_says_which_settings_differ_and_goes_on(tmp_path):
+    trainer(tmp_path, total_steps=2, learning_rate=1e-3).train()
+    notices: list[str] = []
+    two = trainer(tmp_path, total_steps=4, learning_rate=3e-4, weight_decay=0.2)
+    two.on_notice = notices.append
+    two.resume(two.store.last())
+    two.train()
+    assert notices == [
+        "differs from the checkpoint: learning_rate 0.001 -> 0.0003, weight_decay 0.1 -> 0.2, steps 2 -> 4 (the "
+        "schedule is computed anew)"
+    ]
+    again = trainer(tmp_path, total_steps=4, learning_rate=3e-4, weight_decay=0.2)
+    again.on_notice = notices.append
+    again.resume(again.store.last())
+    assert len(notices) == 1

@@ -19,7 +19,7 @@ class Progress:
             rich_progress.DownloadColumn(),
             rich_progress.TextColumn("{task.fields[speed]}"),
             rich_progress.TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Console(stderr=True, markup=False, emoji=False),
             disable=not visible,
         )
         self._task = self._bar.add_task("prepare", total=total_bytes, speed="")
