@@ -20,7 +20,7 @@ from moescale.records import FileKind, read_toml, show
 app = App(
     name="moescale",
     version=__version__,
-    help="Compile, run and export parallel training of DeepSeek-V2-family mixture-of-experts models.",
+    help="Compile, run and export parallel training of mixture-of-experts models (DeepSeek-V2, Qwen3-MoE).",
     help_format="markdown",
 )
 _COMMANDS = {

@@ -22,7 +22,7 @@ _FILE = FileKind(
     remedy="fetch it again",
     max_bytes=2**24,
 )
-PRESETS = ("deepseek-coder-v2-lite", "deepseek-v2", "deepseek-v2-lite", "tiny")
+PRESETS = ("deepseek-coder-v2-lite", "deepseek-v2", "deepseek-v2-lite", "qwen3-30b-a3b", "tiny")
 _HUB_NAMES = {
     "deepseek-ai/DeepSeek-Coder-V2-Base": "deepseek-v2",
     "deepseek-ai/DeepSeek-Coder-V2-Instruct": "deepseek-v2",
@@ -32,6 +32,7 @@ _HUB_NAMES = {
     "deepseek-ai/DeepSeek-V2-Chat": "deepseek-v2",
     "deepseek-ai/DeepSeek-V2-Lite": "deepseek-v2-lite",
     "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek-v2-lite",
+    "Qwen/Qwen3-30B-A3B-Base": "qwen3-30b-a3b",
 }
 """Published models whose configuration is also a preset, so that planning needs no download."""
 

@@ -63,14 +63,19 @@ ONLY_BY_DEFINITION: dict[str, dict[str, Any]] = {
 def build(overrides: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[ModelConfig, Transformer]:
     # A wide initialisation keeps the router's choices far from ties.
     config = tiny_config(**({"initializer_std": 0.2} | overrides))
+    return config, initialized(config, dtype)
+
+
+def initialized(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model with weights of which none is at a value where a missing one would go unnoticed."""
     model = build_on_meta(config, torch.float32).to_empty(device="cpu")
     initialize(model, seed=3)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith((".bias", "norm.weight")):  # not at the values where a missing one would go unnoticed
+            if name.endswith((".bias", "norm.weight")):
                 parameter.add_(torch.empty(parameter.shape).normal_(0, 0.2, generator=generator))
-    return config, model.to(dtype)
+    return model.to(dtype)
 
 
 def batch_of(config: ModelConfig, seed: int = 7, length: int = 40) -> tuple[torch.Tensor, torch.Tensor]:

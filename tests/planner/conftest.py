@@ -7,7 +7,7 @@ import torch
 
 from moescale.kernels import backends, router
 from moescale.kernels import experts as experts_module
-from moescale.models.blocks import mla as attention_module
+from moescale.models.blocks import gqa, mla
 from moescale.models.blocks import moe as moe_module
 
 
@@ -25,5 +25,6 @@ def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(backends, "choose_backend", triton)
     monkeypatch.setattr(experts_module, "choose_experts_backend", triton)
-    monkeypatch.setattr(attention_module, "attention", cudnn_attention)
+    for block in (gqa, mla):
+        monkeypatch.setattr(block, "attention", cudnn_attention)
     monkeypatch.setattr(moe_module, "router_logits", router._router_logits_op)

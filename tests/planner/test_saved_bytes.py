@@ -5,6 +5,7 @@ The model runs on fake tensors with its GPU operators: autograd records what the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moescale.config import ModelConfig
+from moescale.convert.hf_config import read_model_config
 from moescale.models.blocks.rope import rope_tables
 from moescale.models.transformer import Transformer, build_on_meta
 from moescale.planner.workload import build_workload, saved_bytes
@@ -97,3 +99,27 @@ def test_the_whole_model_keeps_its_layers_and_what_is_outside(name: str, gpu_ope
     dims = workload.dims(SEQUENCES * LENGTH, LENGTH)
     expected = sum(kind.count * saved_bytes(kind, dims, 2) for kind in workload.layers)
     assert expected + saved_bytes(workload.outside, dims, 2) == measured
+
+
+@pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
+def test_a_layer_of_grouped_queries_keeps_exactly_what_its_annotations_say(
+    num_key_value_heads: int, gpu_operators: None
+) -> None:
+    config = dataclasses.replace(
+        read_model_config("qwen3-30b-a3b"),
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=32,
+        vocab_size=96,
+        aux_loss_per_sequence=True,  # counts by sequence are kept, the larger case and what the annotation says
+    )
+    model = fake_model(config)
+    with next(model.parameters()).fake_mode:
+        x = torch.empty(SEQUENCES, LENGTH, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        cos, sin = model.positions(config, LENGTH, torch.device("cpu"))
+        measured = bytes_kept(lambda: model.layers[0](x, cos, sin), [cos, sin, *model.parameters()])
+    workload = build_workload(config)
+    (kind,) = workload.layers
+    assert saved_bytes(kind, workload.dims(SEQUENCES * LENGTH, LENGTH), 2) == measured

@@ -34,6 +34,18 @@ def mla_rope(
     return reference.mla_rope(q, kv, k_rope, cos, sin)
 
 
+def half_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the two halves of every head against each other, in fp32 and in plain torch on every device.
+
+    Shapes: x [B, S, N, D]; cos, sin [S, D/2] fp32, without gradient; result as x.
+    """
+    check_shape("half_rope", "x", x, (None,) * 4, "[B, S, N, D]")
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_shape("half_rope", name, table, (x.shape[1], x.shape[-1] // 2), "[S, D/2]")
+        check_dtype("half_rope", name, table, (torch.float32,))
+    return reference.half_rope(x, cos, sin)
+
+
 def _check(q: torch.Tensor, kv: torch.Tensor, k_rope: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     check_shape("mla_rope", "q", q, (None,) * 4, "[B, S, N, Dn+Dr]")
     batch, length, num_heads, _ = q.shape

@@ -1,0 +1,53 @@
+"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with queries and keys normed by head, as in Qwen3.
+
+Rotary positions rotate the two halves of a head against each other. Keys and values are repeated for the query heads
+that share them, as the attention kernels take equal numbers of heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moescale.kernels.attention import Documents, attention
+from moescale.kernels.rope import half_rope
+from moescale.models.blocks.linear import Linear
+from moescale.models.blocks.norm import RMSNorm
+from moescale.models.qwen3_moe.config import Qwen3MoeConfig
+
+
+class GroupedQueryAttention(nn.Module):
+    """[B, S, H] -> [B, S, H], causal; with ``documents`` tokens see only their own document."""
+
+    def __init__(self, config: Qwen3MoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.num_heads * width, bias=False)
+        self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * width, bias=False)
+        self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * width, bias=False)
+        self.q_norm = RMSNorm(width, config.rms_norm_eps)
+        self.k_norm = RMSNorm(width, config.rms_norm_eps)
+        self.output = Linear(config.num_heads * width, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: Documents | None = None
+    ) -> torch.Tensor:
+        width = self.config.head_dim
+        group = self.config.num_heads // self.config.num_key_value_heads
+        q = half_rope(self.q_norm(self.q_proj(x).unflatten(-1, (-1, width))), cos, sin)
+        k = half_rope(self.k_norm(self.k_proj(x).unflatten(-1, (-1, width))), cos, sin)
+        v = self.v_proj(x).unflatten(-1, (-1, width))
+        k, v = (heads.repeat_interleave(group, dim=2) for heads in (k, v))
+        mixed = attention(q, k, v, softmax_scale=width**-0.5, documents=documents)  # [B, S, N, D]
+        return self.output(mixed.flatten(-2))
+
+
+def rope_tables(
+    config: Qwen3MoeConfig, sequence_length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of every position and rotated pair, each [S, head_dim / 2] in fp32."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    positions = torch.arange(sequence_length, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)
+    return angles.cos(), angles.sin()

@@ -1,0 +1,21 @@
+"""Qwen3-MoE (arXiv:2505.09388): grouped-query attention with normed heads, many experts, none shared.
+
+``hf`` is its Hugging Face folder, ``operators`` what the planner sees, ``model`` the module, which alone imports torch.
+"""
+
+from moescale.models.family import Family
+from moescale.models.qwen3_moe import hf, operators
+
+FAMILY = Family(
+    model_type="qwen3_moe",
+    read_hf=hf.read_hf,
+    hf_fields=frozenset(hf.FIELDS),
+    write_hf=hf.write_hf,
+    transformers_differences=hf.transformers_differences,
+    names=hf.NAMES,
+    layers=operators.layers,
+    outside=operators.outside,
+    dims=operators.dims,
+    biases=operators.biases,
+    builder="moescale.models.qwen3_moe.model:build",
+)

@@ -1,0 +1,207 @@
+"""A Qwen3-MoE model's config.json and the names of its tensors in a Hugging Face folder. Imports no torch.
+
+Every field is translated, checked against the one value that is supported, or known not to touch the mathematics of
+training; any other is an error. Both spellings of the number of experts and of RoPE's base are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moescale.errors import ConfigError, nearest
+from moescale.models.family import HfNames
+from moescale.models.hf_fields import is_harmless, json_type, wrong_integer, wrong_number
+from moescale.models.qwen3_moe.config import Qwen3MoeConfig
+from moescale.records import show
+
+NAMES = HfNames(
+    outside_layers={
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    },
+    layer_prefix="model.layers.{layer}.",
+    whole={
+        "attention_norm": "input_layernorm",
+        "attention.q_proj": "self_attn.q_proj",
+        "attention.k_proj": "self_attn.k_proj",
+        "attention.v_proj": "self_attn.v_proj",
+        "attention.q_norm": "self_attn.q_norm",
+        "attention.k_norm": "self_attn.k_norm",
+        "attention.output": "self_attn.o_proj",
+        "feed_forward_norm": "post_attention_layernorm",
+        "feed_forward.router": "mlp.gate",
+        "feed_forward.down": "mlp.down_proj",
+    },
+    gate_and_up={"feed_forward.gate_up": "mlp"},
+    experts="mlp.experts",
+)
+# Fields with one supported value, each with the values that mean it.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "attention_dropout": (0, 0.0, None),
+    "decoder_sparse_step": (1, None),
+    "mlp_only_layers": ([], None),
+    "quantization_config": (None,),
+    "rope_scaling": (None,),
+    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+    "is_encoder_decoder": (False, None),
+}
+_REQUIRED = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
+    "moe_intermediate_size num_experts_per_tok max_position_embeddings"
+).split()
+_INTEGERS = frozenset(_REQUIRED) | frozenset({"head_dim", "num_experts", "num_local_experts", "max_window_layers"})
+_NUMBERS = frozenset({"rms_norm_eps", "rope_theta", "initializer_range", "router_aux_loss_coef"})
+_FLAGS = frozenset({"norm_topk_prob", "tie_word_embeddings", "output_router_logits"})
+_TRANSLATED = _INTEGERS | _NUMBERS | _FLAGS | {"model_type", "rope_parameters"}
+FIELDS = _TRANSLATED | _ONLY.keys()
+"""What decides what is trained."""
+
+
+def read_hf(document: Mapping[str, Any], path: str) -> Qwen3MoeConfig:
+    """Translate the fields of a config.json; ``path`` names the file in errors. Raises ConfigError."""
+    _check_fields(document, path)
+    for name in _REQUIRED:
+        if document.get(name) is None:
+            raise ConfigError(f"{path}: field '{name}' is missing; it decides the shape of the model")
+
+    def field(name: str, default: Any) -> Any:
+        value = document.get(name)
+        return default if value is None else value
+
+    num_heads = document["num_attention_heads"]
+    # The balancing loss is part of transformers' only where the router's logits are asked for.
+    aux_loss = float(field("router_aux_loss_coef", 0.001)) if document.get("output_router_logits") else 0.0
+    try:
+        return Qwen3MoeConfig(
+            vocab_size=document["vocab_size"],
+            hidden_size=document["hidden_size"],
+            num_layers=document["num_hidden_layers"],
+            num_heads=num_heads,
+            num_key_value_heads=document["num_key_value_heads"],
+            head_dim=field("head_dim", document["hidden_size"] // max(1, num_heads)),
+            dense_intermediate_size=document["intermediate_size"],
+            expert_intermediate_size=document["moe_intermediate_size"],
+            num_experts=_one_of(document, "num_experts", "num_local_experts"),
+            num_shared_experts=0,
+            top_k=document["num_experts_per_tok"],
+            first_moe_layer=0,
+            moe_layer_frequency=1,
+            routing_method="greedy",
+            num_groups=1,
+            top_k_groups=1,
+            normalize_topk=field("norm_topk_prob", False),
+            routed_scaling_factor=1.0,
+            aux_loss_alpha=aux_loss,
+            aux_loss_per_sequence=False,
+            rms_norm_eps=float(field("rms_norm_eps", 1e-6)),
+            tie_embeddings=field("tie_word_embeddings", False),
+            max_sequence_length=document["max_position_embeddings"],
+            rope_theta=_rope_theta(document),
+            initializer_std=float(field("initializer_range", 0.02)),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def write_hf(config: Qwen3MoeConfig, dtype: str) -> dict[str, Any]:
+    """Return the config.json of a model that has none yet; :func:`read_hf` gives ``config`` back."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "torch_dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.dense_intermediate_size,
+        "moe_intermediate_size": config.expert_intermediate_size,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.top_k,
+        "norm_topk_prob": config.normalize_topk,
+        "output_router_logits": config.aux_loss_alpha > 0,
+        "router_aux_loss_coef": config.aux_loss_alpha,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_std,
+        "max_position_embeddings": config.max_sequence_length,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def transformers_differences(config: Qwen3MoeConfig) -> list[str]:
+    """Return where transformers departs from what is trained here."""
+    if config.aux_loss_alpha:
+        return [
+            "the balancing loss is taken layer by layer, and divided by top_k; transformers takes all layers at once"
+        ]
+    return []
+
+
+def _check_fields(document: Mapping[str, Any], path: str) -> None:
+    for name, supported in _ONLY.items():
+        if name in document and document[name] not in supported:
+            raise ConfigError(f"{path}: {name} ({show(document[name])}) is not supported; it must be {supported[0]!r}")
+    for name, value in document.items():
+        if name not in FIELDS and not is_harmless(name, value):
+            raise ConfigError(
+                f"{path}: field '{name}' ({show(value)}) is not known and may change the mathematics of the model"
+                f"{nearest(name, FIELDS)}; remove it if it does not"
+            )
+        problem = _wrong_type(name, value)
+        if problem:
+            raise ConfigError(f"{path}: {name} ({show(value)}) {problem}")
+
+
+def _wrong_type(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if name in _FLAGS and not isinstance(value, bool):
+        return f"must be true or false, not {json_type(value)}"
+    if name in _INTEGERS:
+        return wrong_integer(value) or ("must not be negative" if value < 0 else None)
+    return wrong_number(value) if name in _NUMBERS else None
+
+
+def _one_of(document: Mapping[str, Any], *names: str) -> Any:
+    """Return the value that a folder has under one of two names, or the same under both."""
+    given = {name: document[name] for name in names if document.get(name) is not None}
+    if not given:
+        raise ConfigError(f"field '{names[0]}' is missing; it decides the shape of the model")
+    if len(set(given.values())) > 1:
+        raise ConfigError(f"{' and '.join(f'{name} ({value})' for name, value in given.items())} differ; keep one")
+    return next(iter(given.values()))
+
+
+def _rope_theta(document: Mapping[str, Any]) -> float:
+    parameters = document.get("rope_parameters")
+    if parameters is None:
+        return float(document.get("rope_theta") or 10000.0)
+    if not isinstance(parameters, Mapping):
+        raise ConfigError(f"rope_parameters ({show(parameters)}) must be an object, not {json_type(parameters)}")
+    for name, value in parameters.items():
+        if name != "rope_theta" and not (name in ("rope_type", "type") and value in ("default", None)):
+            raise ConfigError(f"rope_parameters.{name} ({show(value)}) is not supported; it must be plain RoPE")
+    problem = wrong_number(parameters.get("rope_theta"))
+    if problem:
+        raise ConfigError(f"rope_parameters.rope_theta ({show(parameters.get('rope_theta'))}) {problem}")
+    theta = float(parameters["rope_theta"])
+    if document.get("rope_theta") not in (None, theta):
+        raise ConfigError(
+            f"rope_theta ({document['rope_theta']}) and rope_parameters.rope_theta ({theta}) differ; keep one"
+        )
+    return theta
