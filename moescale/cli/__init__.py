@@ -16,6 +16,7 @@ from moescale import __version__
 from moescale.errors import ConfigError, MoescaleError, Preempted, nearest, printable
 from moescale.files import remedy
 from moescale.records import FileKind, read_toml, show
+from moescale.user_values import parse_size
 
 app = App(
     name="moescale",
@@ -31,6 +32,10 @@ _COMMANDS = {
     "export": "Write a run's weights as a Hugging Face checkpoint.",
     "bench": "Measure the kernels beside their peers on this GPU, or tune them for it.",
 }
+_PATHS_OR_NAMES = frozenset({"model", "tokenizer", "source", "cluster"})
+"""Options that take a path among other things."""
+_SIZES = {"memory-limit": "GiB", "memory-gigabytes": "GB", "max-shard-gigabytes": "GB"}
+"""Options that are sizes, each with the unit of a plain number."""
 _SETTINGS = FileKind(
     noun="a settings file",
     missing="is not a file; give a TOML file with a table such as [run] as --config",
@@ -54,9 +59,9 @@ def _with_config(
     if config is not None:
         document = read_toml(config.expanduser(), _SETTINGS)
         _check_tables(document, config)
-        app.config = (Dict(document, source=str(config), use_commands_as_keys=True), _refuse_fractions)
+        app.config = (Dict(document, source=str(config), use_commands_as_keys=True), *_RULES)
     else:
-        app.config = (_refuse_fractions,)
+        app.config = _RULES
     app(tokens, exit_on_error=False)
 
 
@@ -90,6 +95,38 @@ def _refuse_fractions(_app: App, commands: tuple[str, ...], arguments: ArgumentC
                 name = argument.name.removeprefix("--").replace("-", "_")
                 origin = "" if token.source == "cli" else f"{token.source}: "
                 raise ConfigError(f"{origin}{'.'.join((*commands, name))} ({token.value}) must be a whole number")
+
+
+def _expand_home(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """One rule for every path, on the command line and in settings files: ``~`` at its start is the home folder.
+
+    Relative paths are relative to the working directory, in settings files too.
+    """
+    for argument in arguments:
+        is_path = argument.hint is Path or Path in get_args(argument.hint)
+        if is_path or argument.name.removeprefix("--") in _PATHS_OR_NAMES:
+            argument.tokens[:] = [token.evolve(value=os.path.expanduser(token.value)) for token in argument.tokens]
+
+
+def _read_sizes(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Turn sizes with a unit into numbers of the unit that a setting is kept in."""
+    for argument in arguments:
+        unit = _SIZES.get(argument.name.removeprefix("--"))
+        if unit is None:
+            continue
+        for index, token in enumerate(argument.tokens):
+            name = ".".join((*commands, argument.name.removeprefix("--").replace("-", "_")))
+            setting = name if token.source == "cli" else f"{token.source}: {name}"
+            try:
+                float(token.value)
+            except ValueError:
+                size = parse_size(token.value, setting=setting, unit=unit)
+                in_unit = size / parse_size("1", setting=setting, unit=unit)
+                argument.tokens[index] = token.evolve(value=repr(in_unit))
+
+
+_RULES = (_expand_home, _read_sizes, _refuse_fractions)
+"""What every value goes through, wherever it was given."""
 
 
 def main(arguments: list[str] | None = None) -> None:

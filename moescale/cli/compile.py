@@ -39,7 +39,7 @@ class CompileSettings:
     sequence_length: int = 2048
     """Tokens of one sequence."""
     memory_limit: float | None = None
-    """GiB a GPU may use; default: what the cluster file says."""
+    """Memory a GPU may use: a number of GiB, or a size such as 64GB; default: what the cluster file says."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype."""
     pin: tuple[str, ...] = ()

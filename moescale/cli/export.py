@@ -45,7 +45,7 @@ class ExportSettings:
     """A field of config.json that is not known and does not change the model; repeatable;
     default: those that the run was told to ignore."""
     max_shard_gigabytes: float = 5.0
-    """Largest shard, in units of 10^9 bytes."""
+    """Largest shard: a number of 10^9 bytes, or a size such as 4GiB."""
 
     def __post_init__(self) -> None:
         if not 1e-9 <= self.max_shard_gigabytes < math.inf:

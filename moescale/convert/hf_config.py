@@ -12,6 +12,7 @@ from typing import Any
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
+from moescale.hub import fetch_repository, looks_like_path
 from moescale.models.registry import FAMILIES, family_of, find_family
 from moescale.records import FileKind, read_json_object
 
@@ -52,7 +53,7 @@ def resolve_model(name: str, *, config_only: bool = False) -> Path:
         return _preset_folder(name)
     if config_only and name in _HUB_NAMES:
         return _preset_folder(_HUB_NAMES[name])
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if name.count("/") == 1 and not looks_like_path(name):
         return _download(name, config_only)
     raise ConfigError(
         f"model '{name}' is neither a folder nor a preset ({', '.join(PRESETS)}) nor a hub name (owner/name)"
@@ -112,15 +113,5 @@ def _preset_folder(name: str) -> Path:
 
 
 def _download(name: str, config_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     patterns = [CONFIG_FILE] if config_only else ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model '{name}' is no local folder, and fetching it from the hub failed: {reason}; check the name and "
-            "the connection, or give a local folder"
-        ) from None
+    return fetch_repository(name, patterns, what="model", error=ConfigError)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from moescale.data.corpus.manifest import BadItems
@@ -13,10 +11,10 @@ from moescale.data.prepare.readers import row_chunks
 from moescale.data.prepare.record_files import value_at
 from moescale.data.prepare.work_items import Chunk
 from moescale.errors import DataError, nearest
+from moescale.hub import looks_like_path
 
 _TIMEOUT_SECONDS = 20
 _CONVERTED = "refs/convert/parquet"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(kw_only=True)
@@ -57,8 +55,7 @@ def open_hub_dataset(name: str, *, text_column: str, split: str) -> HubSource:
         DataError: ``name`` is a path that does not exist, `datasets` is not installed, the hub cannot be reached, or
             the dataset has no such split or column.
     """
-    looks_local = not _HUB_NAME.fullmatch(name) or name.startswith(".") or Path(name).parent.is_dir() and "/" in name
-    if looks_local:
+    if looks_like_path(name):
         raise DataError(f"source '{name}' does not exist")
     try:
         import datasets

@@ -43,7 +43,7 @@ class PrepareSettings:
     num_workers: int | None = None
     """Processes that tokenise; default: one per available core."""
     memory_gigabytes: float = 2.0
-    """Memory that all processes together may take, in 10^9 bytes."""
+    """Memory that all processes together may take: a number of 10^9 bytes, or a size such as 4GiB."""
     seed: int = 0
     """Seed of the choice of validation documents."""
 

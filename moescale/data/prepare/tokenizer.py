@@ -12,6 +12,7 @@ import tokenizers
 
 from moescale.data.prepare.added_tokens import ADDED_TOKENS, add_missing_tokens
 from moescale.errors import DataError, nearest
+from moescale.hub import fetch_repository, looks_like_path
 from moescale.records import FileKind, read_json_object
 
 _SIDE_FILE = FileKind(
@@ -69,31 +70,15 @@ def _find(name: str) -> dict[str, Path]:
         folder, found = path, {"tokenizer.json": path / "tokenizer.json"}
         if not found["tokenizer.json"].is_file():
             raise DataError(f"{path} holds no tokenizer.json; save the tokenizer in its fast form there")
-    elif name.startswith(("/", ".", "~")):
-        raise DataError(f"tokenizer '{name}' does not exist")
+    elif looks_like_path(name):
+        raise DataError(f"tokenizer '{name}' does not exist; give a folder with tokenizer.json")
     else:
-        return _download(name)
+        files = ("tokenizer.json", *_SIDE_FILES, ADDED_TOKENS)
+        folder = fetch_repository(name, files, what="tokenizer", error=DataError)
+        found = {"tokenizer.json": folder / "tokenizer.json"}
+        if not found["tokenizer.json"].is_file():
+            raise DataError(f"tokenizer '{name}' has no tokenizer.json on the hub; give a folder with one")
     return found | {file: folder / file for file in (*_SIDE_FILES, ADDED_TOKENS) if (folder / file).is_file()}
-
-
-def _download(name: str) -> dict[str, Path]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    found = {}
-    for file in ("tokenizer.json", *_SIDE_FILES, ADDED_TOKENS):
-        try:
-            found[file] = Path(hf_hub_download(name, file))
-        except Exception as error:  # the hub client raises its own, the HTTP library's and OSError
-            absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-            if file != "tokenizer.json" and (absent or isinstance(error, LocalEntryNotFoundError)):
-                continue
-            reason = str(error).strip().split("\n")[0]
-            raise DataError(
-                f"tokenizer '{name}' is neither a local file or folder nor a model whose tokenizer.json can be had "
-                f"from the Hugging Face hub ({reason}); give a folder with tokenizer.json"
-            ) from error
-    return found
 
 
 def _end_token(tokenizer: tokenizers.Tokenizer, files: dict[str, Path], wanted: str | None) -> tuple[str, int]:

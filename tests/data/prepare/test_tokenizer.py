@@ -76,7 +76,7 @@ def test_a_damaged_tokenizer_is_refused(folder):
 
 def test_a_name_the_hub_does_not_answer_is_refused(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="'no-one/nothing' is neither a local file or folder nor a model"):
+    with pytest.raises(DataError, match="'no-one/nothing' is not a local path, and fetching it from the hub"):
         load_tokenizer("no-one/nothing")
 
 
