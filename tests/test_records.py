@@ -239,7 +239,6 @@ PARSES_ITSELF = {
     "moescale/data/prepare/file_kinds.py": "whether a line of the user's corpus is a record",
     "moescale/data/prepare/record_files.py": "an array of the user's corpus",
     "moescale/data/prepare/word_table.py": "the tokenizer library's own serialisation, in memory",
-    "moescale/data/prepare/unknown_text.py": "the tokenizer library's own serialisation, in memory",
 }
 PARSERS = {
     "json": {"load", "loads", "JSONDecoder"},
