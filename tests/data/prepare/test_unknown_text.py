@@ -140,7 +140,7 @@ def test_a_token_that_tokenizer_json_has_already_changes_nothing(tmp_path):
     [
         ({"added_tokens": {"<|user|>": 5000}}, "added_tokens.json: token '<|user|>' has id 5000, but .* only"),
         ({"added_tokens": {"<|user|>": "x"}}, "added_tokens.json: '<|user|>' .* must be a token and its id"),
-        ({"added_tokens": [1]}, "added_tokens.json must hold a JSON object"),
+        ({"added_tokens": [1]}, "added_tokens.json: must be a JSON object, not list"),
         ({"tokenizer_config": {"eos_token": "<end>", "added_tokens_decoder": {"x": USER}}}, "added_tokens_decoder.x"),
         ({"tokenizer_config": {"eos_token": "<end>", "added_tokens_decoder": {"9": "x"}}}, "added_tokens_decoder.9"),
         ({"tokenizer_config": {"eos_token": "<end>", "added_tokens_decoder": [USER]}}, "must be an object"),
