@@ -30,6 +30,7 @@ from moescale.records import FileKind, build, parse_json_object, read_bytes, sho
 PLAN_FORMAT = 1
 MAX_TOKENS_PER_STEP = 2**30
 """Beyond any training's; 16 GiB of token ids and targets."""
+DenseSharding = Literal["zero1", "fsdp"]
 SAVED_ROWS_FACTOR = 1.125
 """Rows per layer whose pre-activation an expert-parallel rank keeps, over those of even routing; it recomputes more."""
 RECOMPUTABLE_OPERATORS = ("experts",)
@@ -67,8 +68,10 @@ class Prediction:
     """Of all GPUs together."""
     breakdown_seconds: dict[str, float]
     peak_bytes: int
-    """Per rank, the largest."""
+    """On a GPU, the largest: with context, NCCL's buffers, symmetric memory and fragmentation."""
     breakdown_bytes: dict[str, int]
+    allocated_bytes: int = 0
+    """What of ``peak_bytes`` torch's allocator hands out: ``torch.cuda.max_memory_allocated``. 0: not predicted."""
     peak_moment: str = ""
     """When in a step the peak falls."""
 
@@ -97,7 +100,7 @@ class ParallelPlan:
     master_weight_format: MasterFormat
     gradient_dtype: GradientFormat
     """In which gradients are accumulated and reduced."""
-    dense_sharding: Literal["zero1", "fsdp"] = "fsdp"
+    dense_sharding: DenseSharding = "fsdp"
     """How weights outside the routed experts are kept on several GPUs.
 
     ``zero1``: whole on every rank; gradients are accumulated locally and reduced once a step, only optimizer states are

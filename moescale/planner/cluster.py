@@ -24,6 +24,9 @@ _FILE = FileKind(
     missing="missing; give the path of a cluster file, or write one with `moescale calibrate`",
     whole_floats=True,
 )
+MIN_SUSTAINED_CLOCK = 0.6
+"""0.84 to 0.87 were measured; a busy neighbour once gave 0.33."""
+MAX_ALLOCATOR_SLACK = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +95,20 @@ class Cluster:
     inter_node: Link
     host: Link
     sources: dict[str, str]
+    exchange: Link | None = None
+    """Scattered reads of a peer GPU's rows in a node; the latency is that of a barrier. None: as ``intra_node``."""
+
+    @property
+    def peer_reads(self) -> Link:
+        """The link of the exchange between experts inside a node."""
+        return self.exchange or self.intra_node
 
     def fingerprint(self) -> str:
         """Changes with every figure, not with what is said of its source."""
         values = dataclasses.asdict(self)
         values.pop("sources")
+        if self.exchange is None:  # so that files without it keep the fingerprint they had
+            values.pop("exchange")
         return fingerprint(values)
 
 
@@ -136,12 +148,37 @@ def parse_cluster(document: dict[str, Any], path: str) -> Cluster:
         optional = field.name in ("allocator_slack", "context_bytes", "launch_seconds", "step_overhead_seconds")
         if isinstance(value, int | float) and (value < 0 or (value == 0 and not optional)):
             raise ConfigError(f"{path}: {field.name} ({value}) must be positive")
-    for name in ("intra_node", "inter_node", "host"):
-        link: Link = getattr(cluster, name)
+    for name in ("intra_node", "inter_node", "host", "exchange"):
+        link: Link | None = getattr(cluster, name)
+        if link is None:
+            continue
         if link.bytes_per_second <= 0:
             raise ConfigError(f"{path}: {name}.bytes_per_second ({link.bytes_per_second}) must be positive")
         if link.latency_seconds < 0:
             raise ConfigError(f"{path}: {name}.latency_seconds ({link.latency_seconds}) must not be negative")
     if not 0 < cluster.sustained_clock <= 1:
         raise ConfigError(f"{path}: sustained_clock ({cluster.sustained_clock}) must be above 0 and at most 1")
+    _check_plausible(cluster, path)
     return cluster
+
+
+def _check_plausible(cluster: Cluster, path: str) -> None:
+    """Refuse figures that no machine has: what a measurement on a busy one gives."""
+    remedy = "measure again on a machine that nobody else uses"
+    if cluster.sustained_clock < MIN_SUSTAINED_CLOCK:
+        raise ConfigError(
+            f"{path}: sustained_clock ({cluster.sustained_clock}) must be at least {MIN_SUSTAINED_CLOCK}: power and "
+            f"heat lower a GPU's clock by a quarter at most; {remedy}"
+        )
+    for name in ("dense_gemm", "grouped_gemm", "attention"):
+        fastest = max(getattr(cluster, name).flops_per_second)
+        if fastest > 1.05 * cluster.peak_flops_per_second:
+            raise ConfigError(
+                f"{path}: {name}.flops_per_second ({fastest:.4g}) must not exceed peak_flops_per_second "
+                f"({cluster.peak_flops_per_second:.4g}); correct one of the two, or {remedy}"
+            )
+    if cluster.allocator_slack > MAX_ALLOCATOR_SLACK:
+        raise ConfigError(
+            f"{path}: allocator_slack ({cluster.allocator_slack}) must be at most {MAX_ALLOCATOR_SLACK}: a fraction of "
+            "temporary memory, 0.04 on the GPUs measured"
+        )

@@ -25,9 +25,26 @@ from dataclasses import dataclass
 from moescale.formats import DTYPE_BYTES, MASTER_BYTES, MOMENT_BYTES, logit_chunk_tokens
 from moescale.plan import LayerPlan, MeshShape
 from moescale.planner.cluster import Cluster
+from moescale.planner.exchange import PeerExchange, reads_peers, row_factor
 from moescale.planner.request import Candidate, Formats, PlanRequest, recompute_name
-from moescale.planner.shares import expert_padding, gate_up_padding, rank_parameters
+from moescale.planner.shares import (
+    expert_padding,
+    gate_up_padding,
+    local_parameters,
+    rank_parameters,
+    updated_parameters,
+)
 from moescale.planner.workload import LayerKind, Workload, saved_bytes
+
+OUTSIDE_ALLOCATED = ("context", "NCCL", "symmetric memory", "buckets of the update", "allocator slack")
+"""Classes that are on the device, but no part of what torch counts as allocated at the peak.
+
+Buckets of the update come after the micro-batches: their memory is new where these are a CUDA graph, whose pool keeps
+its own."""
+NCCL_BYTES = 2**30
+"""Buffers of a rank's communicators (measured on two H100: about 1 GiB)."""
+BUCKET_ELEMENTS = 64 * 2**20
+"""Of the sums of gradients with whole weights (``runtime.zero``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +57,11 @@ class PeakMemory:
     @property
     def total(self) -> float:
         return sum(self.breakdown.values())
+
+    @property
+    def allocated(self) -> float:
+        """What torch's allocator hands out at the peak: ``torch.cuda.max_memory_allocated``."""
+        return sum(size for name, size in self.breakdown.items() if name not in OUTSIDE_ALLOCATED)
 
 
 class MemoryModel:
@@ -54,36 +76,56 @@ class MemoryModel:
         self._outside_parameters = workload.outside_parameters()
         self.transient = functools.cache(self._transient_uncached)
         self._share = functools.cache(functools.partial(rank_parameters, workload))
+        self._local = functools.cache(functools.partial(local_parameters, workload))
+        self._updated = functools.cache(functools.partial(updated_parameters, workload))
+        self.outside_allocator = functools.cache(self._outside_allocator_uncached)
 
     def peak(self, candidate: Candidate) -> PeakMemory:
         """The peak of ``candidate``, by class."""
         transient, moment = self.transient(
             candidate.mesh, candidate.micro_batch_sequences, candidate.dense_layers, candidate.moe_layers,
-            candidate.formats.gradient_dtype,
+            candidate.formats.gradient_dtype, candidate.dense_sharding,
         )  # fmt: skip
-        at_update = self.update_bytes(candidate.mesh, candidate.formats)
+        sharding = candidate.dense_sharding
+        at_update = self.update_bytes(candidate.mesh, candidate.formats, sharding)
         if at_update > sum(transient.values()):
             transient, moment = {"states from the host": at_update}, "update"
-        return PeakMemory(breakdown=self.persistent(candidate.mesh, candidate.formats) | transient, moment=moment)
+        persistent = self.persistent(candidate.mesh, candidate.formats, sharding)
+        outside = self.outside_allocator(candidate.mesh, candidate.micro_batch_sequences, sharding)
+        return PeakMemory(breakdown=persistent | outside | transient, moment=moment)
 
-    def persistent(self, mesh: MeshShape, formats: Formats) -> dict[str, float]:
+    def persistent(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> dict[str, float]:
         """Weights, gradients and optimizer state of one rank."""
-        share = self._share(mesh)
+        local, updated = self._local(mesh, sharding), self._updated(mesh, sharding)
         return {
-            "weights": share * self.itemsize,
-            "gradients": share * DTYPE_BYTES[formats.gradient_dtype],
-            "optimizer": 0.0 if formats.offload_optimizer else share * self._state_bytes(formats),
-            "context": float(self.cluster.context_bytes),
+            "weights": local * self.itemsize,
+            "gradients": local * DTYPE_BYTES[formats.gradient_dtype],
+            "optimizer": 0.0 if formats.offload_optimizer else updated * self._state_bytes(formats),
         }
 
-    def host_bytes(self, mesh: MeshShape, formats: Formats) -> float:
+    def _outside_allocator_uncached(self, mesh: MeshShape, sequences: int, sharding: str) -> dict[str, float]:
+        """What a rank's process takes of the GPU besides its tensors, and tensors after the micro-batches' graph."""
+        found = {"context": float(self.cluster.context_bytes)}
+        if mesh.pp * mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp > 1:
+            found["NCCL"] = float(NCCL_BYTES)
+        if reads_peers(mesh, sharding, self.cluster):
+            found["symmetric memory"] = float(self._exchange(mesh, sequences).symmetric_bytes())
+        if sharding == "zero1" and mesh.dp_shard * mesh.dp_replicate > 1:
+            elements = min(BUCKET_ELEMENTS, self._local(mesh, sharding))
+            found["buckets of the update"] = 4 * elements * (1 + 1 / mesh.dp_shard)
+        return found
+
+    def _exchange(self, mesh: MeshShape, sequences: int) -> PeerExchange:
+        dims = self.workload.dims(sequences * self.request.sequence_length, self.request.sequence_length)
+        return PeerExchange.of(self.workload.config, dims, mesh.ep, self.itemsize)
+
+    def host_bytes(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> float:
         """Host memory of one rank's offloaded states."""
         if not formats.offload_optimizer:
             return 0.0
-        share = self._share(mesh)
-        return share * self._state_bytes(formats)
+        return self._updated(mesh, sharding) * self._state_bytes(formats)
 
-    def update_bytes(self, mesh: MeshShape, formats: Formats) -> float:
+    def update_bytes(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> float:
         """Offloaded states visit the device tensor by tensor: those of the largest parameter that this rank holds."""
         if not formats.offload_optimizer:
             return 0.0
@@ -99,24 +141,36 @@ class MemoryModel:
         master = 0.0 if self.request.compute_dtype == "fp32" else MASTER_BYTES[formats.master_weight_format]
         return MOMENT_BYTES[formats.optimizer_state_dtype] + master
 
-    def total_bytes(self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, formats: Formats) -> float:
+    def total_bytes(
+        self,
+        mesh: MeshShape,
+        sequences: int,
+        dense: LayerPlan,
+        moe: LayerPlan,
+        formats: Formats,
+        sharding: str = "fsdp",
+    ) -> float:
         """The peak of :meth:`peak`, without its classes."""
-        transient, _ = self.transient(mesh, sequences, dense, moe, formats.gradient_dtype)
-        at_update = self.update_bytes(mesh, formats)
-        return max(sum(transient.values()), at_update) + sum(self.persistent(mesh, formats).values())
+        transient, _ = self.transient(mesh, sequences, dense, moe, formats.gradient_dtype, sharding)
+        at_update = self.update_bytes(mesh, formats, sharding)
+        resident = sum(self.persistent(mesh, formats, sharding).values())
+        resident += sum(self.outside_allocator(mesh, sequences, sharding).values())
+        return max(sum(transient.values()), at_update) + resident
 
     def _transient_uncached(
-        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str
+        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str, sharding: str
     ) -> tuple[dict[str, float], str]:
-        moments = self.moments(mesh, sequences, dense, moe, gradient)
+        moments = self.moments(mesh, sequences, dense, moe, gradient, sharding)
         moment, breakdown = max(moments.items(), key=lambda item: sum(item[1].values()))
         breakdown["allocator slack"] = sum(breakdown.values()) * self.cluster.allocator_slack
         return breakdown, moment
 
     def moments(
-        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str
+        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str, sharding: str = "fsdp"
     ) -> dict[str, dict[str, float]]:
         """What lives beside weights, gradients and states, at every moment that can be the peak, by class."""
+        if sharding == "zero1":
+            return self._whole_moments(mesh, sequences, {"dense": dense, "moe": moe}, gradient)
         tokens = sequences * self.request.sequence_length // mesh.cp
         dims = self.workload.dims(tokens, self.request.sequence_length)
         plans = {"dense": dense, "moe": moe}
@@ -141,6 +195,48 @@ class MemoryModel:
             for breakdown in moments.values():
                 breakdown["sums for replicas"] = share * DTYPE_BYTES[gradient]
         return moments
+
+    def _whole_moments(
+        self, mesh: MeshShape, sequences: int, plans: dict[str, LayerPlan], gradient: str
+    ) -> dict[str, dict[str, float]]:
+        """With whole weights: those of one GPU, whose experts' rows lie in the exchange's workspaces where ep > 1."""
+        moments = self.moments(MeshShape(), sequences, plans["dense"], plans["moe"], gradient)
+        if mesh.ep == 1:
+            return moments
+        name = recompute_name(plans["moe"])
+        keeps = "experts" not in name.split("+")
+        exchange = self._exchange(mesh, sequences)
+        kind = next(kind for kind in self.workload.layers if kind.is_routed)
+        dims = self.workload.dims(sequences * self.request.sequence_length, self.request.sequence_length)
+        if reads_peers(mesh, "zero1", self.cluster):
+            rows = dims["r"] * 2 * dims["f"] * self.itemsize if keeps else 0
+            more: float = exchange.kept_bytes(keeps_pre_activation=keeps) - rows
+            inside: float = exchange.backward_bytes(keeps_pre_activation=keeps)
+        else:
+            more = self._exchange_bytes(dims, mesh) + self._padding_bytes(dims, mesh, keeps)
+            inside = self._operator_buffers(plans, dims, mesh)
+        layers = 1 if name == "block" else kind.count
+        for moment, breakdown in moments.items():
+            own = layers if moment != "backward of the last layers" or name == "block" else layers - 1
+            breakdown[f"activations {kind.name}"] += own * more
+        last = moments["backward of the last layers"]
+        last["inside operators"] = max(last["inside operators"], inside)
+        # The last layer's experts run while every layer's activations are still there.
+        hidden: float = 4 * dims["n"] * dims["h"] * self.itemsize
+        kept = {key: size for key, size in moments["loss"].items() if key.startswith("activations")}
+        if name == "block":
+            hidden += self._full_layer_bytes(kind, dims, MeshShape())
+        moments["gradient of the last experts"] = kept | {"temporary buffers": hidden, "inside operators": inside}
+        return moments
+
+    def _padding_bytes(self, dims: dict[str, int], mesh: MeshShape, keeps_pre_activation: bool) -> float:
+        """Pre-activations of slots that hold no row, or of rows beyond an equal share."""
+        more = dims["n"] * dims["k"] * (self.row_factor(mesh) - 1)
+        return more * 2 * dims["f"] * self.itemsize / mesh.tp if keeps_pre_activation else 0.0
+
+    def row_factor(self, mesh: MeshShape) -> float:
+        """Rows of the fullest rank behind an all-to-all, as :func:`moescale.planner.exchange.row_factor`."""
+        return row_factor(self.workload.config, mesh, self.request.router_imbalance)
 
     def _at_loss(self, dims: dict[str, int], mesh: MeshShape) -> dict[str, float]:
         tokens = min(dims["n"], logit_chunk_tokens(dims["n"]))
@@ -169,7 +265,7 @@ class MemoryModel:
         plan = plans[last.name]
         again = self._full_layer_bytes(last, dims, mesh) if recompute_name(plan) == "block" else 0.0
         hidden = dims["n"] * dims["h"] * self.itemsize
-        rows = dims["k"] * hidden
+        rows = dims["k"] * hidden * (self.row_factor(mesh) if mesh.ep == 2 else 1.0)
         ahead = self._layer_gathered_bytes(last, mesh) if plan.reshard_after_forward else 0.0
         communication = gathered + ahead + self._output_gradient_bytes(mesh)
         in_experts: float = 2 * rows
@@ -246,13 +342,16 @@ class MemoryModel:
         """What one layer keeps where its block is not recomputed."""
         kept = saved_bytes(kind, dims, self.itemsize, dropped) / mesh.tp
         if kind.is_routed and mesh.ep > 1:
-            kept += self._exchange_bytes(dims)
+            kept += self._exchange_bytes(dims, mesh)
+            kept += self._padding_bytes(dims, mesh, keeps_pre_activation=not dropped)
         return kept
 
-    def _exchange_bytes(self, dims: dict[str, int]) -> float:
+    def _exchange_bytes(self, dims: dict[str, int], mesh: MeshShape) -> float:
         """Behind an all-to-all the experts' input rows and their returned results are kept: they exist only as rows."""
         rows = dims["n"] * dims["k"] * dims["h"] * self.itemsize
-        return rows * (1 + self.request.router_imbalance)
+        # The exchange of two ranks returns padded slots too, others what was sent.
+        returned = self.row_factor(mesh) if mesh.ep == 2 else 1.0
+        return rows * (returned + self.row_factor(mesh))
 
     def _operator_buffers(self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape) -> float:
         """Largest buffers that an operator's backward makes and gives back before it returns."""
@@ -260,7 +359,7 @@ class MemoryModel:
         for kind in self.workload.layers:
             if kind.is_routed:
                 # Gathered rows and their gradients, the gradient of the pre-activation, the activation.
-                rows = dims["n"] * dims["k"] * (self.request.router_imbalance if mesh.ep > 1 else 1.0)
+                rows = dims["n"] * dims["k"] * (self.row_factor(mesh) if mesh.ep > 1 else 1.0)
                 size = rows * (2 * dims["h"] + 3 * dims["f"] / mesh.tp) * self.itemsize
                 if "experts" in recompute_name(plans["moe"]).split("+"):
                     size += rows * 2 * dims["f"] * self.itemsize / mesh.tp

@@ -6,12 +6,13 @@ A change is not estimated but planned: the search runs again with the request ch
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moescale.errors import ConfigError
 from moescale.planner.request import PlanRequest
-from moescale.planner.search import PlanResult, compile_plan
+from moescale.planner.search import PlanResult, compile_plan, usable_bytes
 
 GIBIBYTE = 2**30
 _MAX_GPUS = 4096
@@ -63,10 +64,12 @@ def _changes(result: PlanResult) -> Iterator[tuple[str, _Requests]]:
         yield f"drop --pin {name}={value}", _once(replace(request, pins=others))
     for name, value in sorted(request.forbidden):
         yield f"drop --forbid {name}={value}", _once(replace(request, forbidden=request.forbidden - {(name, value)}))
-    if request.memory_limit_bytes is not None and request.memory_limit_bytes < result.cluster.memory_bytes:
+    if request.memory_limit_bytes is not None and request.memory_limit_bytes < usable_bytes(result.cluster, request):
+        usable = usable_bytes(result.cluster, request) / GIBIBYTE
         yield (
-            f"raise --memory-limit to the {result.cluster.memory_bytes / 1e9:.0f} GB of a {result.cluster.gpu}",
-            _once(replace(request, memory_limit_bytes=None)),
+            f"raise --memory-limit to {math.floor(10 * usable) / 10:.1f} GiB, what a plan may take of a "
+            f"{result.cluster.gpu}",
+            _once(replace(request, memory_limit_bytes=math.floor(10 * usable) * GIBIBYTE // 10)),
         )
     if request.plan_gpus is not None and request.plan_gpus < request.runtime_gpus:
         yield "--plan-gpus {}: fewer whole copies of the weights", lambda: _larger_units(request)

@@ -11,10 +11,10 @@ from typing import Any, get_args
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
 from moescale.formats import ComputeFormat, GradientFormat, MasterFormat, MomentFormat
-from moescale.plan import LayerPlan, MeshShape
+from moescale.plan import DenseSharding, LayerPlan, MeshShape
 
 DECISIONS = (
-    *("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "micro_batch_sequences"),
+    *("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "dense_sharding", "micro_batch_sequences"),
     *("dense_recompute", "moe_recompute", "dense_reshard", "moe_reshard"),
     *("optimizer_state_dtype", "master_weight_format", "gradient_dtype", "offload_optimizer"),
 )
@@ -23,6 +23,7 @@ RECOMPUTE_CHOICES = ("none", "experts", "block")
 """Keep everything; run the experts' up-projection again; run the whole block again."""
 
 VALUES: Mapping[str, tuple[str, ...]] = {
+    "dense_sharding": get_args(DenseSharding),
     "dense_recompute": ("none", "block"),
     "moe_recompute": RECOMPUTE_CHOICES,
     "dense_reshard": ("true", "false"),
@@ -156,11 +157,13 @@ class Candidate:
     dense_layers: LayerPlan
     moe_layers: LayerPlan
     formats: Formats
+    dense_sharding: DenseSharding = "fsdp"
 
     def decisions(self) -> dict[str, Any]:
         """Every decision by the name under which it can be pinned."""
         return {
             **{f.name: getattr(self.mesh, f.name) for f in dataclasses.fields(MeshShape)},
+            "dense_sharding": self.dense_sharding,
             "micro_batch_sequences": self.micro_batch_sequences,
             "dense_recompute": recompute_name(self.dense_layers),
             "moe_recompute": recompute_name(self.moe_layers),

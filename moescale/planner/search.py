@@ -27,6 +27,7 @@ from moescale.planner.memory import MemoryModel, PeakMemory
 from moescale.planner.request import (
     RECOMPUTE_CHOICES,
     Candidate,
+    DenseSharding,
     Formats,
     PlanRequest,
     decision_text,
@@ -34,6 +35,10 @@ from moescale.planner.request import (
     layer_plan,
 )
 from moescale.planner.workload import Workload, build_workload
+
+MARGIN_BYTES = 2 * 2**30
+"""What a plan for several GPUs leaves free: that close to the limit torch's allocator frees and asks again, with steps
+five times as slow, before it fails. On one GPU plans within 0.5% of the memory ran at full speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +100,14 @@ class PlanResult:
             moe_layers=candidate.moe_layers,
             compute_dtype=request.compute_dtype,
             **vars(candidate.formats),
+            dense_sharding=candidate.dense_sharding,
             prediction=Prediction(
                 step_seconds=best.time.total,
                 tokens_per_second=request.tokens_per_step / best.time.total,
                 breakdown_seconds=best.time.exposed,
                 peak_bytes=round(best.memory.total),
                 breakdown_bytes={name: round(value) for name, value in best.memory.breakdown.items()},
+                allocated_bytes=round(best.memory.allocated),
                 peak_moment=best.memory.moment,
             ),
             alternatives=tuple(alternative_summary(self, other) for other in self.alternatives),
@@ -124,6 +131,9 @@ def compile_plan(
     return Search(config, cluster, request, workload).run(with_alternatives=with_alternatives)
 
 
+_Group = tuple[float, int, MeshShape, DenseSharding, int, int]
+
+
 class Search:
     """One search; keeps the cost and memory models."""
 
@@ -140,7 +150,7 @@ class Search:
         )
         self.cost = CostModel(self.workload, cluster, request)
         self.memory = MemoryModel(self.workload, cluster, request)
-        self.limit = float(min(cluster.memory_bytes, request.memory_limit_bytes or cluster.memory_bytes))
+        self.limit = float(min(usable_bytes(cluster, request), request.memory_limit_bytes or cluster.memory_bytes))
 
     def run(self, *, with_alternatives: bool = True) -> PlanResult:
         """Visit the space; see the module's docstring."""
@@ -148,16 +158,21 @@ class Search:
         groups = self._bounded_groups(formats)
         best: tuple[float, tuple[int, int, int], Candidate] | None = None
         misses: dict[MeshShape, tuple[float, Candidate]] = {}
-        for bound, order, mesh, sequences, accumulation in groups:
+        for bound, order, mesh, sharding, sequences, accumulation in groups:
             if best is not None and bound > best[0]:
                 break
-            for inner, (dense, moe) in enumerate(self.layer_plans(mesh)):
-                for number, choice, time, excess in self._formats(mesh, sequences, accumulation, dense, moe, formats):
+            for inner, (dense, moe) in enumerate(self.layer_plans(mesh, sharding)):
+                for number, choice, time, excess in self._formats(
+                    mesh, sharding, sequences, accumulation, dense, moe, formats
+                ):
                     if excess > 0:
                         if best is None and (mesh not in misses or excess < misses[mesh][0]):
-                            misses[mesh] = excess, _candidate(mesh, sequences, accumulation, dense, moe, choice)
+                            misses[mesh] = (
+                                excess,
+                                _candidate(mesh, sharding, sequences, accumulation, dense, moe, choice),
+                            )
                     elif best is None or (time, (order, inner, number)) < best[:2]:
-                        candidate = _candidate(mesh, sequences, accumulation, dense, moe, choice)
+                        candidate = _candidate(mesh, sharding, sequences, accumulation, dense, moe, choice)
                         best = time, (order, inner, number), candidate
         found = self.evaluate(best[2]) if best else None
         nearest = sorted(misses.values(), key=lambda item: item[0])[:3]
@@ -167,29 +182,29 @@ class Search:
             workload=self.workload,
             cluster=self.cluster,
             limit_bytes=self.limit,
-            num_candidates=sum(len(list(self.layer_plans(group[2]))) for group in groups) * len(formats),
+            num_candidates=sum(len(list(self.layer_plans(group[2], group[3]))) for group in groups) * len(formats),
             best=found,
             alternatives=self._alternatives(found) if found and with_alternatives else (),
             near_misses=() if found else tuple(self.evaluate(candidate) for _, candidate in nearest),
         )
 
-    def _bounded_groups(self, formats: list[Formats]) -> list[tuple[float, int, MeshShape, int, int]]:
+    def _bounded_groups(self, formats: list[Formats]) -> list[_Group]:
         """Meshes and micro-batches with a time none of their plans goes below, by that time: (bound, order, ...)."""
-        groups: list[tuple[float, int, MeshShape, int, int]] = []
+        groups: list[_Group] = []
         free = LayerPlan(reshard_after_forward=False)
-        for mesh in self.meshes():
-            if not any(True for _ in self.layer_plans(mesh)):
+        for mesh, sharding in ((m, sharding) for m in self.meshes() for sharding in self.shardings(m)):
+            if not any(True for _ in self.layer_plans(mesh, sharding)):
                 continue
             for sequences in self._micro_batches(mesh):
                 accumulation = self._sequences_per_rank(mesh) // sequences
                 bound = min(
                     (
-                        self.cost.without_optimizer(mesh, sequences, accumulation, free, free, gradient).total
+                        self.cost.without_optimizer(mesh, sequences, accumulation, free, free, gradient, sharding).total
                         for gradient in {choice.gradient_dtype for choice in formats}
                     ),
                     default=0.0,
                 )
-                groups.append((bound, len(groups), mesh, sequences, accumulation))
+                groups.append((bound, len(groups), mesh, sharding, sequences, accumulation))
         if not groups or not formats:
             raise ConfigError(self._why_empty())
         return sorted(groups, key=lambda group: group[:2])
@@ -197,6 +212,7 @@ class Search:
     def _formats(
         self,
         mesh: MeshShape,
+        sharding: DenseSharding,
         sequences: int,
         accumulation: int,
         dense: LayerPlan,
@@ -206,13 +222,23 @@ class Search:
         """Of every format its number, step time, and bytes by which it exceeds the memory (at most 0: it fits)."""
         for number, choice in enumerate(formats):
             gradient = choice.gradient_dtype
-            time = self.cost.without_optimizer(mesh, sequences, accumulation, dense, moe, gradient).total
-            time += sum(self.cost.optimizer_seconds(mesh, choice).values())
-            memory = self.memory.total_bytes(mesh, sequences, dense, moe, choice)
-            host = self.memory.host_bytes(mesh, choice) - self.cluster.host_memory_bytes
+            time = self.cost.without_optimizer(mesh, sequences, accumulation, dense, moe, gradient, sharding).total
+            time += sum(self.cost.optimizer_seconds(mesh, choice, sharding).values())
+            memory = self.memory.total_bytes(mesh, sequences, dense, moe, choice, sharding)
+            host = self.memory.host_bytes(mesh, choice, sharding) - self.cluster.host_memory_bytes
             yield number, choice, time, max(memory - self.limit, host)
 
-    def layer_plans(self, mesh: MeshShape) -> Iterator[tuple[LayerPlan, LayerPlan]]:
+    def shardings(self, mesh: MeshShape) -> Iterator[DenseSharding]:
+        """How weights outside the experts may be kept on ``mesh``; on one GPU there is nothing to decide."""
+        request = self.request
+        if mesh.pp * mesh.cp * mesh.tp == 1:
+            several = mesh.dp_shard * mesh.dp_replicate > 1
+            if request.allows("dense_sharding", "zero1") and (several or not request.allows("dense_sharding", "fsdp")):
+                yield "zero1"
+        if request.allows("dense_sharding", "fsdp"):
+            yield "fsdp"
+
+    def layer_plans(self, mesh: MeshShape, sharding: DenseSharding) -> Iterator[tuple[LayerPlan, LayerPlan]]:
         """What dense and MoE layers may do on ``mesh``: recomputing, and resharding where weights are sharded."""
         sharded = mesh.dp_shard * mesh.cp > 1
         has_moe = self.config.num_moe_layers > 0
@@ -220,8 +246,11 @@ class Search:
         again = tuple(
             choice for choice in RECOMPUTE_CHOICES if choice in ("none", "block") or choice in self._moe_operators
         )
-        for moe in self._choices("moe", again if has_moe else ("none",), sharded and has_moe):
-            for dense in self._choices("dense", ("none", "block") if has_dense else ("none",), sharded and has_dense):
+        whole: tuple[bool, ...] | None = (False,) if sharding == "zero1" else None
+        of_moe = whole or ((True, False) if sharded and has_moe else (True,))
+        of_dense = whole or ((True, False) if sharded and has_dense else (True,))
+        for moe in self._choices("moe", again if has_moe else ("none",), of_moe):
+            for dense in self._choices("dense", ("none", "block") if has_dense else ("none",), of_dense):
                 yield dense, moe
 
     def meshes(self) -> Iterator[MeshShape]:
@@ -255,7 +284,7 @@ class Search:
             candidate=candidate,
             time=self.cost.step(candidate),
             memory=self.memory.peak(candidate),
-            host_bytes=self.memory.host_bytes(mesh, candidate.formats),
+            host_bytes=self.memory.host_bytes(mesh, candidate.formats, candidate.dense_sharding),
             supported=mesh.pp == mesh.cp == mesh.tp == 1,
         )
 
@@ -270,9 +299,9 @@ class Search:
             if self.request.allows("micro_batch_sequences", sequences):
                 yield sequences
 
-    def _choices(self, kind: str, recompute: tuple[str, ...], sharded: bool) -> Iterator[LayerPlan]:
+    def _choices(self, kind: str, recompute: tuple[str, ...], reshards: tuple[bool, ...]) -> Iterator[LayerPlan]:
         for choice in recompute:
-            for reshard in (True, False) if sharded else (True,):
+            for reshard in reshards:
                 if self.request.allows(f"{kind}_recompute", choice) and self.request.allows(f"{kind}_reshard", reshard):
                     yield layer_plan(choice, reshard)
 
@@ -287,14 +316,18 @@ class Search:
             whole = around._sequences_per_rank(mesh) * mesh.dp_replicate * mesh.dp_shard * free.sequence_length
             if whole == free.tokens_per_step and per_rank % chosen.micro_batch_sequences == 0:
                 steps = per_rank // chosen.micro_batch_sequences
-                found.append(dataclasses.replace(chosen, mesh=mesh, gradient_accumulation_steps=steps))
+                changed_mesh = dataclasses.replace(chosen, mesh=mesh, gradient_accumulation_steps=steps)
+                if chosen.dense_sharding not in around.shardings(mesh):
+                    changed_mesh = dataclasses.replace(changed_mesh, dense_sharding="fsdp")
+                found.append(changed_mesh)
         for sequences in around._micro_batches(chosen.mesh):
             steps = around._sequences_per_rank(chosen.mesh) // sequences
             found.append(
                 dataclasses.replace(chosen, micro_batch_sequences=sequences, gradient_accumulation_steps=steps)
             )
-        for dense, moe in around.layer_plans(chosen.mesh):
+        for dense, moe in around.layer_plans(chosen.mesh, chosen.dense_sharding):
             found.append(dataclasses.replace(chosen, dense_layers=dense, moe_layers=moe))
+        found += [other for other in (around._other_sharding(chosen),) if other is not None]
         for formats in format_choices(free):
             found.append(dataclasses.replace(chosen, formats=formats))
         mine = best.decisions
@@ -305,6 +338,19 @@ class Search:
             if len(changed) == 1 and (_copy_gpus(other.mesh) == unit or changed == ["dp_shard"]):
                 neighbours.append(around.evaluate(other))
         return tuple(sorted(neighbours, key=lambda item: item.time.total))
+
+    def _other_sharding(self, chosen: Candidate) -> Candidate | None:
+        """``chosen`` with dense weights kept in the other way: of its plans that fit the fastest, else the fastest."""
+        others = [
+            dataclasses.replace(chosen, dense_sharding=sharding, dense_layers=dense, moe_layers=moe)
+            for sharding in self.shardings(chosen.mesh)
+            if sharding != chosen.dense_sharding
+            for dense, moe in self.layer_plans(chosen.mesh, sharding)
+            if (dense.recompute, moe.recompute) == (chosen.dense_layers.recompute, chosen.moe_layers.recompute)
+        ]
+        if not others:
+            return None
+        return min(others, key=lambda c: (self.memory.peak(c).total > self.limit, self.cost.step(c).total))
 
     def _why_empty(self) -> str:
         request = self.request
@@ -319,6 +365,11 @@ class Search:
             f"compile.tokens_per_step ({request.tokens_per_step}) is {sequences} sequences, which must be divisible by "
             f"the data-parallel ranks of compile.runtime_gpus ({request.runtime_gpus}); change one of the two"
         )
+
+
+def usable_bytes(cluster: Cluster, request: PlanRequest) -> int:
+    """Memory of a GPU that a plan may take: all of it, less a margin where several GPUs talk to each other."""
+    return cluster.memory_bytes - (MARGIN_BYTES if request.runtime_gpus > 1 else 0)
 
 
 def excess_bytes(result: PlanResult, evaluated: Evaluated) -> dict[str, int]:
@@ -376,6 +427,10 @@ def alternative_summary(result: PlanResult, other: Evaluated) -> dict[str, Any]:
 def _changes(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Names of the decisions that differ. Data-parallel sizes follow from the others, unless they alone differ."""
     changed = [name for name in mine if mine[name] != theirs[name]]
+    if "dense_sharding" in changed:  # whole weights have nothing to reshard, and this version no axis but data's
+        changed = [name for name in changed if not name.endswith("_reshard")]
+        if set(changed) & {"pp", "cp", "tp"}:
+            changed.remove("dense_sharding")
     return [name for name in changed if name not in ("dp_replicate", "dp_shard")] or changed[-1:]
 
 
@@ -384,7 +439,13 @@ def _copy_gpus(mesh: MeshShape) -> int:
 
 
 def _candidate(
-    mesh: MeshShape, sequences: int, accumulation: int, dense: LayerPlan, moe: LayerPlan, formats: Formats
+    mesh: MeshShape,
+    sharding: DenseSharding,
+    sequences: int,
+    accumulation: int,
+    dense: LayerPlan,
+    moe: LayerPlan,
+    formats: Formats,
 ) -> Candidate:
     return Candidate(
         mesh=mesh,
@@ -393,6 +454,7 @@ def _candidate(
         dense_layers=dense,
         moe_layers=moe,
         formats=formats,
+        dense_sharding=sharding,
     )
 
 

@@ -15,6 +15,26 @@ def rank_parameters(workload: Workload, mesh: MeshShape) -> float:
     return (others + routed * expert_padding(workload.config, mesh)) / equal
 
 
+def local_parameters(workload: Workload, mesh: MeshShape, sharding: str) -> float:
+    """Weights in the fullest rank's memory: with zero1 all dense ones, and all of its experts."""
+    if sharding == "fsdp":
+        return rank_parameters(workload, mesh)
+    routed = sum(kind.count * workload.layer_parameters(kind)[1] for kind in workload.layers)
+    return workload.parameters() - routed + routed / mesh.ep
+
+
+def updated_parameters(workload: Workload, mesh: MeshShape, sharding: str) -> float:
+    """Weights whose optimizer state the fullest rank keeps; with zero1 experts are split by whole experts."""
+    if sharding == "fsdp":
+        return rank_parameters(workload, mesh)
+    routed = sum(kind.count * workload.layer_parameters(kind)[1] for kind in workload.layers)
+    dense = workload.parameters() - routed
+    if not routed:
+        return dense / mesh.dp_shard
+    local, shards = (workload.config.num_experts or 0) // mesh.ep, mesh.dp_shard // mesh.ep
+    return dense / mesh.dp_shard + routed / mesh.ep * -(-local // shards) / local
+
+
 def expert_padding(config: ModelConfig, mesh: MeshShape) -> float:
     """Routed experts' weights on the fullest rank over an equal share; what FSDP2 gathers is padded to as much."""
     if config.num_experts is None:

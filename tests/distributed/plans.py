@@ -22,8 +22,15 @@ SEQUENCES_PER_STEP = 8
 SEQUENCE_LENGTH = 16
 
 
-def make_plan(config: ModelConfig, *, accumulation: int = 1, recompute: Any = "none", reshard: bool = True, **fields):
-    """A plan of eight sequences a step for ``tiny_config``; mesh axes and formats by keyword."""
+def make_plan(
+    config: ModelConfig, *, accumulation: int = 1, recompute: Any = "none", reshard: bool | None = None, **fields
+):
+    """A plan of eight sequences a step for ``tiny_config``; mesh axes and formats by keyword.
+
+    Weights are whole on every rank unless ``dense_sharding`` says otherwise; then they are freed after the forward.
+    """
+    sharding = fields.setdefault("dense_sharding", "zero1")
+    reshard = sharding == "fsdp" if reshard is None else reshard
     axes = {name: fields.pop(name) for name in ("dp_replicate", "dp_shard", "ep") if name in fields}
     mesh = MeshShape(**axes)
     ranks = mesh.dp_replicate * mesh.dp_shard

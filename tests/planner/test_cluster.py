@@ -25,6 +25,7 @@ def document() -> dict:
 def test_every_field_of_a_shipped_file_says_where_it_is_from(name: str) -> None:
     cluster = load_cluster(name)
     described = {field.name for field in dataclasses.fields(Cluster)} - {"name", "gpu", "gpus_per_node", "sources"}
+    described -= {"exchange"} if cluster.exchange is None else set()
     assert set(cluster.sources) == described
     assert all(
         source.startswith(("data sheet", "measured", "derived", "assumed")) for source in cluster.sources.values()
@@ -78,6 +79,13 @@ def test_a_name_with_brackets_is_printed_as_it_is() -> None:
         ({"memory_bytes": -1}, r"memory_bytes \(-1\) must be positive"),
         ({"memory_bytes": "80 GB"}, r"memory_bytes \('80 GB'\) must be of type int"),
         ({"sustained_clock": 1.5}, r"sustained_clock \(1.5\) must be above 0 and at most 1"),
+        ({"sustained_clock": 0.33}, r"sustained_clock \(0.33\) must be at least 0.6: power and heat .* measure again"),
+        (
+            {"grouped_gemm": {"sizes": [1.0], "flops_per_second": [1.2e15]}},
+            r"grouped_gemm.flops_per_second \(1.2e\+15\) must not exceed peak_flops_per_second \(9.89e\+14\)",
+        ),
+        ({"allocator_slack": 4.0}, r"allocator_slack \(4.0\) must be at most 0.5"),
+        ({"exchange": {"latency_seconds": 1e-6, "bytes_per_second": 0}}, "exchange.bytes_per_second .* must be pos"),
         ({"attention": {"sizes": [1.0], "flops_per_second": []}}, "attention needs as many"),
         ({"attention": {"sizes": [2.0, 1.0], "flops_per_second": [1.0, 1.0]}}, "attention.sizes must increase"),
         ({"attention": {"sizes": [1.0], "flops_per_second": [0.0]}}, "attention.flops_per_second must be positive"),
@@ -110,6 +118,14 @@ def test_a_name_with_brackets_is_printed_as_it_is() -> None:
 def test_a_wrong_figure_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=f"my.toml: {message}"):
         parse_cluster(document() | change, "my.toml")
+
+
+def test_a_file_without_the_exchange_reads_peers_at_the_rate_of_the_link_in_a_node() -> None:
+    without = document()
+    del without["exchange"]
+    cluster = parse_cluster(without, "my.toml")
+    assert cluster.peer_reads == cluster.intra_node
+    assert parse_cluster(document(), "my.toml").peer_reads.bytes_per_second == 341e9
 
 
 def test_a_missing_field_is_named() -> None:

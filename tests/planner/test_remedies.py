@@ -2,12 +2,23 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
+from moescale.planner import memory, search
 from moescale.planner.cluster import load_cluster
 from moescale.planner.fit import fit_json, fit_text, fit_to_gpus
 from moescale.planner.remedies import find_remedies
 from moescale.planner.request import PlanRequest
 from moescale.planner.search import compile_plan
 from tiny import tiny_config
+
+
+@pytest.fixture(autouse=True)
+def no_fixed_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is far smaller than what several GPUs take and leave free whatever they train."""
+    monkeypatch.setattr(memory, "NCCL_BYTES", 0)
+    monkeypatch.setattr(search, "MARGIN_BYTES", 0)
+
 
 CONFIG = tiny_config(vocab_size=4096, hidden_size=256)
 REQUEST = PlanRequest(runtime_gpus=4, plan_gpus=1, tokens_per_step=1024, sequence_length=256)
@@ -45,9 +56,12 @@ def test_pins_prohibitions_and_limits_are_dropped_before_gpus_are_added() -> Non
     assert [remedy.change for remedy in find_remedies(result)] == []  # each alone is not enough
     only_limited = dataclasses.replace(REQUEST, memory_limit_bytes=100)
     found = find_remedies(compile_plan(CONFIG, cluster_with(80e9), only_limited))
-    assert [remedy.change for remedy in found] == ["raise --memory-limit to the 80 GB of a NVIDIA H100 80GB HBM3"]
-    only_pinned = dataclasses.replace(REQUEST, pins=pins, plan_gpus=4)
-    limit = (peak_with(plan_gpus=4) + peak_with(plan_gpus=4, pins=pins)) / 2
+    assert [remedy.change for remedy in found] == [
+        "raise --memory-limit to 74.5 GiB, what a plan may take of a NVIDIA H100 80GB HBM3"
+    ]
+    in_memory = frozenset({("offload_optimizer", "true")})
+    only_pinned = dataclasses.replace(REQUEST, pins=pins, plan_gpus=4, forbidden=in_memory)
+    limit = sum(peak_with(plan_gpus=4, forbidden=in_memory, **more) for more in ({}, {"pins": pins})) / 2
     found = find_remedies(compile_plan(CONFIG, cluster_with(limit), only_pinned))
     assert found[0].change == "drop --pin optimizer_state_dtype=fp32"
 

@@ -19,6 +19,7 @@ from moescale.planner.explain import alternative_text, explain_html, explain_jso
 from moescale.planner.memory import MemoryModel
 from moescale.planner.request import (
     Candidate,
+    DenseSharding,
     Formats,
     GradientFormat,
     MasterFormat,
@@ -26,7 +27,7 @@ from moescale.planner.request import (
     PlanRequest,
     decision_text,
 )
-from moescale.planner.search import PlanResult, compile_plan
+from moescale.planner.search import MARGIN_BYTES, PlanResult, compile_plan, usable_bytes
 from moescale.planner.workload import build_workload
 from tiny import tiny_config
 
@@ -105,7 +106,9 @@ def problems(draw: st.DrawFn) -> Problem:
     if not peaks:
         return problem
     limit = peaks[draw(st.integers(0, len(peaks) - 1))] * draw(st.sampled_from([0.9, 1.0, 1.1]))
-    return dataclasses.replace(problem, cluster=dataclasses.replace(cluster, memory_bytes=max(1, round(limit))))
+    margin = MARGIN_BYTES if gpus > 1 else 0
+    memory_bytes = max(1, round(limit)) + margin
+    return dataclasses.replace(problem, cluster=dataclasses.replace(cluster, memory_bytes=memory_bytes))
 
 
 def every_candidate(problem: Problem) -> list[Candidate]:
@@ -128,26 +131,35 @@ def every_candidate(problem: Problem) -> list[Candidate]:
             or rest
         ):
             continue
-        denses = layer_plans(("none", "block"), shard * cp > 1) if has_dense else [LayerPlan()]
-        moes = layer_plans(("none", ("experts",), "block"), shard * cp > 1) if has_moe else [LayerPlan()]
-        for micro, dense, moe, formats in itertools.product(range(1, sequences + 1), denses, moes, every_format()):
-            if sequences % micro:
+        gathered = (True, False) if shard * cp > 1 else (True,)
+        plans: list[tuple[DenseSharding, list[LayerPlan], list[LayerPlan]]] = []
+        ways: tuple[tuple[DenseSharding, tuple[bool, ...]], ...] = (("fsdp", gathered), ("zero1", (False,)))
+        for sharding, reshards in ways:
+            if sharding == "zero1" and (pp * cp * tp > 1 or shard * replicate == 1):
                 continue
-            candidate = Candidate(
-                mesh=mesh,
-                micro_batch_sequences=micro,
-                gradient_accumulation_steps=sequences // micro,
-                dense_layers=dense,
-                moe_layers=moe,
-                formats=formats,
-            )
-            if allowed(candidate, request):
-                found.append(candidate)
+            absent = [LayerPlan(reshard_after_forward=reshards[0])]  # of a kind of layer that the model has not
+            denses = layer_plans(("none", "block"), reshards) if has_dense else absent
+            moes = layer_plans(("none", ("experts",), "block"), reshards) if has_moe else absent
+            plans.append((sharding, denses, moes))
+        for sharding, denses, moes in plans:
+            for micro, dense, moe, formats in itertools.product(range(1, sequences + 1), denses, moes, every_format()):
+                if sequences % micro:
+                    continue
+                candidate = Candidate(
+                    mesh=mesh,
+                    micro_batch_sequences=micro,
+                    gradient_accumulation_steps=sequences // micro,
+                    dense_layers=dense,
+                    moe_layers=moe,
+                    formats=formats,
+                    dense_sharding=sharding,
+                )
+                if allowed(candidate, request):
+                    found.append(candidate)
     return found
 
 
-def layer_plans(recompute: tuple[Any, ...], sharded: bool) -> list[LayerPlan]:
-    reshards = (True, False) if sharded else (True,)
+def layer_plans(recompute: tuple[Any, ...], reshards: tuple[bool, ...]) -> list[LayerPlan]:
     return [LayerPlan(recompute=again, reshard_after_forward=reshard) for again in recompute for reshard in reshards]
 
 
@@ -180,8 +192,11 @@ def brute_force(problem: Problem) -> list[Point]:
     memory = MemoryModel(workload, problem.cluster, problem.request)
     points = []
     for candidate in every_candidate(problem):
-        host = memory.host_bytes(candidate.mesh, candidate.formats) - problem.cluster.host_memory_bytes
-        excess = max(memory.peak(candidate).total - problem.cluster.memory_bytes, host)
+        host = (
+            memory.host_bytes(candidate.mesh, candidate.formats, candidate.dense_sharding)
+            - problem.cluster.host_memory_bytes
+        )
+        excess = max(memory.peak(candidate).total - usable_bytes(problem.cluster, problem.request), host)
         points.append((cost.step(candidate).total, excess, candidate))
     return points
 

@@ -64,7 +64,7 @@ def test_the_order_is_that_of_a_step() -> None:
 
 
 def test_the_page_draws_the_spans_in_order_and_the_hidden_communication() -> None:
-    result = planned(pins={"ep": "4"})
+    result = planned(pins={"ep": "4", "dense_sharding": "fsdp"})
     page = explain_html(result)
     page = page[page.index("<h2>One step") :]
     parts = ("forward, moe layers: ", "embedding and loss: ", "backward, moe layers: ", "optimizer: ")

@@ -1,0 +1,109 @@
+"""Sizes of the exchange between experts that reads peers' memory: what its buffers take and how many bytes it moves.
+
+T tokens of a rank, K experts a token, ep ranks: any routing fits C = ep * T * min(K, E / ep) rows on a rank, and
+pre-activations of S = 1.125 * T * K of them are kept (``runtime.peer_dispatch``, ``kernels.dispatch.buffers``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moescale.config import ModelConfig
+from moescale.plan import SAVED_ROWS_FACTOR, MeshShape
+from moescale.planner.cluster import Cluster
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerExchange:
+    """The exchange of one layer and micro-batch."""
+
+    tokens: int
+    hidden: int
+    intermediate: int
+    top_k: int
+    num_experts: int
+    ranks: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, dims: Mapping[str, int], ranks: int, itemsize: int) -> PeerExchange:
+        """For the tokens of ``dims`` of one rank."""
+        return cls(
+            tokens=dims["n"],
+            hidden=dims["h"],
+            intermediate=dims["f"],
+            top_k=dims["k"],
+            num_experts=config.num_experts or 0,
+            ranks=ranks,
+            itemsize=itemsize,
+        )
+
+    @property
+    def pairs(self) -> int:
+        return self.tokens * self.top_k
+
+    @property
+    def most_rows(self) -> int:
+        """C"""
+        return self.ranks * self.tokens * min(self.top_k, self.num_experts // self.ranks)
+
+    @property
+    def saved_rows(self) -> int:
+        """S"""
+        return min(self.most_rows, math.ceil(SAVED_ROWS_FACTOR * self.pairs))
+
+    def symmetric_bytes(self) -> int:
+        """The block that a rank shows its peers, one for all layers."""
+        row = self.hidden * self.itemsize
+        tables = 4 * (self.most_rows + 3 * self.pairs + self.num_experts)
+        return 2 * self.tokens * row + self.most_rows * row + tables
+
+    def kept_bytes(self, *, keeps_pre_activation: bool) -> int:
+        """What a layer keeps for its backward, beyond its own tokens."""
+        pre = self.saved_rows * 2 * self.intermediate * self.itemsize if keeps_pre_activation else 0
+        return pre + 4 * (self.ranks * self.pairs + self.most_rows + self.pairs)
+
+    def backward_bytes(self, *, keeps_pre_activation: bool) -> int:
+        """What the backward of a layer's experts makes and gives back: tokens' rows, gradients, activations."""
+        beyond = self.most_rows - (self.saved_rows if keeps_pre_activation else 0)
+        columns = self.most_rows * (2 * self.hidden + 3 * self.intermediate) + beyond * 2 * self.intermediate
+        return columns * self.itemsize
+
+    def pass_seconds(self, cluster: Cluster) -> tuple[float, float]:
+        """Forward and backward: publish, barrier, pull, and after the experts barrier and combine.
+
+        A token is pulled once however many of a rank's experts it chose: with probability 1 - (1 - 1/ep)^K, where
+        choices are independent. The backward publishes and pulls tokens and gradients.
+        """
+        link, token = cluster.peer_reads, self.tokens * self.hidden * self.itemsize
+        chosen = 1 - (1 - 1 / self.ranks) ** self.top_k
+        publish = 2 * token / cluster.memory_bytes_per_second
+        pull = token * (self.ranks - 1) * chosen / link.bytes_per_second
+        combine = token * self.top_k * (self.ranks - 1) / self.ranks / link.bytes_per_second
+        barriers = 2 * link.latency_seconds
+        return publish + pull + combine + barriers, 2 * (publish + pull) + combine + barriers
+
+
+def row_factor(config: ModelConfig, mesh: MeshShape, router_imbalance: float) -> float:
+    """Slots of the fullest rank behind an all-to-all over its rows under even routing.
+
+    Two ranks send blocks for any routing (``runtime.expert_parallel.PaddedExchange``), whose padding is sent and kept
+    like rows: twice as many. More ranks send what there is.
+    """
+    if mesh.ep == 2:
+        return 2 * min(config.top_k, (config.num_experts or 0) // 2) / config.top_k
+    return router_imbalance
+
+
+def reads_peers(mesh: MeshShape, sharding: str, cluster: Cluster) -> bool:
+    """Whether experts exchange rows by reading peers' memory: whole dense weights, and ep ranks in one node."""
+    return sharding == "zero1" and 1 < mesh.ep <= cluster.gpus_per_node
+
+
+def is_recorded(mesh: MeshShape, sharding: str, cluster: Cluster, compute_dtype: str) -> bool:
+    """Whether a micro-batch is one CUDA graph, for which the host launches no kernels one by one."""
+    if mesh.dp_shard * mesh.dp_replicate * mesh.pp * mesh.cp * mesh.tp == 1:
+        return True
+    return compute_dtype == "bf16" and sharding == "zero1" and (mesh.ep == 1 or reads_peers(mesh, sharding, cluster))
