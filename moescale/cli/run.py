@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -283,9 +284,19 @@ def _out_of_memory(plan: ParallelPlan, device: torch.device, step: int) -> Confi
     text = f"step {step + 1}: out of memory on {device}, {peak / 2**30:.1f} GiB allocated at the peak"
     if plan.prediction is not None:
         classes = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in plan.prediction.breakdown_bytes.items())
-        text += f"; the plan predicted {plan.prediction.peak_bytes / 2**30:.1f} GiB ({classes})"
-    limit = 0.95 * torch.cuda.get_device_properties(device).total_memory / 2**30
-    return ConfigError(f"{text}. Compile with --memory-limit {limit:.0f}, or --pin micro_batch_sequences=1")
+        text += f"; the plan predicted {plan.prediction.peak_bytes / 2**30:.1f} GiB on the GPU ({classes})"
+    device_bytes = torch.cuda.get_device_properties(device).total_memory
+    pin = ", or --pin micro_batch_sequences=1" if plan.micro_batch_sequences > 1 else ""
+    return ConfigError(f"{text}. Compile with --memory-limit {lower_limit_gib(plan, device_bytes)}{pin}")
+
+
+def lower_limit_gib(plan: ParallelPlan, device_bytes: int) -> int:
+    """The --memory-limit to compile with after ``plan`` ran out of memory: always one that rules this plan out.
+
+    By a twentieth of the GPU below what was predicted, so that compiling and running again comes to an end.
+    """
+    predicted = device_bytes if plan.prediction is None else min(plan.prediction.peak_bytes, device_bytes)
+    return max(1, math.floor((predicted - 0.05 * device_bytes) / 2**30))
 
 
 def _plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: torch.device) -> ParallelPlan:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moescale import __version__
 from moescale.cli import main
-from moescale.cli.run import memory_warning
+from moescale.cli.run import lower_limit_gib, memory_warning
 from moescale.convert.checkpoint import import_checkpoint
 from moescale.convert.hf_config import read_model_config
 from moescale.data.corpus import open_corpus
@@ -182,6 +182,20 @@ def test_a_plan_that_needs_more_memory_than_the_gpu_has_is_warned_of(model_folde
     assert memory_warning(plan, 100 * 2**30) is None
     assert "predicts 100.0 GiB on a GPU, this one has 80.0 GiB" in memory_warning(plan, 80 * 2**30)
     assert memory_warning(one_sequence_plan(model_folder), 1) is None
+
+
+def test_after_out_of_memory_the_advised_limit_rules_out_the_plan_that_failed(model_folder):
+    for predicted_gib in (74.7, 78.2, 100.0):
+        prediction = Prediction(
+            step_seconds=1.0,
+            tokens_per_second=64.0,
+            breakdown_seconds={},
+            peak_bytes=round(predicted_gib * 2**30),
+            breakdown_bytes={},
+        )
+        plan = dataclasses.replace(one_sequence_plan(model_folder), prediction=prediction)
+        assert lower_limit_gib(plan, round(79.3 * 2**30)) <= min(predicted_gib, 79.3) - 3
+    assert lower_limit_gib(one_sequence_plan(model_folder), 80 * 2**30) == 76
 
 
 def one_sequence_plan(model_folder: Path) -> ParallelPlan:
