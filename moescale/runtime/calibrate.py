@@ -33,6 +33,8 @@ EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 64, 6, 2048, 1408
 SEQUENCES = (512, 2048, 8192, 32768)
 HEADS, QK_DIM, V_DIM = 16, 192, 128
 SUSTAINED_SECONDS = 15.0
+MIN_SUSTAINED_CLOCK = 0.6
+"""Below that a cluster file is refused (``planner.cluster``)."""
 
 
 def calibrate_machine(say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -72,7 +74,7 @@ def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any
     say(f"experts {_range(experts[1])}")
     attention_rates = _attention_rates(device)
     say(f"attention {_range(attention_rates[1])}")
-    clock = _sustained_clock(device)
+    clock = plausible_clock(lambda: _sustained_clock(device))
     say(f"sustained clock {clock:.3f}")
     host = _host_rate(device)
     say(f"host link {host / 1e9:.0f} GB/s")
@@ -242,6 +244,23 @@ def _launch_seconds(device: torch.device) -> float:
     return _seconds(many) / 100
 
 
+def plausible_clock(measure: Callable[[], float]) -> float:
+    """The highest of at most three measurements, as soon as one is plausible. Raises ConfigError where none is.
+
+    Another user of the GPU can only slow a product down, so the highest is the nearest to this GPU's.
+    """
+    clocks: list[float] = []
+    while len(clocks) < 3 and max(clocks, default=0.0) < MIN_SUSTAINED_CLOCK:
+        clocks.append(measure())
+    if max(clocks) < MIN_SUSTAINED_CLOCK:
+        values = ", ".join(f"{clock:.2f}" for clock in clocks)
+        raise ConfigError(
+            f"sustained_clock was measured three times as {values}, and must be at least {MIN_SUSTAINED_CLOCK}: power "
+            "and heat lower a GPU's clock by a quarter at most. Something else uses this GPU; calibrate when it is idle"
+        )
+    return max(clocks)
+
+
 def _sustained_clock(device: torch.device) -> float:
     """Rate of a large product after seconds of it, over the rate at the start."""
     x = torch.randn(8192, 8192, device=device).bfloat16()
@@ -254,7 +273,7 @@ def _sustained_clock(device: torch.device) -> float:
         for _ in range(50):
             torch.mm(x, x, out=out)
         torch.cuda.synchronize(device)
-    warm = _seconds(lambda: torch.mm(x, x, out=out), repeats=3)
+    warm = min(_seconds(lambda: torch.mm(x, x, out=out), repeats=5) for _ in range(3))
     return min(1.0, cold / warm)
 
 
