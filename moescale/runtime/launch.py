@@ -206,10 +206,8 @@ def _wait_for_all(place: _Place, missing: list[int], held_by_first: bool, second
                 ) from error
             time.sleep(0.2)
     try:
-        store = dist.TCPStore(
-            host, port, is_master=holds_store, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False, multi_tenant=True
-        )
-    except RuntimeError as error:
+        store = _open_store(host, port, holds_store)
+    except (RuntimeError, OSError) as error:
         remedy = "set MASTER_PORT to a port that is free" if holds_store else "see the log of rank 0"
         raise RankFailure(
             f"rank {rank}, before the first step: the store at {host}:{port} could not be opened "
@@ -225,6 +223,26 @@ def _wait_for_all(place: _Place, missing: list[int], held_by_first: bool, second
         else:
             time.sleep(0.1)
     return store
+
+
+def _open_store(host: str, port: int, holds_store: bool) -> dist.Store:
+    """Open the store, or a connection to it.
+
+    It has no secret, so where the ranks meet on the loopback it listens there alone. Elsewhere torch listens on every
+    interface of the host. A name other than localhost is not looked up: a host may call itself 127.0.1.1.
+    """
+    options: dict[str, Any] = {}
+    if holds_store and (host == "localhost" or host.startswith("127.")):
+        options["master_listen_fd"] = socket.create_server((host, port)).detach()
+    return dist.TCPStore(
+        host,
+        port,
+        is_master=holds_store,
+        timeout=COLLECTIVE_TIMEOUT,
+        wait_for_workers=False,
+        multi_tenant=True,
+        **options,
+    )
 
 
 def _arrival_text(missing: Sequence[int], seconds: float) -> str:
@@ -275,6 +293,8 @@ def run_local_ranks(count: int, arguments: Sequence[str], logs: Path) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # its connections have no secret either
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     with ExitStack() as files:
         processes: list[subprocess.Popen] = []
