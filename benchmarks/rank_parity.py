@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 benchmarks/rank_parity.py [--ep 2] [--dense-sharding zero1] [--output parity.json]
 
-Three of DeepSeek-Coder-V2-Lite's layers, bf16, 16 sequences a step. The yardstick is what cutting the step into other
-micro-batches changes on one GPU: noise of bf16 sums in another order. The routing is natural; ``skewed`` (one expert of
-64 gets ten times its share), ``one rank`` (all rows to the first rank's experts), ``one expert`` (top-1, all tokens).
+Three of DeepSeek-Coder-V2-Lite's layers, bf16, 16 sequences a step. Both are compared with fp32 on one GPU: several
+GPUs in bf16 may be twice as far from it as one GPU in bf16 is. The routing is natural; ``skewed`` (one expert of 64
+gets ten times its share), ``one rank`` (all rows to the first rank's experts), ``one expert`` (top-1, all tokens).
 Forward and backward run with torch's synchronisation debug mode set to error from the third micro-batch on, also
 unrecorded, and the time of a micro-batch is that of its replayed graph.
 """
@@ -12,6 +12,7 @@ unrecorded, and the time of a micro-batch is that of its replayed graph.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -55,7 +56,7 @@ def bias_of(routing: str, num_experts: int, ranks: int) -> torch.Tensor:
 
 
 def make_trainer(
-    routing: str, member: Membership, ranks: Ranks, capture: bool, accumulation: int, arguments: argparse.Namespace
+    routing: str, member: Membership, ranks: Ranks, dtype: str, accumulation: int, arguments: argparse.Namespace
 ) -> Trainer:
     plans.SEQUENCE_LENGTH, plans.SEQUENCES_PER_STEP = SEQUENCE_LENGTH, 16
     top_k = 1 if routing == "one expert" else 6
@@ -64,7 +65,7 @@ def make_trainer(
     axes: dict[str, Any] = {"dp_shard": world, "ep": arguments.ep if world > 1 else 1}
     plan = plans.make_plan(
         config,
-        compute_dtype="bf16",
+        compute_dtype=dtype,
         dense_sharding=arguments.dense_sharding,
         accumulation=accumulation,
         **axes,
@@ -74,12 +75,15 @@ def make_trainer(
     torch._dynamo.reset()
     placed = session.place_model(config, plan, ranks, member.device)
     placed.initialize(seed=0)
+    with torch.no_grad():
+        for parameter in placed.model.parameters():
+            parameter.copy_(parameter.bfloat16())  # the same weights in fp32
     compile_layers(placed.model)
     source = plans.SyntheticSteps(plan, config.vocab_size)
     source.ranks = ranks
     return Trainer(
         model=placed.model,
-        settings=TrainSettings(learning_rate=1e-4, cuda_graphs=capture, final_checkpoint=False),
+        settings=TrainSettings(learning_rate=1e-4, final_checkpoint=False),
         total_steps=1000,
         source=source,
         store=CheckpointStore(Path(tempfile.gettempdir()) / "never-written", keep=1),
@@ -143,13 +147,36 @@ def whole(parts: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, t
     return gradients
 
 
-def error(gradients: dict[str, torch.Tensor], reference: dict[str, Any]) -> tuple[float, str]:
-    errors = {
+def errors(gradients: dict[str, torch.Tensor], reference: dict[str, Any]) -> dict[str, float]:
+    """Relative distance of every gradient from the reference."""
+    return {
         name: float((gradients[name] - value).norm() / value.norm().clamp(min=1e-20))
         for name, (_, value) in reference.items()
     }
-    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
-    return errors[worst], worst
+
+
+def summary(several: dict[str, float], alone: dict[str, float]) -> dict[str, Any]:
+    """The largest ratio of errors, with its parameter, and the largest error of each."""
+    ratios = {name: several[name] / max(alone[name], 1e-12) for name in several}
+    worst = max(ratios, key=lambda name: ratios[name] if ratios[name] == ratios[name] else float("inf"))
+    return {
+        "largest_ratio": ratios[worst],
+        "parameter": worst,
+        "its_errors": [several[worst], alone[worst]],
+        "largest": max(several.values()),
+        "largest_alone": max(alone.values()),
+    }
+
+
+def free(trainer: Trainer) -> None:
+    """Give back what a trainer holds; a graph and hooks of the optimizer refer to each other."""
+    trainer.micro_batches.forget()
+    for parameter in trainer.optimizer.parameters.values():
+        parameter.data = parameter.data.new_empty(0)
+    for kept in (trainer.optimizer._gradients, trainer.optimizer.states, trainer.optimizer.weights):
+        kept.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -162,37 +189,35 @@ def main() -> None:
     rows = []
     with join_ranks(torch.device("cuda")) as member:
         for routing in arguments.routings:
-            trainer = make_trainer(routing, member, member.ranks, True, 4, arguments)
+            trainer = make_trainer(routing, member, member.ranks, "bf16", 4, arguments)
             loss, mine = first_gradients(trainer)
             recorded = trainer.micro_batches._graph is not None
             if arguments.dense_sharding == "zero1":
                 refuse_waits(trainer)
             milliseconds = time_of_micro_batch(trainer)
             peak = torch.cuda.max_memory_allocated()
-            trainer.micro_batches.forget()
-            del trainer
-            torch.cuda.empty_cache()
+            free(trainer)
             parts = member.ranks.gather(mine)
             if not member.ranks.is_first:
                 member.ranks.gather(None)
                 continue
             row = {"routing": routing, "recorded": recorded, "milliseconds": milliseconds, "peak_gib": peak / 2**30}
             alone = {}
-            for accumulation in (8, 4):
-                trainer = make_trainer(routing, member, ONE_RANK, True, accumulation, arguments)
-                alone[accumulation] = first_gradients(trainer)
-                trainer.micro_batches.forget()
-                del trainer
-                torch.cuda.empty_cache()
-            reference = alone[8][1]
-            noise = error({name: value for name, (_, value) in alone[4][1].items()}, reference)
-            ours = error(whole(parts, reference), reference)
+            for dtype in ("fp32", "bf16"):
+                trainer = make_trainer(routing, member, ONE_RANK, dtype, 8, arguments)
+                alone[dtype] = first_gradients(trainer)
+                if dtype == "bf16":
+                    row["milliseconds_alone"] = time_of_micro_batch(trainer)
+                free(trainer)
+            reference = alone["fp32"][1]
             row |= {
                 "loss": loss,
-                "loss_alone": alone[8][0],
-                "loss_noise": abs(alone[4][0] - alone[8][0]),
-                "worst_gradient_error": ours,
-                "worst_gradient_noise": noise,
+                "loss_alone": alone["bf16"][0],
+                "loss_fp32": alone["fp32"][0],
+                "gradient_errors": summary(
+                    errors(whole(parts, reference), reference),
+                    errors({name: value for name, (_, value) in alone["bf16"][1].items()}, reference),
+                ),
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
