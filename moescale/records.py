@@ -33,6 +33,8 @@ from moescale.errors import ConfigError, MoescaleError, nearest
 
 MAX_DEPTH = 32
 """Objects and lists in one another; far beyond any of the package's files, far below Python's own limit."""
+MAX_NAME_CHARACTERS = 1000
+"""Of a key; the longest names of tensors have 100."""
 MAX_DIGITS = 400
 """Beyond the largest float's 309."""
 _UNUSUAL = re.compile(rb"NaN|Infinity|\\u[dD][89a-fA-F]|[0-9]{18}|[eE]\+?[0-9]{3}")
@@ -299,7 +301,16 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise _Problem("", f"has the key {show(double)} twice in one object")
+    _check_names(found, "")
     return found
+
+
+def _check_names(found: Mapping[str, Any], field: str) -> None:
+    if found and max(map(len, found)) > MAX_NAME_CHARACTERS:
+        longest = max(found, key=len)
+        raise _Problem(
+            field, f"has a key of {len(longest)} characters ({show(longest)}), more than {MAX_NAME_CHARACTERS}"
+        )
 
 
 def _parse_integer(digits: str) -> Any:
@@ -322,6 +333,7 @@ def _children(node: Any) -> Iterable[Any]:
 def _check_values(value: Any, field: str) -> None:
     """Refuse what no writer of these files writes: numbers that are not finite, texts that are not Unicode."""
     if isinstance(value, dict):
+        _check_names(value, field)
         for key, item in value.items():
             _check_text(key, field)
             _check_values(item, _join(field, _key(key)))

@@ -128,6 +128,7 @@ DEEP = MAX_DEPTH + 1
         (b"{", r"is not JSON \(.*line 1 column 2"),
         (b'{"a": 1} x', "is not JSON"),
         (b'{"a": 1, "a": 2}', "has the key 'a' twice in one object; make it again"),
+        (b'{"' + b"k" * 1001 + b'": 1}', "has a key of 1001 characters"),
         (b'{"a": NaN}', r"a \(nan\) must be a finite number"),
         (b'{"a": [1, -Infinity]}', r"a\[1\] \(-inf\) must be a finite number"),
         (b'{"a": 1e999}', r"a \(inf\) must be a finite number"),

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moescale.errors import ConfigError
 from moescale.records import FileKind, build, parse_json_object
 
 # The six products of an expert MLP, forward and backward, each with its own best launch.
@@ -48,7 +49,7 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         if self.store_splits not in (1, 2, 4):
-            raise ValueError(f"store_splits is {self.store_splits}; it must be 1, 2 or 4")
+            raise ConfigError(f"store_splits ({self.store_splits}) must be 1, 2 or 4")
 
     @property
     def store_n(self) -> int:

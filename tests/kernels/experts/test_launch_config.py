@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moescale.errors import ConfigError
 from moescale.kernels.experts.launch_config import (
     KERNELS,
     LaunchConfig,
@@ -61,5 +62,5 @@ def test_a_gpu_without_a_table_gets_the_default_of_its_architecture(monkeypatch)
 
 
 def test_a_launch_with_an_impossible_store_split_is_refused():
-    with pytest.raises(ValueError, match="store_splits is 3; it must be 1, 2 or 4"):
+    with pytest.raises(ConfigError, match=r"store_splits \(3\) must be 1, 2 or 4"):
         LaunchConfig(block_m=16, block_n=16, block_k=16, store_splits=3)
