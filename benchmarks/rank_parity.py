@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("tests", 
 
 from ranks import SIZES  # noqa: E402
 
-import moescale.model.moe as moe  # noqa: E402
+import moescale.models.blocks.moe as moe  # noqa: E402
 import plans  # noqa: E402
 from moescale.runtime import session  # noqa: E402
 from moescale.runtime.checkpoint import CheckpointStore  # noqa: E402

@@ -1,1 +1,0 @@
-"""The former place of :mod:`moescale.models`, for one caller that still names it."""
