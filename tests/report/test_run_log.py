@@ -132,3 +132,12 @@ def test_records_are_kept_where_dropping_the_later_ones_fails(tmp_path, monkeypa
         log.on_resume(2, tmp_path / "checkpoints")
         log.on_step(metrics(3))
     assert [record["step"] for record in records_in(tmp_path)] == [1, 2, 3]
+
+
+def test_lines_that_are_no_records_are_moved_aside_when_a_run_resumes(tmp_path):
+    damaged = [b'{"loss": 1.0}', b'{"step": "x"}', b"[1]", b"\xff\xfe", b'{"step": 1e999}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([b'{"step": 0}', *damaged, b'{"step": 0, "lo']))
+    with make_log(tmp_path) as log:
+        log.on_validation(1, 2.0)
+    assert [record["step"] for record in records_in(tmp_path)] == [0, 1]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes().splitlines() == damaged
