@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from moescale import operators
+from moescale.convert.hf_config import read_model_config
 from moescale.errors import ConfigError
 from moescale.operators import (
     Annotation,
@@ -138,7 +139,7 @@ def test_tensor_parallelism_shards_no_norm() -> None:
             assert op.kind != "dense_gemm" or op.name == "linear_cross_entropy" or "tp" in axes, op.name
 
 
-def test_an_operator_says_what_it_overlaps_and_what_may_be_recomputed() -> None:
+def test_an_operator_says_what_it_overlaps_and_what_may_be_recomputed(own_operator: Operator) -> None:
     """An operator of one's own takes the place of the shared experts, and of the experts, by what it declares."""
     register = operators.register
     own = Recompute(drops=("own_hidden",), forward_share=0.5)
@@ -153,7 +154,9 @@ def test_an_operator_says_what_it_overlaps_and_what_may_be_recomputed() -> None:
     (moe,) = (kind for kind in build_workload(config, extra={"moe": ("experts_2",)}).layers if kind.name == "moe")
     assert moe.is_routed and moe.dropped(("experts_2",)) == {"own_hidden"}
     assert moe.dropped(("experts",)) == {"expert_pre_activation"} and not moe.dropped(("router",))
-    request = PlanRequest(runtime_gpus=2, tokens_per_step=4096, sequence_length=128, pins={"ep": "2"})
+    request = PlanRequest(
+        runtime_gpus=2, tokens_per_step=4096, sequence_length=128, pins={"ep": "2", "dense_sharding": "fsdp"}
+    )
     hidden = [
         compile_plan(config, load_cluster("h100-sxm"), request, workload=workload).best.time.hidden
         for workload in (plain, overlapped)
@@ -190,7 +193,7 @@ def test_experts_are_known_by_their_annotation_and_a_router_is_none(own_operator
     # Recomputing is by operator: without one called so, 'experts' is no choice.
     request = PlanRequest(runtime_gpus=1, tokens_per_step=4096, sequence_length=128)
     search = Search(config, load_cluster("h100-sxm"), request, replaced)
-    choices = {recompute_name(moe) for mesh in search.meshes() for _, moe in search.layer_plans(mesh)}
+    choices = {recompute_name(moe) for mesh in search.meshes() for _, moe in search.layer_plans(mesh, "fsdp")}
     assert choices == {"none", "block"}
 
 
@@ -235,8 +238,13 @@ def test_kinds_layer_kinds_and_operators_that_are_not_known_are_refused(own_oper
 
 
 def test_every_shipped_annotation_names_known_dims() -> None:
-    dims = build_workload(tiny_config(q_lora_rank=8)).dims(64, 32)
-    for registered in operators._REGISTRY.values():
+    shipped = {}
+    for config in (tiny_config(), tiny_config(q_lora_rank=8), read_model_config("qwen3-30b-a3b")):
+        workload = build_workload(config)
+        for kind in (*workload.layers, workload.outside):
+            shipped |= {op.name: (op, workload.dims(64, 32)) for op in kind.operators}
+    assert shipped.keys() == operators._REGISTRY.keys()
+    for registered, dims in shipped.values():
         for tensor in (*registered.parsed.inputs, *registered.parsed.outputs):
             assert tensor.size(dims) > 0, registered.name
         for saved in registered.saved:
