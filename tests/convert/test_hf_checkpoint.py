@@ -219,10 +219,10 @@ def rewrite(folder: Path, key: str, tensor: torch.Tensor | None) -> None:
         (damage_absent_shard, r"model-00003-of-00003.safetensors: missing; .* says it holds"),
         (damage_no_index, r"3 shards .* but no model.safetensors.index.json"),
         (damage_twice, r"tensor 'model.norm.weight' is also in model-00001-of-00003.safetensors"),
-        (damage_weight_map_list, "model.safetensors.index.json: weight_map \(a list\) must be of type dict"),
+        (damage_weight_map_list, r"model.safetensors.index.json: weight_map \(a list\) must be of type dict"),
         (
             damage_weight_map_values,
-            "model.safetensors.index.json: weight_map.model.norm.weight \(1\) must be of type str",
+            r"model.safetensors.index.json: weight_map.model.norm.weight \(1\) must be of type str",
         ),
         (damage_only_pickle, r"holds no \*.safetensors weights; convert pytorch_model.bin"),
     ],
