@@ -1,0 +1,103 @@
+"""Compile plans for two GPUs and run each through the command line: predicted against measured time and memory.
+
+    python benchmarks/planned_runs.py --data CORPUS --documents CORPUS_WITH_BOUNDARIES --output prediction.json
+
+Predictions are made before the runs, by the cluster file alone. Cases are whole models and nine of their layers (which
+leave room for plans that keep every expert on every GPU). A step's time is the median from the third step on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MODEL = "deepseek-coder-v2-lite"
+CASES: dict[str, tuple[str, bool, tuple[str, ...]]] = {
+    "whole": (MODEL, False, ()),
+    "whole, documents": (MODEL, True, ()),
+    "whole, 70 GiB": (MODEL, False, ("--memory-limit", "70GiB")),
+    "whole, 60 GiB": (MODEL, False, ("--memory-limit", "60GiB")),
+    "whole, experts recomputed": (MODEL, False, ("--pin", "moe_recompute=experts")),
+    "nine layers": ("nine", False, ()),
+    "nine layers, zero1, ep 2": ("nine", False, ("--pin", "ep=2", "--pin", "dense_sharding=zero1")),
+    "nine layers, zero1, ep 1": ("nine", False, ("--pin", "ep=1", "--pin", "dense_sharding=zero1")),
+    "nine layers, fsdp, ep 2": ("nine", False, ("--pin", "ep=2", "--pin", "dense_sharding=fsdp")),
+    "nine layers, fsdp, ep 1": ("nine", False, ("--pin", "ep=1", "--pin", "dense_sharding=fsdp")),
+}
+
+
+def moescale(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "moescale", *arguments], capture_output=True, text=True)
+
+
+def nine_layers(folder: Path) -> str:
+    import moescale
+
+    config = json.loads((Path(moescale.__file__).parent / "presets" / MODEL / "config.json").read_text())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    return str(folder)
+
+
+def run_case(folder: Path, model: str, data: Path, cluster: str, steps: int, pins: tuple[str, ...]) -> dict[str, Any]:
+    plan_file, output = folder / "plan.json", folder / "run"
+    plan_of = ("--model", model, "--cluster", cluster, "--plan-gpus", "2", "--tokens-per-step", "131072")
+    compiled = moescale("compile", *plan_of, "--output", str(plan_file), *pins)
+    if compiled.returncode:
+        return {"compile": compiled.returncode, "error": compiled.stderr[-500:]}
+    plan = json.loads(plan_file.read_text())
+    run_of = ("--plan", str(plan_file), "--model", model, "--data", str(data), "--output", str(output))
+    run = moescale("run", *run_of, "--steps", str(steps), "--no-final-checkpoint")
+    lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
+    rows = [row for row in map(json.loads, lines) if "step_seconds" in row]
+    seconds = statistics.median(row["step_seconds"] for row in rows[2:]) if len(rows) > 2 else None
+    prediction = plan["prediction"]
+    return {
+        "mesh": plan["mesh"],
+        "dense_sharding": plan["dense_sharding"],
+        "micro_batch_sequences": plan["micro_batch_sequences"],
+        "moe_recompute": plan["moe_layers"]["recompute"],
+        "status": run.returncode,
+        "error": None if run.returncode == 0 else run.stderr[-500:],
+        "predicted_seconds": prediction["step_seconds"],
+        "measured_seconds": seconds,
+        "tokens_per_second": seconds and plan["tokens_per_step"] / seconds,
+        "predicted_peak_bytes": prediction["allocated_bytes"],
+        "peak_bytes": max((row["peak_bytes"] for row in rows), default=None),
+        "losses": [round(row["loss"], 4) for row in rows],
+        "each_step_seconds": [round(row["step_seconds"], 3) for row in rows],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--documents", type=Path, required=True)
+    parser.add_argument("--cluster", default="h100-sxm")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        nine = nine_layers(Path(folder) / "nine")
+        for number, name in enumerate(arguments.cases):
+            model, with_documents, pins = CASES[name]
+            data = arguments.documents if with_documents else arguments.data
+            place = Path(folder) / str(number)
+            place.mkdir()
+            model = nine if model == "nine" else model
+            row = {"case": name} | run_case(place, model, data, arguments.cluster, arguments.steps, pins)
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+            arguments.output.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
