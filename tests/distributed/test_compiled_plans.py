@@ -26,7 +26,7 @@ from tiny import tiny_config
 STEPS = 10
 SEQUENCES = 16
 NUM_PLANS = 20
-ORDINARY = (3, 7, 10)
+ORDINARY = (1, 3, 7, 10)
 """Numbers of the plans that are run without ``-m slow``."""
 
 WISHES: dict[str, tuple[object, ...]] = {
@@ -40,10 +40,25 @@ WISHES: dict[str, tuple[object, ...]] = {
     "micro_batch_sequences": (1, 2, 4),
     "ep": (1, 2, 4, 8),
     "dp_replicate": (1, 2, 4),
+    "dense_sharding": ("zero1", "fsdp"),
 }
 
 
-def random_plan(chance: random.Random) -> ParallelPlan | None:
+LAYOUTS: tuple[tuple[int, dict[str, str]], ...] = (
+    (8, {"ep": "2", "dp_replicate": "2"}),
+    (2, {"ep": "2", "dense_sharding": "zero1"}),
+    (4, {"ep": "2", "dense_sharding": "zero1"}),
+    (4, {"ep": "4", "dense_sharding": "fsdp"}),
+    (8, {"ep": "2", "dp_replicate": "2", "dense_sharding": "fsdp"}),
+    (8, {"ep": "4", "dense_sharding": "zero1"}),
+    (4, {"dp_replicate": "2"}),
+    (8, {"dp_replicate": "4", "dense_sharding": "zero1"}),
+    (2, {"dp_replicate": "2", "dense_sharding": "fsdp"}),
+)
+"""GPUs and pins of the first plans: layouts that a tiny model's fastest plan seldom has."""
+
+
+def random_plan(chance: random.Random, gpus: int, layout: dict[str, str]) -> ParallelPlan | None:
     """Compile for wishes and a memory limit drawn at random; None where they contradict each other."""
     pins, forbidden = {}, set()
     for name, values in WISHES.items():
@@ -53,12 +68,12 @@ def random_plan(chance: random.Random) -> ParallelPlan | None:
         elif wish < 0.5:
             forbidden.add((name, str(chance.choice(values))))
     request = PlanRequest(
-        runtime_gpus=chance.choice((2, 4, 8)),
+        runtime_gpus=gpus,
         tokens_per_step=SEQUENCES * SEQUENCE_LENGTH,
         sequence_length=SEQUENCE_LENGTH,
         compute_dtype=chance.choice(("fp32", "bf16")),
-        pins=pins,
-        forbidden=frozenset(forbidden),
+        pins=pins | layout,
+        forbidden=frozenset((name, value) for name, value in forbidden if name not in layout),
     )
     config, cluster = tiny_config(), load_cluster("h100-sxm")
     try:
@@ -76,10 +91,11 @@ def random_plan(chance: random.Random) -> ParallelPlan | None:
 @cache
 def compiled_plans() -> tuple[ParallelPlan, ...]:
     """The first NUM_PLANS different plans of a seed that gives many kinds; predictions make no difference."""
-    chance = random.Random(8)
+    chance = random.Random(9)
     plans: dict[str, ParallelPlan] = {}
     while len(plans) < NUM_PLANS:
-        plan = random_plan(chance)
+        gpus, layout = LAYOUTS[len(plans)] if len(plans) < len(LAYOUTS) else (chance.choice((2, 4, 8)), {})
+        plan = random_plan(chance, gpus, layout)
         if plan is not None:
             plan = dataclasses.replace(plan, prediction=None, alternatives=())
             plans[plan.to_json()] = plan
@@ -97,6 +113,7 @@ def on_one_device(plan: ParallelPlan, micro_batch_sequences: int) -> ParallelPla
         gradient_accumulation_steps=SEQUENCES // micro_batch_sequences,
         dense_layers=LayerPlan(),
         moe_layers=LayerPlan(),
+        dense_sharding="fsdp",
     )
 
 
@@ -156,7 +173,10 @@ def test_the_compiled_plans_are_of_many_kinds():
     assert sum(plan.mesh.ep > 1 for plan in plans) >= 5
     assert sum(plan.mesh.dp_replicate > 1 for plan in plans) >= 5
     assert any(mesh.ep > 1 and mesh.dp_shard > mesh.ep and mesh.dp_replicate > 1 for mesh in meshes)
-    for name in ("compute_dtype", "optimizer_state_dtype", "master_weight_format", "gradient_dtype"):
+    for name in (
+        *("compute_dtype", "optimizer_state_dtype", "master_weight_format", "gradient_dtype"),
+        "dense_sharding",
+    ):
         formats = typing.get_args(typing.get_type_hints(ParallelPlan)[name])
         assert {getattr(plan, name) for plan in plans} == set(formats), name
     assert {plan.dense_layers.recompute for plan in plans} == {"none", "block"}
