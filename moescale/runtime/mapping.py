@@ -28,15 +28,12 @@ from moescale.runtime.optimizer import OptimizerFormat
 from moescale.runtime.peer_dispatch import PeerDispatcher, peers_are_readable
 
 
-def apply_plan(
-    model: Transformer, plan: ParallelPlan, meshes: Meshes | None = None, dispatcher: Dispatcher | None = None
-) -> None:
+def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = None) -> None:
     """Shard the model over ``meshes`` and set what it recomputes, in place; parameter names stay.
 
     Args:
         model: best on the meta device, given memory afterwards by ``to_empty``: then no rank ever holds it whole.
         meshes: from :func:`moescale.runtime.meshes.build_meshes`; None for one device.
-        dispatcher: of the routed experts; :func:`choose_dispatcher`'s by default.
 
     Raises ConfigError for a plan this runtime cannot run.
     """
@@ -53,7 +50,7 @@ def apply_plan(
                 f"plan.runtime_gpus ({plan.runtime_gpus}) must be 1 where the model is not divided over ranks"
             )
     else:
-        _shard(model, plan, meshes, layer_plans, dispatcher)
+        _shard(model, plan, meshes, layer_plans)
     for block, layer_plan in zip(model.layers, layer_plans, strict=True):
         if "experts" in layer_plan.recompute:
             for module in block.modules():
@@ -94,7 +91,7 @@ def choose_dispatcher(model: Transformer, plan: ParallelPlan, meshes: Meshes) ->
         device = torch.device("cuda", torch.cuda.current_device())
         if peers_are_readable(group, device):
             config = model.config
-            assert config.num_experts is not None and config.top_k is not None
+            assert config.num_experts is not None
             shape = ExchangeShape(
                 num_ranks=plan.mesh.ep,
                 num_tokens=num_tokens,
@@ -109,20 +106,13 @@ def choose_dispatcher(model: Transformer, plan: ParallelPlan, meshes: Meshes) ->
     return AllToAllDispatcher(group, PaddedExchange(num_tokens) if padded else SplitExchange())
 
 
-def _shard(
-    model: Transformer,
-    plan: ParallelPlan,
-    meshes: Meshes,
-    layer_plans: list[LayerPlan],
-    dispatcher: Dispatcher | None,
-) -> None:
+def _shard(model: Transformer, plan: ParallelPlan, meshes: Meshes, layer_plans: list[LayerPlan]) -> None:
     precision = MixedPrecisionPolicy(
         reduce_dtype=torch.float32 if plan.compute_dtype == "bf16" and plan.gradient_dtype == "fp32" else None,
         cast_forward_inputs=False,
     )
     if plan.mesh.ep > 1:
-        dispatcher = dispatcher or choose_dispatcher(model, plan, meshes)
-        shard_experts(model, plan, meshes, dispatcher=dispatcher, precision=precision)
+        shard_experts(model, plan, meshes, dispatcher=choose_dispatcher(model, plan, meshes), precision=precision)
     if plan.dense_sharding == "zero1":
         return
     mesh = meshes.dense if plan.mesh.dp_replicate > 1 else meshes.dense["dp_shard"]
