@@ -231,7 +231,7 @@ def attention_paths(rows: list[dict]) -> None:
     q, k, v = randn(BATCH, LENGTH, 16, 192), randn(BATCH, LENGTH, 16, 192), randn(BATCH, LENGTH, 16, 128)
     starts = (torch.arange(LENGTH) % 300 == 0).expand(BATCH, -1)
     packed = Documents.from_starts(starts, torch.device("cuda"))
-    documents = packed.ids
+    documents = packed.first
     heads_first = [t.transpose(1, 2) for t in (q, k, v)]
     mask = (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)
     bias = torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill_(~mask, float("-inf"))

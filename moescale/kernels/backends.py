@@ -28,6 +28,7 @@ MINIMUM_CAPABILITY = (8, 0)
 HOPPER = (9, 0)
 
 CutePart = Literal["experts", "attention"]
+AttentionFeature = Literal["windows", "sinks", "grouped queries"]
 # What each part of the back end ``cute`` imports, and the package that has it.
 CUTE_PACKAGES: dict[CutePart, tuple[str, str]] = {
     "experts": ("quack", "quack-kernels"),
@@ -128,12 +129,18 @@ def choose_experts_backend(device: torch.device, dtype: torch.dtype, requested: 
 
 @torch.compiler.assume_constant_result
 def choose_attention_backend(
-    device: torch.device, dtype: torch.dtype, widths: tuple[int, int], requested: str = "auto"
+    device: torch.device,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    requested: str = "auto",
+    *,
+    documents: bool = False,
+    features: tuple[AttentionFeature, ...] = (),
 ) -> str:
     """Return the back end of attention with ``widths`` of key and value: ``cute`` or ``torch``, the best that it has.
 
-    ``auto`` takes ``cute`` where it is installed and can run, unless the environment variable MOESCALE_ATTENTION says
-    what it is instead.
+    ``features`` are what is asked for beyond causality and ``documents``. ``auto`` takes ``cute`` where it is installed
+    and can run. The environment variable MOESCALE_ATTENTION says what ``auto`` is instead.
     """
     if requested == "auto":
         requested = os.environ.get("MOESCALE_ATTENTION", "auto")
@@ -144,6 +151,8 @@ def choose_attention_backend(
     objection = objection_to_cute("attention", device, dtype)
     if objection is None and widths != CUTE_ATTENTION_WIDTHS:
         objection = f"takes keys and values {CUTE_ATTENTION_WIDTHS} wide, not {widths}; take a model with such"
+    if objection is None and features:
+        objection = f"takes no {' or '.join(features)}; take a model without"
     return "cute" if _takes_cute("attention", requested, objection) else "torch"
 
 

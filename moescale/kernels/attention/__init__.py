@@ -1,51 +1,34 @@
-"""Causal attention with different widths of key and value, kept within documents where asked.
+"""Attention in which a query sees an interval of keys that ends with its own: causal, kept within documents, windowed.
 
-On CUDA cuDNN comes first: of the kernels that PyTorch has for a key wider than the value it is the fastest by a factor
-of two to three, and needs no padding of the value. Where it refuses (fp32, odd widths), PyTorch's next kernel runs. On
-Hopper the optional package flash-attn-4 is faster still, most of all within documents, where it needs no mask
-(:mod:`moescale.kernels.attention.cute`).
+Keys and values may have widths of their own and fewer heads than the queries, and heads may have sinks. On CUDA cuDNN
+comes first where nothing but causality is asked for: of the kernels that PyTorch has for a key wider than the value it
+is the fastest by a factor of two to three, and needs no padding of the value. Where it refuses (fp32, odd widths),
+PyTorch's next kernel runs. On Hopper the optional package flash-attn-4 is faster still, most of all within documents,
+where it needs no mask (:mod:`moescale.kernels.attention.cute`).
 """
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moescale.kernels.backends import check_dtype, check_shape, choose_attention_backend
+from moescale.kernels.attention import reference
+from moescale.kernels.attention.documents import LEAST_OFFSETS as LEAST_OFFSETS
+from moescale.kernels.attention.documents import Documents as Documents
+from moescale.kernels.attention.documents import visible_keys
+from moescale.kernels.backends import (
+    AttentionFeature,
+    KernelInputError,
+    check_dtype,
+    check_shape,
+    choose_attention_backend,
+)
 
 PREFERENCE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-LEAST_OFFSETS = 64
-
-
-class Documents(NamedTuple):
-    """Where documents lie in the sequences of a micro-batch."""
-
-    ids: torch.Tensor
-    """[B, S] int32: the tokens of a document, and no others of their sequence, have the same."""
-    offsets: torch.Tensor
-    """int32: where each document begins in the tokens [B * S], in order; then B * S, at least once."""
-
-    @classmethod
-    def from_starts(cls, starts: torch.Tensor, device: torch.device, least_offsets: int = LEAST_OFFSETS) -> Documents:
-        """Return the documents that begin where ``starts`` [B, S] bool, on the CPU, says; and with each sequence.
-
-        The length of ``offsets`` is a power of two of at least ``least_offsets``: what is compiled or recorded for one
-        length serves all micro-batches of at most as many documents.
-        """
-        starts = starts.clone()
-        starts[:, 0] = True
-        begins = starts.flatten().nonzero().flatten().to(torch.int32)
-        length = max(least_offsets, 1 << len(begins).bit_length())
-        offsets = F.pad(begins, (0, length - len(begins)), value=starts.numel())
-        ids = starts.cumsum(-1, dtype=torch.int32)
-        if device.type == "cuda":
-            ids, offsets = ids.pin_memory(), offsets.pin_memory()
-        return cls(ids.to(device, non_blocking=True), offsets.to(device, non_blocking=True))
 
 
 def attention(
@@ -54,33 +37,93 @@ def attention(
     v: torch.Tensor,
     *,
     softmax_scale: float,
-    documents: Documents | None,
+    documents: Documents | None = None,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Return ``softmax(softmax_scale * q @ k.T + mask) @ v``.
 
-    Shapes: q, k [B, S, N, Dn+Dr]; v [B, S, N, Dv]; result [B, S, N, Dv]. A token sees itself and earlier tokens, with
-    ``documents`` only those of its own document. Raises KernelInputError for what does not fit.
+    Shapes: q [B, S, N, Dqk], k [B, S, Nkv, Dqk], v [B, S, Nkv, Dv]; result [B, S, N, Dv]. Nkv divides N, and the heads
+    n of the queries share head ``n // (N // Nkv)`` of the keys. A token sees itself and earlier tokens, with
+    ``documents`` only those of its own document, with ``window`` only the last so many, itself included. ``sinks`` [N]
+    are scores of a key with value zero that all queries of a head see. Raises KernelInputError for what does not fit.
     """
-    check_shape("attention", "q", q, (None,) * 4, "[B, S, N, Dn+Dr]")
-    check_shape("attention", "k", k, q.shape, "the shape of q")
-    check_shape("attention", "v", v, (*q.shape[:3], None), "[B, S, N, Dv]")
+    _check(q, k, v, softmax_scale, documents, window, sinks)
+    features = _features(q, k, window, sinks)
+    chosen = choose_attention_backend(
+        q.device, q.dtype, (q.shape[-1], v.shape[-1]), backend, documents=documents is not None, features=features
+    )
+    if chosen == "cute":
+        return _cute_attention(q, k, v, None if documents is None else documents.offsets, softmax_scale)[0]
+    return _torch_attention(q, k, v, softmax_scale, documents, window, sinks)
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float,
+    documents: Documents | None,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    check_shape("attention", "q", q, (None,) * 4, "[B, S, N, Dqk]")
+    batch, length, heads, width = q.shape
+    check_shape("attention", "k", k, (batch, length, None, width), "[B, S, Nkv, Dqk]")
+    check_shape("attention", "v", v, (*k.shape[:3], None), "[B, S, Nkv, Dv]")
     for name, tensor in (("k", k), ("v", v)):
         check_dtype("attention", name, tensor, (q.dtype,))
+    if not k.shape[2] or heads % k.shape[2]:
+        raise KernelInputError(f"attention: k has {k.shape[2]} heads; they must divide the {heads} of q")
+    if softmax_scale <= 0:
+        raise KernelInputError(f"attention: softmax_scale ({softmax_scale}) must be positive")
+    if window is not None and window < 1:
+        raise KernelInputError(f"attention: window ({window}) must be at least 1, the token itself, or None")
     if documents is not None:
-        check_shape("attention", "documents.ids", documents.ids, q.shape[:2], "[B, S]")
-    if choose_attention_backend(q.device, q.dtype, (q.shape[-1], v.shape[-1]), backend) == "cute":
-        return _cute_attention(q, k, v, None if documents is None else documents.offsets, softmax_scale)[0]
-    mask = None if documents is None else _document_mask(documents.ids)
+        for name in ("first", "last"):
+            check_shape("attention", f"documents.{name}", getattr(documents, name), (batch, length), "[B, S]")
+    if sinks is not None:
+        check_shape("attention", "sinks", sinks, (heads,), "[N]")
+        check_dtype("attention", "sinks", sinks, (q.dtype, torch.float32))
+
+
+def _features(
+    q: torch.Tensor, k: torch.Tensor, window: int | None, sinks: torch.Tensor | None
+) -> tuple[AttentionFeature, ...]:
+    """What is asked for beyond causality and documents."""
+    asked: dict[AttentionFeature, bool] = {
+        "windows": window is not None,
+        "sinks": sinks is not None,
+        "grouped queries": k.shape[2] != q.shape[2],
+    }
+    return tuple(name for name, is_asked in asked.items() if is_asked)
+
+
+def _torch_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float,
+    documents: Documents | None,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """PyTorch's kernels, with a mask of S x S for anything but causality; by the definition where heads have sinks."""
+    visible = None
+    if documents is not None or window is not None or sinks is not None:
+        visible = visible_keys(q.shape[1], documents, window, q.device)
+    if sinks is not None:
+        assert visible is not None
+        return reference.attention(q, k, v, visible, sinks, softmax_scale)
+    mask = None if visible is None else visible.unsqueeze(1)
+    is_grouped = k.shape[2] != q.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(PREFERENCE, set_priority=True):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=softmax_scale)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=softmax_scale, enable_gqa=is_grouped
+        )
     return out.transpose(1, 2)
-
-
-def _document_mask(ids: torch.Tensor) -> torch.Tensor:
-    """[B, S] -> [B, 1, S, S], true where the row's token may see the column's."""
-    return (ids[:, :, None] == ids[:, None, :]).tril().unsqueeze(1)
 
 
 def _cute() -> ModuleType:

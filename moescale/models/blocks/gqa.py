@@ -1,7 +1,6 @@
 """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with queries and keys normed by head, as in Qwen3.
 
-Rotary positions rotate the two halves of a head against each other. Keys and values are repeated for the query heads
-that share them, as the attention kernels take equal numbers of heads.
+Rotary positions rotate the two halves of a head against each other.
 """
 
 from __future__ import annotations
@@ -34,11 +33,9 @@ class GroupedQueryAttention(nn.Module):
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: Documents | None = None
     ) -> torch.Tensor:
         width = self.config.head_dim
-        group = self.config.num_heads // self.config.num_key_value_heads
         q = half_rope(self.q_norm(self.q_proj(x).unflatten(-1, (-1, width))), cos, sin)
         k = half_rope(self.k_norm(self.k_proj(x).unflatten(-1, (-1, width))), cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, width))
-        k, v = (heads.repeat_interleave(group, dim=2) for heads in (k, v))
         mixed = attention(q, k, v, softmax_scale=width**-0.5, documents=documents)  # [B, S, N, D]
         return self.output(mixed.flatten(-2))
 

@@ -87,18 +87,18 @@ register(
         saved=(Saved(name="k_projected", dims="n g q"), Saved(name="gqa_k_rstd", dims="n g", itemsize=4)),
     )
 )
-register(Operator(name="gqa_rope", group="attention", annotation="n a q, n g q -> n a q, n a q", kind="elementwise"))
+register(Operator(name="gqa_rope", group="attention", annotation="n a q, n g q -> n a q, n g q", kind="elementwise"))
 register(
     Operator(
         name="gqa_attention",
         group="attention",
-        annotation="n a q, n a q, n a v -> n a v",
+        annotation="n a q, n g q, n g v -> n a v",
         kind="attention",
         flops=_attention_flops,
         saved=(
             Saved(name="q", dims="n a q"),
-            Saved(name="k", dims="n a q"),
-            Saved(name="v", dims="n a v"),
+            Saved(name="k", dims="n g q"),
+            Saved(name="v", dims="n g v"),
             Saved(name="mixed", dims="n a v"),
             Saved(name="log_sum_exp", dims="n a", itemsize=4),
         ),

@@ -7,18 +7,33 @@ import torch
 from agreement import DEVICE, randn
 
 from moescale.kernels.attention import Documents, attention
-from moescale.kernels.backends import HOPPER, cute_available
+from moescale.kernels.backends import HOPPER, KernelInputError, cute_available
 
 
 def by_definition(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, documents: Documents | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    documents: Documents | None,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    length = q.shape[1]
-    allowed = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    """In fp32, or fp64 for such inputs."""
+    batch, length, heads, _ = q.shape
+    k, v = (x.repeat_interleave(heads // k.shape[2], dim=2) for x in (k, v))
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("bsnd,btnd->bnst", q.to(dtype), k.to(dtype)) * scale
+    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    if window is not None:
+        hidden = hidden | torch.ones_like(hidden).tril(-window)
     if documents is not None:
-        allowed = allowed & (documents.ids[:, None, :, None] == documents.ids[:, None, None, :])
-    scores = torch.einsum("bsnd,btnd->bnst", q.float(), k.float()) * scale
-    return torch.einsum("bnst,btnd->bsnd", scores.masked_fill(~allowed, float("-inf")).softmax(-1), v.float())
+        hidden = hidden | (documents.first[:, None, :, None] != documents.first[:, None, None, :])
+    exponentials = scores.masked_fill(hidden, float("-inf")).exp()
+    sums = exponentials.sum(-1, keepdim=True)
+    if sinks is not None:
+        sums = sums + sinks.to(dtype).exp()[:, None, None]
+    return torch.einsum("bnst,btnd->bsnd", exponentials / sums, v.to(dtype))
 
 
 def documents_at(*starts: tuple[int, ...], length: int) -> Documents:
@@ -31,11 +46,10 @@ def documents_at(*starts: tuple[int, ...], length: int) -> Documents:
 
 def test_documents_begin_where_marked_and_with_every_sequence() -> None:
     documents = documents_at((3, 5), (), (1,), length=6)
-    ids = [[0, 0, 0, 1, 1, 2], [0] * 6, [0, 1, 1, 1, 1, 1]]
-    for row, expected in zip(documents.ids.tolist(), ids, strict=True):
-        assert [n - row[0] for n in row] == expected
-    assert documents.ids.dtype == documents.offsets.dtype == torch.int32
+    assert documents.first.tolist() == [[0, 0, 0, 3, 3, 5], [0] * 6, [0, 1, 1, 1, 1, 1]]
+    assert documents.last.tolist() == [[2, 2, 2, 4, 4, 5], [5] * 6, [0, 5, 5, 5, 5, 5]]
     assert documents.offsets.tolist() == [0, 3, 5, 6, 12, 13] + [18] * 58
+    assert {values.dtype for values in documents} == {torch.int32}
 
 
 @pytest.mark.parametrize("number", [63, 64, 127])
@@ -62,6 +76,42 @@ def test_a_packed_document_gets_what_it_gets_alone() -> None:
     packed = attention(q, k, v, softmax_scale=1.0, documents=documents_at((3,), length=8))
     alone = attention(q[:, 3:], k[:, 3:], v[:, 3:], softmax_scale=1.0, documents=None)
     torch.testing.assert_close(packed[:, 3:], alone)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 3, 9, 40])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_windows_sinks_and_grouped_queries(with_documents: bool, window: int | None, sinks: bool) -> None:
+    q, k, v = (
+        randn(2, 9, heads, width, seed=seed, dtype=torch.float64)
+        for seed, (heads, width) in enumerate(((6, 12), (2, 12), (2, 8)))
+    )
+    inputs = [q, k, v, *([randn(6, seed=3)] if sinks else [])]
+    documents = documents_at((3, 5), (), length=9) if with_documents else None
+    ours = attention(
+        q, k, v, softmax_scale=0.4, documents=documents, window=window, sinks=inputs[3] if sinks else None
+    )  # fmt: skip
+    expected = by_definition(q, k, v, 0.4, documents, window, inputs[3] if sinks else None)
+    torch.testing.assert_close(ours, expected)
+    gradients = (torch.autograd.grad(x.sin().sum(), inputs) for x in (ours, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def refuse(message: str, **changes: object) -> None:
+    arguments = {"q": randn(1, 4, 4, 8), "k": randn(1, 4, 2, 8), "v": randn(1, 4, 2, 8), "softmax_scale": 1.0}
+    with pytest.raises(KernelInputError, match=message):
+        attention(**arguments | changes)
+
+
+def test_inputs_that_do_not_fit_are_refused_by_name() -> None:
+    refuse(r"k has 3 heads; they must divide the 4 of q", k=randn(1, 4, 3, 8), v=randn(1, 4, 3, 8))
+    refuse(r"k has shape \(1, 4, 2, 9\); it must be \[B, S, Nkv, Dqk\]", k=randn(1, 4, 2, 9))
+    refuse(r"v has shape", v=randn(1, 4, 4, 8))
+    refuse(r"softmax_scale \(0.0\) must be positive", softmax_scale=0.0)
+    refuse(r"window \(0\) must be at least 1", window=0)
+    refuse(r"sinks has shape \(2,\); it must be \[N\] = \(4,\)", sinks=randn(2))
+    refuse(r"documents.first has shape \(1, 3\)", documents=documents_at((), length=3))
 
 
 RUNS_CUTE = torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER and cute_available("attention")
