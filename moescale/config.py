@@ -14,8 +14,6 @@ from typing import Any, ClassVar, Literal
 
 from moescale.errors import ConfigError
 
-ROUTING_METHODS = ("greedy", "group_limited_greedy")
-
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
@@ -49,6 +47,8 @@ class ModelConfig:
 
     model_type: ClassVar[str]
     """The family, by its name in Hugging Face's config.json."""
+    routing_methods: ClassVar[tuple[str, ...]] = ("greedy", "group_limited_greedy")
+    """Those of the family."""
 
     vocab_size: int
     hidden_size: int
@@ -93,10 +93,10 @@ class ModelConfig:
             raise ConfigError(f"model.aux_loss_alpha ({self.aux_loss_alpha}) must not be negative; use 0 for none")
         if not math.isfinite(self.routed_scaling_factor):
             raise ConfigError(f"model.routed_scaling_factor ({self.routed_scaling_factor}) must be finite")
-        if self.routing_method not in ROUTING_METHODS:
+        if self.routing_method not in self.routing_methods:
             raise ConfigError(
                 f"model.routing_method ('{self.routing_method}') is not supported; "
-                f"use one of {', '.join(ROUTING_METHODS)}"
+                f"use one of {', '.join(self.routing_methods)}"
             )
         if self.num_experts is not None:
             self._check_experts(self.num_experts)

@@ -1,10 +1,19 @@
-"""Checks of single fields of a Hugging Face config.json, for every family. Imports no torch."""
+"""Checks of the fields of a Hugging Face config.json, for every family. Imports no torch.
+
+Every field is either translated, checked against the values that are supported, or known not to touch the mathematics
+of training; any other is an error, because ignoring it could train another model.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from moescale.errors import ConfigError, nearest
+from moescale.records import show
 
 # Fields that do not change what is trained: bookkeeping, generation, the inference engine.
 _HARMLESS = frozenset(
@@ -36,6 +45,75 @@ _HARMLESS_EMPTY = frozenset({"pruned_heads"})
 """Harmless where empty."""
 CLOSE = 0.8
 """How alike two names of fields must be for one to be taken for a misspelling of the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldRules:
+    """What a family knows of the fields of its config.json."""
+
+    only: Mapping[str, tuple[Any, ...]]
+    """Fields with one supported value, each with the values that mean it, the one to name first."""
+    required: tuple[str, ...]
+    """Fields without which the model is not known."""
+    integers: frozenset[str]
+    numbers: frozenset[str]
+    flags: frozenset[str]
+    texts: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
+    """Fields that are checked where they are translated."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of a field, which must agree with it where both are given."""
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    """What a field means that is not there, where an alias has to agree with that."""
+
+    @property
+    def known(self) -> frozenset[str]:
+        """What decides what is trained."""
+        return self.integers | self.numbers | self.flags | self.texts | self.others | self.only.keys()
+
+    def check(self, document: Mapping[str, Any], path: str) -> None:
+        """Raise ConfigError, naming the field, for what is not known, not supported, missing or of a wrong type."""
+        for name, supported in self.only.items():
+            if name in document and document[name] not in supported:
+                raise ConfigError(
+                    f"{path}: {name} ({show(document[name])}) is not supported; it must be {supported[0]!r}"
+                )
+        for name, value in document.items():
+            if name not in self.known and not is_harmless(name, value):
+                raise ConfigError(
+                    f"{path}: field '{name}' ({show(value)}) is not known and may change the mathematics of the "
+                    f"model{nearest(name, self.known, cutoff=CLOSE)}; if it does not, pass --ignore-config-field {name}"
+                )
+        for name, value in document.items():
+            problem = self._wrong_type(name, value)
+            if problem:
+                raise ConfigError(f"{path}: {name} ({show(value)}) {problem}")
+        for alias, name in self.aliases.items():
+            value = document.get(name)
+            if document.get(alias) is not None and document[alias] != (
+                self.absent.get(name) if value is None else value
+            ):
+                raise ConfigError(
+                    f"{path}: {alias} ({show(document[alias])}) and {name} ({show(value)}) differ; {name} is the one "
+                    f"that counts: set it, and remove {alias}"
+                )
+        for name in self.required:
+            if document.get(name) is None:
+                raise ConfigError(f"{path}: field '{name}' is missing; it decides the shape of the model")
+
+    def _wrong_type(self, name: str, value: Any) -> str | None:
+        """What is wrong with a field's value by itself, or None; null stands for an absent field."""
+        if value is None:
+            return None
+        if name in self.flags and not isinstance(value, bool):
+            return f"must be true or false, not {json_type(value)}"
+        if name in self.integers:
+            return wrong_integer(value) or ("must not be negative" if value < 0 else None)
+        if name in self.numbers:
+            return wrong_number(value)
+        if name in self.texts and not isinstance(value, str):
+            return f"must be a text, not {json_type(value)}"
+        return None
 
 
 def is_harmless(name: str, value: Any) -> bool:

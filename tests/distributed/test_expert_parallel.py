@@ -17,7 +17,7 @@ from moescale.kernels.backends import KernelInputError
 from moescale.kernels.experts import experts
 from moescale.kernels.router import Routing
 from moescale.models.blocks.moe import RoutedExperts
-from moescale.models.deepseek_v2.model import build
+from moescale.models.latent.model import build
 from moescale.models.transformer import build_on_meta, initialize
 from moescale.plan import MeshShape, one_device_plan
 from moescale.runtime import expert_parallel

@@ -15,7 +15,7 @@ from moescale.kernels.rope import mla_rope
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.norm import RMSNorm
 from moescale.models.blocks.rope import softmax_scale
-from moescale.models.deepseek_v2.config import DeepSeekV2Config
+from moescale.models.latent.config import LatentAttentionConfig
 
 LATENT_NORM_EPS = 1e-6
 """The published code gives the q and kv latent norms this eps whatever ``rms_norm_eps`` is."""
@@ -24,7 +24,7 @@ LATENT_NORM_EPS = 1e-6
 class LatentAttention(nn.Module):
     """[B, S, H] -> [B, S, H], causal; with ``documents`` tokens see only their own document."""
 
-    def __init__(self, config: DeepSeekV2Config) -> None:
+    def __init__(self, config: LatentAttentionConfig) -> None:
         super().__init__()
         self.config = config
         self.softmax_scale = softmax_scale(config)

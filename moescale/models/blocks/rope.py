@@ -1,4 +1,4 @@
-"""Rotary position tables of DeepSeek-V2, with YaRN context extension.
+"""Rotary position tables of latent attention, with YaRN context extension.
 
 Source: the published DeepSeek-V2 modelling code and YaRN (Peng et al. 2023, arXiv:2309.00071, sections 3.2 to 3.4).
 YaRN acts at every length, short ones included.
@@ -11,7 +11,7 @@ import math
 import torch
 
 from moescale.config import YarnConfig
-from moescale.models.deepseek_v2.config import DeepSeekV2Config
+from moescale.models.latent.config import LatentAttentionConfig
 
 
 def yarn_mscale(factor: float, coefficient: float) -> float:
@@ -19,7 +19,7 @@ def yarn_mscale(factor: float, coefficient: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
 
 
-def softmax_scale(config: DeepSeekV2Config) -> float:
+def softmax_scale(config: LatentAttentionConfig) -> float:
     """Factor on QK^T before the softmax: ``qk_head_dim ** -0.5``, times YaRN's temperature squared."""
     scale = config.qk_head_dim**-0.5
     if config.yarn is not None and config.yarn.mscale_all_dim:
@@ -28,7 +28,7 @@ def softmax_scale(config: DeepSeekV2Config) -> float:
 
 
 def rope_tables(
-    config: DeepSeekV2Config, sequence_length: int, device: torch.device
+    config: LatentAttentionConfig, sequence_length: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of every position and rotated pair, each [S, qk_rope_head_dim / 2] in fp32.
 
@@ -45,7 +45,7 @@ def rope_tables(
     return angles.cos() * amplitude, angles.sin() * amplitude
 
 
-def _inverse_frequencies(config: DeepSeekV2Config, device: torch.device) -> torch.Tensor:
+def _inverse_frequencies(config: LatentAttentionConfig, device: torch.device) -> torch.Tensor:
     dim = config.qk_rope_head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     original = 1.0 / (config.rope_theta**exponents)

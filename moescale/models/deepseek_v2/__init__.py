@@ -1,21 +1,20 @@
-"""DeepSeek-V2 (arXiv:2405.04434): multi-head latent attention, fine-grained experts with shared ones.
+"""DeepSeek-V2 (arXiv:2405.04434): multi-head latent attention, fine-grained experts with shared ones."""
 
-``hf`` is its Hugging Face folder, ``operators`` what the planner sees, ``model`` the module, which alone imports torch.
-"""
-
-from moescale.models.deepseek_v2 import hf, operators
+from moescale.models.deepseek_v2 import hf
 from moescale.models.family import Family
+from moescale.models.latent import operators
+from moescale.models.latent.hf import NAMES
 
 FAMILY = Family(
     model_type="deepseek_v2",
     read_hf=hf.read_hf,
-    hf_fields=frozenset(hf.FIELDS),
+    hf_fields=hf.RULES.known,
     write_hf=hf.write_hf,
     transformers_differences=hf.transformers_differences,
-    names=hf.NAMES,
+    names=NAMES,
     layers=operators.layers,
     outside=operators.outside,
     dims=operators.dims,
     biases=operators.biases,
-    builder="moescale.models.deepseek_v2.model:build",
+    builder="moescale.models.latent.model:build",
 )

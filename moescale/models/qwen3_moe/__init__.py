@@ -9,7 +9,7 @@ from moescale.models.qwen3_moe import hf, operators
 FAMILY = Family(
     model_type="qwen3_moe",
     read_hf=hf.read_hf,
-    hf_fields=frozenset(hf.FIELDS),
+    hf_fields=hf.RULES.known,
     write_hf=hf.write_hf,
     transformers_differences=hf.transformers_differences,
     names=hf.NAMES,

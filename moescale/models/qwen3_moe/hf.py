@@ -1,7 +1,6 @@
 """A Qwen3-MoE model's config.json and the names of its tensors in a Hugging Face folder. Imports no torch.
 
-Every field is translated, checked against the one value that is supported, or known not to touch the mathematics of
-training; any other is an error. Both spellings of the number of experts and of RoPE's base are read.
+Both spellings of the number of experts and of RoPE's base are read.
 """
 
 from __future__ import annotations
@@ -9,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moescale.errors import ConfigError, nearest
+from moescale.errors import ConfigError
 from moescale.models.family import HfNames
-from moescale.models.hf_fields import is_harmless, json_type, wrong_integer, wrong_number
+from moescale.models.hf_fields import FieldRules, json_type, wrong_number
 from moescale.models.qwen3_moe.config import Qwen3MoeConfig
 from moescale.records import show
 
@@ -50,24 +49,23 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None),
     "is_encoder_decoder": (False, None),
 }
-_REQUIRED = (
+_REQUIRED = tuple(
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
-    "moe_intermediate_size num_experts_per_tok max_position_embeddings"
-).split()
-_INTEGERS = frozenset(_REQUIRED) | frozenset({"head_dim", "num_experts", "num_local_experts", "max_window_layers"})
-_NUMBERS = frozenset({"rms_norm_eps", "rope_theta", "initializer_range", "router_aux_loss_coef"})
-_FLAGS = frozenset({"norm_topk_prob", "tie_word_embeddings", "output_router_logits"})
-_TRANSLATED = _INTEGERS | _NUMBERS | _FLAGS | {"model_type", "rope_parameters"}
-FIELDS = _TRANSLATED | _ONLY.keys()
-"""What decides what is trained."""
+    "moe_intermediate_size num_experts_per_tok max_position_embeddings".split()
+)
+RULES = FieldRules(
+    only=_ONLY,
+    required=_REQUIRED,
+    integers=frozenset(_REQUIRED) | {"head_dim", "num_experts", "num_local_experts", "max_window_layers"},
+    numbers=frozenset({"rms_norm_eps", "rope_theta", "initializer_range", "router_aux_loss_coef"}),
+    flags=frozenset({"norm_topk_prob", "tie_word_embeddings", "output_router_logits"}),
+    others=frozenset({"model_type", "rope_parameters"}),
+)
 
 
 def read_hf(document: Mapping[str, Any], path: str) -> Qwen3MoeConfig:
     """Translate the fields of a config.json; ``path`` names the file in errors. Raises ConfigError."""
-    _check_fields(document, path)
-    for name in _REQUIRED:
-        if document.get(name) is None:
-            raise ConfigError(f"{path}: field '{name}' is missing; it decides the shape of the model")
+    RULES.check(document, path)
 
     def field(name: str, default: Any) -> Any:
         value = document.get(name)
@@ -150,31 +148,6 @@ def transformers_differences(config: Qwen3MoeConfig) -> list[str]:
             "the balancing loss is taken layer by layer, and divided by top_k; transformers takes all layers at once"
         ]
     return []
-
-
-def _check_fields(document: Mapping[str, Any], path: str) -> None:
-    for name, supported in _ONLY.items():
-        if name in document and document[name] not in supported:
-            raise ConfigError(f"{path}: {name} ({show(document[name])}) is not supported; it must be {supported[0]!r}")
-    for name, value in document.items():
-        if name not in FIELDS and not is_harmless(name, value):
-            raise ConfigError(
-                f"{path}: field '{name}' ({show(value)}) is not known and may change the mathematics of the model"
-                f"{nearest(name, FIELDS)}; remove it if it does not"
-            )
-        problem = _wrong_type(name, value)
-        if problem:
-            raise ConfigError(f"{path}: {name} ({show(value)}) {problem}")
-
-
-def _wrong_type(name: str, value: Any) -> str | None:
-    if value is None:
-        return None
-    if name in _FLAGS and not isinstance(value, bool):
-        return f"must be true or false, not {json_type(value)}"
-    if name in _INTEGERS:
-        return wrong_integer(value) or ("must not be negative" if value < 0 else None)
-    return wrong_number(value) if name in _NUMBERS else None
 
 
 def _one_of(document: Mapping[str, Any], *names: str) -> Any:

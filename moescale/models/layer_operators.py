@@ -1,48 +1,40 @@
-"""The operators of a DeepSeek-V2 model, by kind of layer. Imports no torch.
+"""Operators that decoders of every family share, and the lists of layers made of them. Imports no torch.
 
-Tests hold their parameters, FLOPs and saved bytes to the real model.
+A family names the operators of its attention; what stands around it, in front of the feed-forward and outside the
+layers is here. Tests hold parameters, FLOPs and saved bytes to the real models.
+
+Dims: n tokens, h hidden, a heads, q query-key width of a head, v value width of a head, e experts, k experts per token,
+f expert intermediate size, s shared experts' intermediate size, i dense intermediate size, w vocabulary, x sequence
+length, b sequences.
 """
 
 from __future__ import annotations
 
-from moescale.models.deepseek_v2.config import DeepSeekV2Config
+from moescale.config import ModelConfig
 from moescale.models.family import LayerList
 from moescale.operators import Dims, Operator, Recompute, Saved, register
 
-_ATTENTION_START = ("attention_norm",)
-_ATTENTION_END = ("kv_down", "kv_norm", "kv_up", "mla_rope", "attention", "attention_output", "feed_forward_norm")
+OUTSIDE = ("embedding", "final_norm", "linear_cross_entropy")
+"""The operators that are in no layer."""
 
 
-def layers(config: DeepSeekV2Config) -> tuple[LayerList, ...]:
-    """Return the operators of a dense and of an MoE layer."""
-    query = ("q_proj",) if config.q_lora_rank is None else ("q_down", "q_norm", "q_up")
-    attention = (*_ATTENTION_START, *query, *_ATTENTION_END)
+def decoder_layers(config: ModelConfig, attention: tuple[str, ...]) -> tuple[LayerList, ...]:
+    """Return the operators of a dense and of an MoE layer around those of ``attention``, norm and output left out."""
+    mixing = ("attention_norm", *attention, "attention_output", "feed_forward_norm")
     shared = ("shared_gate_up", "shared_swiglu", "shared_down") if config.num_shared_experts else ()
-    dense = (*attention, "dense_gate_up", "dense_swiglu", "dense_down", "residual")
-    moe = (*attention, "router", "experts", "expert_gather_combine", *shared, "residual")
+    dense = (*mixing, "dense_gate_up", "dense_swiglu", "dense_down", "residual")
+    moe = (*mixing, "router", "experts", "expert_gather_combine", *shared, "residual")
     return (
         LayerList(name="dense", operators=dense, count=config.num_layers - config.num_moe_layers),
         LayerList(name="moe", operators=moe, count=config.num_moe_layers),
     )
 
 
-def outside(config: DeepSeekV2Config) -> tuple[str, ...]:
-    """Return the operators that are in no layer."""
-    return ("embedding", "final_norm", "linear_cross_entropy")
-
-
-def dims(config: DeepSeekV2Config) -> dict[str, int]:
-    """Sizes of the dims that do not depend on the batch; see the legend above."""
+def decoder_dims(config: ModelConfig) -> dict[str, int]:
+    """Return the sizes of the dims above that do not depend on the batch; head widths are the family's."""
     return {
         "h": config.hidden_size,
         "a": config.num_heads,
-        "q": config.qk_head_dim,
-        "t": config.qk_rope_head_dim,
-        "v": config.v_head_dim,
-        "u": config.qk_nope_head_dim + config.v_head_dim,
-        "c": config.kv_lora_rank,
-        "d": config.kv_lora_rank + config.qk_rope_head_dim,
-        "l": config.q_lora_rank or 0,
         "e": config.num_experts or 0,
         "k": config.top_k,
         "f": config.expert_intermediate_size,
@@ -52,21 +44,7 @@ def dims(config: DeepSeekV2Config) -> dict[str, int]:
     }
 
 
-def biases(config: DeepSeekV2Config) -> int:
-    """Biases of one layer's attention projections, which the annotations leave out for their smallness."""
-    if not config.attention_bias:
-        return 0
-    query = config.q_lora_rank or 0
-    return query + config.kv_lora_rank + config.qk_rope_head_dim + config.hidden_size
-
-
-# Dims: n tokens, h hidden, a heads, q query-key width of a head, t its part with positions, v value width of a head,
-# u nope + value width, c latent width, d latent width + t, l query latent width, e experts, k experts per token,
-# f expert intermediate size, s shared experts' intermediate size, i dense intermediate size, w vocabulary, x sequence
-# length, b sequences.
-
-
-def _attention_flops(dims: Dims) -> float:
+def causal_attention_flops(dims: Dims) -> float:
     """Return the FLOPs of two GEMMs over the causal half of the square."""
     return dims["n"] * dims["a"] * dims["x"] * (dims["q"] + dims["v"])
 
@@ -88,87 +66,6 @@ register(
         annotation="n h, a q h -> n a q",
         kind="dense_gemm",
         saved=(Saved(name="attention_input", dims="n h"),),
-    )
-)
-register(
-    Operator(
-        name="q_down",
-        group="attention projections",
-        annotation="n h, l h -> n l",
-        kind="dense_gemm",
-        saved=(Saved(name="attention_input", dims="n h"),),
-    )
-)
-register(
-    Operator(
-        name="q_norm",
-        group="attention projections",
-        tp="replicate",
-        annotation="n l, l -> n l",
-        kind="elementwise",
-        saved=(Saved(name="q_latent", dims="n l"), Saved(name="q_rstd", dims="n", itemsize=4)),
-    )
-)
-register(
-    Operator(
-        name="q_up",
-        group="attention projections",
-        annotation="n l, a q l -> n a q",
-        kind="dense_gemm",
-        saved=(Saved(name="q_latent_normed", dims="n l"),),
-    )
-)
-register(
-    Operator(
-        name="kv_down",
-        group="attention projections",
-        annotation="n h, d h -> n d",
-        kind="dense_gemm",
-        saved=(Saved(name="attention_input", dims="n h"),),
-    )
-)
-register(
-    Operator(
-        name="kv_norm",
-        group="attention projections",
-        tp="replicate",
-        annotation="n c, c -> n c",
-        kind="elementwise",
-        saved=(Saved(name="kv_latent", dims="n d"), Saved(name="kv_rstd", dims="n", itemsize=4)),
-    )
-)
-register(
-    Operator(
-        name="kv_up",
-        group="attention projections",
-        annotation="n c, a u c -> n a u",
-        kind="dense_gemm",
-        saved=(Saved(name="kv_latent_normed", dims="n c"),),
-    )
-)
-register(
-    Operator(
-        name="mla_rope",
-        group="attention",
-        annotation="n a q, n a u, n t -> n a q, n a q",
-        kind="elementwise",
-    )
-)
-register(
-    Operator(
-        name="attention",
-        group="attention",
-        annotation="n a q, n a q, n a v -> n a v",
-        kind="attention",
-        flops=_attention_flops,
-        backward_flops_ratio=2.0,
-        saved=(
-            Saved(name="q", dims="n a q"),
-            Saved(name="k", dims="n a q"),
-            Saved(name="v", dims="n a v"),
-            Saved(name="mixed", dims="n a v"),
-            Saved(name="log_sum_exp", dims="n a", itemsize=4),
-        ),
     )
 )
 register(
