@@ -105,7 +105,7 @@ class _PeerExperts(torch.autograd.Function):
         dispatcher.barrier()
         order = exchange.order_rows(buffers, kept_rows=kept)
         rows = exchange.pull_rows(buffers, buffers.tokens, order, _new_rows(buffers))
-        pre = mlp.forward_rows(
+        pre, _ = mlp.forward_rows(
             ops,
             rows,
             gate_up,

@@ -14,6 +14,7 @@ import torch
 from moescale.kernels.backends import triton_interpreted
 from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
 from moescale.kernels.experts import operators_of
+from moescale.kernels.experts.adapted import ExpertAdapters
 from moescale.kernels.experts.reference import experts_reference
 from moescale.kernels.experts.sort import sort_pairs
 
@@ -102,7 +103,7 @@ def test_any_routing_gives_the_results_and_gradients_of_one_device(tokens, top_k
     pres = []
     for number, (buffer, order) in enumerate(zip(buffers, orders, strict=True)):
         pull_rows(buffer, buffer.tokens, order, rows[number, 0])
-        pre = mlp.forward_rows(
+        pre, _ = mlp.forward_rows(
             ops,
             rows[number, 0],
             gate_up[local[number]],
@@ -152,6 +153,61 @@ def test_any_routing_gives_the_results_and_gradients_of_one_device(tokens, top_k
     torch.testing.assert_close(grad_weights, everywhere[2].grad, rtol=1e-4, atol=1e-5)
     for ours, parameter in zip(gradients, parameters, strict=True):
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", ["all", "some"])
+def test_adapters_of_frozen_experts_get_the_gradients_of_merged_weights(kept) -> None:
+    shape, scale = shape_of(2, 6, 3), 0.5
+    buffers, ranks = make_buffers(shape), [make_rank(count, 3, "random", rank, 2) for rank, count in enumerate((6, 4))]
+    kept_rows = shape.max_rows if kept == "all" else shape.num_pairs // 2
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2 * WIDTH, HIDDEN), (HIDDEN, WIDTH), (4, HIDDEN), (2 * WIDTH, 4), (4, WIDTH), (HIDDEN, 4)]
+    gate_up, down, *adapters = ((torch.randn(EXPERTS, *s, generator=generator) / 4).to(DEVICE) for s in shapes)
+    ops, local = operators_of("triton"), [slice(0, 4), slice(4, 8)]
+    factors = [ExpertAdapters(*(a[part] for a in adapters)).for_rows(torch.float32, scale) for part in local]
+    rows = torch.full((2, 2, shape.max_rows, HIDDEN), float("nan"), device=DEVICE)
+    gradients = [torch.zeros_like(a) for a in adapters]
+
+    for buffer, rank in zip(buffers, ranks, strict=True):
+        publish(buffer, rank)
+    orders = [order_rows(buffer, kept_rows=kept_rows) for buffer in buffers]
+    saved = []
+    for number, (buffer, order) in enumerate(zip(buffers, orders, strict=True)):
+        pull_rows(buffer, buffer.tokens, order, rows[number, 0])
+        weights = (gate_up[local[number]], down[local[number]])
+        options = dict(kept=kept_rows, expected_rows=shape.num_pairs, out=buffer.results.local)
+        saved.append(mlp.forward_rows(ops, rows[number, 0], *weights, order, **options, factors=factors[number]))
+    out = [pull_sums(b, o, len(r.x), r.weights) for b, o, r in zip(buffers, orders, ranks, strict=True)]
+    for buffer, rank in zip(buffers, ranks, strict=True):
+        buffer.results.local.fill_(float("nan"))
+        buffer.gradients.local[: len(rank.x)] = rank.grad
+    for number, (buffer, order) in enumerate(zip(buffers, orders, strict=True)):
+        pull_rows(buffer, buffer.gradients, order, rows[number, 1])
+        mlp.backward_adapted_rows(
+            ops,
+            *rows[number],
+            *saved[number],
+            gate_up[local[number]],
+            down[local[number]],
+            order,
+            expected_rows=shape.num_pairs,
+            out=buffer.results.local,
+            values=buffer.values.local,
+            factors=factors[number],
+            buffers=[gradient[local[number]] for gradient in gradients],
+            scale=scale,
+        )
+    x, ids, weights = (torch.cat([getattr(rank, name) for rank in ranks]) for name in ("x", "ids", "weights"))
+    inputs = [tensor.requires_grad_() for tensor in (x, weights, *adapters)]
+    merged = (gate_up + scale * adapters[1] @ adapters[0], down + scale * adapters[3] @ adapters[2])
+    expected = experts_reference(x, ids, weights, *merged)
+    expected.backward(torch.cat([rank.grad for rank in ranks]))
+    grad_x = torch.cat([pull_sums(b, o, len(r.x)) for b, o, r in zip(buffers, orders, ranks, strict=True)])
+    grad_weights = torch.cat([pull_values(b, o, len(r.x)) for b, o, r in zip(buffers, orders, ranks, strict=True)])
+    for ours, theirs in zip(
+        (torch.cat(out), grad_x, grad_weights, *gradients), (expected.detach(), *(i.grad for i in inputs)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_lie_by_expert_then_by_rank_then_as_their_rank_sorted_them() -> None:

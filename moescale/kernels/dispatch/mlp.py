@@ -7,11 +7,14 @@ their GEMM is a launch over no tiles.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from moescale.kernels.dispatch.triton import RowOrder
+from moescale.kernels.experts.adapted import ExpertAdapters, Projected, adapter_gradients
 
 
 def forward_rows(
@@ -24,20 +27,38 @@ def forward_rows(
     kept: int,
     expected_rows: int,
     out: torch.Tensor,
-) -> torch.Tensor:
-    """Write the results of ``rows`` [C, H] to ``out`` [C, H]; return the pre-activation [kept, 2F] of the first."""
+    factors: ExpertAdapters | None = None,
+) -> tuple[torch.Tensor, Projected | None]:
+    """Write the results of ``rows`` [C, H] to ``out`` [C, H]; return the pre-activation [kept, 2F] of the first.
+
+    With ``factors`` of low-rank additions (:mod:`moescale.kernels.experts.adapted`) also what their backward needs.
+    """
     max_rows, ffn = rows.shape[0], down.shape[2]
+    groups = ops.group_rows(order.ends, max_rows, expected_rows=expected_rows)
+    on_rank = None if factors is None else ops.multiply_rows(rows, factors.gate_up_a, groups, kernel="project")
     act = rows.new_empty((max_rows, ffn))
     pre = rows.new_empty((kept, 2 * ffn))
-    if kept:
-        groups = ops.group_rows(order.kept_ends, kept, expected_rows=expected_rows)
-        ops.multiply_up(rows[:kept], gate_up, groups, write_pre=True, write_act=True, pre=pre, act=act[:kept])
-    if kept < max_rows:
-        groups = ops.group_rows(order.further_ends, max_rows - kept, expected_rows=expected_rows)
-        ops.multiply_up(rows[kept:], gate_up, groups, write_pre=False, write_act=True, act=act[kept:])
-    groups = ops.group_rows(order.ends, max_rows, expected_rows=expected_rows)
-    ops.multiply_rows(act, down, groups, out=out)
-    return pre
+    for part, ends, keeps in (
+        (slice(0, kept), order.kept_ends, True),
+        (slice(kept, max_rows), order.further_ends, False),
+    ):
+        if part.start == part.stop:
+            continue
+        part_groups = ops.group_rows(ends, part.stop - part.start, expected_rows=expected_rows)
+        options = dict(write_pre=keeps, write_act=True, act=act[part]) | _addition(on_rank, part, factors)
+        ops.multiply_up(rows[part], gate_up, part_groups, **(options | {"pre": pre} if keeps else options))
+    if factors is None or on_rank is None:
+        ops.multiply_rows(act, down, groups, out=out)
+        return pre, None
+    of_act = ops.multiply_rows(act, factors.down_a, groups, kernel="project")
+    ops.multiply_rows(act, down, groups, out=out, low_rank=(of_act, factors.down_b))
+    return pre, Projected(on_rank, of_act)
+
+
+def _addition(on_rank: torch.Tensor | None, part: slice, factors: ExpertAdapters | None) -> dict:
+    if on_rank is None or factors is None:
+        return {}
+    return {"low_rank": (on_rank[part], factors.gate_up_b)}
 
 
 def backward_rows(
@@ -54,34 +75,90 @@ def backward_rows(
     values: torch.Tensor,
     gate_up_gradient: torch.Tensor | None,
     down_gradient: torch.Tensor | None,
+    is_frozen: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Write the gradients of the rows to ``out`` [C, H] and of their routing weights to ``values`` [C] fp32.
 
     ``grad_rows`` [C, H] are those of the rows' results before they are weighted. Returns the gradients (gate_up, down),
-    each None where it was added to a buffer.
+    each None where the weight is frozen or it was added to a buffer.
     """
+    grad_pre, act, groups, _ = _backward_of_down(
+        ops, rows, grad_rows, pre, gate_up, down, order, expected_rows, values, None, None
+    )
+    grad_down = grad_gate_up = None
+    if not is_frozen:
+        grad_down = ops.weight_gradient(grad_rows, act, groups, buffer=down_gradient, kernel="down_wgrad")
+    del act
+    if not is_frozen:
+        grad_gate_up = ops.weight_gradient(grad_pre, rows, groups, buffer=gate_up_gradient, kernel="up_wgrad")
+    ops.multiply_rows(grad_pre, gate_up, groups, transposed=True, kernel="up_dgrad", out=out)
+    return (grad_gate_up if gate_up_gradient is None else None, grad_down if down_gradient is None else None)
+
+
+def backward_adapted_rows(
+    ops: SimpleNamespace,
+    rows: torch.Tensor,
+    grad_rows: torch.Tensor,
+    pre: torch.Tensor,
+    projected: Projected,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    order: RowOrder,
+    *,
+    expected_rows: int,
+    out: torch.Tensor,
+    values: torch.Tensor,
+    factors: ExpertAdapters,
+    buffers: Sequence[torch.Tensor | None],
+    scale: float,
+) -> list[torch.Tensor]:
+    """As :func:`backward_rows` of frozen weights; returns the four gradients of their adapters, empty with a buffer."""
+    grad_pre, act, groups, on_rank = _backward_of_down(
+        ops, rows, grad_rows, pre, gate_up, down, order, expected_rows, values, factors, projected
+    )
+    assert on_rank is not None
+    weighted = Projected(
+        projected.rows * scale, (projected.activation * scale * order.row_weights.unsqueeze(1)).to(act.dtype)
+    )
+    of_down = adapter_gradients(
+        ops, groups, gate_up.shape[0], grad_rows, weighted.activation, on_rank, act, buffers[2:]
+    )
+    del act
+    on_rank = ops.multiply_rows(grad_pre, factors.gate_up_b, groups, transposed=True, kernel="project")
+    of_up = adapter_gradients(ops, groups, gate_up.shape[0], grad_pre, weighted.rows, on_rank, rows, buffers[:2])
+    low_rank = (on_rank, factors.gate_up_a)
+    ops.multiply_rows(grad_pre, gate_up, groups, transposed=True, kernel="up_dgrad", out=out, low_rank=low_rank)
+    return [*of_up, *of_down]
+
+
+def _backward_of_down(
+    ops, rows, grad_rows, pre, gate_up, down, order, expected_rows, values, factors, projected
+) -> tuple[torch.Tensor, torch.Tensor, Any, torch.Tensor | None]:
+    """Return (grad_pre [C, 2F], weighted activation [C, F], groups, the results' gradients on the rank, or None)."""
     max_rows, ffn, kept = rows.shape[0], down.shape[2], pre.shape[0]
+    groups = ops.group_rows(order.ends, max_rows, expected_rows=expected_rows)
+    on_rank = None
+    if factors is not None:
+        on_rank = ops.multiply_rows(grad_rows, factors.down_b, groups, transposed=True, kernel="project")
     grad_pre, act = rows.new_empty((max_rows, 2 * ffn)), rows.new_empty((max_rows, ffn))
     parts = [(slice(0, kept), order.kept_ends, pre), (slice(kept, max_rows), order.further_ends, None)]
     for part, ends, part_pre in parts:
         num_rows = part.stop - part.start
         if num_rows == 0:
             continue
-        groups = ops.group_rows(ends, num_rows, expected_rows=expected_rows)
+        part_groups = ops.group_rows(ends, num_rows, expected_rows=expected_rows)
         if part_pre is None:
-            part_pre, _ = ops.multiply_up(rows[part], gate_up, groups, write_pre=True, write_act=False)
+            addition = _addition(None if projected is None else projected.rows, part, factors)
+            part_pre, _ = ops.multiply_up(rows[part], gate_up, part_groups, write_pre=True, write_act=False, **addition)
+        addition = {} if on_rank is None else {"low_rank": (on_rank[part], factors.down_a)}
         ops.multiply_down_dgrad(
             grad_rows[part],
             down,
             part_pre,
-            groups,
+            part_groups,
             order.row_weights[part],
             out=(grad_pre[part], act[part], values[part]),
+            **addition,
         )
         del part_pre
-    groups = ops.group_rows(order.ends, max_rows, expected_rows=expected_rows)
-    grad_down = ops.weight_gradient(grad_rows, act, groups, buffer=down_gradient, kernel="down_wgrad")
-    del act
-    grad_gate_up = ops.weight_gradient(grad_pre, rows, groups, buffer=gate_up_gradient, kernel="up_wgrad")
-    ops.multiply_rows(grad_pre, gate_up, groups, transposed=True, kernel="up_dgrad", out=out)
-    return (grad_gate_up if gate_up_gradient is None else None, grad_down if down_gradient is None else None)
+    return grad_pre, act, groups, on_rank

@@ -15,10 +15,6 @@ broken by it.
 
 from __future__ import annotations
 
-import functools
-import importlib
-from types import SimpleNamespace
-
 import torch
 
 from moescale.kernels.backends import (
@@ -30,7 +26,7 @@ from moescale.kernels.backends import (
     choose_experts_backend,
     debug_checks_enabled,
 )
-from moescale.kernels.experts import reference
+from moescale.kernels.experts.operators import operators_of
 from moescale.kernels.experts.sort import check_ids, sort_pairs
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -141,25 +137,6 @@ def _check_alignment(backend: str, gate_up: torch.Tensor) -> None:
         )
 
 
-def operators_of(backend: str) -> SimpleNamespace:
-    """Return the functions that make up the operator in a back end, with one signature."""
-    if backend in ("triton", "cute"):
-        module = importlib.import_module(f"moescale.kernels.experts.{backend}")
-        return SimpleNamespace(**{name: getattr(module, name) for name in module.__all__})
-    bind = functools.partial
-    return SimpleNamespace(
-        combine_rows=reference.combine_rows,
-        gather_rows=reference.gather_rows,
-        group_rows=reference.group_rows,
-        multiply_down_dgrad=bind(reference.multiply_down_dgrad, backend=backend),
-        multiply_rows=bind(reference.multiply_rows, backend=backend),
-        multiply_up=bind(reference.multiply_up, backend=backend),
-        order_by_pair=reference.order_by_pair,
-        sort_weights=reference.sort_weights,
-        weight_gradient=bind(reference.weight_gradient, backend=backend),
-    )
-
-
 def _mlp_forward(ops, rows, gate_up, down, ends, save_pre, *, zero_tail=False):
     groups = ops.group_rows(ends, rows.shape[0])
     pre, act = ops.multiply_up(rows, gate_up, groups, write_pre=save_pre, write_act=True)
@@ -167,23 +144,38 @@ def _mlp_forward(ops, rows, gate_up, down, ends, save_pre, *, zero_tail=False):
 
 
 def _mlp_backward(
-    ops, grad_rows, rows, pre, gate_up, down, ends, row_weights, gate_up_gradient, down_gradient, *, zero_tail=False
+    ops,
+    grad_rows,
+    rows,
+    pre,
+    gate_up,
+    down,
+    ends,
+    row_weights,
+    gate_up_gradient,
+    down_gradient,
+    is_frozen,
+    *,
+    zero_tail=False,
 ):
-    """Return the gradients (rows, row weights, gate_up, down); a weight with a buffer gets an empty gradient."""
+    """Return the gradients (rows, row weights, gate_up, down); empty ones for weights frozen or with a buffer."""
     groups = ops.group_rows(ends, rows.shape[0])
     if pre.numel() == 0:
         pre, _ = ops.multiply_up(rows, gate_up, groups, write_pre=True, write_act=False)
     gate_up_gradient, down_gradient = (None if b is None else b.data for b in (gate_up_gradient, down_gradient))
     grad_pre, act, grad_weights = ops.multiply_down_dgrad(grad_rows, down, pre, groups, row_weights)
-    grad_down = ops.weight_gradient(grad_rows, act, groups, buffer=down_gradient, kernel="down_wgrad")
+    grad_gate_up = grad_down = None
+    if not is_frozen:
+        grad_down = ops.weight_gradient(grad_rows, act, groups, buffer=down_gradient, kernel="down_wgrad")
     del act
-    grad_gate_up = ops.weight_gradient(grad_pre, rows, groups, buffer=gate_up_gradient, kernel="up_wgrad")
+    if not is_frozen:
+        grad_gate_up = ops.weight_gradient(grad_pre, rows, groups, buffer=gate_up_gradient, kernel="up_wgrad")
     grad_rows = ops.multiply_rows(grad_pre, gate_up, groups, transposed=True, zero_tail=zero_tail, kernel="up_dgrad")
     return (
         grad_rows,
         grad_weights,
-        grad_gate_up if gate_up_gradient is None else rows.new_empty(0),
-        grad_down if down_gradient is None else rows.new_empty(0),
+        rows.new_empty(0) if is_frozen or gate_up_gradient is not None else grad_gate_up,
+        rows.new_empty(0) if is_frozen or down_gradient is not None else grad_down,
     )
 
 
@@ -230,6 +222,7 @@ def _experts_backward(
     ends: torch.Tensor,
     gate_up_gradient: torch.Tensor | None,
     down_gradient: torch.Tensor | None,
+    is_frozen: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     ops = operators_of(backend)
@@ -246,6 +239,7 @@ def _experts_backward(
         ops.sort_weights(weights, row_pair),
         gate_up_gradient,
         down_gradient,
+        is_frozen,
     )
     grad_x = ops.combine_rows(grad_rows, pair_row, top_k)
     grad_weights = ops.order_by_pair(grad_weights, pair_row).view(topk_weights.shape)
@@ -253,17 +247,18 @@ def _experts_backward(
 
 
 @_experts_backward.register_fake
-def _(grad, x, topk_weights, gate_up, down, pre, row_pair, pair_row, ends, gate_up_gradient, down_gradient, backend):
+def _(grad, x, topk_weights, gate_up, down, *rest):
+    gate_up_gradient, down_gradient, is_frozen, _ = rest[4:]
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(topk_weights, memory_format=torch.contiguous_format),
-        _fake_gradient(gate_up, gate_up_gradient),
-        _fake_gradient(down, down_gradient),
+        _fake_gradient(gate_up, gate_up_gradient, is_frozen),
+        _fake_gradient(down, down_gradient, is_frozen),
     )
 
 
-def _fake_gradient(weight: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
-    if buffer is not None:
+def _fake_gradient(weight: torch.Tensor, buffer: torch.Tensor | None, is_frozen: bool) -> torch.Tensor:
+    if buffer is not None or is_frozen:
         return weight.new_empty(0)
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
@@ -277,9 +272,12 @@ def _experts_setup(ctx, inputs, output) -> None:
 
 def _experts_autograd(ctx, grad, *_):
     buffers = (ctx.gate_up_gradient, ctx.down_gradient)
-    grad_x, grad_weights, grad_gate_up, grad_down = _experts_backward(grad, *ctx.saved_tensors, *buffers, ctx.backend)
-    grad_gate_up = grad_gate_up if buffers[0] is None else None
-    grad_down = grad_down if buffers[1] is None else None
+    is_frozen = not any(ctx.needs_input_grad[3:5])
+    grad_x, grad_weights, grad_gate_up, grad_down = _experts_backward(
+        grad, *ctx.saved_tensors, *buffers, is_frozen, ctx.backend
+    )
+    grad_gate_up = grad_gate_up if buffers[0] is None and not is_frozen else None
+    grad_down = grad_down if buffers[1] is None and not is_frozen else None
     return grad_x, None, grad_weights, grad_gate_up, grad_down, None, None, None, None
 
 
@@ -319,23 +317,24 @@ def _expert_mlp_backward(
     pre: torch.Tensor,
     gate_up_gradient: torch.Tensor | None,
     down_gradient: torch.Tensor | None,
+    is_frozen: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     ops = operators_of(backend)
     buffers = (gate_up_gradient, down_gradient)
     weights = (gate_up.contiguous(), down.contiguous())
     grad_rows, _, grad_gate_up, grad_down = _mlp_backward(
-        ops, grad.contiguous(), rows.contiguous(), pre, *weights, ends, None, *buffers, zero_tail=True
+        ops, grad.contiguous(), rows.contiguous(), pre, *weights, ends, None, *buffers, is_frozen, zero_tail=True
     )
     return grad_rows, grad_gate_up, grad_down
 
 
 @_expert_mlp_backward.register_fake
-def _(grad, rows, gate_up, down, ends, pre, gate_up_gradient, down_gradient, backend):
+def _(grad, rows, gate_up, down, ends, pre, gate_up_gradient, down_gradient, is_frozen, backend):
     return (
         torch.empty_like(rows, memory_format=torch.contiguous_format),
-        _fake_gradient(gate_up, gate_up_gradient),
-        _fake_gradient(down, down_gradient),
+        _fake_gradient(gate_up, gate_up_gradient, is_frozen),
+        _fake_gradient(down, down_gradient, is_frozen),
     )
 
 
@@ -347,9 +346,12 @@ def _expert_mlp_setup(ctx, inputs, output) -> None:
 
 def _expert_mlp_autograd(ctx, grad, _):
     buffers = (ctx.gate_up_gradient, ctx.down_gradient)
-    grad_rows, grad_gate_up, grad_down = _expert_mlp_backward(grad, *ctx.saved_tensors, *buffers, ctx.backend)
-    grad_gate_up = grad_gate_up if buffers[0] is None else None
-    grad_down = grad_down if buffers[1] is None else None
+    is_frozen = not any(ctx.needs_input_grad[1:3])
+    grad_rows, grad_gate_up, grad_down = _expert_mlp_backward(
+        grad, *ctx.saved_tensors, *buffers, is_frozen, ctx.backend
+    )
+    grad_gate_up = grad_gate_up if buffers[0] is None and not is_frozen else None
+    grad_down = grad_down if buffers[1] is None and not is_frozen else None
     return grad_rows, grad_gate_up, grad_down, None, None, None, None, None
 
 

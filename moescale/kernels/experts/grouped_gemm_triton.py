@@ -16,7 +16,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moescale.kernels.backends import triton_interpreted
-from moescale.kernels.experts.launch_config import LaunchConfig, find_launch, num_multiprocessors
+from moescale.kernels.experts.launch_config import (
+    RANK_BLOCK,
+    LaunchConfig,
+    find_launch,
+    num_multiprocessors,
+    with_low_rank,
+)
 from moescale.kernels.experts.ragged_triton import describe_rows, load_rows, store_rows
 from moescale.kernels.experts.row_tiles_triton import (
     RowGroups,
@@ -71,10 +77,16 @@ def _rows_kernel(
     TRANSPOSED: tl.constexpr,
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    projected,
+    half_projected,
+    factor,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
 ):
     """out[r, n] = sum_k rows[r, k] * weight[e][n, k]; TRANSPOSED: weight[e][k, n].
 
-    ``half_rows`` and ``half_out`` describe the same tensors in blocks of half the height.
+    With RANK, plus the same of ``projected`` [R, RANK] and ``factor``. ``half_rows``, ``half_out`` and
+    ``half_projected`` describe the same tensors in blocks of half the height.
     """
     # A half tile stored in half the parts takes the same shared memory, and its parts stay within the warps.
     HALF_STORE_SPLITS: tl.constexpr = (STORE_SPLITS + 1) // 2
@@ -88,6 +100,10 @@ def _rows_kernel(
             a = load_rows(rows, first, size, row, k * BLOCK_K)
             b = _load_weight(weight, expert, column, k * BLOCK_K, BLOCK_N, BLOCK_K, TRANSPOSED)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        for k in tl.static_range(0, RANK, RANK_BLOCK):
+            a = load_rows(projected, first, size, row, k)
+            b = _load_weight(factor, expert, column, k, BLOCK_N, RANK_BLOCK, TRANSPOSED)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
         _store_product(out, first, size, row, column, acc, STORE_SPLITS)
     if HALF_TILES:
         begin = first_position(num_whole * num_columns, NUM_PROGRAMS)
@@ -98,6 +114,10 @@ def _rows_kernel(
             for k in tl.range(0, tl.cdiv(K, BLOCK_K)):
                 a = load_rows(half_rows, first, size, row, k * BLOCK_K)
                 b = _load_weight(weight, expert, column, k * BLOCK_K, BLOCK_N, BLOCK_K, TRANSPOSED)
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            for k in tl.static_range(0, RANK, RANK_BLOCK):
+                a = load_rows(half_projected, first, size, row, k)
+                b = _load_weight(factor, expert, column, k, BLOCK_N, RANK_BLOCK, TRANSPOSED)
                 acc = tl.dot(a, b, acc, input_precision=PRECISION)
             _store_product(half_out, first, size, row, column, acc, HALF_STORE_SPLITS)
     if ZERO_TAIL:
@@ -219,12 +239,14 @@ def multiply_rows(
     zero_tail: bool = False,
     kernel: str = "down",
     out: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     launch: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N].
 
     Rows that belong to no expert are left unwritten, or zeroed with ``zero_tail``. ``kernel`` names the entry of the
-    launch table. ``out``: where to write the result.
+    launch table. ``out``: where to write the result. ``low_rank``: further rows [R, r] and their factor [E, N, r]
+    (``transposed``: [E, r, N]), whose GEMM is added before the sum is rounded.
     """
     num_rows, k = rows.shape
     num_experts = weight.shape[0]
@@ -233,8 +255,13 @@ def multiply_rows(
     if num_rows == 0:
         return out
     launch = launch or find_launch(kernel, rows.device, rows.dtype, groups.expected_rows, num_experts, n, k)
+    rank, rank_block = 0, RANK_BLOCK
+    if low_rank is not None:
+        rank = low_rank[0].shape[1]
+        launch, rank_block = with_low_rank(launch, rows.device, rank)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     grid = num_programs(launch, rows.device)
+    projected, factor = (rows, weight) if low_rank is None else low_rank
     _rows_kernel[(grid,)](
         describe_rows(rows, [block_m, block_k]),
         describe_rows(rows, [block_m // 2, block_k]),
@@ -257,6 +284,13 @@ def multiply_rows(
         TRANSPOSED=transposed,
         FLATTEN=launch.flatten,
         PRECISION=matrix_precision(rows.dtype),
+        projected=describe_rows(projected, [block_m, rank_block]),
+        half_projected=describe_rows(projected, [block_m // 2, rank_block]),
+        factor=TensorDescriptor.from_tensor(
+            factor, [1, rank_block, block_n] if transposed else [1, block_n, rank_block]
+        ),
+        RANK=rank,
+        RANK_BLOCK=rank_block,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

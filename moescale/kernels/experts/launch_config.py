@@ -20,6 +20,11 @@ from moescale.records import FileKind, build, parse_json_object
 
 # The six products of an expert MLP, forward and backward, each with its own best launch.
 KERNELS = ("up", "down", "down_dgrad", "up_dgrad", "up_wgrad", "down_wgrad")
+# GEMMs of low-rank additions: onto the rank, and the gradients of the two factors (wide x rank, rank x wide).
+LOW_RANK_KERNELS = ("project", "factor_wgrad", "projection_wgrad")
+RANK_BLOCK = 16
+"""Depth of the blocks in which a low-rank addition is multiplied: the least that tensor cores take, so that they find
+room next to the pipeline."""
 _FILE = FileKind(noun="a table of launches", remedy="write it again with `moescale bench experts --tune`")
 
 
@@ -118,6 +123,47 @@ def default_launch(capability: tuple[int, int], dtype: torch.dtype) -> LaunchCon
     return LaunchConfig(block_m=128, block_n=128, block_k=32, num_stages=3)
 
 
+def low_rank_launch(kernel: str, capability: tuple[int, int], dtype: torch.dtype, n: int, k: int) -> LaunchConfig:
+    """Return the launch of one of ``LOW_RANK_KERNELS``: a tile no wider than the rank, which memory's rate limits.
+
+    ``n``, ``k``: as of :func:`find_launch`; of weight gradients both are dims of the weight.
+    """
+    if dtype.itemsize == 4:
+        return default_launch(capability, dtype)
+    stages = 4 if capability >= (9, 0) else 3
+    rank = k if kernel == "factor_wgrad" else n
+    narrow = min(128, max(16, 2 ** (rank - 1).bit_length()))
+    if kernel == "projection_wgrad":  # 64 rows are the least that Hopper's matrix instructions take
+        return LaunchConfig(
+            block_m=max(64, narrow), block_n=128, block_k=64, num_warps=4, num_stages=stages, flatten=False
+        )
+    return LaunchConfig(
+        block_m=128,
+        block_n=narrow,
+        block_k=64,
+        num_warps=4,
+        num_stages=stages,
+        flatten=False,
+        programs_per_sm=2,
+        store_splits=1,
+    )
+
+
+@functools.cache
+def with_low_rank(launch: LaunchConfig, device: torch.device, rank: int) -> tuple[LaunchConfig, int]:
+    """Return the launch for a kernel that multiplies a low-rank addition behind its main loop, and the depth of blocks.
+
+    Narrower stores make room for the addition's operands: 220 of Hopper's 227 KiB with tiles of 128 x 256 and four
+    stages. On Blackwell, Triton 3.6 compiles one further multiplication, outside a flattened loop: it takes the rank
+    whole, in the room of a pipeline stage.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0):
+        stages = max(2, min(launch.num_stages, 3))
+        launch = dataclasses.replace(launch, store_splits=4, flatten=False, num_stages=stages)
+        return launch, max(RANK_BLOCK, 2 ** (rank - 1).bit_length())
+    return dataclasses.replace(launch, store_splits=4), RANK_BLOCK
+
+
 @functools.cache
 def find_launch(
     kernel: str, device: torch.device, dtype: torch.dtype, rows: int, num_experts: int, n: int, k: int
@@ -128,6 +174,8 @@ def find_launch(
         return LaunchConfig(
             block_m=16, block_n=32, block_k=16, num_warps=4, num_stages=1, flatten=False, half_tiles=True
         )
+    if kernel in LOW_RANK_KERNELS:
+        return low_rank_launch(kernel, torch.cuda.get_device_capability(device), dtype, n, k)
     table = load_tables().get(torch.cuda.get_device_name(device))
     if table is not None and dtype.itemsize == 2:
         launch = table.nearest(kernel, rows, num_experts, n, k)

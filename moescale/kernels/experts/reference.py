@@ -30,11 +30,13 @@ def multiply_rows(
     transposed: bool = False,
     zero_tail: bool = False,
     kernel: str = "",
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str,
 ) -> torch.Tensor:
     """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N].
 
     Rows that belong to no expert are left unwritten, or zeroed with ``zero_tail``. ``kernel`` has no meaning here.
+    ``low_rank``: further rows [R, r] and their factor [E, N, r] (``transposed``: [E, r, N]), whose GEMM is added.
     """
     matrices = weight if transposed else weight.transpose(-2, -1)
     if backend == "grouped_mm":
@@ -43,6 +45,8 @@ def multiply_rows(
         out = rows.new_empty((rows.shape[0], matrices.shape[-1]))
         for matrix, begin, end in _row_ranges(matrices, ends):
             torch.mm(rows[begin:end], matrix, out=out[begin:end])
+    if low_rank is not None:
+        out += multiply_rows(*low_rank, ends, transposed=transposed, backend=backend)
     if zero_tail:
         tail = torch.arange(out.shape[0], device=out.device) >= ends[-1]
         out.masked_fill_(tail.unsqueeze(1), 0)
@@ -108,10 +112,17 @@ def sort_weights(weights: torch.Tensor, row_pair: torch.Tensor) -> torch.Tensor:
 
 
 def multiply_up(
-    rows: torch.Tensor, gate_up: torch.Tensor, ends: torch.Tensor, *, write_pre: bool, write_act: bool, backend: str
+    rows: torch.Tensor,
+    gate_up: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    write_pre: bool,
+    write_act: bool,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the pre-activation [R, 2F] and the activation [R, F]; one that is not written is empty."""
-    pre = multiply_rows(rows, gate_up, ends, backend=backend)
+    pre = multiply_rows(rows, gate_up, ends, low_rank=low_rank, backend=backend)
     act = _swiglu(pre) if write_act else rows.new_empty(0)
     return pre if write_pre else rows.new_empty(0), act
 
@@ -128,10 +139,11 @@ def multiply_down_dgrad(
     ends: torch.Tensor,
     row_weights: torch.Tensor | None,
     *,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (grad_pre [R, 2F], weighted activation [R, F], gradient [R] of the row weights)."""
-    grad = multiply_rows(grad_out, down, ends, transposed=True, backend=backend).float()
+    grad = multiply_rows(grad_out, down, ends, transposed=True, low_rank=low_rank, backend=backend).float()
     gate, up = pre.float().chunk(2, dim=-1)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid

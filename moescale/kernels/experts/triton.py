@@ -21,7 +21,7 @@ from moescale.kernels.experts.grouped_gemm_triton import (
     split_tile,
     weight_gradient,
 )
-from moescale.kernels.experts.launch_config import LaunchConfig, find_launch
+from moescale.kernels.experts.launch_config import RANK_BLOCK, LaunchConfig, find_launch, with_low_rank
 from moescale.kernels.experts.ragged_triton import describe_rows, load_rows, store_half, store_rows
 from moescale.kernels.experts.row_tiles_triton import (
     RowGroups,
@@ -56,8 +56,16 @@ def _up_kernel(
     WRITE_ACT: tl.constexpr,
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    projected,
+    half_projected,
+    factor,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
 ):
-    """pre = rows @ gate_up[e].T and act = silu(gate) * up; a tile holds BLOCK_N/2 gate and the same up columns."""
+    """pre = rows @ gate_up[e].T and act = silu(gate) * up; a tile holds BLOCK_N/2 gate and the same up columns.
+
+    With RANK, projected [R, RANK] @ factor[e].T is added to pre.
+    """
     num_columns = tl.cdiv(F, BLOCK_N // 2)
     num_whole, num_cut, num_half = split_whole_tiles(tiles, num_columns, NUM_PROGRAMS, HALF_TILES)
     for position in tl.range(tl.program_id(0), num_whole * num_columns, NUM_PROGRAMS, flatten=FLATTEN):
@@ -67,6 +75,10 @@ def _up_kernel(
         for k in tl.range(0, tl.cdiv(H, BLOCK_K)):
             a = load_rows(rows, first, size, row, k * BLOCK_K)
             b = tl.reshape(gate_up.load([expert, 0, column, k * BLOCK_K]), (BLOCK_N, BLOCK_K))
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        for k in tl.static_range(0, RANK, RANK_BLOCK):
+            a = load_rows(projected, first, size, row, k)
+            b = tl.reshape(factor.load([expert, 0, column, k]), (BLOCK_N, RANK_BLOCK))
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         _store_swiglu(pre, act, first, size, row, column, acc, STORE_SPLITS, WRITE_PRE, WRITE_ACT)
     if HALF_TILES:
@@ -78,6 +90,10 @@ def _up_kernel(
             for k in tl.range(0, tl.cdiv(H, BLOCK_K)):
                 a = load_rows(half_rows, first, size, row, k * BLOCK_K)
                 b = tl.reshape(gate_up.load([expert, 0, column, k * BLOCK_K]), (BLOCK_N, BLOCK_K))
+                acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+            for k in tl.static_range(0, RANK, RANK_BLOCK):
+                a = load_rows(half_projected, first, size, row, k)
+                b = tl.reshape(factor.load([expert, 0, column, k]), (BLOCK_N, RANK_BLOCK))
                 acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
             _store_swiglu(half_pre, half_act, first, size, row, column, acc, STORE_SPLITS, WRITE_PRE, WRITE_ACT)
 
@@ -281,11 +297,13 @@ def multiply_up(
     write_act: bool,
     pre: torch.Tensor | None = None,
     act: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     launch: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the pre-activation [R, 2F] and the activation [R, F]; one that is not written is empty.
 
-    ``pre``, ``act``: where to write them.
+    ``pre``, ``act``: where to write them. ``low_rank``: rows [R, r] and a factor [E, 2F, r], as in
+    :func:`multiply_rows`.
     """
     num_rows, hidden = rows.shape
     num_experts, ffn = gate_up.shape[0], gate_up.shape[1] // 2
@@ -294,12 +312,17 @@ def multiply_up(
     if num_rows == 0:
         return pre, act
     launch = launch or find_launch("up", rows.device, rows.dtype, groups.expected_rows, num_experts, 2 * ffn, hidden)
+    rank, rank_block = 0, RANK_BLOCK
+    if low_rank is not None:
+        rank = low_rank[0].shape[1]
+        launch, rank_block = with_low_rank(launch, rows.device, rank)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     grid = num_programs(launch, rows.device)
     half_m, half_n, store_n = block_m // 2, block_n // 2, launch.store_n // 2
     # A descriptor that is not used still needs a tensor of rows to describe.
     pre_rows = pre.view(num_rows, 2, ffn) if write_pre else act.view(num_rows, 1, ffn)
     act_rows = act if write_act else pre
+    projected, factor = (rows, gate_up) if low_rank is None else low_rank
     _up_kernel[(grid,)](
         describe_rows(rows, [block_m, block_k]),
         describe_rows(rows, [half_m, block_k]),
@@ -322,6 +345,13 @@ def multiply_up(
         WRITE_ACT=write_act,
         FLATTEN=launch.flatten,
         PRECISION=matrix_precision(rows.dtype),
+        projected=describe_rows(projected, [block_m, rank_block]),
+        half_projected=describe_rows(projected, [half_m, rank_block]),
+        factor=TensorDescriptor.from_tensor(
+            factor.view(num_experts, 2, ffn, factor.shape[2]), [1, 2, half_n, rank_block]
+        ),
+        RANK=rank,
+        RANK_BLOCK=rank_block,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
@@ -336,18 +366,22 @@ def multiply_down_dgrad(
     row_weights: torch.Tensor | None,
     *,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     launch: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (grad_pre [R, 2F], weighted activation [R, F], gradient [R] of the row weights).
 
-    ``out``: where to write the three.
+    ``out``: where to write the three. ``low_rank``: rows [R, r] and a factor [E, r, F], whose GEMM is part of the
+    activation's gradient.
     """
     num_rows, ffn = pre.shape[0], pre.shape[1] // 2
     if out is None:
         grad_weights = torch.empty(num_rows, dtype=torch.float32, device=pre.device)
         out = (torch.empty_like(pre), pre.new_empty((num_rows, ffn)), grad_weights)
     grad_pre, grad_act, grad_weights = out
-    multiply_rows(grad_out, down, groups, transposed=True, kernel="down_dgrad", out=grad_act, launch=launch)
+    multiply_rows(
+        grad_out, down, groups, transposed=True, kernel="down_dgrad", out=grad_act, low_rank=low_rank, launch=launch
+    )
     if num_rows:
         _swiglu_backward_kernel[(num_rows,)](
             grad_act,

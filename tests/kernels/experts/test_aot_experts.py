@@ -19,10 +19,20 @@ from triton.compiler import ASTSource, compile
 import torch
 from moescale.kernels.experts import grouped_gemm_triton
 from moescale.kernels.experts import triton as experts_triton
-from moescale.kernels.experts.launch_config import default_launch
+from unittest import mock
+from moescale.kernels.experts.launch_config import (
+    LOW_RANK_KERNELS, RANK_BLOCK, default_launch, low_rank_launch, with_low_rank
+)
 
-kernel, capability = sys.argv[1], int(sys.argv[2])
+kernel, capability, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 launch = default_launch((capability // 10, capability % 10), torch.bfloat16)
+depth = RANK_BLOCK
+if kernel in LOW_RANK_KERNELS:
+    launch = low_rank_launch(kernel, (capability // 10, capability % 10), torch.bfloat16, rank, rank)
+    rank = 0
+elif rank:
+    with mock.patch("torch.cuda.get_device_capability", lambda device: (capability // 10, capability % 10)):
+        launch, depth = with_low_rank(launch, torch.device("cuda"), rank)
 m, n, k, store = launch.block_m, launch.block_n, launch.block_k, launch.store_n
 
 def blocks(*shape):
@@ -30,13 +40,15 @@ def blocks(*shape):
 
 tiles = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=1, NUM_PROGRAMS=132, STORE_SPLITS=launch.store_splits)
 constants = dict(**tiles, PRECISION="tf32")
-rows = dict(rows=blocks(1, 1, m, k), half_rows=blocks(1, 1, m // 2, k), tiles="*i32")
+rows = dict(rows=blocks(1, 1, m, k), half_rows=blocks(1, 1, m // 2, k), tiles="*i32",
+            projected=blocks(1, 1, m, depth), half_projected=blocks(1, 1, m // 2, depth))
 if kernel == "up":
     function = experts_triton._up_kernel
-    types = rows | dict(gate_up=blocks(1, 2, n // 2, k),
+    types = rows | dict(gate_up=blocks(1, 2, n // 2, k), factor=blocks(1, 2, n // 2, depth),
                         pre=blocks(1, 1, m, 1, store // 2), half_pre=blocks(1, 1, m // 2, 1, store // 2),
                         act=blocks(1, 1, m, store // 2), half_act=blocks(1, 1, m // 2, store // 2))
-    constants |= dict(WRITE_PRE=True, WRITE_ACT=True, FLATTEN=launch.flatten, HALF_TILES=True)
+    constants |= dict(WRITE_PRE=True, WRITE_ACT=True, FLATTEN=launch.flatten, HALF_TILES=True, RANK=rank,
+                      RANK_BLOCK=depth)
 elif kernel.endswith("wgrad"):
     function = grouped_gemm_triton._weight_gradient_kernel
     types = dict(left=blocks(1, 1, k, m), right=blocks(1, 1, k, n), out=blocks(1, m, store), ends="*i32")
@@ -45,8 +57,10 @@ else:
     function = grouped_gemm_triton._rows_kernel
     transposed = kernel == "up_dgrad"
     types = rows | dict(weight=blocks(1, k, n) if transposed else blocks(1, n, k), out=blocks(1, 1, m, store),
-                        half_out=blocks(1, 1, m // 2, n // ((launch.store_splits + 1) // 2)), out_pointer="*bf16")
-    constants |= dict(TRANSPOSED=transposed, FLATTEN=launch.flatten, HALF_TILES=True, ZERO_TAIL=True)
+                        half_out=blocks(1, 1, m // 2, n // ((launch.store_splits + 1) // 2)), out_pointer="*bf16",
+                        factor=blocks(1, depth, n) if transposed else blocks(1, n, depth))
+    constants |= dict(TRANSPOSED=transposed, FLATTEN=launch.flatten, HALF_TILES=True, ZERO_TAIL=True, RANK=rank,
+                      RANK_BLOCK=depth)
 
 signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
 source = ASTSource(fn=function, signature=signature, constexprs=constants)
@@ -61,13 +75,32 @@ MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-@pytest.mark.parametrize("capability", MATRIX_INSTRUCTION)
-@pytest.mark.parametrize("kernel", ["up", "down", "up_dgrad", "up_wgrad"])
-def test_kernel_compiles_to_the_matrix_units_of_its_generation(kernel, capability):
+def compile_apart(kernel, capability, rank):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, "-c", PROGRAM, kernel, str(capability)]
+    command = [sys.executable, "-c", PROGRAM, kernel, str(capability), str(rank)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
     assert MATRIX_INSTRUCTION[capability] in result["instructions"]
     assert result["shared"] <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.parametrize("capability", MATRIX_INSTRUCTION)
+@pytest.mark.parametrize("kernel", ["up", "down", "up_dgrad", "up_wgrad"])
+def test_kernel_compiles_to_the_matrix_units_of_its_generation(kernel, capability):
+    compile_apart(kernel, capability, rank=0)
+
+
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("kernel", ["up", "up_dgrad"])
+def test_kernel_with_a_low_rank_addition_fits_next_to_its_pipeline(kernel, capability):
+    compile_apart(kernel, capability, rank=32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", MATRIX_INSTRUCTION)
+@pytest.mark.parametrize("kernel", ["project", "factor_wgrad", "projection_wgrad"])
+def test_gemms_onto_a_rank_compile(kernel, capability):
+    compile_apart(kernel, capability, rank=16)

@@ -1,0 +1,28 @@
+"""The functions that make up the expert MLP, by back end."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import SimpleNamespace
+
+from moescale.kernels.experts import reference
+
+
+def operators_of(backend: str) -> SimpleNamespace:
+    """Return the functions that make up the operator in a back end, with one signature."""
+    if backend in ("triton", "cute"):
+        module = importlib.import_module(f"moescale.kernels.experts.{backend}")
+        return SimpleNamespace(**{name: getattr(module, name) for name in module.__all__})
+    bind = functools.partial
+    return SimpleNamespace(
+        combine_rows=reference.combine_rows,
+        gather_rows=reference.gather_rows,
+        group_rows=reference.group_rows,
+        multiply_down_dgrad=bind(reference.multiply_down_dgrad, backend=backend),
+        multiply_rows=bind(reference.multiply_rows, backend=backend),
+        multiply_up=bind(reference.multiply_up, backend=backend),
+        order_by_pair=reference.order_by_pair,
+        sort_weights=reference.sort_weights,
+        weight_gradient=bind(reference.weight_gradient, backend=backend),
+    )
