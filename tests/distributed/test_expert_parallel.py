@@ -68,7 +68,7 @@ def choose_ids(choice: str, num_tokens: int, top_k: int, generator: torch.Genera
 
 def make_routing(ids: torch.Tensor, weights: torch.Tensor) -> Routing:
     counts = torch.bincount(ids[ids >= 0], minlength=EXPERTS).to(torch.int32)
-    return Routing(ids, weights, counts, torch.zeros(()))
+    return Routing(ids, weights, counts, torch.zeros(()), counts)
 
 
 def compare(

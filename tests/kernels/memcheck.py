@@ -43,19 +43,22 @@ def check_experts() -> None:
 
 def check_router() -> None:
     for tokens, num_experts, top_k, groups in ((1, 8, 2, 1), (33, 64, 6, 1), (130, 160, 6, 8)):
-        logits = router_logits(randn(tokens, 64), randn(num_experts, 64))
-        routing = route(
-            logits,
-            top_k=top_k,
-            group_limited=groups > 1,
-            num_groups=groups,
-            top_k_groups=min(3, groups),
-            normalize_topk=False,
-            routed_scaling_factor=1.0,
-            num_sequences=1,
-            backend="triton",
-        )
-        backward(routing.topk_weights, routing.aux_loss)
+        for bias in (None, torch.zeros(num_experts, device="cuda")):
+            logits = router_logits(randn(tokens, 64), randn(num_experts, 64))
+            routing = route(
+                logits,
+                bias=bias,
+                counted=None if bias is None else torch.ones(tokens, dtype=torch.bool, device="cuda"),
+                top_k=top_k,
+                group_limited=groups > 1,
+                num_groups=groups,
+                top_k_groups=min(3, groups),
+                normalize_topk=False,
+                routed_scaling_factor=1.0,
+                num_sequences=1,
+                backend="triton",
+            )
+            backward(routing.topk_weights, routing.aux_loss)
 
 
 def check_elementwise() -> None:

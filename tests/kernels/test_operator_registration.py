@@ -20,7 +20,8 @@ CASES = {
         rope._mla_rope_op,
         lambda: (randn(2, 4, 3, 10), randn(2, 4, 3, 11, seed=1), randn(2, 4, 4, seed=2), TABLE, TABLE),
     ),
-    "route": (router._route_op, lambda: (randn(6, 8), 3, 4, 2, True, 1.5, 2)),
+    "route": (router._route_op, lambda: (randn(6, 8), None, None, 3, 4, 2, True, 1.5, 2)),
+    "route_by_sigmoid": (router._route_op, lambda: (randn(6, 8), TABLE.flatten(), TARGETS > 1, 3, 4, 2, True, 1.5, 2)),
     "linear_cross_entropy": (
         cross_entropy._linear_cross_entropy_op,
         lambda: (randn(*X), randn(9, 8, seed=1), TARGETS, -100, None, True, True, True),
@@ -41,4 +42,4 @@ def test_operator_passes_opcheck(name: str) -> None:
     operator, arguments = CASES[name]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     # The last check adds up all results and cannot add integer to float ones; test_router compiles the router itself.
-    torch.library.opcheck(operator, arguments(), test_utils=checks[:3] if name == "route" else checks)
+    torch.library.opcheck(operator, arguments(), test_utils=checks[:3] if "route" in name else checks)

@@ -24,30 +24,57 @@ SETTINGS = [
     GROUPED | {"num_sequences": 3},
     GROUPED | {"num_sequences": None, "normalize_topk": True},
 ]
+# Biases that overturn choices of the scores, and a mask of tokens that leaves some of each sequence out.
+BIAS = torch.linspace(-0.6, 0.6, 12, device=DEVICE)[torch.tensor([5, 0, 9, 3, 11, 1, 7, 4, 10, 2, 8, 6])]
+COUNTED = torch.arange(21, device=DEVICE) % 3 != 1
+BIASED = [
+    GREEDY | {"num_sequences": None, "bias": BIAS},
+    GREEDY | {"num_sequences": 3, "bias": BIAS, "counted": COUNTED, "normalize_topk": True},
+    GREEDY | {"num_sequences": 3, "bias": BIAS, "normalize_topk": True, "top_k": 1},
+    GROUPED | {"num_sequences": 3, "bias": BIAS, "counted": COUNTED},
+    GROUPED | {"num_sequences": 1, "bias": BIAS * 3, "normalize_topk": True},
+    GROUPED | {"num_sequences": 3, "bias": BIAS, "num_groups": 12, "top_k_groups": 4},
+]
+SETTINGS += BIASED
 
 
 def by_definition(logits: torch.Tensor, settings: dict) -> tuple[list[list[int]], list[list[float]], float]:
-    """DeepSeek-V2's router in Python numbers: chosen experts, weights and auxiliary loss."""
+    """DeepSeek-V2's router, with a bias DeepSeek-V3's, in Python numbers: chosen experts, weights, auxiliary loss."""
     num_experts, top_k = logits.shape[1], settings["top_k"]
     ids, weights = [], []
-    probabilities = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in logits.tolist()]
-    for p in probabilities:
+    bias = settings.get("bias")
+    if bias is None:
+        scores = probabilities = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in logits.tolist()]
+    else:
+        scores = [[1 / (1 + math.exp(-x)) for x in row] for row in logits.tolist()]
+        probabilities = [[s / sum(row) for s in row] for row in scores]
+    balanced = []
+    for s in scores:
+        candidates = s if bias is None else [x + b for x, b in zip(s, bias.tolist(), strict=True)]
         allowed = list(range(num_experts))
         if settings["group_limited"]:
             size = num_experts // settings["num_groups"]
-            groups = sorted(range(settings["num_groups"]), key=lambda g: -max(p[g * size : (g + 1) * size]))
+            within = [
+                sorted(candidates[g * size : (g + 1) * size], reverse=True) for g in range(settings["num_groups"])
+            ]
+            groups = sorted(range(settings["num_groups"]), key=lambda g: -sum(within[g][: 1 if bias is None else 2]))
             allowed = [e for e in allowed if e // size in groups[: settings["top_k_groups"]]]
-        best = sorted(allowed, key=lambda e: -p[e])[:top_k]
-        total = sum(p[e] for e in best)
-        normalize = settings["normalize_topk"] and top_k > 1
+        best = sorted(allowed, key=lambda e: -candidates[e])[:top_k]
+        total = sum(s[e] for e in best)
+        factor = settings["routed_scaling_factor"]
+        if bias is None:
+            factor = 1 / total if settings["normalize_topk"] and top_k > 1 else factor
+        elif settings["normalize_topk"]:
+            factor = factor / total
         ids.append(best)
-        weights.append([p[e] / total if normalize else p[e] * settings["routed_scaling_factor"] for e in best])
+        weights.append([s[e] * factor for e in best])
+        balanced.append(best if bias is None else sorted(range(num_experts), key=lambda e: -s[e])[:top_k])
     sequences = settings["num_sequences"] or 1
     length = len(ids) // sequences
     loss = 0.0
     for start in range(0, len(ids), length):
         for e in range(num_experts):
-            count = sum(row.count(e) for row in ids[start : start + length])
+            count = sum(row.count(e) for row in balanced[start : start + length])
             mean = sum(p[e] for p in probabilities[start : start + length]) / length
             loss += count / (length * top_k / num_experts) * mean / sequences
     return ids, weights, loss
@@ -64,6 +91,26 @@ def test_choice_weights_counts_and_loss_are_the_published_definition(settings: d
     torch.testing.assert_close(routing.topk_weights.detach().cpu(), torch.tensor(weights))
     torch.testing.assert_close(routing.aux_loss.item(), loss, rtol=1e-5, atol=0)
     assert routing.tokens_per_expert.tolist() == [sum(row.count(e) for row in ids) for e in range(12)]
+    counted = settings.get("counted", torch.ones(21, dtype=torch.bool)).tolist()
+    counted_ids = [row for row, counts in zip(ids, counted, strict=True) if counts]
+    assert routing.load.tolist() == [sum(row.count(e) for row in counted_ids) for e in range(12)]
+
+
+def test_a_bias_changes_choices_and_their_weights_stay_the_scores() -> None:
+    logits = randn(21, 12)
+    plain, biased = (route(logits, **BIASED[0] | {"bias": bias}) for bias in (torch.zeros_like(BIAS), BIAS))
+    assert not torch.equal(plain.topk_ids.sort().values, biased.topk_ids.sort().values)
+    chosen = logits.sigmoid().gather(1, biased.topk_ids.long())
+    torch.testing.assert_close(biased.topk_weights, chosen * GREEDY["routed_scaling_factor"])
+    torch.testing.assert_close(plain.aux_loss, biased.aux_loss)  # which is of the scores alone
+
+
+def test_load_leaves_out_tokens_that_do_not_count_with_softmax_too() -> None:
+    logits = randn(21, 12)
+    for backend in ("torch", "triton"):
+        routing = route(logits, **SETTINGS[1], counted=COUNTED, backend=backend)
+        left = torch.bincount(routing.topk_ids[COUNTED].flatten(), minlength=12)
+        assert torch.equal(routing.load.long(), left) and routing.tokens_per_expert.sum() == 63
 
 
 @pytest.mark.usefixtures("poisoned_outputs")
@@ -82,10 +129,14 @@ def test_gradients_of_weights_and_loss_agree(settings: dict) -> None:
     num_experts=st.sampled_from([1, 2, 5, 64, 160, 256]),
     top_k=st.integers(1, 8),
     normalize=st.booleans(),
+    biased=st.booleans(),
 )
-def test_kernel_agrees_on_any_shape(tokens: int, num_experts: int, top_k: int, normalize: bool) -> None:
+def test_kernel_agrees_on_any_shape(tokens: int, num_experts: int, top_k: int, normalize: bool, biased: bool) -> None:
     logits = randn(tokens, num_experts, seed=tokens)
     arguments = GREEDY | {"top_k": min(top_k, num_experts), "normalize_topk": normalize, "num_sequences": None}
+    if biased:
+        arguments["bias"] = randn(num_experts, seed=1, grad=False)
+        arguments["counted"] = randn(tokens, seed=2, grad=False) > 0
     ours, plain = (route(logits, **arguments, backend=b) for b in ("triton", "torch"))
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b)
@@ -100,8 +151,16 @@ def test_equal_probabilities_choose_the_first_experts() -> None:
 def test_ids_stay_in_range_for_logits_that_are_not_finite() -> None:
     for bad in (float("nan"), float("-inf"), float("inf")):
         logits = torch.full((3, 5), bad, device=DEVICE)
-        ids = route(logits, **GREEDY, num_sequences=None, backend="triton").topk_ids
-        assert ((ids >= 0) & (ids < 5)).all()
+        for bias in (None, torch.zeros(5, device=DEVICE)):
+            ids = route(logits, **GREEDY, num_sequences=None, bias=bias, backend="triton").topk_ids
+            assert ((ids >= 0) & (ids < 5)).all()
+
+
+def test_scores_of_extreme_logits_are_exact() -> None:
+    logits = torch.tensor([[-200.0, -90.0, 0.0, 90.0, 200.0]], device=DEVICE)
+    arguments = GREEDY | {"top_k": 5, "routed_scaling_factor": 1.0, "num_sequences": None}
+    weights = route(logits, **arguments, bias=torch.zeros(5, device=DEVICE), backend="triton").topk_weights
+    torch.testing.assert_close(weights.sort().values, logits.sigmoid())
 
 
 def test_balanced_routing_has_a_loss_of_one() -> None:
@@ -116,6 +175,9 @@ def test_balanced_routing_has_a_loss_of_one() -> None:
         ({"top_k": 13}, r"top_k \(13\) must be between 1 and the 12 reachable"),
         ({"group_limited": True, "num_groups": 5}, r"num_groups \(5\).*must divide"),
         ({"num_sequences": 4}, r"num_sequences \(4\) must divide the 21 tokens"),
+        ({"bias": torch.zeros(11)}, r"bias.*\[E\]"),
+        ({"bias": torch.zeros(12, dtype=torch.bfloat16)}, r"bias.*float32"),
+        ({"counted": torch.ones(21)}, r"counted.*bool"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict, message: str) -> None:
@@ -123,9 +185,10 @@ def test_impossible_settings_are_refused(changes: dict, message: str) -> None:
         route(randn(21, 12), **(GREEDY | {"num_sequences": None} | changes))
 
 
-def test_the_operator_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["softmax", "sigmoid"])
+def test_the_operator_compiles_without_a_graph_break(bias: torch.Tensor | None) -> None:
     def balanced(logits: torch.Tensor) -> Routing:
-        return route(logits * 2, **GREEDY, num_sequences=3, backend="triton")
+        return route(logits * 2, **GREEDY, num_sequences=3, bias=bias, backend="triton")
 
     logits = randn(21, 12)
     compiled = torch.compile(balanced, fullgraph=True, backend="aot_eager")
@@ -154,6 +217,10 @@ def test_logit_gradients_of_bf16_inputs_match_fp32_products() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_large_inputs_agree_repeat_exactly_and_never_synchronise(settings: dict) -> None:
+    if "bias" in settings:
+        settings = settings | {"bias": randn(64, seed=3, grad=False) * 0.1, "num_groups": 4, "top_k_groups": 2}
+        settings["counted"] = randn(8193, seed=4, grad=False) > 0
+
     def differentiable(logits: torch.Tensor, *, backend: str) -> tuple[torch.Tensor, ...]:
         routing = route(logits, **settings, backend=backend)
         return routing.topk_weights, routing.aux_loss

@@ -1,7 +1,9 @@
 """The router: which experts each token goes to, with which weights, and the load-balancing loss.
 
-Source: DeepSeek-V2 (arXiv:2405.04434, sections 2.1.2 and 2.2.2) and its published modelling code. The softmax runs
-over all experts before group limiting; gradients flow through probabilities only, never through the choice.
+Sources: DeepSeek-V2 (arXiv:2405.04434, sections 2.1.2 and 2.2.2) and its published modelling code, where a softmax runs
+over all experts before group limiting; DeepSeek-V3 (arXiv:2412.19437, section 2.1.2, equations 12 to 20), where scores
+are sigmoids and a bias per expert, which no gradient trains, takes part in the choice alone. Gradients flow through the
+scores only, never through the choice.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def route(
     logits: torch.Tensor,
     *,
+    bias: torch.Tensor | None = None,
+    counted: torch.Tensor | None = None,
     top_k: int,
     group_limited: bool,
     normalize_topk: bool,
@@ -47,18 +51,28 @@ def route(
     maximum. With ``normalize_topk`` and top_k > 1 the weights are divided by their sum, otherwise multiplied by
     ``routed_scaling_factor``. The auxiliary loss balances the T tokens as a whole, or each of ``num_sequences`` equal
     sequences by itself and is then their mean. Nothing synchronises with the host.
+
+    With ``bias`` [E] fp32 scores are sigmoids of the logits and the choice is by score plus bias, the score of a group
+    the sum of its two best. The weights are the scores, with ``normalize_topk`` divided by their sum, *and* multiplied
+    by ``routed_scaling_factor``. The auxiliary loss is of each token's scores, divided by their sum over all experts,
+    and of the experts that have its ``top_k`` highest scores. ``counted`` [T] bool: the tokens that ``load`` is of.
     """
     if not group_limited:
         num_groups = top_k_groups = 1
     sequences = 1 if num_sequences is None else num_sequences
     _check(logits, top_k, num_groups, top_k_groups, sequences)
-    normalize = normalize_topk and top_k > 1
+    if bias is not None:
+        check_shape("route", "bias", bias, (logits.shape[1],), "[E]")
+        check_dtype("route", "bias", bias, (torch.float32,))
+    if counted is not None:
+        check_shape("route", "counted", counted, (logits.shape[0],), "[T]")
+        check_dtype("route", "counted", counted, (torch.bool,))
+    normalize = normalize_topk and (top_k > 1 or bias is not None)
+    arguments = (logits, bias, counted, top_k, num_groups, top_k_groups, normalize, routed_scaling_factor, sequences)
     if runs_triton(logits.device, logits.dtype, backend):
-        ids, weights, counts, loss, _ = _route_op(
-            logits, top_k, num_groups, top_k_groups, normalize, routed_scaling_factor, sequences
-        )
-        return Routing(ids, weights, counts, loss)
-    return reference.route(logits, top_k, num_groups, top_k_groups, normalize, routed_scaling_factor, sequences)
+        ids, weights, rows, loss, _ = _route_op(*arguments)
+        return Routing(ids, weights, rows[0], loss, rows[1])
+    return reference.route(*arguments)
 
 
 def _check(logits: torch.Tensor, top_k: int, num_groups: int, top_k_groups: int, num_sequences: int) -> None:
@@ -80,6 +94,8 @@ def _check(logits: torch.Tensor, top_k: int, num_groups: int, top_k_groups: int,
 @custom_op("moescale::route", mutates_args=())
 def _route_op(
     logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    counted: torch.Tensor | None,
     top_k: int,
     num_groups: int,
     top_k_groups: int,
@@ -89,16 +105,18 @@ def _route_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from moescale.kernels.router import triton
 
-    return triton.forward(logits.contiguous(), top_k, num_groups, top_k_groups, normalize, scaling, num_sequences)
+    return triton.forward(
+        logits.contiguous(), bias, counted, top_k, num_groups, top_k_groups, normalize, scaling, num_sequences
+    )
 
 
 @_route_op.register_fake
-def _(logits, top_k, num_groups, top_k_groups, normalize, scaling, num_sequences):
+def _(logits, bias, counted, top_k, num_groups, top_k_groups, normalize, scaling, num_sequences):
     num_tokens, num_experts = logits.shape
     return (
         logits.new_empty((num_tokens, top_k), dtype=torch.int32),
         logits.new_empty((num_tokens, top_k)),
-        logits.new_empty((num_experts,), dtype=torch.int32),
+        logits.new_empty((2, num_experts), dtype=torch.int32),
         logits.new_empty(()),
         logits.new_empty((num_sequences, num_experts), dtype=torch.int32),
     )
@@ -110,30 +128,31 @@ def _route_backward_op(
     grad_loss: torch.Tensor,
     logits: torch.Tensor,
     ids: torch.Tensor,
-    weights: torch.Tensor,
     counts: torch.Tensor,
     normalize: bool,
     scaling: float,
+    by_sigmoid: bool,
 ) -> torch.Tensor:
     from moescale.kernels.router import triton
 
-    return triton.backward(grad_weights, grad_loss, logits.contiguous(), ids, weights, counts, normalize, scaling)
+    return triton.backward(grad_weights, grad_loss, logits.contiguous(), ids, counts, normalize, scaling, by_sigmoid)
 
 
 @_route_backward_op.register_fake
-def _(grad_weights, grad_loss, logits, ids, weights, counts, normalize, scaling):
+def _(grad_weights, grad_loss, logits, ids, counts, normalize, scaling, by_sigmoid):
     return logits.new_empty(logits.shape)
 
 
 def _save_route(ctx, inputs, output):
-    logits, _, _, _, ctx.normalize, ctx.scaling, _ = inputs
-    ids, weights, _, _, counts = output
-    ctx.save_for_backward(logits, ids, weights, counts)
+    logits, bias, _, _, _, _, ctx.normalize, ctx.scaling, _ = inputs
+    ctx.by_sigmoid = bias is not None
+    ids, _, _, _, counts = output
+    ctx.save_for_backward(logits, ids, counts)
 
 
-def _route_backward(ctx, grad_ids, grad_weights, grad_total, grad_loss, grad_counts):
-    grad = _route_backward_op(grad_weights, grad_loss, *ctx.saved_tensors, ctx.normalize, ctx.scaling)
-    return grad, *(None,) * 6
+def _route_backward(ctx, grad_ids, grad_weights, grad_rows, grad_loss, grad_counts):
+    grad = _route_backward_op(grad_weights, grad_loss, *ctx.saved_tensors, ctx.normalize, ctx.scaling, ctx.by_sigmoid)
+    return grad, *(None,) * 8
 
 
 _route_op.register_autograd(_route_backward, setup_context=_save_route)

@@ -18,10 +18,14 @@ class Routing(NamedTuple):
     """[E] int32: routed rows each expert receives."""
     aux_loss: torch.Tensor
     """Scalar fp32: the load-balancing loss, not yet times ``aux_loss_alpha``. Differentiable."""
+    load: torch.Tensor
+    """[E] int32: of the rows each expert receives, those of tokens that count."""
 
 
 def route(
     logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    counted: torch.Tensor | None,
     top_k: int,
     num_groups: int,
     top_k_groups: int,
@@ -30,7 +34,11 @@ def route(
     num_sequences: int,
 ) -> Routing:
     """As :func:`moescale.kernels.router.route`, whose arguments it takes checked."""
-    num_tokens, num_experts = logits.shape
+    if bias is not None:
+        return _route_by_sigmoid(
+            logits, bias, counted, top_k, num_groups, top_k_groups, normalize, scaling, num_sequences
+        )
+    num_experts = logits.shape[1]
     probabilities = logits.softmax(dim=-1)
     candidates = probabilities.detach()
     if num_groups > 1:
@@ -42,19 +50,78 @@ def route(
     else:
         topk_weights = topk_weights * scaling
 
-    counts = torch.zeros(num_sequences, num_experts, dtype=torch.float32, device=logits.device)
-    chosen = topk_ids.view(num_sequences, -1)
-    counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float32))
+    counts = _count(topk_ids, num_sequences, num_experts)
+    aux_loss = _balance(counts, probabilities, top_k)
+    rows = counts.sum(0).to(torch.int32)
+    load = rows if counted is None else _load(topk_ids, counted, num_experts)
+    return Routing(topk_ids.to(torch.int32), topk_weights, rows, aux_loss, load)
+
+
+def _route_by_sigmoid(
+    logits: torch.Tensor,
+    bias: torch.Tensor,
+    counted: torch.Tensor | None,
+    top_k: int,
+    num_groups: int,
+    top_k_groups: int,
+    normalize: bool,
+    scaling: float,
+    num_sequences: int,
+) -> Routing:
+    num_experts = logits.shape[1]
+    scores = logits.sigmoid()
+    candidates = scores.detach() + bias
+    if num_groups > 1:
+        grouped = candidates.unflatten(-1, (num_groups, -1))  # [T, groups, E / groups]
+        group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        candidates = _keep_groups(grouped, group_scores, top_k_groups, -torch.inf)
+    topk_ids = candidates.topk(top_k, dim=-1).indices
+    topk_weights = scores.gather(1, topk_ids)
+    if normalize:
+        topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
+        if top_k == 1:  # a constant, to which rounding would give a gradient
+            topk_weights = topk_weights.detach()
+    topk_weights = topk_weights * scaling
+
+    # The loss balances what the scores alone would choose, group limits and bias left out.
+    preferred = scores.detach().topk(top_k, dim=-1).indices
+    shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    aux_loss = _balance(_count(preferred, num_sequences, num_experts), shares, top_k)
+    rows = _count(topk_ids, 1, num_experts)[0].to(torch.int32)
+    load = rows if counted is None else _load(topk_ids, counted, num_experts)
+    return Routing(topk_ids.to(torch.int32), topk_weights, rows, aux_loss, load)
+
+
+def _count(ids: torch.Tensor, num_sequences: int, num_experts: int) -> torch.Tensor:
+    """[T, K] -> [sequences, E] fp32: how often each sequence's tokens chose each expert."""
+    counts = torch.zeros(num_sequences, num_experts, dtype=torch.float32, device=ids.device)
+    chosen = ids.reshape(num_sequences, -1)
+    return counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float32))
+
+
+def _load(ids: torch.Tensor, counted: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """[T, K] and [T] bool -> [E] int32."""
+    load = torch.zeros(num_experts, dtype=torch.int32, device=ids.device)
+    return load.scatter_add_(0, ids.flatten(), counted[:, None].expand_as(ids).flatten().to(torch.int32))
+
+
+def _balance(counts: torch.Tensor, shares: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The load-balancing loss of counts [sequences, E] and the tokens' shares [T, E]."""
+    num_sequences, num_experts = counts.shape
     # Relative load: 1 where an expert gets exactly its share.
-    load = counts * (num_experts * num_sequences / (max(num_tokens, 1) * top_k))
-    mean_probabilities = probabilities.view(num_sequences, -1, num_experts).mean(1)
-    aux_loss = (load * mean_probabilities).sum(1).mean()
-    return Routing(topk_ids.to(torch.int32), topk_weights, counts.sum(0).to(torch.int32), aux_loss)
+    load = counts * (num_experts * num_sequences / (max(shares.shape[0], 1) * top_k))
+    mean_shares = shares.view(num_sequences, -1, num_experts).mean(1)
+    return (load * mean_shares).sum(1).mean()
 
 
 def _mask_groups(probabilities: torch.Tensor, num_groups: int, top_k_groups: int) -> torch.Tensor:
     grouped = probabilities.unflatten(-1, (num_groups, -1))  # [T, groups, E / groups]
-    chosen = grouped.amax(-1).topk(top_k_groups, dim=-1).indices
-    allowed = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=grouped.device).scatter_(1, chosen, True)
     # Below every probability, so that a probability that underflowed to 0 still wins over a masked one.
-    return grouped.masked_fill(~allowed.unsqueeze(-1), -1.0).flatten(1)
+    return _keep_groups(grouped, grouped.amax(-1), top_k_groups, -1.0)
+
+
+def _keep_groups(grouped: torch.Tensor, scores: torch.Tensor, top_k_groups: int, masked: float) -> torch.Tensor:
+    """[T, groups, E / groups] -> [T, E], with ``masked`` in all but the groups of the highest scores [T, groups]."""
+    chosen = scores.topk(top_k_groups, dim=-1).indices
+    allowed = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=grouped.device).scatter_(1, chosen, True)
+    return grouped.masked_fill(~allowed.unsqueeze(-1), masked).flatten(1)
