@@ -105,7 +105,7 @@ def test_forward_and_backward_match_plain_torch(cute, weighted, save_pre, with_b
         out, pre = experts_module._mlp_forward(ops, rows, gate_up, down, ends, save_pre, zero_tail=True)
         assert pre.numel() == (num_rows * 2 * ffn if save_pre else 0)
         grad_rows, grad_weights, *gradients = experts_module._mlp_backward(
-            ops, grad, rows, pre, gate_up, down, ends, row_weights, *buffers, zero_tail=True
+            ops, grad, rows, pre, gate_up, down, ends, row_weights, *buffers, False, zero_tail=True
         )
         results = {"y": out, "rows": grad_rows, "weights": grad_weights[:11] if weighted else torch.empty(0)}
         return results | dict(zip(("gate_up", "down"), buffers if with_buffers else gradients, strict=True))
