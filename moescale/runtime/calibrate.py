@@ -23,6 +23,7 @@ from moescale.kernels.experts import expert_mlp
 from moescale.kernels.experts.sort import sort_pairs
 from moescale.kernels.rms_norm import rms_norm
 from moescale.models.flops import peak_flops
+from moescale.runtime.calibrate_links import measure_links
 from moescale.runtime.device import choose_device
 
 ROWS = 8192
@@ -74,11 +75,13 @@ def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any
     say(f"experts {_range(experts[1])}")
     attention_rates = _attention_rates(device)
     say(f"attention {_range(attention_rates[1])}")
-    clock = plausible_clock(lambda: _sustained_clock(device))
+    clock = plausible_clock(lambda: _sustained_clock(device, max(dense[1])))
     say(f"sustained clock {clock:.3f}")
     host = _host_rate(device)
     say(f"host link {host / 1e9:.0f} GB/s")
-    intra, source = _links(device)
+    links, link_sources = measure_links(device, _seconds)
+    for name, link in links.items():
+        say(f"{name} {link['bytes_per_second'] / 1e9:.0f} GB/s, {link['latency_seconds'] * 1e6:.1f} us")
     measured = "measured by moescale calibrate"
     document: dict[str, Any] = {
         "name": properties.name.lower().replace(" ", "-"),
@@ -98,18 +101,17 @@ def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any
         "dense_gemm": {"sizes": dense[0], "flops_per_second": dense[1]},
         "grouped_gemm": {"sizes": experts[0], "flops_per_second": experts[1]},
         "attention": {"sizes": attention_rates[0], "flops_per_second": attention_rates[1]},
-        "intra_node": intra,
+        **links,
         "inter_node": {"latency_seconds": 15e-6, "bytes_per_second": 42e9},
         "host": {"latency_seconds": 20e-6, "bytes_per_second": host},
     }
     assumed = {
         "inter_node": "assumed: 400 Gb/s per GPU, at 85%",
-        "intra_node": source,
         "gpus_per_node": "assumed where fewer are visible",
         "step_overhead_seconds": "assumed",
         "allocator_slack": "assumed: as on an H200",
         "peak_flops_per_second": "data sheet where the GPU is known",
-    }
+    } | link_sources
     document["sources"] = {name: assumed.get(name, measured) for name in document if name not in ("name", "gpu")}
     return document
 
@@ -261,8 +263,12 @@ def plausible_clock(measure: Callable[[], float]) -> float:
     return max(clocks)
 
 
-def _sustained_clock(device: torch.device) -> float:
-    """Rate of a large product after seconds of it, over the rate at the start."""
+def _sustained_clock(device: torch.device, fastest: float) -> float:
+    """Rate of a large product after seconds of it, over the rate at the start.
+
+    The rate at the start is checked against ``fastest``, FLOP/s measured before: another user of the GPU in these
+    milliseconds would hide how far the clock falls.
+    """
     x = torch.randn(8192, 8192, device=device).bfloat16()
     out = torch.empty_like(x)
     torch.cuda.synchronize(device)
@@ -274,6 +280,7 @@ def _sustained_clock(device: torch.device) -> float:
             torch.mm(x, x, out=out)
         torch.cuda.synchronize(device)
     warm = min(_seconds(lambda: torch.mm(x, x, out=out), repeats=5) for _ in range(3))
+    cold = min(cold, 2.0 * 8192**3 / fastest)
     return min(1.0, cold / warm)
 
 
@@ -292,21 +299,6 @@ def _context_bytes(device: torch.device) -> int:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return max(0, total - free - torch.cuda.memory_reserved(device))
-
-
-def _links(device: torch.device) -> tuple[dict[str, float], str]:
-    """The link between the processes' GPUs: latency of a small all-gather, rate of a large one."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return {"latency_seconds": 8e-6, "bytes_per_second": 360e9}, "assumed: NVLink 4, 450 GB/s each way, at 80%"
-    ranks = dist.get_world_size()
-    figures = {}
-    for name, numel in (("small", 1024), ("large", 2**27)):
-        part = torch.empty(numel, dtype=torch.uint8, device=device)
-        whole = torch.empty(numel * ranks, dtype=torch.uint8, device=device)
-        figures[name] = _seconds(lambda part=part, whole=whole: dist.all_gather_into_tensor(whole, part))  # type: ignore[misc]
-    received = 2**27 * (ranks - 1)
-    rate = received / (figures["large"] - figures["small"])
-    return {"latency_seconds": figures["small"], "bytes_per_second": rate}, f"measured over {ranks} GPUs"
 
 
 def _range(rates: list[float]) -> str:

@@ -10,6 +10,7 @@ import torch
 from moescale.cli import main
 from moescale.planner.cluster import load_cluster, parse_cluster
 from moescale.runtime.calibrate import calibrate, to_toml
+from moescale.runtime.calibrate_links import measure_links
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can be calibrated")
@@ -30,6 +31,12 @@ def test_what_is_written_is_what_compile_reads():
     cluster = load_cluster("h200")
     fields = dataclasses.asdict(cluster, dict_factory=without_none)
     assert parse_cluster(tomllib.loads(to_toml(fields)), "mine.toml") == cluster
+
+
+def test_links_that_one_process_cannot_measure_are_assumed_and_said_to_be():
+    tables, sources = measure_links(torch.device("cpu"), lambda _: 1.0)
+    assert list(tables) == list(sources) == ["intra_node"]
+    assert sources["intra_node"].startswith("assumed")
 
 
 @pytest.mark.gpu

@@ -235,20 +235,30 @@ def test_rows_not_aligned_to_16_bytes_need_the_torch_backend(hidden, ffn):
 @pytest.mark.parametrize("hidden, ffn", [(512, 176), (72, 264)])
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_bf16_error_is_at_most_twice_that_of_plain_torch(backend, tokens, top_k, num_experts, hidden, ffn):
-    ids, inputs = make_inputs(tokens, min(top_k, num_experts), num_experts, hidden, ffn)
+    # The error of a few numbers is chance: draws are pooled until there are about 64 tokens.
+    seeds = range(max(1, 64 // max(tokens, 1)) if tokens else 1)
+    sums = sum(squares(backend, seed, (tokens, min(top_k, num_experts), num_experts, hidden, ffn)) for seed in seeds)
+    ours, plain, size = sums.sqrt().unbind()
+    assert (ours <= 2 * plain + 1e-4 * size).all(), (ours, plain, size)
+
+
+def squares(backend, seed, sizes):
+    """Squares of our error, of plain torch's and of the result, [3, 5], for y and every gradient."""
+    tokens, hidden = sizes[0], sizes[3]
+    ids, inputs = make_inputs(*sizes, seed=seed)
     ids = ids.cuda()
     exact = [t.detach().double().cuda().requires_grad_() for t in inputs]
     half = [t.detach().cuda().requires_grad_() if i == 1 else t.detach().bfloat16().cuda().requires_grad_()
             for i, t in enumerate(inputs)]  # fmt: skip
-    grad = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    grad = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed)).cuda().bfloat16()
     for e, h in zip(exact, half, strict=True):
         e.data.copy_(h.data)
     reference = run(experts_reference, ids, exact, grad.double())
     plain = run(experts, ids, half, grad, backend="torch")
     ours = run(experts, ids, half, grad, backend=backend)
-    for o, p, r in zip(ours, plain, reference, strict=True):
-        assert o.isfinite().all()
-        assert (o - r).norm() <= 2 * (p - r).norm() + 1e-4 * r.norm()
+    assert all(o.isfinite().all() for o in ours)
+    rows = [[(o - r).norm(), (p - r).norm(), r.norm()] for o, p, r in zip(ours, plain, reference, strict=True)]
+    return torch.tensor(rows, dtype=torch.float64).T ** 2
 
 
 @pytest.mark.gpu
