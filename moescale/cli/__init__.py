@@ -28,6 +28,7 @@ _COMMANDS = {
     "prepare": "Tokenise text and pack it into sequences.",
     "compile": "Plan parallel training for a cluster: will it fit, how fast, with which settings.",
     "run": "Train a model: start it, or continue the run in the output folder.",
+    "doctor": "Examine this machine: what will and will not work, and what mends it.",
     "calibrate": "Measure this machine and write a cluster file for compile.",
     "export": "Write a run's weights as a Hugging Face checkpoint.",
     "bench": "Measure the kernels beside their peers on this GPU, or tune them for it.",
