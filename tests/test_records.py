@@ -230,7 +230,7 @@ def test_a_file_name_that_is_not_utf8_is_read_back():
 
 PACKAGE = Path(moescale.__file__).parent
 PARSES_ITSELF = {
-    "moescale/records.py": "is the reader",
+    "moescale/records/documents.py": "is the reader",
     "moescale/runtime/watchdog.py": "a rank's own beat from the rendezvous store",
     "moescale/runtime/checkpoint_writer.py": "its own document of a moment ago, in memory",
     "moescale/data/prepare/table_process.py": "what this process and its own child send each other",
@@ -251,7 +251,7 @@ PARSERS = {
 
 
 def parses(tree: ast.Module) -> bool:
-    """Whether a module turns text or bytes into values by a parser other than records.py."""
+    """Whether a module turns text or bytes into values by a parser other than those of ``records``."""
     modules = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -269,7 +269,7 @@ def parses(tree: ast.Module) -> bool:
 
 
 def test_nothing_but_the_strict_reader_parses_files():
-    """A new reader fails here until it goes through records.py, or is listed with what it reads instead of a file."""
+    """A new reader fails here until it goes through ``records``, or is listed with what it reads instead of a file."""
     found = {
         path.relative_to(PACKAGE.parent).as_posix()
         for path in PACKAGE.rglob("*.py")
