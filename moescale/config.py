@@ -66,11 +66,14 @@ class ModelConfig:
     """Layers with an absolute index below this one are dense."""
     moe_layer_frequency: int
     """From ``first_moe_layer`` on, layers whose absolute index is divisible by this are MoE, the others dense."""
-    routing_method: Literal["greedy", "group_limited_greedy"]
+    routing_method: Literal["greedy", "group_limited_greedy", "noaux_tc"]
+    """noaux_tc: scores are sigmoids, and a bias per expert, which follows the load, takes part in the choice."""
     num_groups: int
     top_k_groups: int
     normalize_topk: bool
-    """With top_k > 1, divide the chosen probabilities by their sum, *instead of* ``routed_scaling_factor``."""
+    """With top_k > 1, divide the chosen probabilities by their sum, *instead of* ``routed_scaling_factor``.
+
+    With noaux_tc the scores are divided by their sum *and* multiplied by the factor."""
     routed_scaling_factor: float
     aux_loss_alpha: float
     """Weight of the load-balancing loss; 0 means none."""
@@ -82,6 +85,9 @@ class ModelConfig:
     """Longest sequence the positional encoding is meant for, in tokens."""
     rope_theta: float
     initializer_std: float
+    num_prediction_layers: int = 0
+    """Layers for multi-token prediction behind the last one, which a folder may hold: kept for its export, not
+    trained."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -98,6 +104,8 @@ class ModelConfig:
                 f"model.routing_method ('{self.routing_method}') is not supported; "
                 f"use one of {', '.join(self.routing_methods)}"
             )
+        if self.num_prediction_layers < 0:
+            raise ConfigError(f"model.num_prediction_layers ({self.num_prediction_layers}) must not be negative")
         if self.num_experts is not None:
             self._check_experts(self.num_experts)
 
@@ -118,7 +126,7 @@ class ModelConfig:
             )
         if not 1 <= self.top_k <= num_experts:
             raise ConfigError(f"model.top_k ({self.top_k}) must be between 1 and model.num_experts ({num_experts})")
-        if self.routing_method == "group_limited_greedy":
+        if self.limits_groups:
             if self.num_groups < 1 or num_experts % self.num_groups:
                 raise ConfigError(
                     f"model.num_experts ({num_experts}) must be divisible by model.num_groups ({self.num_groups})"
@@ -139,6 +147,16 @@ class ModelConfig:
     def key_value_width(self) -> int:
         """Elements of a token's keys and values together, over all heads."""
         raise NotImplementedError
+
+    @property
+    def limits_groups(self) -> bool:
+        """Whether a token's experts come from ``top_k_groups`` of the ``num_groups`` groups."""
+        return self.routing_method != "greedy"
+
+    @property
+    def has_choice_bias(self) -> bool:
+        """Whether routers choose by score plus a bias, which is moved after each step and has no gradient."""
+        return self.routing_method == "noaux_tc"
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the layer with absolute index ``layer`` routes its tokens to experts."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from moescale.models.deepseek_v2.config import DeepSeekV2Config
+from moescale.models.deepseek_v3.config import DeepSeekV3Config
 
 
 def tiny_config(**overrides: Any) -> DeepSeekV2Config:
@@ -42,3 +44,10 @@ def tiny_config(**overrides: Any) -> DeepSeekV2Config:
         initializer_std=0.05,
     )
     return DeepSeekV2Config(**(fields | overrides))
+
+
+def tiny_v3_config(**overrides: Any) -> DeepSeekV3Config:
+    """The same with DeepSeek-V3's routing: three of sixteen experts by sigmoid and bias, in one group."""
+    shared = {field.name: getattr(tiny_config(), field.name) for field in dataclasses.fields(DeepSeekV3Config)}
+    routing = dict(routing_method="noaux_tc", num_experts=16, top_k=3, normalize_topk=True, routed_scaling_factor=2.446)
+    return DeepSeekV3Config(**(shared | routing | overrides))

@@ -17,6 +17,7 @@ from cyclopts import Parameter
 
 from moescale import __version__
 from moescale.config import ModelConfig
+from moescale.convert.checkpoint import kept_tensors
 from moescale.convert.hf_config import PRESETS, read_model_config, resolve_model
 from moescale.convert.weight_files import has_weights
 from moescale.data.corpus import Corpus, Verification, open_corpus
@@ -50,7 +51,7 @@ class RunInputs:
     """What is trained, on what, and where it goes."""
 
     model: str
-    """Preset name, local folder or hub name of a Hugging Face DeepSeek-V2 or Qwen3-MoE model."""
+    """Preset name, local folder or hub name of a Hugging Face DeepSeek-V2, DeepSeek-V3 or Qwen3-MoE model."""
     data: Path
     """Corpus written by `moescale prepare`, or by datasets.save_to_disk with an input_ids column."""
     output: Path
@@ -399,6 +400,13 @@ def _fill(placed: PlacedModel, folder: Path, inputs: RunInputs, settings: TrainS
         print(f"weights: {source}", file=sys.stderr, flush=True)
     if pretrained:
         placed.import_weights(folder, lambda done, total: member.progress(0, "importing weights"))
+        kept = kept_tensors(folder, placed.model.config)
+        if kept:
+            _warn(
+                f"the {len(kept)} tensors for multi-token prediction in {folder} are not trained; `export` keeps them "
+                "as they are",
+                member.ranks,
+            )
     else:
         placed.initialize(settings.seed)
 

@@ -84,7 +84,7 @@ class ExportReport:
     num_shards: int
     weight_bytes: int
     warnings: tuple[str, ...]
-    """Where transformers will compute something else than this model was trained as."""
+    """Where transformers will compute something else than this model was trained as, and what was not trained."""
 
 
 @torch.no_grad()
@@ -98,9 +98,11 @@ def import_checkpoint(
 ) -> None:
     """Copy the weights of a Hugging Face folder into ``parameters``, converted to their dtype, on their device.
 
+    What the folder holds of layers for multi-token prediction (:func:`kept_tensors`) is left alone.
+
     Args:
-        parameters: by name, all of the model's. With ``parts`` each tensor is only the named part of its parameter,
-            and only what it needs is read.
+        parameters: by name, all of the model's, and its buffers. With ``parts`` each tensor is only the named part of
+            its parameter, and only what it needs is read.
         parts: for each parameter one slice with explicit bounds per dim.
 
     Raises CheckpointError naming the tensor where one is missing, extra, of the wrong shape or dtype, or its file is
@@ -153,7 +155,8 @@ def export_checkpoint(
         output: must not exist, or be empty; appears whole or not at all.
         reference: folder whose config.json, tokenizer, generation and code files are copied; its config.json is
             copied byte for byte unless ``dtype`` differs from the one it names.
-        dtype: of the written weights, whatever ``source`` keeps.
+        dtype: of the written weights, whatever ``source`` keeps; buffers stay fp32, and what is kept of ``reference``
+            (:func:`kept_tensors`) as it is there.
         max_shard_bytes: no shard holds more, except one tensor that is larger by itself. Host memory: one shard, and
             one parameter (of stacked experts: one expert) beside it.
 
@@ -176,12 +179,15 @@ def export_checkpoint(
     # A folder such as "." has a name once it is resolved; "/" has none.
     if not output.resolve().name or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise CheckpointError(f"{output}: already exists; give another --output, or remove it")
-    shards = _plan_shards(table, dtype.itemsize, max_shard_bytes)
-    weight_bytes = sum(math.prod(piece.shape) for shard in shards for _, piece in shard) * dtype.itemsize
+    kept = kept_tensors(reference, config)
+    for key, stored in kept.items():
+        table[key] = (Piece(key=key, shape=stored.shape, index=whole_box(stored.shape), dtype=stored.dtype),)
+    shards = _plan_shards(table, dtype, max_shard_bytes)
+    weight_bytes = sum(_bytes_of(piece, dtype) for shard in shards for _, piece in shard)
     try:
         with staged_folder(output) as folder:
             _copy_companions(companions, reference, folder, dtype)
-            _write_shards(shards, source, folder, dtype, weight_bytes, on_progress)
+            _write_shards(shards, _WithKept(source, kept), folder, dtype, weight_bytes, on_progress)
             _check_written(folder, shards, dtype)
     except InUseError as error:
         raise CheckpointError(
@@ -196,8 +202,17 @@ def export_checkpoint(
         num_tensors=sum(map(len, shards)),
         num_shards=len(shards),
         weight_bytes=weight_bytes,
-        warnings=tuple(transformers_differences(config)),
+        warnings=(*transformers_differences(config), *_untrained(config, reference, len(kept))),
     )
+
+
+def _untrained(config: ModelConfig, reference: Path, num_kept: int) -> list[str]:
+    """Say what the export holds of layers for multi-token prediction."""
+    if not config.num_prediction_layers:
+        return []
+    if num_kept:
+        return [f"multi-token prediction was not trained: its {num_kept} tensors are those of {reference}, unchanged"]
+    return [f"{reference} holds no tensors for multi-token prediction, so the export has none"]
 
 
 def folder_dtype(folder: Path) -> torch.dtype:
@@ -271,8 +286,9 @@ def _check_stored(folder: Path, config: ModelConfig, table: KeyTable, stored: Ma
             raise CheckpointError(
                 f"{stored[key].file}: tensor '{key}' has shape {stored[key].shape}, config.json asks for {piece.shape}"
             )
-    extra = [key for key in stored if key not in expected and not _RECOMPUTED.search(key)]
     names = family_of(config).names
+    kept = _of_prediction_layers(config)
+    extra = [key for key in stored if key not in expected and not key.startswith(kept) and not _RECOMPUTED.search(key)]
     if config.tie_embeddings and extra == [names.output]:
         return _check_tied(names, stored)
     if extra:
@@ -319,15 +335,48 @@ def _check_source(table: KeyTable, source: TensorSource) -> None:
             raise CheckpointError(f"parameter '{name}' has shape {source.shape(name)}, the model wants {shape}")
 
 
+def kept_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Return what a folder holds of layers for multi-token prediction, which are not trained: an export keeps it.
+
+    Empty where the folder holds no weights. Raises CheckpointError where they are damaged.
+    """
+    if not config.num_prediction_layers or not has_weights(folder):
+        return {}
+    kept = _of_prediction_layers(config)
+    stored = read_headers(folder, may_be_absent=_tied_keys(family_of(config).names))
+    return {key: tensor for key, tensor in stored.items() if key.startswith(kept)}
+
+
+def _of_prediction_layers(config: ModelConfig) -> tuple[str, ...]:
+    """How the names of tensors of the layers behind the last one begin."""
+    prefix = family_of(config).names.layer_prefix
+    behind = range(config.num_layers, config.num_layers + config.num_prediction_layers)
+    return tuple(prefix.format(layer=layer) for layer in behind)
+
+
+class _WithKept:
+    """A source of weights, and beside them tensors of another folder as they are."""
+
+    def __init__(self, source: TensorSource, kept: Mapping[str, StoredTensor]) -> None:
+        self._source, self._kept = source, kept
+
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        if name not in self._kept:
+            return self._source.read(name, index)
+        stored = self._kept[name]
+        (tensor,) = read_parts(stored.file, [(name, whole_box(stored.shape))])
+        return tensor
+
+
 _Shard = list[tuple[str, Piece]]
 
 
-def _plan_shards(table: KeyTable, itemsize: int, max_bytes: int) -> list[_Shard]:
+def _plan_shards(table: KeyTable, dtype: torch.dtype, max_bytes: int) -> list[_Shard]:
     shards: list[_Shard] = [[]]
     size = 0
     for name, pieces in table.items():
         for piece in pieces:
-            piece_bytes = math.prod(piece.shape) * itemsize
+            piece_bytes = _bytes_of(piece, dtype)
             if shards[-1] and size + piece_bytes > max_bytes:
                 shards.append([])
                 size = 0
@@ -336,9 +385,13 @@ def _plan_shards(table: KeyTable, itemsize: int, max_bytes: int) -> list[_Shard]
     return shards
 
 
+def _bytes_of(piece: Piece, dtype: torch.dtype) -> int:
+    return math.prod(piece.shape) * (piece.dtype or dtype).itemsize
+
+
 def _write_shards(
     shards: list[_Shard],
-    source: TensorSource,
+    source: _WithKept,
     folder: Path,
     dtype: torch.dtype,
     weight_bytes: int,
@@ -355,7 +408,7 @@ def _write_shards(
             if read[0] != (name, expert):
                 read = ((name, expert), source.read(name, expert))
             part = read[1][piece.index[len(piece.index) - len(piece.shape) :]]
-            tensors[piece.key] = _convert(piece.key, part, dtype)
+            tensors[piece.key] = _convert(piece.key, part, piece.dtype or dtype)
             weight_map[piece.key] = file_name
             done += tensors[piece.key].nbytes
             if on_progress is not None:
@@ -380,7 +433,7 @@ def _convert(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 def _check_written(folder: Path, shards: list[_Shard], dtype: torch.dtype) -> None:
     """Raise CheckpointError unless the folder, opened as any other, holds every tensor."""
-    expected = {piece.key: (piece.shape, dtype) for shard in shards for _, piece in shard}
+    expected = {piece.key: (piece.shape, piece.dtype or dtype) for shard in shards for _, piece in shard}
     found = {key: (stored.shape, stored.dtype) for key, stored in read_headers(folder).items()}
     for key in expected.keys() | found.keys():
         if expected.get(key) != found.get(key):

@@ -23,7 +23,10 @@ _FILE = FileKind(
     remedy="fetch it again",
     max_bytes=2**24,
 )
-PRESETS = ("deepseek-coder-v2-lite", "deepseek-v2", "deepseek-v2-lite", "qwen3-30b-a3b", "tiny")
+PRESETS = (
+    *("deepseek-coder-v2-lite", "deepseek-v2", "deepseek-v2-lite", "moonlight-16b-a3b", "qwen3-30b-a3b"),
+    *("tiny", "tiny-deepseek-v3"),
+)
 _HUB_NAMES = {
     "deepseek-ai/DeepSeek-Coder-V2-Base": "deepseek-v2",
     "deepseek-ai/DeepSeek-Coder-V2-Instruct": "deepseek-v2",
@@ -34,6 +37,8 @@ _HUB_NAMES = {
     "deepseek-ai/DeepSeek-V2-Lite": "deepseek-v2-lite",
     "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek-v2-lite",
     "Qwen/Qwen3-30B-A3B-Base": "qwen3-30b-a3b",
+    "moonshotai/Moonlight-16B-A3B": "moonlight-16b-a3b",
+    "moonshotai/Moonlight-16B-A3B-Instruct": "moonlight-16b-a3b",
 }
 """Published models whose configuration is also a preset, so that planning needs no download."""
 

@@ -6,7 +6,7 @@ layer is one tensor, ``gate_up`` is two stacked along dim 0, and stacked experts
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,7 +14,7 @@ from moescale.boxes import Box, whole_box
 from moescale.config import ModelConfig
 from moescale.models.family import HfNames
 from moescale.models.registry import family_of
-from moescale.models.transformer import build_on_meta
+from moescale.models.transformer import build_on_meta, named_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class Piece:
     """Shape there."""
     index: Box
     """The part of the parameter it fills, one slice per dim of the parameter, with explicit bounds."""
+    dtype: torch.dtype | None = None
+    """Of the tensor in a folder, where it is not that of the other weights."""
 
 
 KeyTable = dict[str, tuple[Piece, ...]]
@@ -34,10 +36,13 @@ KeyTable = dict[str, tuple[Piece, ...]]
 
 
 def build_key_table(config: ModelConfig) -> KeyTable:
-    """The table of ``config``'s model: every parameter once, every tensor of the folder once."""
+    """The table of ``config``'s model: every parameter and buffer once, every tensor of the folder once."""
     names = family_of(config).names
     model = build_on_meta(config, torch.bfloat16)
-    return {name: _pieces(names, name, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+    table = {name: _pieces(names, name, tuple(weight.shape)) for name, weight in named_weights(model).items()}
+    for name, buffer in model.named_buffers():
+        table[name] = tuple(replace(piece, dtype=buffer.dtype) for piece in table[name])
+    return table
 
 
 def fused_experts(names: HfNames, name: str, pieces: tuple[Piece, ...]) -> Piece | None:
@@ -65,6 +70,8 @@ def _pieces(names: HfNames, name: str, shape: tuple[int, ...]) -> tuple[Piece, .
             )
             for expert in range(shape[0])
         )
+    if rest in names.tensors:
+        return (_whole(prefix + names.tensors[rest], shape),)
     module, kind = rest.rsplit(".", 1)  # kind: weight or bias
     if module in names.gate_and_up:
         rows, columns = shape[0] // 2, shape[1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moescale.config import ModelConfig
@@ -37,6 +37,8 @@ class HfNames:
     """Module of a layer that stacks gate and up -> the module that holds ``gate_proj`` and ``up_proj``."""
     experts: str
     """The module that holds the experts by number, each with ``gate_proj``, ``up_proj`` and ``down_proj``."""
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    """Parameter or buffer of a layer -> tensor, for those whose own name differs too."""
 
     @property
     def embedding(self) -> str:

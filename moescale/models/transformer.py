@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from moescale.config import ModelConfig
 from moescale.kernels.attention import Documents
 from moescale.kernels.cross_entropy import linear_cross_entropy
-from moescale.models.blocks.moe import DenseFeedForward, FeedForwardOutput, MixtureOfExperts
+from moescale.models.blocks.moe import DenseFeedForward, FeedForwardOutput, MixtureOfExperts, Router
 from moescale.models.blocks.norm import RMSNorm
 from moescale.models.registry import family_of
 
@@ -37,7 +37,7 @@ class ModelOutput(NamedTuple):
     aux_loss: torch.Tensor
     """Scalar fp32: load-balancing loss summed over MoE layers, not yet times ``aux_loss_alpha``."""
     tokens_per_expert: torch.Tensor | None
-    """[MoE layers, E] int32: routed rows each expert received."""
+    """[MoE layers, E] int32: routed rows each expert received; of tokens with a target only where biases follow it."""
 
 
 class Block(nn.Module):
@@ -55,11 +55,16 @@ class Block(nn.Module):
             self.feed_forward = DenseFeedForward(config.hidden_size, config.dense_intermediate_size)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: Documents | None = None
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        documents: Documents | None = None,
+        counted: torch.Tensor | None = None,
     ) -> FeedForwardOutput:
         attended = self.attention(self.attention_norm(x), cos, sin, documents)
         normed, x = self.feed_forward_norm.after_adding(attended, x)
-        output = self.feed_forward(normed)
+        output = self.feed_forward(normed, counted)
         return FeedForwardOutput(x + output.hidden, output.aux_loss, output.tokens_per_expert)
 
 
@@ -86,6 +91,22 @@ class Transformer(nn.Module):
         """[V, H]: the weight of the last product, the embedding itself where the two are tied."""
         return self.embedding.weight if self.output is None else self.output.weight
 
+    @torch.no_grad()
+    def move_choice_biases(self, load: torch.Tensor, rate: float) -> None:
+        """Add ``rate * sign(mean load - load)`` to every router's choice bias, after a step with this load.
+
+        DeepSeek-V3 (arXiv:2412.19437, section 2.1.2) with Wang et al. 2024 (arXiv:2408.15664, algorithm 1).
+
+        Args:
+            load: [MoE layers, E] int64, of the whole step over all ranks.
+        """
+        # Compared as integers: mean and load would be rounded.
+        directions = (load.sum(-1, keepdim=True) - load.shape[-1] * load).sign().float()
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        for router, direction in zip(routers, directions, strict=True):
+            if router.choice_bias is not None:
+                router.choice_bias += rate * direction
+
     def forward(
         self,
         tokens: torch.Tensor,
@@ -97,14 +118,18 @@ class Transformer(nn.Module):
         ``documents`` keeps attention within documents.
         """
         cos, sin = self.positions(self.config, tokens.shape[1], tokens.device)
+        # Padding and tokens that are not trained on must not move the biases of the choice.
+        counted = targets >= 0 if targets is not None and self.config.has_choice_bias else None
         x = self.embedding(tokens)
         aux_loss = torch.zeros((), dtype=torch.float32, device=tokens.device)
         counts: list[torch.Tensor] = []
         for layer, block in enumerate(self.layers):
             if layer in self.recompute_layers and torch.is_grad_enabled():
-                output = checkpoint(block, x, cos, sin, documents, use_reentrant=False, preserve_rng_state=False)
+                output = checkpoint(
+                    block, x, cos, sin, documents, counted, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                output = block(x, cos, sin, documents)
+                output = block(x, cos, sin, documents, counted)
             x = output.hidden
             if output.aux_loss is not None:
                 aux_loss = aux_loss + output.aux_loss
@@ -126,8 +151,13 @@ def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Transformer:
         return family_of(config).build(config).to(dtype)
 
 
+def named_weights(model: Transformer) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint folder holds of the model: its parameters, and the buffers that training changes."""
+    return model.state_dict(keep_vars=True)
+
+
 def initialize(model: Transformer, seed: int) -> None:
-    """Fill every parameter as the published code does: N(0, initializer_std), gains 1, biases 0.
+    """Fill every parameter as the published code does: N(0, initializer_std), gains 1, biases and buffers 0.
 
     Each parameter draws in fp32 from a generator of its device, seeded by ``seed`` and the parameter's own position,
     so the weights depend on neither dtype nor on how the model is later divided. CPU and GPU draw different numbers.
@@ -135,6 +165,8 @@ def initialize(model: Transformer, seed: int) -> None:
     for position, (name, parameter) in enumerate(model.named_parameters()):
         index = tuple(slice(0, size) for size in parameter.shape)
         initialize_part(parameter, name, position, parameter.shape, index, model.config.initializer_std, seed)
+    for buffer in model.buffers():
+        buffer.zero_()
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from moescale.boxes import whole_box
 from moescale.config import ModelConfig
 from moescale.convert.checkpoint import import_checkpoint
-from moescale.models.transformer import Transformer, build_on_meta, initialize_part
+from moescale.models.transformer import Transformer, build_on_meta, initialize_part, named_weights
 from moescale.plan import ParallelPlan
 from moescale.runtime.layout import Part, find_parts, local_tensor
 from moescale.runtime.mapping import apply_plan
@@ -24,7 +25,7 @@ class PlacedModel:
 
     model: Transformer
     parts: Mapping[str, Part]
-    """What of each parameter this rank holds."""
+    """What of each parameter this rank holds; of buffers, every rank holds all."""
 
     def initialize(self, seed: int) -> None:
         """Fill with random weights, the same whatever the plan (on one kind of device)."""
@@ -32,11 +33,14 @@ class PlacedModel:
         for position, (name, parameter) in enumerate(self.model.named_parameters()):
             part = self.parts[name]
             initialize_part(local_tensor(parameter), name, position, part.shape, part.index, std, seed)
+        for buffer in self.model.buffers():
+            buffer.zero_()
 
     def import_weights(self, folder: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Fill from a Hugging Face folder; every rank reads what it needs. Raises CheckpointError."""
-        tensors = {name: local_tensor(parameter) for name, parameter in self.model.named_parameters()}
-        index = {name: part.index for name, part in self.parts.items()}
+        tensors = {name: local_tensor(weight) for name, weight in named_weights(self.model).items()}
+        index = {name: whole_box(tensor.shape) for name, tensor in tensors.items()}
+        index |= {name: part.index for name, part in self.parts.items()}
         import_checkpoint(folder, self.model.config, tensors, parts=index, on_progress=on_progress)
 
 

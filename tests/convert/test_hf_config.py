@@ -72,7 +72,7 @@ def test_reading_a_configuration_imports_no_torch():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "deepseek_v3"}, r"model_type \('deepseek_v3'\) is not supported; it must be 'deepseek_v2'"),
+        ({"model_type": "deepseek_v9"}, r"model_type \('deepseek_v9'\) is not supported; it must be 'deepseek_v2'"),
         ({"hidden_act": "gelu"}, r"hidden_act \('gelu'\) is not supported"),
         ({"scoring_func": "sigmoid"}, r"scoring_func \('sigmoid'\) is not supported"),
         ({"topk_method": "noaux_tc"}, r"routing_method \('noaux_tc'\) is not supported"),

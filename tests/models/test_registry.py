@@ -43,8 +43,8 @@ def test_the_layers_are_the_models_and_every_operator_is_registered(name):
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"model_type \('deepseek_v3'\) is not supported; it must be 'deepseek_v2'"):
-        find_family("deepseek_v3")
+    with pytest.raises(ConfigError, match=r"model_type \('deepseek_v9'\) is not supported; it must be 'deepseek_v2'"):
+        find_family("deepseek_v9")
     with pytest.raises(ConfigError, match=r"^there/config.json: model_type \(7\) is not supported"):
         parse_hf_config({"model_type": 7}, "there/config.json")
     with pytest.raises(ConfigError, match=r"model_type \(a list\) is not supported"):

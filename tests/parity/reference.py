@@ -1,4 +1,4 @@
-"""DeepSeek-V2 written from its published definition (arXiv:2405.04434 and the code released with it), for tests.
+"""DeepSeek-V2 and V3 written from their published definitions (arXiv:2405.04434, arXiv:2412.19437), for tests.
 
 Slow and plain on purpose: one loop per layer, per expert and per sequence, on tensors under their Hugging Face names,
 with nothing shared with the package. fp32 or fp64.
@@ -122,8 +122,29 @@ def _rotate(x: torch.Tensor, angles: torch.Tensor, magnitude: float) -> torch.Te
 
 def _mixture(config: dict[str, Any], part: Tensors, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length, width = x.shape
+    experts = config["n_routed_experts"]
+    logits = x.reshape(-1, width) @ part["gate.weight"].T  # [T, E]
+    if config["scoring_func"] == "sigmoid":
+        weights, chosen, probabilities, balanced = _choose_by_sigmoid(config, part, logits)
+    else:
+        weights, chosen, probabilities = _choose_by_softmax(config, logits)
+        balanced = chosen
+    rows = x.reshape(-1, width)
+    output = torch.zeros_like(rows)
+    for expert in range(experts):
+        token, slot = (chosen == expert).nonzero(as_tuple=True)
+        if len(token):
+            expert_output = _gated(_below(part, f"experts.{expert}."), rows[token])
+            output = output.index_add(0, token, expert_output * weights[token, slot, None])
+    if config["n_shared_experts"]:
+        output = output + _gated(_below(part, "shared_experts."), rows)
+    return output.view_as(x), _auxiliary_loss(config, probabilities, balanced, batch, length)
+
+
+def _choose_by_softmax(config: dict[str, Any], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """DeepSeek-V2: weights and chosen experts [T, K], probabilities [T, E]."""
     experts, top_k = config["n_routed_experts"], config["num_experts_per_tok"]
-    probabilities = (x.reshape(-1, width) @ part["gate.weight"].T).softmax(-1)  # [T, E]
+    probabilities = logits.softmax(-1)
     candidates = probabilities
     if config["topk_method"] == "group_limited_greedy":
         groups = config["n_group"]
@@ -135,16 +156,32 @@ def _mixture(config: dict[str, Any], part: Tensors, x: torch.Tensor) -> tuple[to
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     else:
         weights = weights * config["routed_scaling_factor"]
-    rows = x.reshape(-1, width)
-    output = torch.zeros_like(rows)
-    for expert in range(experts):
-        token, slot = (chosen == expert).nonzero(as_tuple=True)
-        if len(token):
-            expert_output = _gated(_below(part, f"experts.{expert}."), rows[token])
-            output = output.index_add(0, token, expert_output * weights[token, slot, None])
-    if config["n_shared_experts"]:
-        output = output + _gated(_below(part, "shared_experts."), rows)
-    return output.view_as(x), _auxiliary_loss(config, probabilities, chosen, batch, length)
+    return weights, chosen, probabilities
+
+
+def _choose_by_sigmoid(
+    config: dict[str, Any], part: Tensors, logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """DeepSeek-V3 (arXiv:2412.19437, equations 12 to 20), token by token.
+
+    Returns weights and chosen experts [T, K], scores of each token divided by their sum [T, E], and the experts [T, K]
+    that the auxiliary loss counts: those of the highest scores, without bias and groups.
+    """
+    experts, top_k, groups = config["n_routed_experts"], config["num_experts_per_tok"], config["n_group"]
+    scores = 1 / (1 + torch.exp(-logits))
+    size = experts // groups
+    chosen = []
+    for biased in (scores + part["gate.e_score_correction_bias"]).tolist():
+        best = [sum(sorted(biased[group * size : (group + 1) * size])[-2:]) for group in range(groups)]
+        kept = sorted(range(groups), key=lambda group, best=best: -best[group])[: config["topk_group"]]
+        open_ones = [expert for expert in range(experts) if expert // size in kept]
+        chosen.append(sorted(open_ones, key=lambda expert, biased=biased: -biased[expert])[:top_k])
+    picked = torch.tensor(chosen)
+    weights = scores.gather(1, picked)
+    if config["norm_topk_prob"]:
+        weights = weights / weights.sum(-1, keepdim=True)
+    shares = scores / scores.sum(-1, keepdim=True)
+    return weights * config["routed_scaling_factor"], picked, shares, scores.topk(top_k, dim=-1).indices
 
 
 def _auxiliary_loss(

@@ -19,13 +19,14 @@ from moescale.convert.hf_config import read_model_config
 from moescale.models.blocks.rope import rope_tables
 from moescale.models.transformer import Transformer, build_on_meta
 from moescale.planner.workload import build_workload, saved_bytes
-from tiny import tiny_config
+from tiny import tiny_config, tiny_v3_config
 
 SEQUENCES, LENGTH = 2, 64
 CONFIGS = {
     "plain": tiny_config(hidden_size=64),
     "low_rank_query": tiny_config(hidden_size=64, q_lora_rank=24),
     "no_shared_experts": tiny_config(num_shared_experts=0, top_k=3),
+    "choice_by_sigmoid_and_bias": tiny_v3_config(num_groups=4, top_k_groups=2),
     "published_sizes": tiny_config(
         hidden_size=2048,
         num_heads=16,
@@ -50,6 +51,9 @@ def fake_model(config: ModelConfig) -> Transformer:
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     return model
 
 

@@ -17,6 +17,7 @@ CONFIGS = {
     "coder_v2_lite": read_model_config("deepseek-coder-v2-lite"),
     "v2": read_model_config("deepseek-v2"),
     "tiny": tiny_config(),
+    "moonlight": read_model_config("moonlight-16b-a3b"),
     "qwen3": read_model_config("qwen3-30b-a3b"),
     "dense": tiny_config(num_experts=None),
     "biases_and_tied": tiny_config(attention_bias=True, q_lora_rank=8, tie_embeddings=True, num_shared_experts=0),

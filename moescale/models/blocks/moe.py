@@ -29,7 +29,7 @@ class FeedForwardOutput(NamedTuple):
     aux_loss: torch.Tensor | None
     """Scalar fp32: the load-balancing loss by its published definition, not yet times ``aux_loss_alpha``."""
     tokens_per_expert: torch.Tensor | None
-    """[E] int32: routed rows each expert received."""
+    """[E] int32: routed rows each expert received; where the caller said which tokens count, rows of these."""
 
 
 class GatedMLP(nn.Module):
@@ -47,25 +47,42 @@ class GatedMLP(nn.Module):
 class DenseFeedForward(GatedMLP):
     """The feed-forward of a layer without experts, with the interface of :class:`MixtureOfExperts`."""
 
-    def forward(self, x: torch.Tensor) -> FeedForwardOutput:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, counted: torch.Tensor | None = None) -> FeedForwardOutput:  # type: ignore[override]
         return FeedForwardOutput(super().forward(x), None, None)
 
 
 class Router(nn.Module):
-    """Chooses ``top_k`` experts per token; logits and probabilities are fp32 whatever the compute dtype."""
+    """Chooses ``top_k`` experts per token; logits and probabilities are fp32 whatever the compute dtype.
+
+    ``choice_bias`` [E], where the routing method has one, is a buffer: saved with the weights, without a gradient, and
+    fp32 whatever dtype the model is converted to, because its steps are too small for others.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.num_experts is not None
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.has_choice_bias else None
+        self.choice_bias: torch.Tensor | None
+        self.register_buffer("choice_bias", bias)
 
-    def forward(self, x: torch.Tensor, num_sequences: int) -> Routing:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Router:
+        before = self.choice_bias
+        super()._apply(fn, recurse)
+        if before is not None and self.choice_bias is not None and self.choice_bias.dtype != before.dtype:
+            self.choice_bias = before.to(self.choice_bias.device)
+        return self
+
+    def forward(self, x: torch.Tensor, num_sequences: int, counted: torch.Tensor | None = None) -> Routing:
+        """Route x [T, H] of ``num_sequences`` equal sequences; ``counted`` [T] bool: the tokens that ``load`` is of."""
         config = self.config
         return route(
             router_logits(x, self.weight),
+            bias=self.choice_bias,
+            counted=counted,
             top_k=config.top_k,
-            group_limited=config.routing_method == "group_limited_greedy",
+            group_limited=config.limits_groups,
             num_groups=config.num_groups,
             top_k_groups=config.top_k_groups,
             normalize_topk=config.normalize_topk,
@@ -172,10 +189,11 @@ class MixtureOfExperts(nn.Module):
             width = config.num_shared_experts * config.expert_intermediate_size
             self.shared_experts = GatedMLP(config.hidden_size, width)
 
-    def forward(self, x: torch.Tensor) -> FeedForwardOutput:
+    def forward(self, x: torch.Tensor, counted: torch.Tensor | None = None) -> FeedForwardOutput:
+        """[B, S, H] -> [B, S, H]; ``counted`` [B, S] bool: the tokens that ``tokens_per_expert`` counts, or all."""
         flat = x.flatten(0, 1)  # [T, H]
-        routing = self.router(flat, num_sequences=x.shape[0])
+        routing = self.router(flat, x.shape[0], None if counted is None else counted.flatten())
         # A dispatcher between ranks computes the shared experts while it waits for the others.
         overlapped = None if self.shared_experts is None else partial(self.shared_experts, flat)
         hidden = self.experts(flat, routing, overlapped).view_as(x)
-        return FeedForwardOutput(hidden, routing.aux_loss, routing.tokens_per_expert)
+        return FeedForwardOutput(hidden, routing.aux_loss, routing.load)

@@ -42,6 +42,7 @@ NAMES = HfNames(
         "feed_forward.shared_experts.gate_up": "mlp.shared_experts",
     },
     experts="mlp.experts",
+    tensors={"feed_forward.router.choice_bias": "mlp.gate.e_score_correction_bias"},
 )
 
 # Fields with one supported value, each with the values that mean it.
@@ -76,6 +77,14 @@ ALIASES = {
     "router_aux_loss_coef": "aux_loss_alpha",
 }
 ABSENT = {"aux_loss_alpha": 0}
+# Of families whose routers choose by sigmoid and bias.
+SIGMOID_ROUTING: dict[str, tuple[Any, ...]] = {"scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None)}
+REQUIRED_OF_ROUTING = tuple(
+    "n_routed_experts num_experts_per_tok moe_intermediate_size n_group topk_group norm_topk_prob "
+    "routed_scaling_factor".split()
+)
+PREDICTION_LAYERS = {"num_mtp_layers": "num_nextn_predict_layers"}
+"""The other name that transformers 5 knows of the number of multi-token-prediction layers."""
 
 Config = TypeVar("Config", bound=LatentAttentionConfig)
 
@@ -132,6 +141,7 @@ def read_latent(kind: type[Config], document: Mapping[str, Any], path: str, rule
         tie_embeddings=field("tie_word_embeddings", False),
         max_sequence_length=document["max_position_embeddings"],
         initializer_std=float(field("initializer_range", 0.02)),
+        num_prediction_layers=field("num_nextn_predict_layers", 0),
     )
     try:
         rope_theta, yarn = read_positions(document)
@@ -201,3 +211,10 @@ def layout_differences(config: LatentAttentionConfig) -> list[str]:
     if config.yarn is not None and config.yarn.mscale_all_dim == 0 and config.yarn.mscale != 0:
         found.append("mscale_all_dim is 0: transformers then ignores mscale too")
     return found
+
+
+def group_differences(config: LatentAttentionConfig) -> list[str]:
+    """Return where transformers' routers that score a group by its two best experts depart from the definition."""
+    if config.num_experts is not None and config.num_experts == config.num_groups:
+        return [f"n_group is {config.num_groups}: transformers fails on groups of a single expert"]
+    return []
