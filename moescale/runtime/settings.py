@@ -33,6 +33,9 @@ class TrainSettings:
     """AdamW: added to the denominator."""
     weight_decay: float = 0.1
     """AdamW: decoupled weight decay on matrices; norms and biases are not decayed."""
+    router_bias_update_rate: float = 1e-3
+    """DeepSeek-V3's balancing: how far a step moves each expert's bias in the choice, up where it got fewer tokens than
+    the mean and down where more; 0 leaves biases as they are. Families without such a bias have no use for it."""
     gradient_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     seed: int = 0
@@ -68,6 +71,11 @@ class TrainSettings:
             ("beta2", 0 <= self.beta2 < 1, "must be at least 0 and below 1"),
             ("eps", 0 < self.eps < math.inf, "must be positive and finite"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "must be finite and not negative"),
+            (
+                "router_bias_update_rate",
+                0 <= self.router_bias_update_rate < math.inf,
+                "must be finite and not negative; 0 leaves the biases as they are",
+            ),
             ("gradient_clip", 0 <= self.gradient_clip < math.inf, "must be finite; 0 turns clipping off"),
             ("seed", -(2**63) <= self.seed < 2**63, "must have 64 bits: from -2^63 to 2^63 - 1"),
             ("validation_every", self.validation_every >= 0, "must not be negative; 0 means at the end only"),
@@ -89,7 +97,7 @@ class TrainSettings:
 
 DECIDE_RESULT = (
     *("learning_rate", "schedule", "warmup_steps", "final_learning_rate_ratio", "beta1", "beta2", "eps"),
-    *("weight_decay", "gradient_clip", "skip_nonfinite"),
+    *("weight_decay", "router_bias_update_rate", "gradient_clip", "skip_nonfinite"),
 )
 """Settings that change what a run computes, and may differ when it resumes; the seed may not."""
 

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from moescale.report.metrics import Observer, StepMetrics, TrainSummary
 from moescale.runtime import checkpoint as checkpoints
 from moescale.runtime.checkpoint import CheckpointStore
 from moescale.runtime.checkpoint_writer import CheckpointWriter
-from moescale.runtime.layout import Part
+from moescale.runtime.layout import Part, whole
 from moescale.runtime.mapping import sum_over_replicas_at_the_last
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
@@ -107,6 +107,8 @@ class Trainer:
         self.on_notice = on_notice
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
         self.optimizer.accumulate_in_products(model)
+        self.buffers = dict(model.named_buffers())
+        """What training changes beside the parameters, the same on every rank."""
         self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs)
         self.device = next(model.parameters()).device
         self.step = 0
@@ -142,9 +144,7 @@ class Trainer:
 
         # Weights come last: after they are in, nothing may fail.
         self.source.load_state_dict(stored["source"])
-        state = checkpoints.load(
-            checkpoint, self.optimizer.tensors(), self.optimizer.tensor_parts(), self.ranks, loading
-        )
+        state = checkpoints.load(checkpoint, self._tensors(), self._tensor_parts(), self.ranks, loading)
         self.optimizer.finish_load(state["num_updates"])
         try:
             torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["cpu_random_state"])), dtype=torch.uint8))
@@ -191,7 +191,7 @@ class Trainer:
         Raises ConfigError before the first step where the disk cannot take what comes at the last one.
         """
         if self.step < self.total_steps and self.settings.writes_checkpoints:
-            self.writer.check_room(self.optimizer.tensors(), self.optimizer.tensor_parts())
+            self.writer.check_room(self._tensors(), self._tensor_parts())
         self.writer.tidy(self.step)
         problem = warmup_problem(self.settings, self.total_steps)
         if problem is not None and self.step < self.total_steps:
@@ -287,6 +287,7 @@ class Trainer:
             self._on_nonfinite(batches, mean_loss, norm)
         else:
             self.optimizer.step(learning_rate, gradient_norm)
+            self.model.move_choice_biases(sums.expert_rows, self.settings.router_bias_update_rate)
             self._last_loss = mean_loss
             self._skipped_in_a_row = 0
         self.step += 1
@@ -378,6 +379,19 @@ class Trainer:
             self._validation_loss = loss_sum.item() / num_targets
             self.observer.on_validation(self.step, self._validation_loss)
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Everything a checkpoint must hold, as ``KIND.NAME``."""
+        buffers = {f"{checkpoints.WEIGHTS_PREFIX}{name}": buffer for name, buffer in self.buffers.items()}
+        return self.optimizer.tensors() | buffers
+
+    def _tensor_parts(self) -> dict[str, Part]:
+        """Which parts the :meth:`_tensors` are; the first rank writes the buffers."""
+        parts = {
+            f"{checkpoints.WEIGHTS_PREFIX}{name}": replace(whole(buffer.shape), is_first_copy=self.ranks.is_first)
+            for name, buffer in self.buffers.items()
+        }
+        return self.optimizer.tensor_parts() | parts
+
     def _save(self) -> None:
         """Begin the checkpoint of this step; one still under way is finished first."""
         if self.writer.is_pending:
@@ -398,7 +412,7 @@ class Trainer:
             "cpu_random_state": bytes(torch.get_rng_state().tolist()).hex(),
             "cuda_random_state": bytes(cuda_state.tolist()).hex() if cuda_state is not None else None,
         }
-        self.writer.begin(self.step, state, self.optimizer.tensors(), self.optimizer.tensor_parts())
+        self.writer.begin(self.step, state, self._tensors(), self._tensor_parts())
         self._save_seconds = time.monotonic() - started
 
     def _commit(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,17 +126,18 @@ def make_trainer(
     *,
     total_steps: int = 20,
     model: dict[str, Any] | None = None,
+    build_config: Callable[..., ModelConfig] = tiny_config,
     one_token: bool = False,
     settings: dict[str, Any] | None = None,
     plan: ParallelPlan | None = None,
     round_weights: bool = False,
     **plan_fields: Any,
 ) -> Trainer:
-    """A trainer of the tiny model by ``plan`` or one of ``plan_fields``, on the ranks of the process group or alone.
+    """A trainer of a tiny model by ``plan`` or one of ``plan_fields``, on the ranks of the process group or alone.
 
     ``round_weights`` makes the initial weights those of a bf16 model, whatever the compute dtype.
     """
-    config = tiny_config(**(model or {}))
+    config = build_config(**(model or {}))
     plan = plan or make_plan(config, **plan_fields)
     ranks = current_ranks()
     placed = place_model(config, plan, ranks, torch.device("cpu"))
