@@ -1,11 +1,13 @@
 """A run, a resumed run and an export, killed before each of their file operations, end bit-equal when started again.
 
 A process killed between two operations leaves what the first of them has left: killing it before the N-th, for every N,
-is every kill there is. `make test-all` tries every point, the ordinary tests a few.
+is every kill there is. Of two ranks each in turn is killed, alone and together with the other. `make test-all` tries
+every point, the ordinary tests a few.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,10 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from moescale.convert.hf_config import read_model_config
+from moescale.plan import MeshShape, one_device_plan, save_plan
+
 HERE = Path(__file__).parent
 COMPILER = shutil.which("cc") or shutil.which("gcc")
-FEWEST_OPERATIONS = {"run": 60, "resume": 30, "export": 30}
-SHORT = {"run": 37, "resume": 23, "export": 19}
+FEWEST_OPERATIONS = {("run", 1): 60, ("resume", 1): 30, ("export", 1): 30, ("run", 2): 80, ("resume", 2): 40}
+SHORT = {("run", 1): 37, ("resume", 1): 23, ("export", 1): 19, ("run", 2): 83}
 
 pytestmark = pytest.mark.skipif(
     COMPILER is None or sys.platform != "linux", reason="needs Linux and a C compiler, for a library to preload"
@@ -32,17 +37,39 @@ def library(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", list(SHORT))
+@pytest.fixture(scope="module")
+def two_rank_plan(tmp_path_factory, model_folder) -> Path:
+    one_device = one_device_plan(
+        read_model_config(model_folder),
+        sequence_length=64,
+        micro_batch_sequences=1,
+        gradient_accumulation_steps=1,
+        compute_dtype="fp32",
+    )
+    mesh = MeshShape(dp_shard=2, ep=2)
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    save_plan(dataclasses.replace(one_device, mesh=mesh, plan_gpus=2, runtime_gpus=2, tokens_per_step=128), path)
+    return path
+
+
+EVERY_POINT = [pytest.mark.slow, pytest.mark.timeout(7200)]
+
+
 @pytest.mark.parametrize(
-    "exhaustive",
-    [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
-    ids=["some points", "every point"],
+    ("command", "size", "every"),
+    [
+        *(pytest.param(*case, every, id=f"some points of {case[0]} on {case[1]}") for case, every in SHORT.items()),
+        *(
+            pytest.param(*case, 1, id=f"every point of {case[0]} on {case[1]}", marks=EVERY_POINT)
+            for case in FEWEST_OPERATIONS
+        ),
+    ],
 )
 def test_killed_before_any_file_operation_and_started_again_the_result_is_bit_equal(
-    tmp_path, library, model_folder, stdlib_corpus, command, exhaustive
+    tmp_path, library, model_folder, stdlib_corpus, two_rank_plan, command, size, every
 ):
-    every = 1 if exhaustive else SHORT[command]
-    arguments = (library, tmp_path, model_folder, stdlib_corpus, command, every)
+    plan = two_rank_plan if size > 1 else ""
+    arguments = (library, tmp_path, model_folder, stdlib_corpus, command, plan, size, every)
     done = subprocess.run(
         [sys.executable, HERE / "kill_points.py", *map(str, arguments)],
         env=os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},
@@ -51,6 +78,6 @@ def test_killed_before_any_file_operation_and_started_again_the_result_is_bit_eq
     )
     assert done.returncode == 0, done.stderr[-3000:]
     counted = json.loads(done.stdout.splitlines()[-1])
-    print(f"{command}: {counted['operations']} file operations, killed before {counted['killed']} of them")
-    assert counted["operations"] >= FEWEST_OPERATIONS[command]
-    assert counted["killed"] >= 0.9 * (counted["operations"] // every)
+    print(counted)
+    assert counted["operations"] >= FEWEST_OPERATIONS[command, size]
+    assert counted["killed"] >= 0.9 * counted["points"]
