@@ -23,6 +23,9 @@ _SKIPPABLE_MAGIC = 0x184D2A50
 _LARGEST_BLOCK = 128 << 10
 LARGEST_WINDOW = 1 << 31
 """Bytes; `zstd --long=31`, and the most that the format's library decodes."""
+PLAUSIBLE_EXPANSION = 1000
+"""Times that a text unpacks to its compressed size: prose and programs 3 to 10, the most repetitive logs 100."""
+_LEAST_IMPLAUSIBLE_BYTES = 1 << 26
 _DAMAGED = "the file is damaged, or cut off"
 
 
@@ -39,9 +42,22 @@ def open_bytes(path: Path | str) -> BinaryIO:
     return io.BufferedReader(_Decompressed(path, compression), _BUFFER_BYTES)
 
 
+def check_expansion(file_bytes: int, unpacked_bytes: int) -> None:
+    """Raise OSError where ``unpacked_bytes`` are more than a file of ``file_bytes`` can hold of any text in use.
+
+    A few bytes can unpack to as many as a disk takes. Until then nobody would hear why `prepare` goes on for hours.
+    """
+    if unpacked_bytes > max(_LEAST_IMPLAUSIBLE_BYTES, PLAUSIBLE_EXPANSION * file_bytes):
+        raise OSError(
+            f"its {file_bytes:,} bytes unpack to more than {unpacked_bytes:,}, over {PLAUSIBLE_EXPANSION:,} times as "
+            "many, which no text in use does; if it is meant, unpack it first"
+        )
+
+
 class _Decompressed(io.RawIOBase):
     def __init__(self, path: Path | str, compression: str) -> None:
         self._file = open(path, "rb", buffering=0)
+        self._file_bytes, self._unpacked_bytes = os.fstat(self._file.fileno()).st_size, 0
         try:
             if compression == "gzip":
                 self._stream: Any = gzip.GzipFile(fileobj=io.BufferedReader(self._file, _BUFFER_BYTES))
@@ -71,6 +87,8 @@ class _Decompressed(io.RawIOBase):
             raise
         except Exception as error:  # ZstdError, which derives from nothing more telling
             raise OSError(str(error)) from error
+        self._unpacked_bytes += len(content)
+        check_expansion(self._file_bytes, self._unpacked_bytes)
         buffer[: len(content)] = content
         return len(content)
 

@@ -16,6 +16,7 @@ import tokenizers
 
 from moescale.data.prepare.compression import open_bytes
 from moescale.data.prepare.file_kinds import problem_of
+from moescale.data.prepare.memory_budget import check_document_bytes
 from moescale.data.prepare.readers import BYTE_ORDER_MARK, looks_binary
 from moescale.data.prepare.record_files import value_at
 from moescale.data.prepare.splitting import parts_of
@@ -98,9 +99,18 @@ class _Texts:
 class Encoder:
     """Reads chunks and tokenises their documents; one per process."""
 
-    def __init__(self, *, tokenizer_json: str, end_token_id: int, vocabulary_size: int, text_column: str) -> None:
+    def __init__(
+        self,
+        *,
+        tokenizer_json: str,
+        end_token_id: int,
+        vocabulary_size: int,
+        text_column: str,
+        most_document_bytes: int,
+    ) -> None:
         self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         self.text_column = text_column
+        self._most_bytes = most_document_bytes
         self.dtype = token_dtype(vocabulary_size)
         description = json.loads(tokenizer_json)
         self._unknown = UnknownText(self.tokenizer, description)
@@ -115,13 +125,13 @@ class Encoder:
             read.num_items = 1
             read.bad.append(Fault(INVALID_UTF8, chunk.path))
         elif isinstance(chunk, WholeFiles):
-            _read_files(chunk.paths, read)
+            _read_files(chunk.paths, read, self._most_bytes)
         elif isinstance(chunk, Rows):
             _read_rows(chunk.texts, read)
         elif isinstance(chunk, PickledRows):
             _read_rows(pickle.loads(chunk.content), read)
         else:
-            for line in chunk.lines if isinstance(chunk, Lines) else _lines_of(chunk):
+            for line in chunk.lines if isinstance(chunk, Lines) else _lines_of(chunk, self._most_bytes):
                 self._read_line(line, read)
         tokens, lengths = self._encode(read)
         return EncodedChunk(
@@ -229,7 +239,7 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _lines_of(chunk: LineRange) -> Iterator[bytes]:
+def _lines_of(chunk: LineRange, most_bytes: int) -> Iterator[bytes]:
     with open(chunk.path, "rb", buffering=1 << 20) as stream:
         position = chunk.start
         if position:
@@ -238,7 +248,8 @@ def _lines_of(chunk: LineRange) -> Iterator[bytes]:
             if not before.endswith(b"\n"):
                 return  # it fills this chunk: no line begins here, and where it ends need not be known
             position += len(before) - 1
-        while position < chunk.end and (line := stream.readline()):
+        while position < chunk.end and (line := stream.readline(most_bytes + 1)):
+            check_document_bytes(chunk.path, len(line), most_bytes)
             yield line if position else line.removeprefix(BYTE_ORDER_MARK)
             position += len(line)
 
@@ -256,14 +267,15 @@ def _read_rows(texts: Sequence[str | bytes | None], read: _Texts) -> None:
             read.bad.append(Fault(MISSING_COLUMN, number))
 
 
-def _read_files(paths: Sequence[str], read: _Texts) -> None:
+def _read_files(paths: Sequence[str], read: _Texts, most_bytes: int) -> None:
     for path in paths:
         try:
             with open_bytes(path) as stream:
                 content = stream.read(_HEAD_BYTES)
                 problem = problem_of(content)
                 is_binary = problem is None and looks_binary(content)
-                content += b"" if is_binary or problem else stream.read()
+                content += b"" if is_binary or problem else stream.read(most_bytes + 1)
+                check_document_bytes(path, len(content), most_bytes)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from error
         read.num_items += 1

@@ -36,8 +36,8 @@ class HubSource:
     def identity(self) -> list[list[str | int]]:
         return [[self.name, self.split, self.revision]]
 
-    def chunks(self, chunk_bytes: int) -> Iterator[Chunk]:
-        yield from row_chunks(self.name, self._texts(), chunk_bytes)
+    def chunks(self, chunk_bytes: int, most_bytes: int) -> Iterator[Chunk]:
+        yield from row_chunks(self.name, self._texts(), chunk_bytes, most_bytes)
 
     def _texts(self) -> Iterator[str | None]:
         try:

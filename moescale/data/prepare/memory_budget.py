@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from moescale.data.prepare.settings import PrepareSettings
-from moescale.errors import ConfigError
+from moescale.errors import ConfigError, DataError
 
 # Measured as proportional set sizes on Linux, and rounded up (tests/data/test_memory.py holds the sum to the bound).
 _PROCESS_BYTES = 140_000_000
@@ -17,6 +17,8 @@ _BYTES_PER_CHUNK_BYTE = 16
 """A chunk in flight is bytes, strings and tokens, in two processes and in the pipe between them."""
 _TABLE_READER_BYTES = 150_000_000
 """The process that reads Parquet and Arrow files, with a batch of ordinary rows."""
+_BYTES_PER_DOCUMENT_BYTE = 8
+"""A document is bytes, text, and tokens in parts and in one piece; measured 4.5 times its size."""
 _IN_FLIGHT_PER_WORKER = 3
 _LEAST_CHUNK_BYTES = 1 << 17
 _MOST_CHUNK_BYTES = 1 << 20
@@ -33,6 +35,8 @@ class Resources:
     chunk_bytes: int
     max_in_flight: int
     """Chunks begun and not yet written."""
+    most_document_bytes: int
+    """Of a document that is read in one piece; every worker may have one."""
 
 
 def resources_for(
@@ -75,4 +79,15 @@ def resources_for(
         memory_limited=num_workers < cores,
         chunk_bytes=min(max(chunk_bytes, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES),
         max_in_flight=max_in_flight,
+        most_document_bytes=budget // _BYTES_PER_DOCUMENT_BYTE // num_workers,
     )
+
+
+def check_document_bytes(path: str, num_bytes: int, most_bytes: int) -> None:
+    """Raise DataError where a document, or so much of it, has more than ``most_bytes``."""
+    if num_bytes > most_bytes:
+        raise DataError(
+            f"{path}: a document has more than {most_bytes:,} bytes, which takes more than prepare.memory_gigabytes "
+            "allows; raise it, start fewer processes with --num-workers, or make the document a text file of its own, "
+            "which is read in parts"
+        )

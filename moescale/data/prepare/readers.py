@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Iterable, Iterator
 
 from moescale.data.prepare.compression import compression_of, open_bytes
+from moescale.data.prepare.memory_budget import check_document_bytes
 from moescale.data.prepare.work_items import Chunk, LineRange, Lines, LongFile, NotText, Rows, WholeFiles
 from moescale.errors import DataError
 
@@ -15,19 +16,28 @@ _SNIFFED_BYTES = 8192
 _VALIDATED_BYTES = 1 << 16
 
 
-def line_chunks(path: str, num_bytes: int, chunk_bytes: int) -> Iterator[Chunk]:
-    """Cut a JSON Lines file of ``num_bytes`` into chunks of about ``chunk_bytes``."""
+def line_chunks(path: str, num_bytes: int, chunk_bytes: int, most_bytes: int) -> Iterator[Chunk]:
+    """Cut a JSON Lines file of ``num_bytes`` into chunks of about ``chunk_bytes``.
+
+    Raises:
+        DataError: it is compressed and damaged, or has a line of more than ``most_bytes``.
+    """
     if compression_of(path) is None:
         for start in range(0, num_bytes, chunk_bytes):
             yield LineRange(path=path, start=start, end=min(start + chunk_bytes, num_bytes))
         return
     try:
         with open_bytes(path) as stream:
-            is_first = True
-            while lines := stream.readlines(chunk_bytes):
-                if is_first:
-                    lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
-                    is_first = False
+            lines: list[bytes] = []
+            size, is_first = 0, True
+            while line := stream.readline(most_bytes + 1):
+                check_document_bytes(path, len(line), most_bytes)
+                lines.append(line.removeprefix(BYTE_ORDER_MARK) if is_first else line)
+                size, is_first = size + len(line), False
+                if size >= chunk_bytes:
+                    yield Lines(path=path, lines=lines)
+                    lines, size = [], 0
+            if lines:
                 yield Lines(path=path, lines=lines)
     except OSError as error:
         raise DataError(f"{path} cannot be decompressed: {error}") from error
@@ -71,11 +81,16 @@ def long_document(path: str, num_bytes: int) -> Chunk:
     return LongFile(path=path, num_bytes=num_bytes)
 
 
-def row_chunks(path: str, texts: Iterable[str | bytes | None], chunk_bytes: int) -> Iterator[Chunk]:
-    """Group the texts of a table, in order, into chunks of about ``chunk_bytes``."""
+def row_chunks(path: str, texts: Iterable[str | bytes | None], chunk_bytes: int, most_bytes: int) -> Iterator[Chunk]:
+    """Group the texts of a table, in order, into chunks of about ``chunk_bytes``.
+
+    Raises:
+        DataError: a text has more than ``most_bytes``.
+    """
     pending: list[str | bytes | None] = []
     size = 0
     for text in texts:
+        check_document_bytes(path, len(text or ""), most_bytes)
         pending.append(text)
         size += 64 + len(text or "")
         if size >= chunk_bytes:

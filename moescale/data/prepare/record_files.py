@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from moescale.data.prepare.compression import open_bytes
+from moescale.data.prepare.memory_budget import check_document_bytes
 from moescale.data.prepare.readers import BYTE_ORDER_MARK
 from moescale.errors import DataError
 
 _DELIMITERS = (",", ";", "\t", "|")
-_LONGEST_FIELD = 1 << 30
-"""Characters; a quote that is never closed would make the rest of the file one field."""
+_LONGEST_FIRST_BYTES = 1 << 26
+"""Of a header, or an element of an array, by which the kind of a file is known."""
 _PIECE_BYTES = 1 << 20
 _STRUCTURE = re.compile(rb'["\[\]{},]')
 _STRING_END = re.compile(rb'["\\]')
@@ -50,13 +51,17 @@ def delimiter_of(path: Path | str, column: str) -> str:
 
 def header_of(path: Path | str, delimiter: str) -> list[str]:
     """Return the names in the first row of a table of text."""
-    with closing(_rows(path, delimiter)) as rows:
+    with closing(_rows(path, delimiter, _LONGEST_FIRST_BYTES)) as rows:
         return next(rows, [])
 
 
-def csv_texts(path: str, column: str) -> Iterator[str | bytes | None]:
-    """Yield a column of a CSV or TSV file: None where a row has no such field, bytes where it is not valid UTF-8."""
-    with closing(_rows(path, delimiter_of(path, column))) as rows:
+def csv_texts(path: str, column: str, most_bytes: int) -> Iterator[str | bytes | None]:
+    """Yield a column of a CSV or TSV file: None where a row has no such field, bytes where it is not valid UTF-8.
+
+    Raises:
+        DataError: a field has more than ``most_bytes``, or the file is damaged.
+    """
+    with closing(_rows(path, delimiter_of(path, column), most_bytes)) as rows:
         names = next(rows, [])
         place = names.index(column)
         for row in rows:
@@ -67,40 +72,48 @@ def csv_texts(path: str, column: str) -> Iterator[str | bytes | None]:
                 yield text.encode(errors="surrogateescape") if _find_undecoded(text) else text
 
 
-def _rows(path: Path | str, delimiter: str) -> Generator[list[str], None, None]:
-    csv.field_size_limit(_LONGEST_FIELD)  # of the whole process; the library's own limit is 128 KiB
+def _rows(path: Path | str, delimiter: str, most_bytes: int) -> Generator[list[str], None, None]:
+    csv.field_size_limit(most_bytes)  # of the whole process; the library's own limit is 128 KiB
     try:
         with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            yield from (row for row in csv.reader(text, delimiter=delimiter, strict=True) if row)
+            lines = _bounded_lines(path, text, most_bytes)
+            yield from (row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row)
     except csv.Error as error:
         raise DataError(f"{path} cannot be read as a table of text: {error}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
+def _bounded_lines(path: Path | str, text: io.TextIOWrapper, most_bytes: int) -> Iterator[str]:
+    while line := text.readline(most_bytes + 1):
+        check_document_bytes(str(path), len(line), most_bytes)
+        yield line
+
+
 def first_element(path: Path | str) -> Any:
     """Return the first element of a file that holds a JSON array; None where it is not valid."""
     try:
-        return json.loads(next(array_elements(str(path)), b"null"))
+        return json.loads(next(array_elements(str(path), _LONGEST_FIRST_BYTES), b"null"))
     except (DataError, ValueError, RecursionError):
         return None
 
 
-def array_elements(path: str) -> Iterator[bytes]:
+def array_elements(path: str, most_bytes: int) -> Iterator[bytes]:
     """Yield the elements of a JSON array, unparsed, holding one at a time.
 
     Raises:
-        DataError: the file ends within the array, or goes on after it.
+        DataError: the file ends within the array, or goes on after it; an element has more than ``most_bytes``.
     """
     try:
         with open_bytes(path) as stream:
-            yield from _elements(path, iter(lambda: stream.read(_PIECE_BYTES), b""))
+            yield from _elements(path, iter(lambda: stream.read(_PIECE_BYTES), b""), most_bytes)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _elements(path: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
+def _elements(path: str, pieces: Iterable[bytes], most_bytes: int) -> Iterator[bytes]:
     element: list[bytes] = []
+    size = 0
     depth, in_string, is_escaped, is_closed = 0, False, False, False
     for number, piece in enumerate(pieces):
         piece = piece.removeprefix(BYTE_ORDER_MARK) if number == 0 else piece
@@ -130,6 +143,8 @@ def _elements(path: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
                     continue
                 element.append(piece[begin : place - 1])
                 whole, element, begin = b"".join(element).strip(_SPACE), [], place
+                size = 0
+                check_document_bytes(path, len(whole), most_bytes)
                 if whole or mark == b",":
                     yield whole
                 if depth == 0:
@@ -139,5 +154,7 @@ def _elements(path: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
                     break
         if not is_closed:
             element.append(piece[begin:])
+            size += len(piece) - begin
+            check_document_bytes(path, size, most_bytes)
     if not is_closed:
         raise DataError(f"{path} ends within its JSON array: it is damaged or was not written to the end")

@@ -68,8 +68,12 @@ class Source(Protocol):
         """What must be equal for two runs to have read the same: a line per file, its name first."""
         ...
 
-    def chunks(self, chunk_bytes: int) -> Iterator[Chunk]:
-        """Yield the documents in order. Chunk sizes steer speed and memory, not what is made of the documents."""
+    def chunks(self, chunk_bytes: int, most_bytes: int) -> Iterator[Chunk]:
+        """Yield the documents in order. Chunk sizes steer speed and memory, not what is made of the documents.
+
+        Raises:
+            DataError: a document that is read in one piece has more than ``most_bytes``.
+        """
         ...
 
 
@@ -112,11 +116,11 @@ class LocalSource:
     def identity(self) -> list[list[str | int]]:
         return [[file.name, file.num_bytes, file.modified_ns] for file in self.files]
 
-    def chunks(self, chunk_bytes: int) -> Iterator[Chunk]:
+    def chunks(self, chunk_bytes: int, most_bytes: int) -> Iterator[Chunk]:
         with TableReader() as tables:
-            yield from self._chunks(chunk_bytes, tables)
+            yield from self._chunks(chunk_bytes, most_bytes, tables)
 
-    def _chunks(self, chunk_bytes: int, tables: TableReader) -> Iterator[Chunk]:
+    def _chunks(self, chunk_bytes: int, most_bytes: int, tables: TableReader) -> Iterator[Chunk]:
         pending: list[str] = []
         pending_bytes = 0
         for file in self.files:
@@ -130,20 +134,20 @@ class LocalSource:
                 yield WholeFiles(paths=pending)
                 pending, pending_bytes = [], 0
             if file.kind in RECORDS:
-                yield from self._records(file, chunk_bytes, tables)
+                yield from self._records(file, chunk_bytes, most_bytes, tables)
             elif is_long:
                 yield long_document(str(file.path), file.num_bytes)
         if pending:
             yield WholeFiles(paths=pending)
 
-    def _records(self, file: SourceFile, chunk_bytes: int, tables: TableReader) -> Iterator[Chunk]:
+    def _records(self, file: SourceFile, chunk_bytes: int, most_bytes: int, tables: TableReader) -> Iterator[Chunk]:
         path = str(file.path)
         if file.kind == LINES:
-            yield from line_chunks(path, file.num_bytes, chunk_bytes)
+            yield from line_chunks(path, file.num_bytes, chunk_bytes, most_bytes)
         elif file.kind == ARRAY:
-            yield from record_chunks(path, array_elements(path), chunk_bytes)
+            yield from record_chunks(path, array_elements(path, most_bytes), chunk_bytes)
         elif file.kind in (CSV, TSV):
-            yield from row_chunks(path, csv_texts(path, self.text_column), chunk_bytes)
+            yield from row_chunks(path, csv_texts(path, self.text_column, most_bytes), chunk_bytes, most_bytes)
         else:
             request = TableRequest(
                 path=path,
@@ -151,6 +155,7 @@ class LocalSource:
                 column=self.text_column,
                 chunk_bytes=chunk_bytes,
                 memory_bytes=self.memory_bytes,
+                most_bytes=most_bytes,
             )
             for content in tables.read(request):
                 yield PickledRows(path=path, content=content)
@@ -191,9 +196,9 @@ class JoinedSource:
     def identity(self) -> list[list[str | int]]:
         return [line for source in self.sources for line in source.identity()]
 
-    def chunks(self, chunk_bytes: int) -> Iterator[Chunk]:
+    def chunks(self, chunk_bytes: int, most_bytes: int) -> Iterator[Chunk]:
         for source in self.sources:
-            yield from source.chunks(chunk_bytes)
+            yield from source.chunks(chunk_bytes, most_bytes)
 
 
 def open_source(settings: PrepareSettings) -> Source:

@@ -8,12 +8,13 @@ error, too.
 
 from __future__ import annotations
 
+import os
 import pickle
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import IO, NamedTuple
 
@@ -31,6 +32,8 @@ class TableRequest(NamedTuple):
     chunk_bytes: int
     memory_bytes: int
     """What the reading process may take."""
+    most_bytes: int
+    """Of one text."""
 
 
 class TableReader:
@@ -160,7 +163,7 @@ def _answer(request: TableRequest, answers: IO[bytes]) -> None:
         texts = arrow_texts(request.path, request.column)
     pending: list[str | bytes | None] = []
     size = 0
-    for text in texts:
+    for text in _bounded(texts, request):
         pending.append(text)
         size += 64 + len(text or "")
         if size >= request.chunk_bytes:
@@ -168,3 +171,19 @@ def _answer(request: TableRequest, answers: IO[bytes]) -> None:
             pending, size = [], 0
     _send(answers, _TEXTS, pickle.dumps(pending))
     _send(answers, _END, b"")
+
+
+def _bounded(texts: Iterable[str | bytes | None], request: TableRequest) -> Iterator[str | bytes | None]:
+    """Yield ``texts``; raise DataError where one is too long, or all are more than such a file can hold."""
+    from moescale.data.prepare.compression import check_expansion
+    from moescale.data.prepare.memory_budget import check_document_bytes
+
+    file_bytes, unpacked_bytes = os.path.getsize(request.path), 0
+    for text in texts:
+        check_document_bytes(request.path, len(text or ""), request.most_bytes)
+        unpacked_bytes += len(text or "")
+        try:
+            check_expansion(file_bytes, unpacked_bytes)
+        except OSError as error:
+            raise DataError(f"{request.path}: {error}") from error
+        yield text

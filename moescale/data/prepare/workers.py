@@ -28,20 +28,21 @@ _worker_encoder: Encoder | None = None
 def encode(source: Source, *, options: dict[str, Any], resources: Resources) -> Iterator[EncodedChunk]:
     """Yield the encoded chunks of ``source`` in order, a bounded number of them begun and not yet yielded.
 
-    With one worker everything happens in the calling process. ``options`` are :class:`Encoder`'s arguments.
+    With one worker everything happens in the calling process. ``options`` are :class:`Encoder`'s other
+    arguments.
     """
+    options = options | {"most_document_bytes": resources.most_document_bytes}
+    whole_chunks = source.chunks(resources.chunk_bytes, resources.most_document_bytes)
     if resources.num_workers == 1:
         encoder = Encoder(**options)
-        chunks = in_parts(source.chunks(resources.chunk_bytes), encoder.tokens_of, _LONG_FILE_PART_BYTES)
+        chunks = in_parts(whole_chunks, encoder.tokens_of, _LONG_FILE_PART_BYTES)
         yield from map(encoder, chunks)
         return
     pool = ProcessPoolExecutor(
         resources.num_workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(options,)
     )
     own_encoder = cache(lambda: Encoder(**options))  # made when a long file comes up: it takes a second
-    chunks = in_parts(
-        source.chunks(resources.chunk_bytes), lambda text: own_encoder().tokens_of(text), _LONG_FILE_PART_BYTES
-    )
+    chunks = in_parts(whole_chunks, lambda text: own_encoder().tokens_of(text), _LONG_FILE_PART_BYTES)
     begun: deque[Future[EncodedChunk]] = deque()
     try:
         for chunk in chunks:

@@ -73,7 +73,7 @@ def test_elements_of_an_array_are_what_the_json_library_finds(tmp_path_factory, 
     path.write_text(json.dumps(values, indent=indent))
     before, record_files._PIECE_BYTES = record_files._PIECE_BYTES, piece_bytes
     try:
-        assert [json.loads(element) for element in array_elements(str(path))] == values
+        assert [json.loads(element) for element in array_elements(str(path), 1 << 30)] == values
     finally:
         record_files._PIECE_BYTES = before
 

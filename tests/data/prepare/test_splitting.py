@@ -97,7 +97,13 @@ def test_parts_of_a_file_meet_at_cuts(encode, long_text, tmp_path, size):
 
 def test_a_long_text_is_encoded_in_parts_to_the_same_tokens(tokenizer, encode, long_text, monkeypatch):
     monkeypatch.setattr("moescale.data.prepare.encode._PART_CHARACTERS", 20_000)
-    encoder = Encoder(tokenizer_json=tokenizer.to_str(), end_token_id=0, vocabulary_size=512, text_column="text")
+    encoder = Encoder(
+        tokenizer_json=tokenizer.to_str(),
+        end_token_id=0,
+        vocabulary_size=512,
+        text_column="text",
+        most_document_bytes=1 << 30,
+    )
     assert encoder.tokens_of(long_text).tolist() == encode(long_text)
     encoder._by_words = None
     assert encoder.tokens_of(long_text).tolist() == encode(long_text)
