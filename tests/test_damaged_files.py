@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from moescale import cli
-from moescale.cli import export
+from moescale.api import export
 from moescale.convert.hf_config import read_model_config
 from moescale.convert.weight_files import read_headers
 from moescale.data.corpus import open_corpus
@@ -37,7 +37,7 @@ from moescale.kernels.experts import launch_config
 from moescale.plan import load_plan
 from moescale.planner.cluster import SHIPPED, load_cluster
 from moescale.records import parse_json_object
-from moescale.report.run_log import METRICS_FILE, _keep_records
+from moescale.report.observers.json_lines import METRICS_FILE, keep_records
 from moescale.runtime import checkpoint as checkpoints
 
 datasets = pytest.importorskip("datasets")
@@ -116,7 +116,7 @@ def readers(tmp_path_factory, run_folder, stdlib_corpus, model_folder, weights_f
         checkpoints.StoredTensors(checkpoint)
 
     def read_metrics() -> None:
-        _keep_records(run_folder / METRICS_FILE, lambda record: record["step"] <= 10)
+        keep_records(run_folder / METRICS_FILE, lambda record: record["step"] <= 10)
 
     def read_splits() -> None:
         for path in splits_of(saved_folder).values():

@@ -235,7 +235,6 @@ PARSES_ITSELF = {
     "moescale/runtime/checkpoint_writer.py": "its own document of a moment ago, in memory",
     "moescale/data/prepare/table_process.py": "what this process and its own child send each other",
     "moescale/planner/explain.py": "the plan it has just written, in memory",
-    "moescale/cli/run.py": "the plan it has just written, in memory",
     "moescale/data/prepare/encode.py": "a line of the user's corpus: one that is not JSON is counted",
     "moescale/data/prepare/file_kinds.py": "whether a line of the user's corpus is a record",
     "moescale/data/prepare/record_files.py": "an array of the user's corpus",

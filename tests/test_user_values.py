@@ -10,9 +10,9 @@ from typing import get_args, get_type_hints
 import pytest
 
 from moescale import cli
-from moescale.cli.compile import CompileSettings
-from moescale.cli.export import ExportSettings
-from moescale.cli.run import RunInputs
+from moescale.api.compile import CompileSettings
+from moescale.api.export import ExportSettings
+from moescale.api.train_request import RunInputs
 from moescale.convert.hf_config import resolve_model
 from moescale.data.prepare.settings import PrepareSettings
 from moescale.data.prepare.tokenizer import load_tokenizer

@@ -13,6 +13,7 @@ from cyclopts.config import Dict
 from rich.console import Console
 
 from moescale import __version__
+from moescale.environment import prefer_expandable_segments
 from moescale.errors import ConfigError, MoescaleError, Preempted, nearest, printable
 from moescale.files import remedy
 from moescale.records import FileKind, read_toml, show
@@ -134,9 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit status: 0 done, 2 bad input, 3 loss or weights not finite, 4 a rank failed, 75 stopped and
     resumable, 130 interrupted.
     """
-    # Read by torch when a command imports it: without, pieces of 16 B parameters leave holes of gigabytes.
-    if "PYTORCH_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    prefer_expandable_segments()  # before a command imports torch
     if arguments is not None:
         sys.argv[1:] = arguments  # what a command on several ranks starts itself again with
     try:

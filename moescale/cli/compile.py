@@ -3,174 +3,35 @@
 from __future__ import annotations
 
 import json as json_module
-import math
-import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
-from moescale.convert.hf_config import read_model_config, resolve_model
-from moescale.errors import ConfigError
-from moescale.files import write_atomically
-from moescale.plan import save_plan
-from moescale.planner.cluster import load_cluster
-from moescale.planner.explain import explain_html, explain_json, explain_text
-from moescale.planner.fit import fit_json, fit_text, fit_to_gpus
-from moescale.planner.request import PlanRequest
-from moescale.planner.search import compile_plan
+from moescale.api.compile import CompileSettings
+from moescale.api.compile import compile as compile_settings
+from moescale.api.compile import fit as fit_settings
+from moescale.planner.explain import explain_json, explain_text
+from moescale.planner.fit import fit_json, fit_text
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompileSettings:
-    """What to plan for, and where the plan goes."""
-
-    model: str
-    """Preset name, local folder or hub name of a Hugging Face DeepSeek-V2, DeepSeek-V3 or Qwen3-MoE model."""
-    cluster: str = "h100-sxm"
-    """a100-80, h100-sxm, h200, b200, or a cluster file (.toml)."""
-    plan_gpus: str = "auto"
-    """GPUs that hold one full copy of the weights, or auto."""
-    runtime_gpus: int | None = None
-    """GPUs in all, a multiple of plan-gpus; default: plan-gpus."""
-    tokens_per_step: int = 131072
-    """Tokens of one optimizer step, over all GPUs."""
-    sequence_length: int = 2048
-    """Tokens of one sequence."""
-    memory_limit: float | None = None
-    """Memory a GPU may use: a number of GiB, or a size such as 64GB; default: what the cluster file says."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute dtype."""
-    pin: tuple[str, ...] = ()
-    """A decision to fix, as name=value (ep=4, moe_recompute=none, ...); repeatable."""
-    forbid: tuple[str, ...] = ()
-    """A value not to use, as name=value; repeatable."""
-    router_imbalance: float = 1.1
-    """Rows of the fullest rank over the mean, where experts are split over ranks."""
-    allow_stochastic_rounding: bool = False
-    """Also consider bf16 weights with stochastic rounding, without an exact fp32 master."""
-    allow_unsupported: bool = False
-    """Also plans this version cannot run: pipeline, context and tensor parallelism."""
-    ignore_config_field: tuple[str, ...] = ()
-    """A field of config.json that is not known and does not change the model; repeatable."""
-    output: Path | None = None
-    """Plan file to write."""
-    html: Path | None = None
-    """Write the explanation as a self-contained HTML page."""
-    fit: bool = False
-    """Instead of one plan: the fewest GPUs on which it fits, and tokens/s from there to 1024 GPUs."""
-
-
-def compile_command(settings: Annotated[CompileSettings, Parameter(name="*")], *, json: bool = False) -> None:
+def compile_command(
+    settings: Annotated[CompileSettings, Parameter(name="*")], *, fit: bool = False, json: bool = False
+) -> None:
     """Plan training: will it fit, how fast, with which settings, and why.
 
     Parameters
     ----------
+    fit
+        Instead of one plan: the fewest GPUs on which it fits, and tokens/s from there to 1024 GPUs.
     json
         Print the plan (or with --fit the table) as JSON on standard output.
     """
-    _check_files(settings)
-    config = read_model_config(resolve_model(settings.model, config_only=True), settings.ignore_config_field)
-    cluster = load_cluster(settings.cluster)
-    request = _request(settings)
-    if settings.fit:
-        answer = fit_to_gpus(config, cluster, request)
+    if fit:
+        answer = fit_settings(settings)
         print(json_module.dumps(fit_json(answer), indent=2) if json else fit_text(answer))
         return
-    result = compile_plan(config, cluster, request)
-    if settings.output is not None and result.best is not None:
-        save_plan(result.plan(), settings.output)
-    if settings.html is not None:
-        _write_page(explain_html(result), settings.html)
-    if json:
-        print(json_module.dumps(explain_json(result), indent=2))
-    else:
-        print(explain_text(result))
+    result = compile_settings(settings)
+    print(json_module.dumps(explain_json(result), indent=2) if json else explain_text(result))
     result.plan()  # an error where nothing fits, after the explanation has said what would
     if settings.output is not None and not json:
         print(f"\nplan written to {settings.output}")
-
-
-def _check_files(settings: CompileSettings) -> None:
-    """Refuse, before planning, what cannot be written after it."""
-    for option, path in (("--output", settings.output), ("--html", settings.html)):
-        if path is None:
-            continue
-        if settings.fit:
-            raise ConfigError(
-                f"{option} ({path}) cannot be written with --fit, which makes a table and not one plan; drop one of "
-                "the two (with --json the table goes to standard output)"
-            )
-        if os.path.isdir(path):
-            raise ConfigError(f"{option} ({path}) is a folder; name a file in it")
-        # os.path answers False where it may not look, and Path.exists raises; the closed folder is then found above.
-        folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
-        if not folder.is_dir():
-            raise ConfigError(f"{option} ({path}) cannot be written: {folder} is no folder; give another path")
-        if not os.access(folder, os.W_OK | os.X_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
-            raise ConfigError(f"{option} ({path}) cannot be written: Permission denied; give another path")
-    if settings.output is not None and settings.html is not None and settings.output == settings.html:
-        raise ConfigError(f"--output and --html ({settings.html}) must be two files; give one of them another name")
-
-
-def _write_page(page: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, page)
-    except OSError as error:
-        raise ConfigError(f"--html ({path}) cannot be written: {error.strerror}; give another path") from None
-
-
-def _request(settings: CompileSettings) -> PlanRequest:
-    plan_gpus = None if settings.plan_gpus == "auto" else _integer(settings.plan_gpus)
-    return PlanRequest(
-        runtime_gpus=settings.runtime_gpus if settings.runtime_gpus is not None else plan_gpus or 1,
-        plan_gpus=plan_gpus,
-        tokens_per_step=settings.tokens_per_step,
-        sequence_length=settings.sequence_length,
-        memory_limit_bytes=_bytes(settings.memory_limit),
-        compute_dtype=settings.precision,
-        exact_weights=not settings.allow_stochastic_rounding,
-        router_imbalance=settings.router_imbalance,
-        allow_unsupported=settings.allow_unsupported,
-        pins=_pins(settings.pin),
-        forbidden=frozenset(_pair(text, "forbid") for text in settings.forbid),
-    )
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f"compile.plan_gpus ('{text}') must be a number of GPUs, or auto") from None
-
-
-def _bytes(gibibytes: float | None) -> int | None:
-    if gibibytes is None:
-        return None
-    if not math.isfinite(gibibytes * 2**30):
-        raise ConfigError(
-            f"compile.memory_limit ({gibibytes}) must be a finite number of GiB; leave it out for no limit"
-        )
-    return round(gibibytes * 2**30)
-
-
-def _pins(texts: tuple[str, ...]) -> dict[str, str]:
-    pins: dict[str, str] = {}
-    for text in texts:
-        name, value = _pair(text, "pin")
-        if pins.get(name, value) != value:
-            raise ConfigError(
-                f"--pin {name}={pins[name]} and --pin {name}={value} contradict each other; a decision has one value. "
-                "Keep one of them, or rule values out with --forbid"
-            )
-        pins[name] = value
-    return pins
-
-
-def _pair(text: str, option: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name or not value:
-        raise ConfigError(f"--{option} ('{text}') must have the form name=value, for example ep=4")
-    return name.strip().replace("-", "_"), value.strip().lower()

@@ -3,62 +3,13 @@
 from __future__ import annotations
 
 import json as json_module
-import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from dataclasses import asdict
+from typing import Annotated
 
 from cyclopts import Parameter
 
-from moescale.config import ModelConfig
-from moescale.convert.checkpoint import export_checkpoint, folder_dtype
-from moescale.convert.hf_config import CONFIG_FILE, read_model_config
-from moescale.errors import CheckpointError, ConfigError, printable
-from moescale.records import FileKind, Length, Matches, build, read_json_object
-from moescale.report.progress import bytes_progress
-from moescale.runtime.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    CheckpointWeights,
-    DamagedCheckpointError,
-    read_training_state,
-    verify,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportSettings:
-    """What is exported, and how."""
-
-    run: Path
-    """Folder of a run."""
-    output: Path
-    """Folder to write; must not exist."""
-    step: int | None = None
-    """Step of the checkpoint to export; default: the newest."""
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Dtype of the exported weights; default: that of the folder the run started from (or --model's), whose config.json
-    names it, or else its weights; bf16 where neither does."""
-    model: Path | None = None
-    """Folder with the config.json, tokenizer and generation files to copy; default: the one the run started from."""
-    ignore_config_field: tuple[str, ...] = ()
-    """A field of config.json that is not known and does not change the model; repeatable;
-    default: those that the run was told to ignore."""
-    max_shard_gigabytes: float = 5.0
-    """Largest shard: a number of 10^9 bytes, or a size such as 4GiB."""
-
-    def __post_init__(self) -> None:
-        if not 1e-9 <= self.max_shard_gigabytes < math.inf:
-            raise ConfigError(f"export.max_shard_gigabytes ({self.max_shard_gigabytes}) must be positive and finite")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFile:
-    """What is read of a run's ``run.json``; all else in it is for the reader of the run."""
-
-    model: Annotated[str, Length(least=1, most=4096), Matches(r"[^\0]+", "a path")]
-    """The folder the run started from."""
-    ignore_config_field: tuple[str, ...] = ()
+from moescale.api.export import ExportSettings, export
+from moescale.errors import printable
 
 
 def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, json: bool = False) -> None:
@@ -69,96 +20,13 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
     json
         Print a summary as JSON on standard output.
     """
-    import torch
-
-    reference, ignored_fields = _reference(settings)
-    ignored_fields = settings.ignore_config_field or ignored_fields
-    config = read_model_config(reference, ignored_fields)
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    names = {dtype: name for name, dtype in dtypes.items()}
-    dtype_name: str = settings.dtype or names[folder_dtype(reference)]
-    store = CheckpointStore(settings.run / "checkpoints", keep=1)
-    checkpoint = store.last() if settings.step is None else store.at(settings.step)
-    if checkpoint is None:
-        raise CheckpointError(f"{store.folder}: holds no whole checkpoint; let the run save one first")
-    try:
-        _check_model(settings, reference, config, checkpoint)
-        with CheckpointWeights(checkpoint) as source, bytes_progress("exporting", show=not json) as on_progress:
-            report = export_checkpoint(
-                config,
-                source,
-                settings.output,
-                reference=reference,
-                ignored_fields=ignored_fields,
-                dtype=dtypes[dtype_name],
-                max_shard_bytes=int(settings.max_shard_gigabytes * 1e9),
-                on_progress=on_progress,
-            )
-    except DamagedCheckpointError as error:
-        raise _with_remedy(error, store, checkpoint) from error
+    summary = export(settings, progress=not json)
+    report = summary.report
     if json:
-        summary = asdict(report) | {"output": str(report.output), "step": checkpoint.step, "dtype": dtype_name}
-        print(json_module.dumps(summary, indent=2))
+        document = asdict(report) | {"output": str(report.output), "step": summary.step, "dtype": summary.dtype}
+        print(json_module.dumps(document, indent=2))
         return
     shards = f"{report.num_shards} shard{'s' * (report.num_shards > 1)}"
-    print(printable(f"exported step {checkpoint.step} as {dtype_name} to {settings.output} ({shards})"))
+    print(printable(f"exported step {summary.step} as {summary.dtype} to {settings.output} ({shards})"))
     for warning in report.warnings:
         print(printable(f"warning: {warning}"))
-
-
-def _with_remedy(error: DamagedCheckpointError, store: CheckpointStore, checkpoint: Checkpoint) -> CheckpointError:
-    if not checkpoint.path.exists():
-        return CheckpointError(
-            f"{checkpoint.path}: the run has removed step {checkpoint.step} meanwhile; export again, or let the run "
-            "keep more with --keep-checkpoints"
-        )
-    for other in reversed(store.list()):
-        if other.step == checkpoint.step:
-            continue
-        try:
-            verify(other)
-        except CheckpointError:
-            continue
-        return CheckpointError(f"{error}; export the newest whole one with --step {other.step}")
-    return CheckpointError(f"{error}; the run has no other whole one, bring it back from a copy")
-
-
-def _check_model(settings: ExportSettings, reference: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Refuse a configuration that is not the one the weights were trained with, equal shapes or not."""
-    trained = read_training_state(checkpoint)["identity"].get("model")
-    if trained in (None, config.fingerprint()):
-        return
-    remedy = (
-        "leave --model out, or give a folder whose config.json is the one that was trained"
-        if settings.model is not None
-        else "it was changed since; bring it back, or give a copy of the one that was trained as --model"
-    )
-    raise ConfigError(
-        f"{reference / CONFIG_FILE}: describes a model with fingerprint {config.fingerprint()}, {checkpoint.path} was "
-        f"trained as {trained}: a field such as top_k or rope_theta differs; {remedy}"
-    )
-
-
-def _reference(settings: ExportSettings) -> tuple[Path, tuple[str, ...]]:
-    """The folder whose configuration and tokenizer go with the weights, and the fields of config.json to ignore."""
-    if settings.model is not None:
-        if not settings.model.is_dir():
-            raise ConfigError(
-                f"export.model ({settings.model}) is not a folder; give one with the config.json to copy, "
-                "or leave --model out to take the one the run started from"
-            )
-        return settings.model, ()
-    run_file = settings.run / "run.json"
-    kind = FileKind(
-        noun="a run's file",
-        error=CheckpointError,
-        missing=f"missing; --run ({settings.run}) must be the output folder of `moescale run`. Without this file, give "
-        "the folder of the run's model as --model",
-        remedy="the model's folder is therefore not known: give it as --model",
-        ignores_unknown=True,
-    )
-    record = build(RunFile, read_json_object(run_file, kind), str(run_file), kind)
-    reference = Path(record.model)
-    if not reference.is_dir():
-        raise CheckpointError(f"{reference}: gone, {run_file} says the run started from it; give its copy as --model")
-    return reference, record.ignore_config_field

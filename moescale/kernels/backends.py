@@ -12,8 +12,11 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +25,8 @@ from moescale.errors import MoescaleError, nearest
 
 Backend = Literal["triton", "grouped_mm", "torch", "cute"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+ExpertsBackend = Literal["auto", "triton", "grouped_mm", "torch", "cute"]
+AttentionBackend = Literal["auto", "torch", "cute"]
 
 # Ampere: the first generation with bf16 tensor cores and asynchronous copies, which the kernels are written for.
 MINIMUM_CAPABILITY = (8, 0)
@@ -38,8 +43,68 @@ CUTE_PACKAGES: dict[CutePart, tuple[str, str]] = {
 CUTE_ATTENTION_WIDTHS = (192, 128)
 
 
+VARIABLES = {"experts": "MOESCALE_EXPERTS", "attention": "MOESCALE_ATTENTION"}
+"""Variables of the environment that override a run's backends, for trying one out."""
+
+
 class KernelInputError(MoescaleError, ValueError):
     """An operator was called with a shape, dtype, device or expert id that it cannot take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendSettings:
+    """Backends that ``auto`` stands for, by operator; ``auto`` here picks by device and what is installed."""
+
+    experts: ExpertsBackend = "auto"
+    attention: AttentionBackend = "auto"
+
+    def overridden_by_environment(self) -> tuple[BackendSettings, list[str]]:
+        """Return the settings with what VARIABLES say in the environment, and a notice for each that changes one.
+
+        Raises KernelInputError for a value that is not a backend.
+        """
+        changed, notices = {}, []
+        known = {"experts": get_args(ExpertsBackend), "attention": get_args(AttentionBackend)}
+        for field in fields(self):
+            variable, setting = VARIABLES[field.name], getattr(self, field.name)
+            value = os.environ.get(variable, setting)
+            if value not in known[field.name]:
+                names = known[field.name]
+                raise KernelInputError(
+                    f"{variable} ({value!r}) in the environment must be one of {', '.join(names)}"
+                    f"{nearest(value, names)}; unset it for the run's own {field.name}_backend"
+                )
+            if value != setting:
+                changed[field.name] = value
+                notices.append(f"{variable}={value} in the environment overrides {field.name}_backend ({setting})")
+        return BackendSettings(**(vars(self) | changed)), notices
+
+
+_defaults = BackendSettings()
+
+
+@contextmanager
+def default_backends(settings: BackendSettings) -> Iterator[None]:
+    """Let ``auto`` stand for ``settings`` in this process while the context lasts."""
+    global _defaults
+    before = _defaults
+    _set_defaults(settings)
+    try:
+        yield
+    finally:
+        _set_defaults(before)
+
+
+def _set_defaults(settings: BackendSettings) -> None:
+    global _defaults
+    if settings != _defaults and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # what is compiled has the old choice as a constant
+    _defaults = settings
+
+
+def _asked_for(part: CutePart) -> str:
+    """Return the backend that ``auto`` stands for: the environment's, or that of :func:`default_backends`."""
+    return os.environ.get(VARIABLES[part], getattr(_defaults, part))
 
 
 def debug_checks_enabled() -> bool:
@@ -116,10 +181,10 @@ def runs_triton(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
 def choose_experts_backend(device: torch.device, dtype: torch.dtype, requested: str = "auto") -> str:
     """As :func:`choose_backend` for the experts' products: ``auto`` takes ``cute`` where it is installed and can run.
 
-    The environment variable MOESCALE_EXPERTS says what ``auto`` is instead.
+    :func:`default_backends`, or MOESCALE_EXPERTS in the environment, says what ``auto`` is instead.
     """
     if requested == "auto":
-        requested = os.environ.get("MOESCALE_EXPERTS", "auto")
+        requested = _asked_for("experts")
     if requested not in ("auto", "cute"):
         return choose_backend(device, dtype, requested)
     if _takes_cute("experts", requested, objection_to_cute("experts", device, dtype)):
@@ -140,10 +205,10 @@ def choose_attention_backend(
     """Return the back end of attention with ``widths`` of key and value: ``cute`` or ``torch``, the best that it has.
 
     ``features`` are what is asked for beyond causality and ``documents``. ``auto`` takes ``cute`` where it is installed
-    and can run. The environment variable MOESCALE_ATTENTION says what ``auto`` is instead.
+    and can run. :func:`default_backends`, or MOESCALE_ATTENTION in the environment, says what ``auto`` is instead.
     """
     if requested == "auto":
-        requested = os.environ.get("MOESCALE_ATTENTION", "auto")
+        requested = _asked_for("attention")
     if requested not in ("auto", "cute", "torch"):
         raise KernelInputError(f"attention's back end ({requested!r}) must be one of auto, cute, torch")
     if requested == "torch":

@@ -1,4 +1,4 @@
-"""What a run tells: metrics, TensorBoard scalars, HTML reports.
+"""What a run tells: records of metrics, and the observers that show and keep them.
 
-May import: moescale.config, moescale.errors.
+May import: moescale.config, moescale.errors, moescale.files, moescale.records.
 """

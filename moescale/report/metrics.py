@@ -1,12 +1,11 @@
-"""What the training loop tells of itself: one record per step, one per run, and who listens."""
+"""What a training run tells of itself: one record per step, one per run."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 
 def to_json(document: Any, **options: Any) -> str:
@@ -47,30 +46,6 @@ class StepMetrics:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.step_seconds
-
-
-class Observer(Protocol):
-    """Told of everything that happens; shows it, logs it."""
-
-    def on_resume(self, step: int, path: Path) -> None: ...
-
-    def on_step(self, metrics: StepMetrics) -> None: ...
-
-    def on_validation(self, step: int, loss: float) -> None: ...
-
-    def on_checkpoint(self, step: int, path: Path, seconds: float) -> None: ...
-
-
-class SilentObserver:
-    """Hears everything and shows nothing: what every rank but the first has."""
-
-    def on_resume(self, step: int, path: Path) -> None: ...
-
-    def on_step(self, metrics: StepMetrics) -> None: ...
-
-    def on_validation(self, step: int, loss: float) -> None: ...
-
-    def on_checkpoint(self, step: int, path: Path, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,11 @@ def was_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_first_process() -> bool:
+    """Whether this process is rank 0 of those that torchrun has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def join_ranks(device: torch.device, *, hang_seconds: float = 600.0) -> Iterator[Membership]:
     """Join the other processes of the run, or be alone; what fails between ranks is raised as RankFailure.

@@ -23,10 +23,12 @@ import torch
 from moescale.errors import CheckpointError, ConfigError, MoescaleError, NonFiniteLossError, Preempted
 from moescale.kernels.attention import Documents
 from moescale.models.transformer import Transformer
-from moescale.report.metrics import Observer, StepMetrics, TrainSummary
+from moescale.report.metrics import StepMetrics, TrainSummary
+from moescale.report.observers.observer import Observer
 from moescale.runtime import checkpoint as checkpoints
 from moescale.runtime.checkpoint import CheckpointStore
 from moescale.runtime.checkpoint_writer import CheckpointWriter
+from moescale.runtime.hooks import TrainerHook, Update
 from moescale.runtime.layout import Part, whole
 from moescale.runtime.mapping import sum_over_replicas_at_the_last
 from moescale.runtime.micro_batch import MicroBatches
@@ -75,6 +77,7 @@ class Trainer:
         identity: dict[str, str] | None = None,
         ranks: Ranks = ONE_RANK,
         parts: Mapping[str, Part] | None = None,
+        hooks: Sequence[TrainerHook] = (),
         plan: dict[str, Any] | None = None,
         on_progress: Callable[[int, str], None] = lambda step, phase: None,
         on_notice: Callable[[str], None] = lambda text: None,
@@ -82,9 +85,9 @@ class Trainer:
         """``identity`` (fingerprints of model and the like) is saved, and a checkpoint with another one refused.
 
         On several ranks ``model`` is divided over them (:func:`moescale.runtime.mapping.apply_plan`), ``parts`` says
-        how, and ``source`` and ``validation`` hand out this rank's share of equally many micro-batches. ``plan`` is
-        kept in checkpoints for the reader; ``on_progress`` hears of steps done and of the phase that begins,
-        ``on_notice`` of what the user should know though the run goes on.
+        how, and ``source`` and ``validation`` hand out this rank's share of equally many micro-batches. ``hooks`` take
+        part in the training on every rank. ``plan`` is kept in checkpoints for the reader. ``on_progress`` hears of
+        steps done and of the phase that begins, ``on_notice`` of what the user should know though the run goes on.
         """
         self.model = model
         self.settings = settings
@@ -102,6 +105,7 @@ class Trainer:
         self.validation = validation
         self.identity = identity or {}
         self.ranks = ranks
+        self.hooks = hooks
         self.plan = plan
         self.on_progress = on_progress
         self.on_notice = on_notice
@@ -290,6 +294,8 @@ class Trainer:
             self.model.move_choice_biases(sums.expert_rows, self.settings.router_bias_update_rate)
             self._last_loss = mean_loss
             self._skipped_in_a_row = 0
+            for hook in self.hooks:
+                hook.after_update(Update(step=self.step + 1, model=self.model, expert_rows=sums.expert_rows))
         self.step += 1
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -378,6 +384,8 @@ class Trainer:
         if num_targets:
             self._validation_loss = loss_sum.item() / num_targets
             self.observer.on_validation(self.step, self._validation_loss)
+            for hook in self.hooks:
+                hook.after_validation(self.step, self._validation_loss)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Everything a checkpoint must hold, as ``KIND.NAME``."""

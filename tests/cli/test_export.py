@@ -160,7 +160,7 @@ def test_any_other_failure_of_the_system_is_a_line_with_its_path(finished_run, t
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "/somewhere")
 
-    monkeypatch.setattr("moescale.cli.export.read_model_config", full)
+    monkeypatch.setattr("moescale.api.export.read_model_config", full)
     status, errors = export(capsys, "--run", finished_run, "--output", tmp_path / "out")
     assert status == 2 and "error: /somewhere: No space left on device; free space" in errors
 

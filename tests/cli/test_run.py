@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moescale import __version__
+from moescale.api.run_checks import lower_limit_gib, memory_warning
 from moescale.cli import main
-from moescale.cli.run import lower_limit_gib, memory_warning
 from moescale.convert.checkpoint import import_checkpoint
 from moescale.convert.hf_config import read_model_config
 from moescale.data.corpus import open_corpus

@@ -18,6 +18,7 @@ TABLE = {
     "corpus/*": DURABLE,
     "run": DURABLE,
     "run/run.json": DURABLE,
+    "run/summary.json": DURABLE,
     "run/run.lock": LOG,
     "run/metrics.jsonl": LOG,
     "run/tensorboard": LOG,

@@ -7,10 +7,12 @@ import torch
 
 from moescale.kernels import backends
 from moescale.kernels.backends import (
+    BackendSettings,
     KernelInputError,
     choose_attention_backend,
     choose_backend,
     choose_experts_backend,
+    default_backends,
     runs_triton,
 )
 
@@ -111,6 +113,46 @@ def test_the_experts_back_end_can_be_set_from_outside(monkeypatch):
     assert choose_experts_backend(CUDA, torch.bfloat16, "triton") == "triton"
     with pytest.raises(KernelInputError, match="needs a Hopper GPU"):
         choose_experts_backend(CPU, torch.bfloat16)
+
+
+def test_default_backends_say_what_auto_is_and_the_environment_overrides_them(monkeypatch):
+    assert choose_experts_backend(CPU, torch.bfloat16) == "torch"
+    with default_backends(BackendSettings(experts="grouped_mm", attention="cute")):
+        assert choose_experts_backend(CPU, torch.bfloat16) == "grouped_mm"
+        with pytest.raises(KernelInputError, match="needs a Hopper GPU"):
+            choose_attention_backend(CPU, torch.bfloat16, WIDTHS)
+        monkeypatch.setenv("MOESCALE_EXPERTS", "torch")
+        assert choose_experts_backend(CPU, torch.bfloat16) == "torch"
+        monkeypatch.delenv("MOESCALE_EXPERTS")
+    assert choose_experts_backend(CPU, torch.bfloat16) == "torch"
+    assert choose_attention_backend(CPU, torch.bfloat16, WIDTHS) == "torch"
+
+
+def test_another_default_is_taken_by_what_is_compiled_already():
+    @torch.compile(backend="eager")
+    def backend(x):
+        return x + (choose_experts_backend(x.device, x.dtype) == "grouped_mm")
+
+    x = torch.zeros(1)
+    assert backend(x) == 0
+    with default_backends(BackendSettings(experts="grouped_mm")):
+        assert backend(x) == 1
+    assert backend(x) == 0
+
+
+def test_the_environments_backends_are_told_of_where_they_change_something(monkeypatch):
+    asked = BackendSettings(experts="triton")
+    assert asked.overridden_by_environment() == (asked, [])
+    monkeypatch.setenv("MOESCALE_EXPERTS", "triton")
+    monkeypatch.setenv("MOESCALE_ATTENTION", "torch")
+    settings, notices = asked.overridden_by_environment()
+    assert settings == BackendSettings(experts="triton", attention="torch")
+    assert notices == ["MOESCALE_ATTENTION=torch in the environment overrides attention_backend (auto)"]
+    monkeypatch.setenv("MOESCALE_ATTENTION", "triton")
+    with pytest.raises(
+        KernelInputError, match=r"MOESCALE_ATTENTION \('triton'\) in the environment must be one of auto"
+    ):
+        asked.overridden_by_environment()
 
 
 def test_a_cute_that_cannot_be_imported_is_told_of(monkeypatch):

@@ -11,8 +11,10 @@ import torch
 
 from moescale.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
 from moescale.models.transformer import build_on_meta, initialize
-from moescale.report.run_log import RunLog
+from moescale.report.observers.observer import RunContext
+from moescale.report.observers.registry import OBSERVERS, ObserverList, make_observer
 from moescale.runtime.checkpoint import CheckpointStore
+from moescale.runtime.hooks import TrainerHook
 from moescale.runtime.optimizer import OptimizerFormat
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
@@ -92,6 +94,7 @@ def trainer(
     dtype=torch.float32,
     source=None,
     validation=None,
+    hooks=(),
     format=OptimizerFormat(),  # noqa: B008 - frozen
     **settings,
 ) -> Trainer:
@@ -108,6 +111,7 @@ def trainer(
         observer=Recorder(),
         optimizer_format=format,
         validation=validation,
+        hooks=hooks,
         identity={"model": config.fingerprint()},
     )
 
@@ -286,12 +290,13 @@ def test_fewer_steps_than_the_checkpoint_has_is_refused(tmp_path):
 
 def test_metrics_of_steps_done_again_appear_once(tmp_path):
     def run(total: int, resume: bool) -> None:
-        with RunLog(tmp_path, total_steps=total, flops_per_token=1e6, peak_flops=1e12, show_progress=False) as log:
+        with ObserverList(map(make_observer, OBSERVERS)) as log:
+            log.on_start(RunContext(folder=tmp_path, total_steps=total, flops_per_token=1e6, peak_flops=1e12))
             one = trainer(tmp_path / "checkpoints", total_steps=total, checkpoint_every=2)
             one.observer = log
             if resume:
                 one.resume(one.store.at(4))
-            log.finish(one.train())
+            log.on_finish(one.train())
 
     run(5, resume=False)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -356,3 +361,41 @@ def test_a_run_that_resumes_says_which_settings_differ_and_goes_on(tmp_path):
     again.on_notice = notices.append
     again.resume(again.store.last())
     assert len(notices) == 1
+
+
+class Recording(TrainerHook):
+    """Notes what it is told, and the weights at that time."""
+
+    def __init__(self) -> None:
+        self.updates: list[tuple[int, int]] = []
+        self.weights: list[torch.Tensor] = []
+        self.validations: list[tuple[int, float]] = []
+
+    def after_update(self, update):
+        self.updates.append((update.step, int(update.expert_rows[0].sum())))
+        self.weights.append(update.model.embedding.weight.detach().clone())
+
+    def after_validation(self, step, loss):
+        self.validations.append((step, loss))
+
+
+def test_a_hook_is_called_after_updates_and_validations_and_not_for_a_skipped_step(tmp_path):
+    hook = Recording()
+    held_out = next(iter(SyntheticSource()))
+    one = trainer(
+        tmp_path, total_steps=4, hooks=[hook], validation=lambda: held_out, validation_every=2, skip_nonfinite=True
+    )
+
+    def poison(metrics):
+        if metrics.step in (1, 2):
+            with torch.no_grad():
+                one.model.norm.weight.fill_(float("nan") if metrics.step == 1 else 1.0)
+
+    one.observer.after_step = poison
+    one.train()
+    routed = 8 * SEQUENCE_LENGTH * one.model.config.top_k
+    assert hook.updates == [(1, routed), (3, routed), (4, routed)]
+    assert not torch.equal(hook.weights[0], hook.weights[1])
+    assert torch.equal(hook.weights[-1], one.model.embedding.weight)
+    assert [step for step, _ in hook.validations] == [2, 4]
+    assert hook.validations[-1] == one.observer.validations[-1]

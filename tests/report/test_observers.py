@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moescale.errors import MoescaleError
+from moescale.errors import ConfigError, MoescaleError
 from moescale.report.metrics import StepMetrics
-from moescale.report.run_log import RunLog
+from moescale.report.observers.observer import Observer, RunContext
+from moescale.report.observers.registry import OBSERVERS, ObserverList, make_observer
 
 
-def make_log(folder: Path) -> RunLog:
-    return RunLog(folder, total_steps=4, flops_per_token=1e6, peak_flops=None, show_progress=False)
+def context(folder: Path) -> RunContext:
+    return RunContext(folder=folder, total_steps=4, flops_per_token=1e6, peak_flops=None)
+
+
+@contextmanager
+def make_log(folder: Path, *names: str) -> Iterator[ObserverList]:
+    """The observers ``names``, by default all, of a run in ``folder``."""
+    with ObserverList(make_observer(name) for name in names or OBSERVERS) as observers:
+        observers.on_start(context(folder))
+        yield observers
 
 
 def metrics(step: int) -> StepMetrics:
@@ -141,3 +152,61 @@ def test_lines_that_are_no_records_are_moved_aside_when_a_run_resumes(tmp_path):
         log.on_validation(1, 2.0)
     assert [record["step"] for record in records_in(tmp_path)] == [0, 1]
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes().splitlines() == damaged
+
+
+class Failing(Observer):
+    """Fails where it is told to; notes whether it was closed."""
+
+    def __init__(self, where: str = "") -> None:
+        self.where = where
+        self.is_closed = False
+
+    def on_start(self, run):
+        if self.where == "on_start":
+            raise RuntimeError("no connection")
+
+    def close(self):
+        self.is_closed = True
+        if self.where == "close":
+            raise RuntimeError("no connection")
+
+
+def test_all_observers_that_were_started_are_closed_whatever_one_of_them_raises(tmp_path):
+    first, middle, last = Failing(), Failing("close"), Failing("on_start")
+    with pytest.raises(RuntimeError, match="no connection"), ObserverList([first, middle, last]) as observers:
+        observers.on_start(context(tmp_path))
+    assert (first.is_closed, middle.is_closed, last.is_closed) == (True, True, False)
+
+
+def test_an_observer_that_fails_to_close_is_an_error_where_nothing_else_is(tmp_path):
+    first = Failing()
+    with pytest.raises(RuntimeError, match="no connection"), ObserverList([first, Failing("close")]) as observers:
+        observers.on_start(context(tmp_path))
+    assert first.is_closed
+
+
+def test_an_observer_of_the_users_own_is_named_by_module_and_class():
+    assert isinstance(make_observer("moescale.report.observers.observer:Observer"), Observer)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tensor_board", r"run.observers \('tensor_board'\) must be one of json_lines, .*; did you mean 'tensorboard'"),
+        ("no_such_module:Observer", r"cannot be imported \(No module named 'no_such_module'\)"),
+        ("moescale.report.metrics:Nothing", r"cannot be imported \(.*no attribute 'Nothing'\)"),
+        ("moescale.report.metrics:StepMetrics", r"must be a class derived from moescale.Observer"),
+    ],
+)
+def test_what_is_no_observer_is_refused(name, message):
+    with pytest.raises(ConfigError, match=message):
+        make_observer(name)
+
+
+def test_json_lines_and_tensorboard_can_be_had_without_each_other(tmp_path):
+    for name in ("json_lines", "tensorboard"):
+        (tmp_path / name).mkdir()
+        with make_log(tmp_path / name, name) as log:
+            log.on_step(metrics(1))
+    assert [path.name for path in (tmp_path / "json_lines").iterdir()] == ["metrics.jsonl"]
+    assert [path.name for path in (tmp_path / "tensorboard").iterdir()] == ["tensorboard"]

@@ -1,0 +1,134 @@
+"""The plan of a run, and whether plan, model, corpus and devices fit together; errors and warnings with a remedy."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+from moescale import __version__
+from moescale.api.train_request import RunInputs
+from moescale.config import ModelConfig
+from moescale.data.corpus import Corpus
+from moescale.errors import ConfigError
+from moescale.plan import ParallelPlan, load_plan, one_device_plan
+from moescale.runtime.launch import was_launched
+
+MIN_CPU_RANKS = 16
+CPU_RANKS_PER_CORE = 4
+"""Ranks on a CPU are for trying a plan out; more of them only take one another's memory."""
+
+
+def choose_plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: torch.device) -> ParallelPlan:
+    """Load the plan of ``inputs``, or make the one of a single device that they describe.
+
+    Raises:
+        ConfigError: the plan is of another version or model, or contradicts the other inputs.
+    """
+    by_hand: dict[str, int | str | None] = {
+        "tokens_per_step": inputs.tokens_per_step,
+        "micro_batch_sequences": inputs.micro_batch_sequences,
+        "precision": inputs.precision,
+    }
+    given = [name for name, value in by_hand.items() if value is not None]
+    if inputs.plan is not None:
+        if given:
+            raise ConfigError(f"run.{given[0]} ({by_hand[given[0]]}) is decided by the plan {inputs.plan}; drop one")
+        plan = load_plan(inputs.plan)
+        if plan.moescale_version != __version__:
+            raise ConfigError(
+                f"{inputs.plan}: plan.moescale_version ({plan.moescale_version}) must be this version's "
+                f"({__version__}): what a plan decides, and its predictions, hold for the runtime it was made for; "
+                "compile it again"
+            )
+        plan.check_model(config)
+        return plan
+    sequences = inputs.micro_batch_sequences or 1
+    tokens_per_step = inputs.tokens_per_step or sequences * corpus.sequence_length
+    micro_batch_tokens = sequences * corpus.sequence_length
+    if tokens_per_step <= 0 or tokens_per_step % micro_batch_tokens:
+        raise ConfigError(
+            f"run.tokens_per_step ({tokens_per_step}) must be a multiple of {micro_batch_tokens}: "
+            f"run.micro_batch_sequences ({sequences}) sequences of {corpus.sequence_length} tokens"
+        )
+    return one_device_plan(
+        config,
+        sequence_length=corpus.sequence_length,
+        micro_batch_sequences=sequences,
+        gradient_accumulation_steps=tokens_per_step // micro_batch_tokens,
+        compute_dtype=inputs.precision or ("bf16" if device.type == "cuda" else "fp32"),
+    )
+
+
+def check_corpus(config: ModelConfig, corpus: Corpus, plan: ParallelPlan) -> None:
+    """Raise ConfigError unless the corpus has the plan's sequence length and the model's vocabulary."""
+    if corpus.sequence_length != plan.sequence_length:
+        raise ConfigError(
+            f"plan.sequence_length ({plan.sequence_length}) must equal the corpus's ({corpus.sequence_length}); "
+            "prepare the corpus or compile the plan again"
+        )
+    if corpus.vocabulary_size > config.vocab_size:
+        raise ConfigError(
+            f"the corpus has token ids up to {corpus.vocabulary_size - 1}, model.vocab_size is {config.vocab_size}; "
+            "prepare the corpus with the model's own tokenizer"
+        )
+    if plan.sequence_length > config.max_sequence_length:
+        raise ConfigError(
+            f"plan.sequence_length ({plan.sequence_length}) must not exceed model.max_sequence_length "
+            f"({config.max_sequence_length})"
+        )
+
+
+def check_devices(inputs: RunInputs, plan: ParallelPlan, device: torch.device) -> None:
+    """Raise ConfigError unless this machine, or the launcher, has the devices that the plan wants."""
+    if plan.runtime_gpus == 1:
+        return
+    if inputs.device == "auto" and device.type == "cpu":
+        raise ConfigError(
+            f"plan.runtime_gpus ({plan.runtime_gpus}) needs GPUs, and torch sees none here; pass --device cpu if the "
+            "plan is to run on as many CPU processes"
+        )
+    most = max(MIN_CPU_RANKS, CPU_RANKS_PER_CORE * (os.cpu_count() or 1))
+    if device.type == "cpu" and not was_launched() and plan.runtime_gpus > most:
+        raise ConfigError(
+            f"plan.runtime_gpus ({plan.runtime_gpus}) exceeds the {most} processes that --device cpu starts on this "
+            "machine's cores; start them on several machines with torchrun, or compile a plan for fewer"
+        )
+    if device.type == "cuda" and not was_launched() and torch.cuda.device_count() < plan.runtime_gpus:
+        raise ConfigError(
+            f"plan.runtime_gpus ({plan.runtime_gpus}) exceeds this machine's {torch.cuda.device_count()} GPUs; start "
+            "it on all machines with torchrun, or compile a plan for fewer"
+        )
+
+
+def memory_warning(plan: ParallelPlan, device_bytes: int) -> str | None:
+    """Return what to say of a plan that expects more memory than the GPU has, such as one for another cluster."""
+    if plan.prediction is None or plan.prediction.peak_bytes <= device_bytes:
+        return None
+    return (
+        f"the plan predicts {plan.prediction.peak_bytes / 2**30:.1f} GiB on a GPU, this one has "
+        f"{device_bytes / 2**30:.1f} GiB; compile for this cluster, or with --memory-limit "
+        f"{0.95 * device_bytes / 2**30:.0f}"
+    )
+
+
+def out_of_memory(plan: ParallelPlan, device: torch.device, step: int) -> ConfigError:
+    """Return the error for a step that ran out of device memory: planned against actual, and what to try."""
+    peak = torch.cuda.max_memory_allocated(device)
+    text = f"step {step + 1}: out of memory on {device}, {peak / 2**30:.1f} GiB allocated at the peak"
+    if plan.prediction is not None:
+        classes = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in plan.prediction.breakdown_bytes.items())
+        text += f"; the plan predicted {plan.prediction.peak_bytes / 2**30:.1f} GiB on the GPU ({classes})"
+    device_bytes = torch.cuda.get_device_properties(device).total_memory
+    pin = ", or --pin micro_batch_sequences=1" if plan.micro_batch_sequences > 1 else ""
+    return ConfigError(f"{text}. Compile with --memory-limit {lower_limit_gib(plan, device_bytes)}{pin}")
+
+
+def lower_limit_gib(plan: ParallelPlan, device_bytes: int) -> int:
+    """Return the --memory-limit to compile with after ``plan`` ran out of memory: always one that rules this plan out.
+
+    By a twentieth of the GPU below what was predicted, so that compiling and running again comes to an end.
+    """
+    predicted = device_bytes if plan.prediction is None else min(plan.prediction.peak_bytes, device_bytes)
+    return max(1, math.floor((predicted - 0.05 * device_bytes) / 2**30))

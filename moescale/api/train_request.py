@@ -1,0 +1,113 @@
+"""What a training run is asked for, and the same as arguments of ``moescale run``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from moescale.errors import ConfigError, nearest
+from moescale.kernels.backends import AttentionBackend, ExpertsBackend
+from moescale.report.observers.registry import OBSERVERS
+from moescale.runtime.settings import TrainSettings
+
+MAX_HANG_SECONDS = 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """What is trained, on what, and where it goes."""
+
+    model: str
+    """Preset name, local folder or hub name of a Hugging Face DeepSeek-V2, DeepSeek-V3 or Qwen3-MoE model."""
+    data: Path
+    """Corpus written by `moescale prepare`, or by datasets.save_to_disk with an input_ids column."""
+    output: Path
+    """Folder of the run: checkpoints, metrics, TensorBoard."""
+    ignore_config_field: tuple[str, ...] = ()
+    """A field of config.json that is not known and does not change the model; repeatable."""
+    plan: Path | None = None
+    """Plan written by `moescale compile`; default: one device, as the next three options say."""
+    tokens_per_step: int | None = None
+    """Without a plan: tokens of one optimizer step."""
+    micro_batch_sequences: int | None = None
+    """Without a plan: sequences that go through the model at once."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Without a plan: compute dtype; default: bf16 on a GPU, fp32 on the CPU."""
+    initialize: Literal["auto", "pretrained", "random"] = "auto"
+    """Weights to start from: those of the model's folder, or random; auto: pretrained where the folder has any."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto: a GPU, or the CPU where there is none and the plan is for one device."""
+    resume: Literal["last", "last-good", "never"] = "last"
+    """Continue from the newest checkpoint in output; last-good: skip damaged ones; never: refuse if there are any."""
+    compile: bool | None = None
+    """Compile the layers with torch.compile; default: on a GPU."""
+    experts_backend: ExpertsBackend = "auto"
+    """Backend of the experts' GEMMs; auto: the fastest that can run. MOESCALE_EXPERTS in the environment overrides."""
+    attention_backend: AttentionBackend = "auto"
+    """Backend of attention; auto: the fastest that can run. MOESCALE_ATTENTION in the environment overrides."""
+    observers: tuple[str, ...] = tuple(OBSERVERS)
+    """What shows the run and keeps its numbers: a name of the default's, or module:class of your own; repeatable."""
+    hang_seconds: float = 600.0
+    """On several ranks: seconds without progress after which the run ends, naming the rank that hangs."""
+    deterministic: bool = False
+    """Ask for bit-identical results where an operator has a faster way that is not."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "output", "plan"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, Path(value))
+        for name in ("tokens_per_step", "micro_batch_sequences"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"run.{name} ({value}) must be positive; leave it out for the default")
+        if not 1 <= self.hang_seconds <= MAX_HANG_SECONDS:
+            raise ConfigError(
+                f"run.hang_seconds ({self.hang_seconds}) must be between 1 and {MAX_HANG_SECONDS} (a day); leave it "
+                "out for ten minutes"
+            )
+        for name, known in (
+            ("precision", ("bf16", "fp32", None)),
+            ("initialize", ("auto", "pretrained", "random")),
+            ("resume", ("last", "last-good", "never")),
+            ("experts_backend", get_args(ExpertsBackend)),
+            ("attention_backend", get_args(AttentionBackend)),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                names = [str(choice) for choice in known]
+                raise ConfigError(
+                    f"run.{name} ({value!r}) must be one of {', '.join(names)}{nearest(str(value), names)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest(RunInputs):
+    """A whole training run, as :func:`moescale.train` takes it."""
+
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    """Optimization, validation and checkpoints."""
+
+
+def request_arguments(request: TrainRequest) -> list[str]:
+    """Return the arguments of ``moescale`` that ask for the same run."""
+    return ["run", *_arguments(request)]
+
+
+def _arguments(record: Any) -> Iterator[str]:
+    """Options for the fields of ``record``, and of records in it, that have other values than their defaults."""
+    for item in fields(record):
+        value = getattr(record, item.name)
+        option = item.name.replace("_", "-")
+        if is_dataclass(value):
+            yield from _arguments(value)
+        elif value == item.default:
+            continue
+        elif isinstance(value, bool):
+            yield f"--{option}" if value else f"--no-{option}"
+        elif isinstance(value, tuple):
+            yield from (f"--{option}={part}" for part in value) if value else (f"--empty-{option}",)
+        else:
+            yield f"--{option}={value}"

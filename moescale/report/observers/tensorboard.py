@@ -1,0 +1,59 @@
+"""Writes a run's numbers as TensorBoard scalars, in the folder ``tensorboard`` of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moescale.report.metrics import StepMetrics
+from moescale.report.observers.json_lines import METRICS_FILE, read_records, validation_losses
+from moescale.report.observers.observer import Observer, RunContext, perplexity, step_record, writing
+
+FOLDER = "tensorboard"
+
+
+class TensorBoard(Observer):
+    """Scalars under ``train/``, ``validation/`` and ``experts/``; steps done again after a resume replace the old ones.
+
+    Raises:
+        MoescaleError: from any method, where the folder cannot be written. No state of the training is lost by it.
+    """
+
+    def on_start(self, run: RunContext) -> None:
+        self._run = run
+        self._first_step = 0
+        self._writer: Any = None
+        self._old_validations: dict[int, float | None] = {}
+
+    def on_resume(self, step: int, path: Path) -> None:
+        self._first_step = step
+        # A finished run that is started again repeats its last validation: equal values would be there twice.
+        self._old_validations = validation_losses(read_records(self._run.folder / METRICS_FILE))
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        record = step_record(metrics, self._run)
+        scalars = {f"train/{key}": value for key, value in record.items() if isinstance(value, (int, float))}
+        for layer, load in enumerate(metrics.expert_load):
+            scalars[f"experts/max_load_layer_{layer}"] = max(load)
+            scalars[f"experts/min_load_layer_{layer}"] = min(load)
+        self._write(scalars, metrics.step)
+
+    def on_validation(self, step: int, loss: float) -> None:
+        if self._old_validations.pop(step, None) != loss:
+            self._write({"validation/loss": loss, "validation/perplexity": perplexity(loss)}, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with writing(self._run.folder / FOLDER):
+                self._writer.close()
+
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        folder = self._run.folder / FOLDER
+        with writing(folder):
+            if self._writer is None:
+                # Imported late: TensorBoard takes seconds to import and needs torch.
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(folder), purge_step=self._first_step + 1)
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
