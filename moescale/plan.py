@@ -25,6 +25,7 @@ from moescale.config import ModelConfig
 from moescale.errors import ConfigError
 from moescale.files import write_atomically
 from moescale.formats import ComputeFormat, GradientFormat, MasterFormat, MomentFormat
+from moescale.lora import LoraSettings
 from moescale.records import FileKind, build, parse_json_object, read_bytes, show
 
 PLAN_FORMAT = 1
@@ -108,6 +109,8 @@ class ParallelPlan:
     """
     offload_optimizer: bool = False
     """Keep optimizer state in host memory."""
+    lora: LoraSettings | None = None
+    """Adapters to train with all other weights frozen; None: all weights are trained."""
     prediction: Prediction | None = None
     alternatives: tuple[dict[str, Any], ...] = ()
     """Decisions that lost, each with the number that lost it."""
@@ -173,6 +176,7 @@ def one_device_plan(
     micro_batch_sequences: int,
     gradient_accumulation_steps: int,
     compute_dtype: ComputeFormat,
+    lora: LoraSettings | None = None,
 ) -> ParallelPlan:
     """The plan of a run without a search: one device, fp32 beside the compute dtype, nothing recomputed."""
     return ParallelPlan(
@@ -191,6 +195,7 @@ def one_device_plan(
         optimizer_state_dtype="fp32",
         master_weight_format="fp32",
         gradient_dtype="fp32",
+        lora=lora,
     )
 
 

@@ -21,6 +21,8 @@ from moescale.models.blocks.moe import DenseFeedForward, FeedForwardOutput, Mixt
 from moescale.models.blocks.norm import RMSNorm
 from moescale.models.registry import family_of
 
+ADAPTER = ".adapter."
+"""What the names of parameters of adapters have in them (:mod:`moescale.models.lora`), and no others."""
 AttentionClass = Callable[[Any], nn.Module]
 """Builds a layer's attention: (x [B, S, H], cos, sin, documents) -> [B, S, H]."""
 Positions = Callable[[Any, int, torch.device], tuple[torch.Tensor, torch.Tensor]]
@@ -80,6 +82,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute_layers: frozenset[int] = frozenset()
+        self.is_frozen = False  # but for its adapters
+        self.has_dropout = False  # of adapters; the model itself has none
         self.output_gradient: torch.Tensor | None = None
 
     def set_gradient_buffers(self, buffer: Callable[[str], torch.Tensor | None]) -> None:
@@ -126,7 +130,9 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.layers):
             if layer in self.recompute_layers and torch.is_grad_enabled():
                 output = checkpoint(
-                    block, x, cos, sin, documents, counted, use_reentrant=False, preserve_rng_state=False
+                    *(block, x, cos, sin, documents, counted),
+                    use_reentrant=False,
+                    preserve_rng_state=self.has_dropout,
                 )
             else:
                 output = block(x, cos, sin, documents, counted)
@@ -152,8 +158,11 @@ def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Transformer:
 
 
 def named_weights(model: Transformer) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint folder holds of the model: its parameters, and the buffers that training changes."""
-    return model.state_dict(keep_vars=True)
+    """Return what a checkpoint folder holds of the model: its parameters, and the buffers that training changes.
+
+    Adapters are no part of it.
+    """
+    return {name: weight for name, weight in model.state_dict(keep_vars=True).items() if ADAPTER not in name}
 
 
 def initialize(model: Transformer, seed: int) -> None:
@@ -162,11 +171,16 @@ def initialize(model: Transformer, seed: int) -> None:
     Each parameter draws in fp32 from a generator of its device, seeded by ``seed`` and the parameter's own position,
     so the weights depend on neither dtype nor on how the model is later divided. CPU and GPU draw different numbers.
     """
-    for position, (name, parameter) in enumerate(model.named_parameters()):
+    for position, (name, parameter) in enumerate(in_drawing_order(model)):
         index = tuple(slice(0, size) for size in parameter.shape)
         initialize_part(parameter, name, position, parameter.shape, index, model.config.initializer_std, seed)
     for buffer in model.buffers():
         buffer.zero_()
+
+
+def in_drawing_order(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Named parameters, those of adapters last: a model's own weights are drawn alike with and without."""
+    return sorted(model.named_parameters(), key=lambda item: ADAPTER in item[0])
 
 
 @torch.no_grad()
@@ -181,18 +195,22 @@ def initialize_part(
 ) -> None:
     """Fill ``part``, the box ``index`` of the parameter of that name, position and shape, as :func:`initialize` does.
 
-    Draws the whole parameter, matrix by matrix, and keeps the part.
+    Draws the whole parameter, matrix by matrix, and keeps the part. Of an adapter A is uniform within the reciprocal
+    root of its columns, as ``torch.nn.Linear`` and PEFT draw it, and B zero.
     """
     if name.endswith("norm.weight"):
         part.fill_(1)
-    elif name.endswith(".bias"):
+    elif name.endswith(".bias") or (ADAPTER in name and name.endswith("b")):
         part.zero_()
     else:
         generator = torch.Generator(part.device).manual_seed((seed * 1_000_003 + position) % 2**63)
         # One slice of dim 0 at a time keeps the fp32 copy small beside stacked experts.
         for number in range(index[0].stop) if len(shape) == 3 else (None,):
             drawn = torch.empty(shape if number is None else shape[1:], device=part.device)
-            drawn.normal_(0.0, std, generator=generator)
+            if ADAPTER in name:
+                drawn.uniform_(-(shape[-1] ** -0.5), shape[-1] ** -0.5, generator=generator)
+            else:
+                drawn.normal_(0.0, std, generator=generator)
             if number is None:
                 part.copy_(drawn[index])
             elif number >= index[0].start:

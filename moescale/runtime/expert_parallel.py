@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moescale.kernels.backends import KernelInputError, choose_backend, debug_checks_enabled
 from moescale.kernels.experts import expert_mlp
+from moescale.kernels.experts.adapted import adapted_expert_mlp
 from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.router import Routing
 from moescale.models.blocks.moe import Dispatcher, MixtureOfExperts, RoutedExperts
@@ -293,12 +294,16 @@ class AllToAllDispatcher:
         companion = None if overlapped is None else overlapped()
         rows = _Reorder.apply(_Arrive.apply(slots, there), row_slot, slot_row)
 
-        compute = partial(
-            expert_mlp,
-            gate_up_gradient=experts.gate_up_gradient,
-            down_gradient=experts.down_gradient,
-            backend=experts.backend,
-        )
+        compute: Callable[..., torch.Tensor]
+        if experts.adapter is not None:
+            compute = partial(adapted_expert_mlp, **experts.adapter.arguments(x), backend=experts.backend)
+        else:
+            compute = partial(
+                expert_mlp,
+                gate_up_gradient=experts.gate_up_gradient,
+                down_gradient=experts.down_gradient,
+                backend=experts.backend,
+            )
         if experts.recompute_up and torch.is_grad_enabled():  # keep only the rows that arrived
             compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
         rows = compute(rows, experts.gate_up, experts.down, ends)
@@ -346,8 +351,9 @@ def shard_experts(
     for block in model.layers:
         if isinstance(block.feed_forward, MixtureOfExperts):
             experts = block.feed_forward.experts
-            experts.gate_up = _local_experts(experts.gate_up, mesh["ep"])
-            experts.down = _local_experts(experts.down, mesh["ep"])
+            for module in experts.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, _local_experts(parameter, mesh["ep"]))
             experts.dispatcher = dispatcher
             if plan.dense_sharding == "fsdp":
                 _share(experts, mesh, plan.moe_layers.reshard_after_forward, precision or MixedPrecisionPolicy())

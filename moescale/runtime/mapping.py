@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard
 from moescale.errors import ConfigError
 from moescale.kernels.dispatch.buffers import ExchangeShape
 from moescale.models.blocks.moe import Dispatcher, LocalDispatcher, RoutedExperts
+from moescale.models.lora import add_adapters
 from moescale.models.transformer import Transformer
 from moescale.plan import LayerPlan, ParallelPlan, expert_shard_dim
 from moescale.runtime.expert_parallel import AllToAllDispatcher, PaddedExchange, SplitExchange, shard_experts
@@ -29,7 +30,9 @@ from moescale.runtime.peer_dispatch import PeerDispatcher, peers_are_readable
 
 
 def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = None) -> None:
-    """Shard the model over ``meshes`` and set what it recomputes, in place; parameter names stay.
+    """Add the plan's adapters, shard the model over ``meshes`` and set what it recomputes, in place.
+
+    Parameter names stay.
 
     Args:
         model: best on the meta device, given memory afterwards by ``to_empty``: then no rank ever holds it whole.
@@ -37,6 +40,8 @@ def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = N
 
     Raises ConfigError for a plan this runtime cannot run.
     """
+    if plan.lora is not None:
+        add_adapters(model, plan.lora)
     layer_plans = [
         plan.moe_layers if model.config.is_moe_layer(layer) else plan.dense_layers
         for layer in range(model.config.num_layers)
@@ -127,7 +132,7 @@ def _shard(model: Transformer, plan: ParallelPlan, meshes: Meshes, layer_plans: 
         parameter
         for module in model.modules()
         if isinstance(module, RoutedExperts) and module.dispatcher.num_ranks == 1
-        for parameter in (module.gate_up, module.down)
+        for parameter in module.parameters()
     }
 
     def placement(parameter: nn.Parameter) -> Shard | None:

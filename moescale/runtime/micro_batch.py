@@ -120,10 +120,12 @@ class MicroBatches:
 def _is_recordable(model: Transformer) -> bool:
     """Whether a micro-batch is work of the device alone, at fixed addresses.
 
-    Gradients need buffers, which fp32 parameters do without; FSDP2 gathers weights into memory of its own and calls the
-    host in every layer.
+    Gradients need buffers, which a model that is all fp32 does without; FSDP2 gathers weights into memory of its own
+    and calls the host in every layer; a block that drops inputs and is recomputed has the host repeat its random state.
     """
-    has_buffers = all(parameter.dtype != torch.float32 for parameter in model.parameters())
+    has_buffers = any(parameter.dtype != torch.float32 for parameter in model.parameters())
+    repeats_random_state = model.has_dropout and bool(model.recompute_layers)
     is_whole = not any(isinstance(module, FSDPModule) for module in model.modules())
     dispatchers = [module.dispatcher for module in model.modules() if isinstance(module, RoutedExperts)]
-    return has_buffers and is_whole and all(dispatcher.is_recordable for dispatcher in dispatchers)
+    is_free = has_buffers and is_whole and not repeats_random_state
+    return is_free and all(dispatcher.is_recordable for dispatcher in dispatchers)

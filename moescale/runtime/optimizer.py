@@ -5,8 +5,9 @@ several ranks hold whole, each updates some rows: gradients are summed before, w
 Parameters are kept in the compute dtype; what stands beside them (master weights, moments, in which formats) is the
 plan's choice and :mod:`moescale.kernels.adamw`'s work. The gradient of each micro-batch of a bf16 parameter is added to
 a buffer, by the product that makes it (:meth:`AdamW.accumulate_in_products`) or as soon as autograd has produced it: in
-fp32, so that no sum is rounded to bf16, or in bf16 where the plan says so. For fp32 parameters autograd accumulates in
-place.
+fp32, so that no sum is rounded to bf16, or in bf16 where the plan says so. So are those of fp32 adapters in a bf16
+model, always in fp32. In a model that is all fp32, autograd accumulates in place. Frozen parameters have neither state
+nor gradient.
 """
 
 from __future__ import annotations
@@ -61,12 +62,18 @@ class AdamW:
         parts: Mapping[str, Part] | None = None,
         ranks: Ranks = ONE_RANK,
     ) -> None:
-        """``parts``: what of each parameter this rank holds, from :func:`moescale.runtime.layout.find_parts`."""
+        """Take those that are trained; others have no part in anything.
+
+        ``parts``: what of each parameter this rank holds, from :func:`moescale.runtime.layout.find_parts`.
+        """
         self.settings = settings
         self.format = format
         self.ranks = ranks
-        self.parameters = dict(named_parameters)
-        self.held = parts or {name: whole(parameter.shape) for name, parameter in self.parameters.items()}
+        everything = dict(named_parameters)
+        self.parameters = {name: parameter for name, parameter in everything.items() if parameter.requires_grad}
+        self.held = {
+            name: parts[name] if parts else whole(parameter.shape) for name, parameter in self.parameters.items()
+        }
         """What of every parameter is in this rank's memory."""
         self.parts = {name: self.held[name].own for name in self.parameters}
         """What of every parameter this rank updates."""
@@ -86,7 +93,7 @@ class AdamW:
         for name, parameter in self.parameters.items():
             state = init_adamw_state(self.weights[name], format.moments, format.master)
             self.states[name] = _on_host(state, self.weights[name]) if format.offload else state
-            if parameter.dtype != torch.float32:
+            if any(parameter.dtype != torch.float32 for parameter in everything.values()):
                 self._accumulate_in_buffer(name, parameter)
 
     def _check_host_memory(self) -> None:
@@ -104,7 +111,8 @@ class AdamW:
             )
 
     def _accumulate_in_buffer(self, name: str, parameter: torch.nn.Parameter) -> None:
-        self._gradients[name] = torch.zeros_like(local_tensor(parameter), dtype=self.format.gradients)
+        dtype = torch.float32 if parameter.dtype == torch.float32 else self.format.gradients
+        self._gradients[name] = torch.zeros_like(local_tensor(parameter), dtype=dtype)
 
         def add_to_buffer(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:  # None where the backward has added to the buffer itself
@@ -124,8 +132,8 @@ class AdamW:
                 set_buffers(partial(self._buffer, f"{prefix}." if prefix else ""))
 
     def _buffer(self, prefix: str, name: str) -> torch.Tensor | None:
-        name = prefix + name
-        return None if isinstance(self.parameters[name], DTensor) else self._gradients.get(name)
+        parameter = self.parameters.get(prefix + name)
+        return None if isinstance(parameter, DTensor) else self._gradients.get(prefix + name)
 
     def gradient(self, name: str) -> torch.Tensor:
         """The gradient accumulated so far for what this rank updates; zeros where nothing has reached it.

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from moescale.kernels.backends import KernelInputError, choose_experts_backend, debug_checks_enabled
 from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
 from moescale.kernels.experts import operators_of
+from moescale.kernels.experts.adapted import ExpertAdapters, Projected, choose_adapted_backend
 from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.router import Routing
 from moescale.models.blocks.moe import RoutedExperts
@@ -70,8 +71,10 @@ class PeerDispatcher:
             )
         if debug_checks_enabled():
             check_ids(routing.topk_ids, shape.num_experts, routing.tokens_per_expert)
+        addition = None if experts.adapter is None else experts.adapter.arguments(x)
+        adapters = () if addition is None else addition["adapters"]
         out = _PeerExperts.apply(
-            x, routing.topk_weights, experts.gate_up, experts.down, routing.topk_ids, self, experts
+            x, routing.topk_weights, experts.gate_up, experts.down, routing.topk_ids, self, experts, addition, *adapters
         )
         return out if overlapped is None else out + overlapped()
 
@@ -89,12 +92,16 @@ class _PeerExperts(torch.autograd.Function):
         topk_ids: torch.Tensor,
         dispatcher: PeerDispatcher,
         experts: RoutedExperts,
+        addition: dict[str, Any] | None,
+        *adapters: torch.Tensor,
     ) -> torch.Tensor:
+        """``addition``: as of :meth:`moescale.models.blocks.moe.Adapter.arguments`, its ``adapters`` once more."""
         from moescale.kernels.dispatch import mlp
         from moescale.kernels.dispatch import triton as exchange
 
         buffers, shape = dispatcher.buffers, dispatcher.buffers.shape
-        backend = choose_experts_backend(x.device, x.dtype, experts.backend)
+        choose = choose_experts_backend if addition is None else choose_adapted_backend
+        backend = choose(x.device, x.dtype, experts.backend)
         ops = operators_of(backend)
         needs_backward = any(ctx.needs_input_grad)
         kept = dispatcher.saved_rows if needs_backward and not experts.recompute_up else 0
@@ -105,7 +112,8 @@ class _PeerExperts(torch.autograd.Function):
         dispatcher.barrier()
         order = exchange.order_rows(buffers, kept_rows=kept)
         rows = exchange.pull_rows(buffers, buffers.tokens, order, _new_rows(buffers))
-        pre, _ = mlp.forward_rows(
+        factors = None if addition is None else ExpertAdapters(*adapters).for_rows(x.dtype, addition["scale"])
+        pre, projected = mlp.forward_rows(
             ops,
             rows,
             gate_up,
@@ -114,12 +122,14 @@ class _PeerExperts(torch.autograd.Function):
             kept=kept,
             expected_rows=shape.num_pairs,
             out=buffers.results.local,
+            factors=factors,
         )
         del rows
         dispatcher.barrier()
         out = exchange.pull_sums(buffers, order, x.shape[0], topk_weights)
         if needs_backward:
-            ctx.save_for_backward(x, gate_up, down, pre)
+            ctx.save_for_backward(x, gate_up, down, pre, *(projected or ()), *adapters)
+            ctx.addition = None if addition is None else (addition["scale"], addition["gradients"] or (None,) * 4)
             ctx.order, ctx.dispatcher, ctx.ops = order, dispatcher, ops
             ctx.gradient_buffers = (experts.gate_up_gradient, experts.down_gradient)
         return out
@@ -130,7 +140,7 @@ class _PeerExperts(torch.autograd.Function):
         from moescale.kernels.dispatch import mlp
         from moescale.kernels.dispatch import triton as exchange
 
-        x, gate_up, down, pre = ctx.saved_tensors
+        x, gate_up, down, pre, *adapted = ctx.saved_tensors
         dispatcher, order = ctx.dispatcher, ctx.order
         buffers = dispatcher.buffers
         num_tokens = x.shape[0]
@@ -139,25 +149,42 @@ class _PeerExperts(torch.autograd.Function):
         dispatcher.barrier()
         rows = exchange.pull_rows(buffers, buffers.tokens, order, _new_rows(buffers))
         grad_rows = exchange.pull_rows(buffers, buffers.gradients, order, _new_rows(buffers))
-        grad_gate_up, grad_down = mlp.backward_rows(
-            ctx.ops,
-            rows,
-            grad_rows,
-            pre,
-            gate_up,
-            down,
-            order,
-            expected_rows=buffers.shape.num_pairs,
-            out=buffers.results.local,
-            values=buffers.values.local,
-            gate_up_gradient=ctx.gradient_buffers[0],
-            down_gradient=ctx.gradient_buffers[1],
-        )
+        given = (gate_up, down, order)
+        options = dict(expected_rows=buffers.shape.num_pairs, out=buffers.results.local, values=buffers.values.local)
+        of_weights: tuple[torch.Tensor | None, ...] = (None, None)
+        of_adapters: list[torch.Tensor | None] = []
+        if ctx.addition is not None:
+            scale, gradients = ctx.addition
+            found = mlp.backward_adapted_rows(
+                ctx.ops,
+                rows,
+                grad_rows,
+                pre,
+                Projected(*adapted[:2]),
+                *given,
+                factors=ExpertAdapters(*adapted[2:]).for_rows(x.dtype, scale),
+                buffers=gradients,
+                scale=scale,
+                **options,
+            )
+            of_adapters = [g if buffer is None else None for g, buffer in zip(found, gradients, strict=True)]
+        else:
+            of_weights = mlp.backward_rows(
+                ctx.ops,
+                rows,
+                grad_rows,
+                pre,
+                *given,
+                gate_up_gradient=ctx.gradient_buffers[0],
+                down_gradient=ctx.gradient_buffers[1],
+                is_frozen=not any(ctx.needs_input_grad[2:4]),
+                **options,
+            )
         del rows, grad_rows
         dispatcher.barrier()
         grad_x = exchange.pull_sums(buffers, order, num_tokens)
         grad_weights = exchange.pull_values(buffers, order, num_tokens)
-        return grad_x, grad_weights, grad_gate_up, grad_down, None, None, None
+        return grad_x, grad_weights, *of_weights, None, None, None, None, *of_adapters
 
 
 def _new_rows(buffers: ExchangeBuffers) -> torch.Tensor:

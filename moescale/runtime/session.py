@@ -11,7 +11,13 @@ import torch
 from moescale.boxes import whole_box
 from moescale.config import ModelConfig
 from moescale.convert.checkpoint import import_checkpoint
-from moescale.models.transformer import Transformer, build_on_meta, initialize_part, named_weights
+from moescale.models.transformer import (
+    Transformer,
+    build_on_meta,
+    in_drawing_order,
+    initialize_part,
+    named_weights,
+)
 from moescale.plan import ParallelPlan
 from moescale.runtime.layout import Part, find_parts, local_tensor
 from moescale.runtime.mapping import apply_plan
@@ -30,7 +36,7 @@ class PlacedModel:
     def initialize(self, seed: int) -> None:
         """Fill with random weights, the same whatever the plan (on one kind of device)."""
         std = self.model.config.initializer_std
-        for position, (name, parameter) in enumerate(self.model.named_parameters()):
+        for position, (name, parameter) in enumerate(in_drawing_order(self.model)):
             part = self.parts[name]
             initialize_part(local_tensor(parameter), name, position, part.shape, part.index, std, seed)
         for buffer in self.model.buffers():

@@ -111,7 +111,7 @@ class Trainer:
         self.on_notice = on_notice
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
         self.optimizer.accumulate_in_products(model)
-        self.buffers = dict(model.named_buffers())
+        self.buffers = {} if model.is_frozen else dict(model.named_buffers())
         """What training changes beside the parameters, the same on every rank."""
         self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs)
         self.device = next(model.parameters()).device
@@ -291,7 +291,8 @@ class Trainer:
             self._on_nonfinite(batches, mean_loss, norm)
         else:
             self.optimizer.step(learning_rate, gradient_norm)
-            self.model.move_choice_biases(sums.expert_rows, self.settings.router_bias_update_rate)
+            if not self.model.is_frozen:  # or the router would be another one than that of the weights
+                self.model.move_choice_biases(sums.expert_rows, self.settings.router_bias_update_rate)
             self._last_loss = mean_loss
             self._skipped_in_a_row = 0
             for hook in self.hooks:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from agreement import DEVICE, randn
 
-from moescale.kernels import cross_entropy, linear, rms_norm, rope, router, swiglu
+from moescale.kernels import adapted_linear, cross_entropy, linear, rms_norm, rope, router, swiglu
 
 X, WEIGHT = (6, 8), (8,)
 TABLE = torch.linspace(-1, 1, 8, device=DEVICE).view(4, 2)
@@ -29,6 +29,20 @@ CASES = {
     "linear_cross_entropy_backward": (
         cross_entropy._linear_cross_entropy_backward_op,
         lambda: (randn(*X, grad=False), randn(9, 8, grad=False), randn(grad=False), None, True),
+    ),
+    "adapted_linear": (
+        adapted_linear._adapted_linear_op,
+        lambda: (
+            *(randn(2, *X), randn(4, 8, grad=False), None, randn(6, 8, seed=1), randn(4, 3, seed=2), None),
+            *(None, None, 0.5, 2),
+        ),
+    ),
+    "adapted_linear_after_dropout": (
+        adapted_linear._adapted_linear_op,
+        lambda: (
+            *(randn(*X), randn(4, 8, grad=False), randn(4, grad=False), randn(3, 8, seed=1), randn(4, 3, seed=2)),
+            *(randn(*X, seed=3), None, None, 0.5, 1),
+        ),
     ),
     "linear": (
         linear._linear_op,

@@ -11,13 +11,24 @@ from moescale.kernels.linear import linear
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` whose backward adds the weight's gradient to a buffer, where it has been given one."""
+    """``torch.nn.Linear`` whose backward adds the weight's gradient to a buffer, where it has been given one.
+
+    With ``num_parts`` the weight stacks as many layers of equal size, which adapters treat each by itself.
+    """
 
     weight_gradient: torch.Tensor | None = None
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, num_parts: int = 1) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.num_parts = num_parts
+        self.adapter: Callable[..., torch.Tensor] | None = None
+        """(x, weight, bias) -> the result, where the weight is frozen and adapted (:mod:`moescale.models.lora`)."""
 
     def set_gradient_buffers(self, buffer: Callable[[str], torch.Tensor | None]) -> None:
         """Take the buffer to which the backward adds the weight's gradient: the weight's shape, its dtype or fp32."""
         self.weight_gradient = buffer("weight")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.adapter is not None:
+            return self.adapter(x, self.weight, self.bias)
         return linear(x, self.weight, self.bias, weight_gradient=self.weight_gradient)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from moescale.config import ModelConfig
 from moescale.kernels.experts import experts as run_experts
+from moescale.kernels.experts.adapted import adapted_experts
 from moescale.kernels.router import Routing, route, router_logits
 from moescale.kernels.swiglu import swiglu
 from moescale.models.blocks.linear import Linear
@@ -37,7 +38,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=False, num_parts=2)
         self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,6 +114,14 @@ class Dispatcher(Protocol):
         ...
 
 
+class Adapter(Protocol):
+    """What is added to frozen routed experts (:mod:`moescale.models.lora`)."""
+
+    def arguments(self, x: torch.Tensor) -> dict[str, Any]:
+        """The arguments by which operators of :mod:`moescale.kernels.experts.adapted` know it, for the input ``x``."""
+        ...
+
+
 class LocalDispatcher:
     """For a rank that holds all experts: rows are gathered and combined in its own memory."""
 
@@ -126,15 +135,22 @@ class LocalDispatcher:
         routing: Routing,
         overlapped: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
-        out = run_experts(
+        run: Callable[..., torch.Tensor]
+        if experts.adapter is not None:
+            run = partial(adapted_experts, **experts.adapter.arguments(x))
+        else:
+            run = partial(
+                run_experts,
+                tokens_per_expert=routing.tokens_per_expert,
+                gate_up_gradient=experts.gate_up_gradient,
+                down_gradient=experts.down_gradient,
+            )
+        out = run(
             x,
             routing.topk_ids,
             routing.topk_weights,
             experts.gate_up,
             experts.down,
-            tokens_per_expert=routing.tokens_per_expert,
-            gate_up_gradient=experts.gate_up_gradient,
-            down_gradient=experts.down_gradient,
             backend=experts.backend,
             recompute_up=experts.recompute_up,
         )
@@ -154,6 +170,7 @@ class RoutedExperts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
         self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.adapter: Adapter | None = None
         self.backend = "auto"
         self.recompute_up = False  # save no pre-activation, compute it again in the backward
         self.gate_up_gradient: torch.Tensor | None = None

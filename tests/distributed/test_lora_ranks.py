@@ -1,0 +1,65 @@
+"""Adapters on several ranks: every layout trains as one device does, and the frozen weights stay as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gloo_ranks import GlooRanks
+from moescale.lora import LoraSettings
+from moescale.models.lora import is_adapter
+from moescale.runtime.layout import local_tensor
+from plans import make_trainer
+from recorded_runs import assert_same_run, record_run
+
+LORA = LoraSettings(rank=4, alpha=8)
+SETTINGS = {"learning_rate": 2e-2}
+LAYOUTS: list[dict[str, Any]] = [
+    dict(dp_shard=2),
+    dict(dp_shard=2, ep=2),
+    dict(dp_replicate=2),
+    dict(dp_shard=2, dense_sharding="fsdp"),
+    dict(dp_shard=2, ep=2, dense_sharding="fsdp"),
+    dict(dp_shard=2, ep=2, recompute=("experts",)),
+    dict(dp_shard=2, dense_sharding="fsdp", recompute="block"),
+    dict(dp_shard=2, accumulation=2),
+]
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    group = GlooRanks(2)
+    yield group
+    group.close()
+
+
+def test_every_layout_trains_adapters_as_one_device_does(two_ranks: GlooRanks) -> None:
+    fields = dict(lora=LORA, settings=SETTINGS)
+    alone = record_run(5, fields)
+    assert alone.gradients.keys() == {name for name in alone.gradients if is_adapter(name)}
+    assert alone.losses[-1] != alone.losses[0]
+    for layout in LAYOUTS:
+        assert_same_run(two_ranks.run(record_run, 5, fields | layout), alone)
+
+
+def frozen_weights_change(fields: dict[str, Any]) -> tuple[set[str], int]:
+    """Names of frozen weights that three steps have changed in any bit, and how many there are."""
+    settings = SETTINGS | {"final_checkpoint": False}
+    trainer = make_trainer(Path("unused"), total_steps=3, settings=settings, lora=LORA, **fields)
+    frozen = {name: p for name, p in trainer.model.named_parameters() if not is_adapter(name)}
+    before = {name: local_tensor(parameter).clone() for name, parameter in frozen.items()}
+    trainer.train()
+    assert all(parameter.grad is None for parameter in frozen.values())
+    changed = {name for name, parameter in frozen.items() if not torch.equal(local_tensor(parameter), before[name])}
+    return changed, len(frozen)
+
+
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
+def test_no_bit_of_a_frozen_weight_changes(two_ranks: GlooRanks, compute_dtype: str) -> None:
+    dtype = dict(compute_dtype=compute_dtype)
+    for fields in (dict(dp_shard=2, ep=2), dict(dp_shard=2, ep=2, dense_sharding="fsdp")):
+        for changed, number in two_ranks.run(frozen_weights_change, fields | dtype):
+            assert not changed and number > 30
