@@ -330,10 +330,23 @@ def _add_saved_splits(root: Path, splits: list[str], prefix: str, found: FoundFi
 
 
 def _list_in(path: Path, key: str) -> list[Any] | None:
-    """Return the list under ``key`` of a JSON object; None where there is no such file, object or list."""
+    """Return the list under ``key`` of a JSON object; None where there is no such file, object or list.
+
+    Raises:
+        DataError: it is one that `datasets` wrote, by the files next to it, and damaged.
+    """
+    if not path.is_file():
+        return None
+    is_of_datasets = path.name == "dataset_dict.json" or path.with_name("dataset_info.json").is_file()
     try:
         value = read_json_object(path, _MAYBE_STATE)
     except DataError:
+        if is_of_datasets:
+            raise
         return None
     found = value.get(key)
-    return found if isinstance(found, list) else None
+    if isinstance(found, list):
+        return found
+    if is_of_datasets:
+        raise DataError(f"{path}: {key} must be a list; {_MAYBE_STATE.remedy}")
+    return None

@@ -122,5 +122,5 @@ def _configured_end_tokens(files: dict[str, Path]) -> Iterator[str | int]:
         token_id = config.get("eos_token_id")
         if isinstance(token_id, list):
             token_id = token_id[0] if token_id else None
-        if isinstance(token_id, int) and 0 <= token_id < 1 << 32:  # what the library takes for an id
+        if type(token_id) is int and 0 <= token_id < 1 << 32:  # what the library takes for an id
             yield token_id

@@ -1,20 +1,15 @@
-"""Every file the package reads, damaged: a record that keeps every rule, or an error for the user; never anything else.
+"""Every file of records, damaged: a record that keeps every rule, or an error for the user; never anything else.
 
 Two kinds of damage. *Values*: every value of a document in turn is replaced by one of another type, size or depth; it
 may be accepted only where the field is free or the value is as good as the one before. *Bytes*: bits flipped, bytes
-cut, doubled and overwritten, seeded. Readers in other languages, which a damaged file might crash, run in a process of
-their own.
+cut, doubled and overwritten, seeded.
 """
 
 import contextlib
-import copy
 import io
 import json
 import random
 import re
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from damages import BAD_VALUES, RECORDS, damaged_bytes, is_as_good, places, replaced
 from moescale import cli
 from moescale.api import export
 from moescale.convert.hf_config import read_model_config
@@ -31,6 +27,8 @@ from moescale.convert.weight_files import read_headers
 from moescale.data.corpus import open_corpus
 from moescale.data.corpus.manifest import read_manifest, read_source_files
 from moescale.data.corpus.saved_dataset import open_saved_dataset, splits_of
+from moescale.data.loader import Loader
+from moescale.data.prepare.discovery import Wanted, find_files
 from moescale.data.prepare.tokenizer import load_tokenizer
 from moescale.errors import MoescaleError
 from moescale.kernels.experts import launch_config
@@ -41,12 +39,6 @@ from moescale.report.observers.json_lines import METRICS_FILE, keep_records
 from moescale.runtime import checkpoint as checkpoints
 
 datasets = pytest.importorskip("datasets")
-
-HUGE = "9" * 5000
-BAD_VALUES = (
-    *("null", "[]", "{}", '"x"', "-1", "0.5", "true", "1e999", "NaN", HUGE, f"-{HUGE}", "18446744073709551616"),
-    *('"\\ud800"', '"../x"', '"/etc/passwd"', '"a\\u0000b"', '""', "[" * 40 + "]" * 40, '{"a":' * 40 + "1" + "}" * 40),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +104,8 @@ def readers(tmp_path_factory, run_folder, stdlib_corpus, model_folder, weights_f
                 assert not stop.code
 
     def read_state() -> None:
-        checkpoints.read_training_state(checkpoint)
+        loader = Loader(open_corpus(stdlib_corpus), sequences_per_step=1, micro_batch_sequences=1, seed=0)
+        loader.load_state_dict(checkpoints.read_training_state(checkpoint)["source"])
         checkpoints.StoredTensors(checkpoint)
 
     def read_metrics() -> None:
@@ -122,6 +115,12 @@ def readers(tmp_path_factory, run_folder, stdlib_corpus, model_folder, weights_f
         for path in splits_of(saved_folder).values():
             open_saved_dataset(path)
 
+    wanted = Wanted(text_column="text", split=None, include=(), exclude=(), output=folder / "out")
+    added_tokens_folder = folder / "tokenizer"
+    added_tokens_folder.mkdir()
+    (added_tokens_folder / "tokenizer.json").write_bytes((model_folder / "tokenizer.json").read_bytes())
+    (added_tokens_folder / "special_tokens_map.json").write_text('{"eos_token": "<|end_of_text|>"}')
+    (added_tokens_folder / "added_tokens.json").write_text('{"<|user|>": 512, "<|assistant|>": 513}')
     export_settings = export.ExportSettings(run=run_folder, output=folder / "out")
     return {
         "manifest.json": Reader(
@@ -154,12 +153,20 @@ def readers(tmp_path_factory, run_folder, stdlib_corpus, model_folder, weights_f
         "state.json": Reader(
             path=checkpoint.path / "state.json",
             read=read_state,
-            free=r"sha256|content\.state\.(settings|total_steps|identity|plan|source)\b.*",
+            free=r"sha256|content\.state\.(settings|total_steps|identity|plan)\b.*",
             num_values=30,
         ),
         "dataset_dict.json": Reader(path=saved_folder / "dataset_dict.json", read=read_splits),
         "saved state.json": Reader(
             path=saved_folder / "train" / "state.json", read=read_splits, free=r"_(?!data_files).*"
+        ),
+        "listed dataset.json": Reader(
+            path=saved_folder / "train" / "state.json",
+            read=lambda: find_files([str(saved_folder / "train")], wanted),
+            free=r"_(?!data_files\[).*",
+        ),
+        "added_tokens.json": Reader(
+            path=added_tokens_folder / "added_tokens.json", read=lambda: load_tokenizer(str(added_tokens_folder))
         ),
         "tokenizer_config.json": Reader(
             path=model_folder / "tokenizer_config.json", read=lambda: load_tokenizer(str(model_folder)), free=".*"
@@ -172,21 +179,6 @@ def readers(tmp_path_factory, run_folder, stdlib_corpus, model_folder, weights_f
             free=r"gpu|entries\[\d+\]\.(kernel|rows|num_experts|n|k)|entries\[\d+\]\.launch\.\w+",
         ),
     }
-
-
-NAMES = (
-    *(
-        "manifest.json",
-        "source.jsonl",
-        "plan.json",
-        "cluster.toml",
-        "settings.toml",
-        "config.json",
-        "index",
-        "run.json",
-    ),
-    *("metrics.jsonl", "state.json", "dataset_dict.json", "saved state.json", "tokenizer_config.json", "launch table"),
-)
 
 
 @pytest.fixture
@@ -208,48 +200,6 @@ def outcome(reader: Reader, content: bytes) -> str | None:
     return "accepted"
 
 
-def damaged_bytes(content: bytes, random: random.Random) -> bytes:
-    """``content`` with one seeded damage of its bytes."""
-    data = bytearray(content)
-    kind = random.randrange(6)
-    at = random.randrange(len(data))
-    if kind == 0:
-        data[at] ^= 1 << random.randrange(8)
-    elif kind == 1:
-        del data[at:]
-    elif kind == 2:
-        del data[at : at + random.randrange(1, 40)]
-    elif kind == 3:
-        data[at:at] = data[at : at + random.randrange(1, 200)]
-    elif kind == 4:
-        data[at : at + 1] = random.choice((b"[", b"{", b'"', b"\0", b"\xff", b"1e999", b"-", HUGE.encode(), b"\\ud800"))
-    else:
-        data[at : at + random.randrange(1, 64)] = random.randbytes(random.randrange(1, 64))
-    return bytes(data)
-
-
-def places(document: Any, path: str = "") -> Iterator[tuple[str, list[Any]]]:
-    """Every value of a document: how errors write its path, and its keys."""
-    items = (
-        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
-    )
-    for key, value in items:
-        name = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}" if path else key
-        yield name, [key]
-        for inner, keys in places(value, name):
-            yield inner, [key, *keys]
-
-
-def replaced(document: Any, keys: list[Any], text: str) -> bytes:
-    """The document as JSON, with the value at ``keys`` replaced by the JSON text."""
-    document = copy.deepcopy(document)
-    parent = document
-    for key in keys[:-1]:
-        parent = parent[key]
-    parent[keys[-1]] = "\0here\0"
-    return json.dumps(document).replace(json.dumps("\0here\0"), text).encode()
-
-
 def check_bytes(reader: Reader, seed: str, number: int) -> None:
     generator = random.Random(seed)
     content = reader.path.read_bytes()
@@ -258,13 +208,13 @@ def check_bytes(reader: Reader, seed: str, number: int) -> None:
         outcome(reader, damaged_bytes(content, generator))
 
 
-@pytest.mark.parametrize("reader", NAMES, indirect=True)
+@pytest.mark.parametrize("reader", RECORDS, indirect=True)
 def test_damaged_bytes_are_refused_or_read(reader, request):
     check_bytes(reader, request.node.name, 10 if reader.path.name == "settings.toml" else 40)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reader", NAMES, indirect=True)
+@pytest.mark.parametrize("reader", RECORDS, indirect=True)
 def test_many_damaged_bytes_are_refused_or_read(reader, request):
     check_bytes(reader, request.node.name, 100 if reader.path.name == "settings.toml" else 1500)
 
@@ -299,19 +249,7 @@ def check_values(reader: Reader, seed: str, most: int | None) -> None:
     assert not accepted
 
 
-def is_as_good(value: Any, bad: str) -> bool:
-    """Whether the new value has the type of the old one, so that only its meaning tells; or is an absent optional."""
-    if len(bad) > 1000 or bad in ("1e999", "NaN") or "[[" in bad or '{"a"' in bad:
-        return False
-    new = json.loads(bad)
-    same_kind = isinstance(new, type(value)) or (isinstance(value, float) and isinstance(new, int))
-    same_kind = same_kind and isinstance(new, bool) == isinstance(value, bool)
-    return (
-        same_kind or new is None or (value is None) or (isinstance(value, int | float) and isinstance(new, int | float))
-    )
-
-
-WITH_VALUES = tuple(name for name in NAMES if name not in ("cluster.toml", "settings.toml", "metrics.jsonl"))
+WITH_VALUES = tuple(name for name in RECORDS if name not in ("cluster.toml", "settings.toml", "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("reader", WITH_VALUES, indirect=True)
@@ -323,72 +261,3 @@ def test_a_value_of_another_type_is_accepted_only_where_it_is_free(reader, reque
 @pytest.mark.parametrize("reader", WITH_VALUES, indirect=True)
 def test_every_value_of_another_type_is_accepted_only_where_it_is_free(reader, request):
     check_values(reader, request.node.name, 600)
-
-
-CHILD = textwrap.dedent("""
-    import sys
-    from pathlib import Path
-    from moescale.errors import MoescaleError
-    from moescale.convert.weight_files import read_headers
-    from moescale.data.corpus.saved_dataset import open_saved_dataset
-    from moescale.data.prepare.tokenizer import load_tokenizer
-
-    def read(folder):
-        if sys.argv[1] == "safetensors":
-            read_headers(folder)
-        elif sys.argv[1] == "tokenizer":
-            load_tokenizer(str(folder))
-        else:
-            corpus = open_saved_dataset(folder)
-            corpus.vocabulary_size
-            for index in range(corpus.num_sequences):
-                corpus.sequence(index).tokens.sum()
-
-    for folder in sorted(Path(sys.argv[2]).iterdir()):
-        try:
-            read(folder)
-            print(folder.name, "accepted", flush=True)
-        except MoescaleError:
-            print(folder.name, "refused", flush=True)
-""")
-
-
-def check_in_a_process(kind: str, folder: Path, file_name: str, work: Path, seed: str, number: int) -> None:
-    generator = random.Random(seed)
-    content = (folder / file_name).read_bytes()
-    for index in range(number):
-        copy_of = work / f"{index:05d}"
-        copy_of.mkdir(parents=True)
-        for path in folder.iterdir():
-            if path.is_file() and path.name != file_name:
-                (copy_of / path.name).write_bytes(path.read_bytes())
-        (copy_of / file_name).write_bytes(damaged_bytes(content, generator))
-    command = [sys.executable, "-c", CHILD, kind, str(work)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    num_read = len(done.stdout.splitlines())
-    assert done.returncode == 0, f"after {num_read} of {number}, status {done.returncode}: {done.stderr[-2000:]}"
-    assert num_read == number
-
-
-def foreign(weights_folder: Path, model_folder: Path, saved_folder: Path) -> dict[str, tuple[Path, str]]:
-    arrow = next((saved_folder / "train").glob("*.arrow"))
-    return {
-        "safetensors": (weights_folder, "one.safetensors"),
-        "tokenizer": (model_folder, "tokenizer.json"),
-        "arrow": (arrow.parent, arrow.name),
-    }
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "tokenizer", "arrow"])
-def test_damage_to_files_of_other_libraries_ends_no_process(kind, weights_folder, model_folder, saved_folder, tmp_path):
-    folder, name = foreign(weights_folder, model_folder, saved_folder)[kind]
-    check_in_a_process(kind, folder, name, tmp_path / "damaged", kind, 20)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["safetensors", "tokenizer", "arrow"])
-def test_much_damage_to_files_of_other_libraries_ends_no_process(
-    kind, weights_folder, model_folder, saved_folder, tmp_path
-):
-    folder, name = foreign(weights_folder, model_folder, saved_folder)[kind]
-    check_in_a_process(kind, folder, name, tmp_path / "damaged", f"many {kind}", 400)
