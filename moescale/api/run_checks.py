@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from moescale.api.train_request import RunInputs
 from moescale.config import ModelConfig
 from moescale.data.corpus import Corpus
 from moescale.errors import ConfigError
+from moescale.lora import parse_lora
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
 from moescale.runtime.launch import was_launched
 
@@ -43,6 +45,7 @@ def choose_plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: 
                 "compile it again"
             )
         plan.check_model(config)
+        _check_lora(inputs.lora, plan, inputs.plan)
         return plan
     sequences = inputs.micro_batch_sequences or 1
     tokens_per_step = inputs.tokens_per_step or sequences * corpus.sequence_length
@@ -58,6 +61,18 @@ def choose_plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: 
         micro_batch_sequences=sequences,
         gradient_accumulation_steps=tokens_per_step // micro_batch_tokens,
         compute_dtype=inputs.precision or ("bf16" if device.type == "cuda" else "fp32"),
+        lora=None if inputs.lora is None else parse_lora(inputs.lora),
+    )
+
+
+def _check_lora(given: str | None, plan: ParallelPlan, path: Path) -> None:
+    """A plan decides about adapters too: what it says of memory holds for these alone."""
+    if given is None or parse_lora(given) == plan.lora:
+        return
+    planned = "all weights are trained" if plan.lora is None else plan.lora.text()
+    raise ConfigError(
+        f"run.lora ({given}) must be that of the plan {path} ({planned}); compile it with --lora {given}, or drop it "
+        "here"
     )
 
 

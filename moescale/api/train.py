@@ -31,6 +31,7 @@ from moescale.report.observers.observer import Observer, RunContext
 from moescale.report.observers.registry import ObserverList, make_observer
 from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, DamagedCheckpointError, read_training_state
 from moescale.runtime.device import choose_device, make_deterministic
+from moescale.runtime.frozen import frozen_digest
 from moescale.runtime.hooks import TrainerHook
 from moescale.runtime.launch import Membership, join_ranks, run_local_ranks, was_launched
 from moescale.runtime.mapping import compile_layers, optimizer_format
@@ -219,7 +220,7 @@ class _Rank:
         placed = place_model(self.run.config, plan, self.ranks, device)
         if self.request.compile or (self.request.compile is None and device.type == "cuda"):
             compile_layers(placed.model)
-        if checkpoint is None:
+        if checkpoint is None or plan.lora is not None:  # whose checkpoints hold adapters alone
             self._fill(placed)
         total_steps = self.settings.steps or _steps_of_one_epoch(self.run.corpus, plan, checkpoint)
         with ObserverList(self.run.observers if self.ranks.is_first else ()) as observer:
@@ -263,13 +264,22 @@ class _Rank:
             hooks=run.hooks,
             optimizer_format=optimizer_format(plan),
             validation=self._validation(),
-            identity={"model": run.config.fingerprint(), "corpus": run.corpus.fingerprint},
+            identity={"model": run.config.fingerprint(), "corpus": run.corpus.fingerprint} | self._frozen(placed),
             ranks=self.ranks,
             parts=placed.parts,
             plan=asdict(plan),
             on_progress=self.member.progress,
             on_notice=self._warn,
         )
+
+    def _frozen(self, placed: PlacedModel) -> dict[str, str]:
+        """What is trained, and which frozen weights it belongs to: for a checkpoint, which does not hold them."""
+        lora = self.run.plan.lora
+        if lora is None:
+            return {"adapters": "none"}
+        self.member.progress(0, "digest of the frozen weights")
+        digest = frozen_digest(placed.model, placed.parts, self.ranks)
+        return {"adapters": lora.text(), "frozen weights": digest}
 
     def _context(self, total_steps: int) -> RunContext:
         device_flops = peak_flops(self.member.device)
@@ -328,6 +338,7 @@ class _Rank:
             print(f"weights: {source}", file=sys.stderr, flush=True)
         if pretrained:
             placed.import_weights(folder, lambda done, total: self.member.progress(0, "importing weights"))
+            placed.initialize_adapters(self.settings.seed)
             kept = kept_tensors(folder, placed.model.config)
             if kept:
                 self._warn(

@@ -35,6 +35,9 @@ class RunInputs:
     """Without a plan: sequences that go through the model at once."""
     precision: Literal["bf16", "fp32"] | None = None
     """Without a plan: compute dtype; default: bf16 on a GPU, fp32 on the CPU."""
+    lora: str | None = None
+    """Train adapters alone, as in rank=16,alpha=32,targets=attention+experts; targets: all, attention, dense, shared,
+    experts, or a module such as q_proj; also dropout=0.05, rank_stabilised=true. A plan decides it by itself."""
     initialize: Literal["auto", "pretrained", "random"] = "auto"
     """Weights to start from: those of the model's folder, or random; auto: pretrained where the folder has any."""
     device: str = "auto"

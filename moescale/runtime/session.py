@@ -11,6 +11,7 @@ import torch
 from moescale.boxes import whole_box
 from moescale.config import ModelConfig
 from moescale.convert.checkpoint import import_checkpoint
+from moescale.models.lora import is_adapter
 from moescale.models.transformer import (
     Transformer,
     build_on_meta,
@@ -35,15 +36,23 @@ class PlacedModel:
 
     def initialize(self, seed: int) -> None:
         """Fill with random weights, the same whatever the plan (on one kind of device)."""
-        std = self.model.config.initializer_std
-        for position, (name, parameter) in enumerate(in_drawing_order(self.model)):
-            part = self.parts[name]
-            initialize_part(local_tensor(parameter), name, position, part.shape, part.index, std, seed)
+        self._draw(seed, lambda name: True)
         for buffer in self.model.buffers():
             buffer.zero_()
 
+    def initialize_adapters(self, seed: int) -> None:
+        """Fill the adapters alone, as :meth:`initialize` does."""
+        self._draw(seed, is_adapter)
+
+    def _draw(self, seed: int, chosen: Callable[[str], bool]) -> None:
+        std = self.model.config.initializer_std
+        for position, (name, parameter) in enumerate(in_drawing_order(self.model)):
+            if chosen(name):
+                part = self.parts[name]
+                initialize_part(local_tensor(parameter), name, position, part.shape, part.index, std, seed)
+
     def import_weights(self, folder: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Fill from a Hugging Face folder; every rank reads what it needs. Raises CheckpointError."""
+        """Fill all but adapters from a Hugging Face folder; every rank reads what it needs. Raises CheckpointError."""
         tensors = {name: local_tensor(weight) for name, weight in named_weights(self.model).items()}
         index = {name: whole_box(tensor.shape) for name, tensor in tensors.items()}
         index |= {name: part.index for name, part in self.parts.items()}

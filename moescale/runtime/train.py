@@ -8,6 +8,7 @@ from time, signals or numbers, all ranks decide alike: they meet in the same col
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import time
@@ -279,6 +280,8 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             self.on_progress(self.step, f"micro-batch {number}")
             sum_over_replicas_at_the_last(self.model, last=number == len(batches))
+            if self.model.has_dropout:
+                torch.manual_seed(self._dropout_seed(number))
             sums.run(batch.tokens, batch.targets, batch.document_starts)
         self.on_progress(self.step, "gradient sums, norm and update")
         sums.add_up(self.ranks)
@@ -313,6 +316,11 @@ class Trainer:
             expert_load=_relative_load(sums.expert_rows),
             skipped=skipped,
         )
+
+    def _dropout_seed(self, micro_batch: int) -> int:
+        """Of a micro-batch's own, on every rank another: so a resumed run drops what the undisturbed one does."""
+        text = f"{self.settings.seed}/{self.step}/{micro_batch}/{self.ranks.rank}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def _documents(self, batch: Batch) -> Documents | None:
         if batch.document_starts is None:

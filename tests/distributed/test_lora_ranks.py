@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from test_resume import train
 
 from gloo_ranks import GlooRanks
 from moescale.lora import LoraSettings
 from moescale.models.lora import is_adapter
-from moescale.runtime.layout import local_tensor
-from plans import make_trainer
+from moescale.runtime.frozen import frozen_digest
+from moescale.runtime.layout import find_parts, local_tensor
+from moescale.runtime.meshes import build_meshes
+from moescale.runtime.ranks import current_ranks
+from plans import make_plan, make_trainer
 from recorded_runs import assert_same_run, record_run
+from tiny import tiny_config
 
 LORA = LoraSettings(rank=4, alpha=8)
 SETTINGS = {"learning_rate": 2e-2}
@@ -63,3 +68,41 @@ def test_no_bit_of_a_frozen_weight_changes(two_ranks: GlooRanks, compute_dtype: 
     for fields in (dict(dp_shard=2, ep=2), dict(dp_shard=2, ep=2, dense_sharding="fsdp")):
         for changed, number in two_ranks.run(frozen_weights_change, fields | dtype):
             assert not changed and number > 30
+
+
+def digest_of(fields: dict[str, Any], flipped: bool) -> str:
+    """Of the frozen weights in a layout; ``flipped``: with the last bit of one weight changed, where it is held."""
+    trainer = make_trainer(Path("unused"), lora=LORA, **fields)
+    ranks = current_ranks()
+    plan = make_plan(tiny_config(), lora=LORA, **fields)
+    parts = find_parts(trainer.model, build_meshes(plan, ranks, "cpu") if ranks.size > 1 else None)
+    if flipped:
+        name = "layers.2.feed_forward.experts.down"
+        held, weight = parts[name].index[0], local_tensor(trainer.model.get_parameter(name))
+        if held.start <= 5 < held.stop:
+            weight[5 - held.start, 3, 2].view(torch.int32).bitwise_xor_(1)
+    return frozen_digest(trainer.model, parts, ranks)
+
+
+def test_the_digest_of_frozen_weights_is_the_same_in_every_layout_and_tells_a_bit(two_ranks: GlooRanks) -> None:
+    alone = digest_of({}, False)
+    assert digest_of({}, True) != alone
+    for fields in (dict(dp_shard=2, ep=2), dict(dp_shard=2, dense_sharding="fsdp"), dict(dp_replicate=2)):
+        for flipped in (False, True):
+            assert set(two_ranks.run(digest_of, fields, flipped)) == {digest_of({}, flipped)}
+
+
+def test_adapters_saved_on_some_ranks_are_resumed_on_others(two_ranks: GlooRanks, tmp_path: Path) -> None:
+    def stages(folder: Path, layouts: list[dict[str, Any]]) -> list[float]:
+        losses = []
+        for number, layout in enumerate(layouts):
+            fields = dict(lora=LORA, settings=SETTINGS) | layout
+            until = 2 * (number + 1)
+            outcome = two_ranks.run(train, folder, until, fields)[0] if layout else train(folder, until, fields)
+            losses += outcome.losses
+        return losses
+
+    moving = stages(
+        tmp_path / "moving", [dict(dp_shard=2, ep=2), {}, dict(dp_shard=2, dense_sharding="fsdp"), dict(dp_shard=2)]
+    )
+    assert moving == pytest.approx(stages(tmp_path / "still", [{}] * 4), rel=1e-5)

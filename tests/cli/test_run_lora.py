@@ -1,0 +1,147 @@
+"""`moescale run --lora`: checkpoints of adapters alone, which resume bit for bit on the weights they belong to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moescale.cli import main
+from moescale.convert.checkpoint import ModelWeights, export_checkpoint
+from moescale.convert.hf_config import read_model_config
+from moescale.lora import parse_lora
+from moescale.models.transformer import build_on_meta, initialize, named_weights
+from moescale.plan import one_device_plan, save_plan
+
+LORA = "rank=4,alpha=16"
+
+
+def run(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", *map(str, arguments), "--device", "cpu", "--schedule", "constant", "--learning-rate", "1e-2"])
+    assert not caught.value.code
+
+
+def error_of(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", *map(str, arguments), "--device", "cpu", "--schedule", "constant"])
+    assert caught.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """The model's folder with weights."""
+    config = read_model_config(model_folder)
+    model = build_on_meta(config, torch.float32).to_empty(device="cpu")
+    initialize(model, seed=11)
+    folder = tmp_path_factory.mktemp("pretrained") / "model"
+    weights = ModelWeights(named_weights(model))
+    export_checkpoint(config, weights, folder, reference=model_folder, dtype=torch.float32)
+    return folder
+
+
+def batch(model: Path, corpus: Path, output: Path) -> list[object]:
+    sizes = ("--tokens-per-step", 8 * 64, "--micro-batch-sequences", 4)
+    return ["--model", model, "--data", corpus, "--output", output, *sizes]
+
+
+def losses(output: Path) -> list[float]:
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def tensors_of(output: Path) -> dict[str, torch.Tensor]:
+    folder = max((output / "checkpoints").glob("step-*"))
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    "lora", [LORA, "rank=4,targets=attention+shared,dropout=0.3,rank_stabilised=true"], ids=["all", "dropout"]
+)
+def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
+    tmp_path: Path, pretrained: Path, stdlib_corpus: Path, lora: str
+) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run(*batch(pretrained, stdlib_corpus, straight), "--lora", lora, "--steps", 6)
+    for steps in (3, 6):
+        run(*batch(pretrained, stdlib_corpus, stopped), "--lora", lora, "--steps", steps)
+    assert losses(stopped) == losses(straight)
+    assert losses(straight)[-1] < losses(straight)[0] - 0.1
+    ours, theirs = tensors_of(stopped), tensors_of(straight)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(".adapter." in name for name in ours), "a checkpoint holds adapters alone"
+
+
+def test_random_weights_are_drawn_again_for_their_adapters(
+    tmp_path: Path, model_folder: Path, stdlib_corpus: Path
+) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run(*batch(model_folder, stdlib_corpus, straight), "--lora", LORA, "--steps", 2)
+    for steps in (1, 2):
+        run(*batch(model_folder, stdlib_corpus, stopped), "--lora", LORA, "--steps", steps)
+    assert losses(stopped) == losses(straight)
+
+
+def test_a_checkpoint_is_refused_on_other_weights_and_with_other_adapters(
+    tmp_path: Path, pretrained: Path, stdlib_corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = shutil.copytree(pretrained, tmp_path / "model")
+    arguments = batch(model, stdlib_corpus, tmp_path / "run")
+    run(*arguments, "--lora", LORA, "--steps", 1)
+    message = error_of(capsys, *arguments, "--lora", "rank=4,alpha=8", "--steps", 2)
+    assert "was written with adapters rank=4,alpha=16,targets=all, this run has rank=4,alpha=8,targets=all" in message
+    message = error_of(capsys, *arguments, "--steps", 2)
+    assert "was written with adapters rank=4,alpha=16,targets=all, this run has none" in message
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.experts.3.up_proj.weight"][5, 7] += 1e-4
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    message = error_of(capsys, *arguments, "--lora", LORA, "--steps", 2)
+    assert "was written with frozen weights" in message and "use the same one, or another --output" in message
+
+
+def test_a_run_of_all_weights_is_not_continued_with_adapters(
+    tmp_path: Path, pretrained: Path, stdlib_corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = batch(pretrained, stdlib_corpus, tmp_path / "run")
+    run(*arguments, "--steps", 1)
+    assert "was written with adapters none, this run has" in error_of(capsys, *arguments, "--lora", LORA, "--steps", 2)
+
+
+def test_a_plan_decides_about_adapters(
+    tmp_path: Path, pretrained: Path, stdlib_corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shape = dict(sequence_length=64, micro_batch_sequences=4, gradient_accumulation_steps=1)
+    config = read_model_config(pretrained)
+    for name, lora in (("adapters", parse_lora(LORA)), ("everything", None)):
+        save_plan(one_device_plan(config, **shape, compute_dtype="fp32", lora=lora), tmp_path / f"{name}.json")
+    where = ("--model", pretrained, "--data", stdlib_corpus)
+    run(*where, "--plan", tmp_path / "adapters.json", "--output", tmp_path / "run", "--steps", 1)
+    assert all(".adapter." in name for name in tensors_of(tmp_path / "run"))
+    for name, given, planned in (
+        ("adapters", "rank=8", "rank=4,alpha=16,targets=all"),
+        ("everything", LORA, "all weights are trained"),
+    ):
+        plan = tmp_path / f"{name}.json"
+        message = error_of(capsys, *where, "--plan", plan, "--output", tmp_path / "other", "--lora", given)
+        assert f"run.lora ({given}) must be that of the plan {plan} ({planned})" in message
+
+
+def test_adapters_can_stand_in_the_settings_file(
+    tmp_path: Path, pretrained: Path, stdlib_corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = tmp_path / "settings.toml"
+    settings.write_text(f'[run]\nlora = "{LORA}"\nsteps = 1\ntokens-per-step = 128\nmicro-batch-sequences = 2\n')
+    where = ("--model", pretrained, "--data", stdlib_corpus, "--output", tmp_path / "run", "--device", "cpu")
+    with pytest.raises(SystemExit) as caught:
+        main(["--config", str(settings), "run", *map(str, where)])
+    assert not caught.value.code
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert stored["plan"]["lora"]["rank"] == 4
+    assert "lora.targets ('atention') must be one of" in error_of(
+        capsys, *batch(pretrained, stdlib_corpus, tmp_path / "other"), "--lora", "rank=2,targets=atention"
+    )
