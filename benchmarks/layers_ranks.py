@@ -73,6 +73,7 @@ def main() -> None:
             optimizer_format=optimizer_format(plan),
             ranks=member.ranks,
             parts=placed.parts,
+            coordinates=placed.coordinates,
             on_progress=member.progress,
         )
         for _ in range(2):

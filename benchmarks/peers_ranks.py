@@ -225,6 +225,7 @@ def moescale_step(arguments: argparse.Namespace) -> Callable[[], Any]:
         optimizer_format=optimizer_format(plan),
         ranks=member.ranks,
         parts=placed.parts,
+        coordinates=placed.coordinates,
         on_progress=member.progress,
     )
     return lambda: trainer._train_step(source.step())

@@ -79,8 +79,7 @@ def make_trainer(
         for parameter in placed.model.parameters():
             parameter.copy_(parameter.bfloat16())  # the same weights in fp32
     compile_layers(placed.model)
-    source = plans.SyntheticSteps(plan, config.vocab_size)
-    source.ranks = ranks
+    source = plans.SyntheticSteps(plan, config.vocab_size, place=placed.coordinates)
     return Trainer(
         model=placed.model,
         settings=TrainSettings(learning_rate=1e-4, final_checkpoint=False),
@@ -91,6 +90,7 @@ def make_trainer(
         optimizer_format=optimizer_format(plan),
         ranks=ranks,
         parts=placed.parts,
+        coordinates=placed.coordinates,
         on_progress=member.progress,
     )
 

@@ -103,6 +103,7 @@ def train(arguments: argparse.Namespace, member: Membership) -> None:
         optimizer_format=optimizer_format(plan),
         ranks=member.ranks,
         parts=placed.parts,
+        coordinates=placed.coordinates,
         on_progress=member.progress,
     )
     if arguments.check_synchronisation:

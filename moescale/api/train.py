@@ -18,6 +18,7 @@ from moescale.config import ModelConfig
 from moescale.convert.checkpoint import kept_tensors
 from moescale.convert.hf_config import PRESETS, read_model_config, resolve_model
 from moescale.convert.weight_files import has_weights
+from moescale.coordinates import Coordinates
 from moescale.data.corpus import Corpus, Verification, open_corpus
 from moescale.data.loader import Loader, validation_batches
 from moescale.errors import CheckpointError, ConfigError, MoescaleError, printable
@@ -250,8 +251,7 @@ class _Rank:
             sequences_per_step=plan.sequences_per_step,
             micro_batch_sequences=plan.micro_batch_sequences,
             seed=self.settings.seed,
-            rank=self.ranks.rank,
-            world_size=self.ranks.size,
+            coordinates=placed.coordinates,
             verification=self.verification,
         )
         return Trainer(
@@ -263,9 +263,10 @@ class _Rank:
             observer=observer,
             hooks=run.hooks,
             optimizer_format=optimizer_format(plan),
-            validation=self._validation(),
+            validation=self._validation(placed.coordinates),
             identity={"model": run.config.fingerprint(), "corpus": run.corpus.fingerprint} | self._frozen(placed),
             ranks=self.ranks,
+            coordinates=placed.coordinates,
             parts=placed.parts,
             plan=asdict(plan),
             on_progress=self.member.progress,
@@ -348,7 +349,7 @@ class _Rank:
         else:
             placed.initialize(self.settings.seed)
 
-    def _validation(self) -> Callable[[], Iterable[Any]] | None:
+    def _validation(self, coordinates: Coordinates) -> Callable[[], Iterable[Any]] | None:
         data = self.request.data
         corpus = open_corpus(data, split="validation", missing_ok=True)
         if corpus is None:
@@ -361,8 +362,7 @@ class _Rank:
         return lambda: validation_batches(
             corpus,
             micro_batch_sequences=self.run.plan.micro_batch_sequences,
-            rank=self.ranks.rank,
-            world_size=self.ranks.size,
+            coordinates=coordinates,
             limit=self.settings.validation_sequences,
         )
 

@@ -1,8 +1,8 @@
 """Batches for training: shuffled by epoch, resumable at every step, the same sequences whatever the number of ranks.
 
 The order is one endless line of sequences: position ``p`` is sequence ``permutation(seed, epoch)[p mod n]`` of epoch
-``p div n``. A step takes the next ``sequences_per_step`` positions; each rank takes its contiguous share of them. So
-the state is one number, and neither the ranks nor the micro-batches nor the step's size have a part in it.
+``p div n``. A step takes the next ``sequences_per_step`` positions; each data rank takes its contiguous share of them.
+So the state is one number, and neither the ranks nor the micro-batches nor the step's size have a part in it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
+from moescale.coordinates import ONE_DEVICE, Coordinates
 from moescale.data import shuffle as shuffling
 from moescale.data.batch import NO_TARGET, Batch, read_batch
 from moescale.data.corpus import Corpus, Verification
@@ -41,8 +42,9 @@ class Loader:
     """An endless, resumable stream of steps, each a list of this rank's micro-batches.
 
     Args:
-        sequences_per_step: of all ranks together; a multiple of ``world_size * micro_batch_sequences``.
+        sequences_per_step: of all ranks together; a multiple of ``num_data_ranks * micro_batch_sequences``.
         shuffle: take each epoch in its own pseudo-random order that follows from ``seed``; else in the corpus's.
+        coordinates: this rank's; those with the same ``data_rank`` get the same batches.
         prefetch_steps: steps that a thread reads ahead.
         verification: of the corpus; its errors are raised with the next step, and no sequence is handed out a second
             time before it is done.
@@ -59,23 +61,22 @@ class Loader:
         micro_batch_sequences: int,
         seed: int,
         shuffle: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
+        coordinates: Coordinates = ONE_DEVICE,
         prefetch_steps: int = 2,
         verification: Verification | None = None,
     ) -> None:
-        if sequences_per_step < 1 or sequences_per_step % (world_size * micro_batch_sequences):
+        num_data_ranks = coordinates.num_data_ranks
+        if sequences_per_step < 1 or sequences_per_step % (num_data_ranks * micro_batch_sequences):
             raise ConfigError(
-                f"loader.sequences_per_step ({sequences_per_step}) must be a multiple of world_size ({world_size}) * "
-                f"micro_batch_sequences ({micro_batch_sequences})"
+                f"loader.sequences_per_step ({sequences_per_step}) must be a multiple of num_data_ranks "
+                f"({num_data_ranks}) * micro_batch_sequences ({micro_batch_sequences})"
             )
         self.corpus = corpus
         self.sequences_per_step = sequences_per_step
         self.micro_batch_sequences = micro_batch_sequences
         self.seed = seed
         self.shuffle = shuffle
-        self.rank = rank
-        self.world_size = world_size
+        self.coordinates = coordinates
         self.prefetch_steps = prefetch_steps
         self.verification = verification
         self._position = 0
@@ -141,8 +142,8 @@ class Loader:
                     thread.join(0.01)
 
     def _step(self, position: int) -> list[Batch]:
-        share = self.sequences_per_step // self.world_size
-        first = position + self.rank * share
+        share = self.sequences_per_step // self.coordinates.num_data_ranks
+        first = position + self.coordinates.data_rank * share
         ids = self._sequence_ids(np.arange(first, first + share, dtype=np.int64))
         return [read_batch(self.corpus, part) for part in ids.reshape(-1, self.micro_batch_sequences)]
 
@@ -159,9 +160,13 @@ class Loader:
 
 
 def validation_batches(
-    corpus: Corpus, *, micro_batch_sequences: int, rank: int = 0, world_size: int = 1, limit: int | None = None
+    corpus: Corpus,
+    *,
+    micro_batch_sequences: int,
+    coordinates: Coordinates = ONE_DEVICE,
+    limit: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield this rank's contiguous share of ``limit`` sequences, in order; the last batch may be smaller.
+    """Yield this data rank's contiguous share of ``limit`` sequences, in order; the last batch may be smaller.
 
     They lie evenly spaced over the whole corpus, because neighbours come from the same documents: the first ones would
     tell of a few documents instead of all. They are the same for every number of ranks and in every call.
@@ -170,8 +175,9 @@ def validation_batches(
     a sequence without targets (id -1).
     """
     total = corpus.num_sequences if limit is None else min(limit, corpus.num_sequences)
-    first, last = (total * number // world_size for number in (rank, rank + 1))
-    longest_share = -(-total // world_size)
+    rank, num_ranks = coordinates.data_rank, coordinates.num_data_ranks
+    first, last = (total * number // num_ranks for number in (rank, rank + 1))
+    longest_share = -(-total // num_ranks)
     for start in range(first, first + longest_share, micro_batch_sequences):
         places = np.arange(start, min(start + micro_batch_sequences, last), dtype=np.int64)
         ids = places * corpus.num_sequences // total

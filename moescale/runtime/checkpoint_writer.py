@@ -11,7 +11,6 @@ next run removes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +32,7 @@ from moescale.runtime.checkpoint import (
 )
 from moescale.runtime.device import available_host_bytes
 from moescale.runtime.layout import Part, whole
-from moescale.runtime.ranks import ONE_RANK, Ranks
+from moescale.runtime.ranks import ONE_RANK, Ranks, place_on_host
 
 MAX_FILE_BYTES = 2**30
 """A file's sync shows no progress before it is done, so files are small enough for a slow disk."""
@@ -166,7 +165,7 @@ class CheckpointWriter:
 
     def _copy_to_host(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
         """Copies that a thread can write while the originals change, or None where host memory does not hold them."""
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        _, local_ranks = place_on_host()
         size = sum(tensor.nbytes for tensor in tensors.values())
         if not self.in_background or size * local_ranks >= HOST_MEMORY_SHARE * available_host_bytes():
             return None

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from moescale import boxes
+from moescale.coordinates import Coordinates
 from moescale.models.blocks.moe import RoutedExperts
 from moescale.runtime.meshes import Meshes
 
@@ -110,7 +111,7 @@ def find_parts(model: nn.Module, meshes: Meshes | None) -> dict[str, Part]:
     for name, parameter in model.named_parameters():
         part, sharing = _sharded(parameter), sharing_of_dense
         if expert_prefixes and name.startswith(expert_prefixes):
-            part, sharing = _of_all_experts(part, meshes), sharing_of_experts
+            part, sharing = _of_all_experts(part, meshes.coordinates), sharing_of_experts
         parts[name] = part if is_sharded else replace(part, sharing=sharing)
     return parts
 
@@ -138,14 +139,13 @@ def _sharded(parameter: torch.Tensor) -> Part:
     return Part(shape=tuple(parameter.shape), index=tuple(index), is_first_copy=is_first_copy)
 
 
-def _of_all_experts(part: Part, meshes: Meshes) -> Part:
+def _of_all_experts(part: Part, coordinates: Coordinates) -> Part:
     """``part`` of the experts of one ep rank, as a part of all experts."""
-    ep = meshes.experts["ep"]
     num_local = part.shape[0]
-    first = ep.get_local_rank() * num_local
+    first = coordinates.expert_rank * num_local
     experts = slice(first + part.index[0].start, first + part.index[0].stop)
     return Part(
-        shape=(num_local * ep.size(), *part.shape[1:]),
+        shape=(num_local * coordinates.mesh.ep, *part.shape[1:]),
         index=(experts, *part.index[1:]),
         is_first_copy=part.is_first_copy,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moescale.coordinates import Coordinates
 from moescale.errors import ConfigError
 from moescale.plan import ParallelPlan
 from moescale.runtime.ranks import Ranks
@@ -25,6 +26,8 @@ class Meshes:
     """Axes dp_replicate, dp_shard."""
     experts: DeviceMesh
     """Axes dp_replicate, edp, ep."""
+    coordinates: Coordinates
+    """This rank's, on all axes of the plan."""
 
 
 def check_runnable(plan: ParallelPlan, ranks: Ranks) -> None:
@@ -53,8 +56,10 @@ def build_meshes(plan: ParallelPlan, ranks: Ranks, device_type: str) -> Meshes |
     if ranks.size == 1:
         return None
     mesh = plan.mesh
-    edp = mesh.dp_shard // mesh.ep
+    coordinates = Coordinates(mesh=mesh, rank=ranks.rank)
+    edp = coordinates.num_expert_data_ranks
     return Meshes(
+        coordinates=coordinates,
         dense=init_device_mesh(
             device_type, (mesh.dp_replicate, mesh.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
         ),

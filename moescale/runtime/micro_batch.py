@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from moescale.coordinates import Coordinates
 from moescale.kernels.attention import LEAST_OFFSETS, Documents
 from moescale.models.blocks.moe import RoutedExperts
 from moescale.models.transformer import ModelOutput, Transformer
@@ -76,11 +77,16 @@ class MicroBatches:
             self._graph, self._graph_inputs = None, ()
             torch.cuda.empty_cache()
 
-    def add_up(self, ranks: Ranks) -> None:
-        """After a step's last micro-batch: make the sums those of all ranks. A collective, one reduction."""
+    def add_up(self, ranks: Ranks, coordinates: Coordinates) -> None:
+        """After a step's last micro-batch: make the sums those of all ranks that computed something of their own.
+
+        A collective, one reduction. ``coordinates`` are this rank's.
+        """
         if ranks.size == 1:
             return
         values = torch.cat([self.loss_sum.view(1), self.aux_loss.view(1), self.expert_rows.flatten()]).double()
+        if not coordinates.counts_tokens:
+            values.zero_()
         ranks.sum(values)
         self.loss_sum.copy_(values[0])
         self.aux_loss.copy_(values[1])

@@ -12,7 +12,6 @@ nor gradient.
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from moescale.kernels.adamw import (
 )
 from moescale.runtime.device import available_host_bytes
 from moescale.runtime.layout import Part, Sharing, local_tensor, whole
-from moescale.runtime.ranks import ONE_RANK, Ranks
+from moescale.runtime.ranks import ONE_RANK, Ranks, place_on_host
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.zero import share_weights, sum_gradients
 
@@ -101,7 +100,7 @@ class AdamW:
         on_meta = (torch.empty_like(weight, device="meta") for weight in self.weights.values())
         states = (init_adamw_state(weight, self.format.moments, self.format.master) for weight in on_meta)
         size = sum(tensor.nbytes for state in states for tensor in state.tensors().values())
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        _, local_ranks = place_on_host()
         available = available_host_bytes()
         if size * local_ranks > available:
             raise ConfigError(

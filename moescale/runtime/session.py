@@ -11,6 +11,7 @@ import torch
 from moescale.boxes import whole_box
 from moescale.config import ModelConfig
 from moescale.convert.checkpoint import import_checkpoint
+from moescale.coordinates import Coordinates
 from moescale.models.lora import is_adapter
 from moescale.models.transformer import (
     Transformer,
@@ -33,6 +34,8 @@ class PlacedModel:
     model: Transformer
     parts: Mapping[str, Part]
     """What of each parameter this rank holds; of buffers, every rank holds all."""
+    coordinates: Coordinates
+    """Where this rank stands in the plan's mesh."""
 
     def initialize(self, seed: int) -> None:
         """Fill with random weights, the same whatever the plan (on one kind of device)."""
@@ -69,4 +72,5 @@ def place_model(config: ModelConfig, plan: ParallelPlan, ranks: Ranks, device: t
     model = build_on_meta(config, torch.bfloat16 if plan.compute_dtype == "bf16" else torch.float32)
     apply_plan(model, plan, meshes)
     model.to_empty(device=device)
-    return PlacedModel(model=model, parts=find_parts(model, meshes))
+    coordinates = Coordinates(mesh=plan.mesh, rank=ranks.rank)
+    return PlacedModel(model=model, parts=find_parts(model, meshes), coordinates=coordinates)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
+from moescale.coordinates import ONE_DEVICE, Coordinates
 from moescale.errors import CheckpointError, ConfigError, MoescaleError, NonFiniteLossError, Preempted
 from moescale.kernels.attention import Documents
 from moescale.models.transformer import Transformer
@@ -77,6 +78,7 @@ class Trainer:
         validation: Callable[[], Iterable[Batch]] | None = None,
         identity: dict[str, str] | None = None,
         ranks: Ranks = ONE_RANK,
+        coordinates: Coordinates = ONE_DEVICE,
         parts: Mapping[str, Part] | None = None,
         hooks: Sequence[TrainerHook] = (),
         plan: dict[str, Any] | None = None,
@@ -86,10 +88,12 @@ class Trainer:
         """``identity`` (fingerprints of model and the like) is saved, and a checkpoint with another one refused.
 
         On several ranks ``model`` is divided over them (:func:`moescale.runtime.mapping.apply_plan`), ``parts`` says
-        how, and ``source`` and ``validation`` hand out this rank's share of equally many micro-batches. ``hooks`` take
+        how, ``coordinates`` say where this rank stands, and ``source`` and ``validation`` hand out its data rank's
+        share of equally many micro-batches. ``hooks`` take
         part in the training on every rank. ``plan`` is kept in checkpoints for the reader. ``on_progress`` hears of
         steps done and of the phase that begins, ``on_notice`` of what the user should know though the run goes on.
         """
+        assert coordinates.num_ranks == ranks.size, "the coordinates of another number of ranks"
         self.model = model
         self.settings = settings
         self.total_steps = total_steps
@@ -106,6 +110,7 @@ class Trainer:
         self.validation = validation
         self.identity = identity or {}
         self.ranks = ranks
+        self.coordinates = coordinates
         self.hooks = hooks
         self.plan = plan
         self.on_progress = on_progress
@@ -268,12 +273,10 @@ class Trainer:
     def _train_step(self, batches: Sequence[Batch]) -> StepMetrics:
         started = time.monotonic()
         # The whole step's targets are counted on the host, where the batches already are.
-        num_targets, num_tokens, num_micro_batches = self.ranks.sum_on_host(
-            [
-                sum(int((batch.targets >= 0).sum()) for batch in batches),
-                sum(batch.tokens.numel() for batch in batches),
-                len(batches),
-            ]
+        num_targets, num_tokens, num_micro_batches = self._sum_over_batches(
+            sum(int((batch.targets >= 0).sum()) for batch in batches),
+            sum(batch.tokens.numel() for batch in batches),
+            len(batches),
         )
         sums = self.micro_batches
         sums.start_step(num_targets=num_targets, num_micro_batches=num_micro_batches)
@@ -284,7 +287,7 @@ class Trainer:
                 torch.manual_seed(self._dropout_seed(number))
             sums.run(batch.tokens, batch.targets, batch.document_starts)
         self.on_progress(self.step, "gradient sums, norm and update")
-        sums.add_up(self.ranks)
+        sums.add_up(self.ranks, self.coordinates)
         self.optimizer.sum_gradients(lambda: self.on_progress(self.step, "gradient sums, norm and update"))
         gradient_norm = self.optimizer.gradient_norm()
         mean_loss, norm = (sums.loss_sum / max(1, num_targets)).item(), gradient_norm.item()
@@ -318,9 +321,13 @@ class Trainer:
         )
 
     def _dropout_seed(self, micro_batch: int) -> int:
-        """Of a micro-batch's own, on every rank another: so a resumed run drops what the undisturbed one does."""
-        text = f"{self.settings.seed}/{self.step}/{micro_batch}/{self.ranks.rank}"
+        """Of a micro-batch's own, on every data rank another: so a resumed run drops what the undisturbed one does."""
+        text = f"{self.settings.seed}/{self.step}/{micro_batch}/{self.coordinates.data_rank}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def _sum_over_batches(self, *numbers: int) -> list[int]:
+        """Sum numbers of this rank's batches over all batches, each of which several ranks may have read."""
+        return self.ranks.sum_on_host([number * self.coordinates.counts_batches for number in numbers])
 
     def _documents(self, batch: Batch) -> Documents | None:
         if batch.document_starts is None:
@@ -338,7 +345,8 @@ class Trainer:
                 f"step {self.step + 1}: {self._skipped_in_a_row} steps in a row (run.max_skipped_steps) had a loss or "
                 f"gradient norm that is not finite, and were skipped. {self._help_with_nonfinite()}"
             )
-        mine = [int(number) for batch in batches for number in batch.sequence_ids]
+        read_here = batches if self.coordinates.counts_batches else ()
+        mine = [int(number) for batch in read_here for number in batch.sequence_ids]
         sequences = [number for part in self.ranks.gather(mine) for number in part]
         raise NonFiniteLossError(
             f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step's sequences are "
@@ -388,8 +396,8 @@ class Trainer:
             loss_sum += output.loss_sum
             num_targets += int((batch.targets >= 0).sum())
         self.model.train()
-        self.ranks.sum(loss_sum)
-        (num_targets,) = self.ranks.sum_on_host([num_targets])
+        self.ranks.sum(loss_sum.mul_(self.coordinates.counts_tokens))
+        (num_targets,) = self._sum_over_batches(num_targets)
         if num_targets:
             self._validation_loss = loss_sum.item() / num_targets
             self.observer.on_validation(self.step, self._validation_loss)
@@ -402,9 +410,10 @@ class Trainer:
         return self.optimizer.tensors() | buffers
 
     def _tensor_parts(self) -> dict[str, Part]:
-        """Which parts the :meth:`_tensors` are; the first rank writes the buffers."""
+        """Which parts the :meth:`_tensors` are; the first rank of a stage writes its buffers."""
+        is_first_copy = self.coordinates.writes_stage
         parts = {
-            f"{checkpoints.WEIGHTS_PREFIX}{name}": replace(whole(buffer.shape), is_first_copy=self.ranks.is_first)
+            f"{checkpoints.WEIGHTS_PREFIX}{name}": replace(whole(buffer.shape), is_first_copy=is_first_copy)
             for name, buffer in self.buffers.items()
         }
         return self.optimizer.tensor_parts() | parts

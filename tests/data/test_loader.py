@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from moescale.coordinates import Coordinates, data_parallel
 from moescale.data.batch import read_batch
 from moescale.data.corpus import PackedSequence
 from moescale.data.loader import Loader, validation_batches
 from moescale.errors import ConfigError, DataError
+from moescale.plan import MeshShape
 
 LENGTH = 8
 
@@ -128,19 +130,30 @@ def test_a_second_iteration_goes_on_where_the_first_stopped():
     assert take(loader, 2) + take(loader, 4) == straight
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_together_take_what_one_rank_takes(world_size):
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_together_take_what_one_rank_takes(num_ranks):
     single = take(make_loader(sequences_per_step=8, micro_batch_sequences=2), 5)
     ranks = [
-        take(make_loader(sequences_per_step=8, micro_batch_sequences=1, rank=rank, world_size=world_size), 5)
-        for rank in range(world_size)
+        take(make_loader(sequences_per_step=8, micro_batch_sequences=1, coordinates=data_parallel(num_ranks, rank)), 5)
+        for rank in range(num_ranks)
     ]
     assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == single
 
 
+def test_ranks_of_other_axes_take_what_their_data_rank_takes():
+    mesh = MeshShape(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2)
+    single = take(make_loader(sequences_per_step=8, micro_batch_sequences=1), 2)
+    taken: dict[int, list] = {}
+    for rank in range(32):
+        place = Coordinates(mesh=mesh, rank=rank)
+        mine = take(make_loader(sequences_per_step=8, micro_batch_sequences=1, coordinates=place), 2)
+        assert taken.setdefault(place.data_rank, mine) == mine
+    assert [sum(parts, []) for parts in zip(*(taken[number] for number in range(4)), strict=True)] == single
+
+
 def test_state_moves_to_another_number_of_ranks_and_step_size():
     straight = sum(take(make_loader(), 9), [])
-    loader = make_loader(rank=1, world_size=2)
+    loader = make_loader(coordinates=data_parallel(2, 1))
     take(loader, 3)
     resumed = make_loader(sequences_per_step=6, micro_batch_sequences=3)
     resumed.load_state_dict(loader.state_dict())
@@ -166,9 +179,11 @@ def test_state_of_another_corpus_is_refused_naming_both():
         make_loader(other).load_state_dict(make_loader().state_dict())
 
 
-@pytest.mark.parametrize("changes", [{"sequences_per_step": 6, "world_size": 2}, {"sequences_per_step": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"sequences_per_step": 6, "coordinates": data_parallel(2, 0)}, {"sequences_per_step": 0}]
+)
 def test_steps_that_cannot_be_shared_out_are_refused(changes):
-    with pytest.raises(ConfigError, match=r"sequences_per_step \(\d\) must be a multiple of world_size \(\d\)"):
+    with pytest.raises(ConfigError, match=r"sequences_per_step \(\d\) must be a multiple of num_data_ranks \(\d\)"):
         make_loader(**changes)
 
 
@@ -201,11 +216,11 @@ def test_validation_runs_through_the_corpus_in_order():
     assert validation_ids(5, micro_batch_sequences=2, limit=50) == [[0, 1], [2, 3], [4]]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_limited_validation_is_spread_over_the_whole_corpus(world_size):
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_limited_validation_is_spread_over_the_whole_corpus(num_ranks):
     ranks = [
-        validation_ids(614, micro_batch_sequences=16, limit=128, rank=rank, world_size=world_size)
-        for rank in range(world_size)
+        validation_ids(614, micro_batch_sequences=16, limit=128, coordinates=data_parallel(num_ranks, rank))
+        for rank in range(num_ranks)
     ]
     ids = [number for batches in ranks for batch in batches for number in batch if number >= 0]
     assert len(set(ids)) == 128
@@ -215,11 +230,13 @@ def test_a_limited_validation_is_spread_over_the_whole_corpus(world_size):
 
 @pytest.mark.parametrize("num_sequences", range(1, 14))
 @pytest.mark.parametrize("micro_batch_sequences", [1, 2, 3])
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_validation_ranks_cover_everything_in_equally_many_batches(num_sequences, micro_batch_sequences, world_size):
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_validation_ranks_cover_everything_in_equally_many_batches(num_sequences, micro_batch_sequences, num_ranks):
     ranks = [
-        validation_ids(num_sequences, micro_batch_sequences=micro_batch_sequences, rank=rank, world_size=world_size)
-        for rank in range(world_size)
+        validation_ids(
+            num_sequences, micro_batch_sequences=micro_batch_sequences, coordinates=data_parallel(num_ranks, rank)
+        )
+        for rank in range(num_ranks)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     ids = [number for batches in ranks for batch in batches for number in batch if number >= 0]
@@ -227,7 +244,7 @@ def test_validation_ranks_cover_everything_in_equally_many_batches(num_sequences
 
 
 def test_validation_filler_has_no_targets():
-    *_, last = validation_batches(MemoryCorpus(3), micro_batch_sequences=1, rank=0, world_size=2)
+    *_, last = validation_batches(MemoryCorpus(3), micro_batch_sequences=1, coordinates=data_parallel(2, 0))
     assert last.sequence_ids.tolist() == [-1]
     assert (last.targets == -100).all()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moescale.config import ModelConfig
+from moescale.coordinates import Coordinates
 from moescale.plan import LayerPlan, MeshShape, ParallelPlan
 from moescale.runtime.checkpoint import CheckpointStore
 from moescale.runtime.mapping import optimizer_format
@@ -64,11 +65,13 @@ class SyntheticBatch:
 
 
 class SyntheticSteps:
-    """A step's sequences, drawn from its number; this rank's share of them. Remembers which ones it handed out."""
+    """A step's sequences, drawn from its number; this data rank's share of them. Remembers which it handed out."""
 
-    def __init__(self, plan: ParallelPlan, vocabulary: int, one_token: bool = False) -> None:
+    def __init__(
+        self, plan: ParallelPlan, vocabulary: int, one_token: bool = False, place: Coordinates | None = None
+    ) -> None:
         self.plan, self.vocabulary, self.one_token = plan, vocabulary, one_token
-        self.ranks = current_ranks()
+        self.place = place or Coordinates(mesh=plan.mesh, rank=current_ranks().rank)
         self.position = 0
         self.seen: list[list[int]] = []
 
@@ -85,8 +88,8 @@ class SyntheticSteps:
             targets[7] = -100
             ids = torch.arange(number) + number * self.position
             self.position += 1
-            share = number // self.ranks.size
-            mine = slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+            share = number // self.place.num_data_ranks
+            mine = slice(self.place.data_rank * share, (self.place.data_rank + 1) * share)
             self.seen.append(ids[mine].tolist())
             parts = (part[mine].split(self.plan.micro_batch_sequences) for part in (tokens, targets, ids))
             yield [SyntheticBatch(*part) for part in zip(*parts, strict=True)]
@@ -157,4 +160,5 @@ def make_trainer(
         identity={"model": config.fingerprint()},
         ranks=ranks,
         parts=placed.parts,
+        coordinates=placed.coordinates,
     )

@@ -202,14 +202,13 @@ class NumberedCorpus:
 def train_on_corpus(folder: Path, until: int, fields: dict[str, int]) -> list[list[tuple[int, list[int]]]]:
     """Train with the loader of the real runs; by step, id and distinct tokens of each sequence of this rank."""
     one = make_trainer(folder, total_steps=TOTAL_STEPS, **fields)
-    share = SEQUENCES_PER_STEP // one.ranks.size
+    share = SEQUENCES_PER_STEP // one.coordinates.num_data_ranks
     one.source = Loader(
         NumberedCorpus(),
         sequences_per_step=SEQUENCES_PER_STEP,
         micro_batch_sequences=share,
         seed=7,
-        rank=one.ranks.rank,
-        world_size=one.ranks.size,
+        coordinates=one.coordinates,
     )
     checkpoint = one.store.last()
     if checkpoint is not None:
