@@ -89,9 +89,9 @@ class Trainer:
 
         On several ranks ``model`` is divided over them (:func:`moescale.runtime.mapping.apply_plan`), ``parts`` says
         how, ``coordinates`` say where this rank stands, and ``source`` and ``validation`` hand out its data rank's
-        share of equally many micro-batches. ``hooks`` take
-        part in the training on every rank. ``plan`` is kept in checkpoints for the reader. ``on_progress`` hears of
-        steps done and of the phase that begins, ``on_notice`` of what the user should know though the run goes on.
+        share of equally many micro-batches. ``hooks`` take part in the training on every rank. ``plan`` is kept in
+        checkpoints for the reader. ``on_progress`` hears of steps done and of the phase that begins, ``on_notice`` of
+        what the user should know though the run goes on.
         """
         assert coordinates.num_ranks == ranks.size, "the coordinates of another number of ranks"
         self.model = model
@@ -396,7 +396,9 @@ class Trainer:
             loss_sum += output.loss_sum
             num_targets += int((batch.targets >= 0).sum())
         self.model.train()
-        self.ranks.sum(loss_sum.mul_(self.coordinates.counts_tokens))
+        if not self.coordinates.counts_tokens:
+            loss_sum.zero_()
+        self.ranks.sum(loss_sum)
         (num_targets,) = self._sum_over_batches(num_targets)
         if num_targets:
             self._validation_loss = loss_sum.item() / num_targets
