@@ -21,6 +21,7 @@ OTHER_VALUES = {
     "tokens_per_step": 4096,
     "micro_batch_sequences": 2,
     "precision": "fp32",
+    "lora": "rank=4,targets=experts",
     "initialize": "random",
     "device": "cuda:1",
     "resume": "last-good",
