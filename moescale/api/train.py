@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,12 @@ from moescale.runtime.hooks import TrainerHook
 from moescale.runtime.launch import Membership, join_ranks, run_local_ranks, was_launched
 from moescale.runtime.mapping import compile_layers, optimizer_format
 from moescale.runtime.output_lock import hold_output
+from moescale.runtime.profiling import KERNELS_FILE, WARM_UP_STEPS, StepProfiler
 from moescale.runtime.ranks import Ranks, place_on_host
 from moescale.runtime.session import PlacedModel, place_model
 from moescale.runtime.train import Trainer
 from moescale.runtime.watchdog import first_line
+from moescale.tools.profile_table import read_profile, table
 
 RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
@@ -228,23 +230,51 @@ class _Rank:
             if self.ranks.is_first:
                 self.request.output.mkdir(parents=True, exist_ok=True)
                 observer.on_start(self._context(total_steps))
-            trainer = self._trainer(placed, total_steps, observer)
+            profiler = self._profiler()
+            trainer = self._trainer(placed, total_steps, observer, profiler)
             if checkpoint is not None:
                 self._resume(trainer, checkpoint)
             if self.ranks.is_first:
                 write_atomically(self.request.output / RUN_FILE, to_json(self._document(), indent=2))
                 (self.request.output / SUMMARY_FILE).unlink(missing_ok=True)
             try:
-                summary = trainer.train()
+                with profiler or nullcontext():
+                    summary = trainer.train()
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(plan, device, trainer.step) from error
             self._check_verification()
             observer.on_finish(summary)
+            if profiler is not None:
+                self._report_profile(profiler)
             if self.ranks.is_first:
                 write_atomically(self.request.output / SUMMARY_FILE, to_json(asdict(summary), indent=2))
         return summary
 
-    def _trainer(self, placed: PlacedModel, total_steps: int, observer: Observer) -> Trainer:
+    def _profiler(self) -> StepProfiler | None:
+        request, device = self.request, self.member.device
+        if not request.profile:
+            return None
+        return StepProfiler(request.output / "profile", request.profile, device, is_first=self.ranks.is_first)
+
+    def _report_profile(self, profiler: StepProfiler) -> None:
+        if not self.ranks.is_first:
+            return
+        if not profiler.is_done:
+            steps = WARM_UP_STEPS + self.request.profile
+            self._warn(f"nothing was profiled: --profile {self.request.profile} needs {steps} steps in one go")
+            return
+        text = table(
+            read_profile(profiler.folder / KERNELS_FILE),
+            self.run.plan,
+            self.run.config,
+            peak_flops(self.member.device),
+        )
+        write_atomically(profiler.folder / "table.txt", text + "\n")
+        print(text, file=sys.stderr, flush=True)
+
+    def _trainer(
+        self, placed: PlacedModel, total_steps: int, observer: Observer, profiler: StepProfiler | None
+    ) -> Trainer:
         run, plan = self.run, self.run.plan
         source = Loader(
             run.corpus,
@@ -261,7 +291,7 @@ class _Rank:
             source=source,
             store=self.store,
             observer=observer,
-            hooks=run.hooks,
+            hooks=[*run.hooks, *([profiler] if profiler else [])],
             optimizer_format=optimizer_format(plan),
             validation=self._validation(placed.coordinates),
             identity={"model": run.config.fingerprint(), "corpus": run.corpus.fingerprint} | self._frozen(placed),
@@ -283,12 +313,15 @@ class _Rank:
         return {"adapters": lora.text(), "frozen weights": digest}
 
     def _context(self, total_steps: int) -> RunContext:
-        device_flops = peak_flops(self.member.device)
+        device = self.member.device
+        device_flops = peak_flops(device)
         return RunContext(
             folder=self.request.output,
             total_steps=total_steps,
             flops_per_token=flops_per_token(self.run.config, self.run.plan.sequence_length),
             peak_flops=device_flops * self.ranks.size if device_flops else None,
+            experts_per_token=self.run.config.top_k,
+            device_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
             document=self._document(),
         )
 

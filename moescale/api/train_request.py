@@ -54,6 +54,9 @@ class RunInputs:
     """What shows the run and keeps its numbers: a name of the default's, or module:class of your own; repeatable."""
     hang_seconds: float = 600.0
     """On several ranks: seconds without progress after which the run ends, naming the rank that hangs."""
+    profile: int = 0
+    """After a few steps, profile so many more: a trace, a memory snapshot and a table of kernels beside the plan, in
+    the folder profile of output."""
     deterministic: bool = False
     """Ask for bit-identical results where an operator has a faster way that is not."""
 
@@ -71,6 +74,8 @@ class RunInputs:
                 f"run.hang_seconds ({self.hang_seconds}) must be between 1 and {MAX_HANG_SECONDS} (a day); leave it "
                 "out for ten minutes"
             )
+        if self.profile < 0:
+            raise ConfigError(f"run.profile ({self.profile}) must not be negative; 0 profiles nothing")
         for name, known in (
             ("precision", ("bf16", "fp32", None)),
             ("initialize", ("auto", "pretrained", "random")),

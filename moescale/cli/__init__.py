@@ -32,6 +32,7 @@ _COMMANDS = {
     "doctor": "Examine this machine: what will and will not work, and what mends it.",
     "calibrate": "Measure this machine and write a cluster file for compile.",
     "export": "Write a run's weights as a Hugging Face checkpoint.",
+    "report": "Write a page about a run, or one that compares several.",
     "bench": "Measure the kernels beside their peers on this GPU, or tune them for it.",
 }
 _PATHS_OR_NAMES = frozenset({"model", "tokenizer", "source", "cluster"})

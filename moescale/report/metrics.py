@@ -40,6 +40,8 @@ class StepMetrics:
     """Largest device memory allocated so far; 0 on the CPU."""
     expert_load: list[list[float]]
     """Per MoE layer, each expert's share of the routed rows times the number of experts: 1 is balanced."""
+    data_seconds: float = 0.0
+    """Waiting for the step's batches, in addition to ``step_seconds``."""
     skipped: bool = False
     """The step's loss or gradient norm was not finite, and weights were left alone."""
 

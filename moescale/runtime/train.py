@@ -212,7 +212,9 @@ class Trainer:
         with _StopRequest() as stop, self._finishing_checkpoints():
             while self.step < self.total_steps:
                 self.on_progress(self.step, "waiting for data")
-                metrics = self._train_step(next(steps))
+                asked = time.monotonic()
+                batches = next(steps)
+                metrics = self._train_step(batches, data_seconds=time.monotonic() - asked)
                 tokens += metrics.tokens
                 self.observer.on_step(metrics)
                 if self._due(self.settings.validation_every):
@@ -270,7 +272,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _train_step(self, batches: Sequence[Batch]) -> StepMetrics:
+    def _train_step(self, batches: Sequence[Batch], data_seconds: float = 0.0) -> StepMetrics:
         started = time.monotonic()
         # The whole step's targets are counted on the host, where the batches already are.
         num_targets, num_tokens, num_micro_batches = self._sum_over_batches(
@@ -315,6 +317,7 @@ class Trainer:
             gradient_norm=norm,
             tokens=num_tokens,
             step_seconds=time.monotonic() - started,
+            data_seconds=data_seconds,
             peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
             expert_load=_relative_load(sums.expert_rows),
             skipped=skipped,

@@ -31,6 +31,10 @@ class RunContext:
     """Model FLOPs of forward and backward per token; recomputation is not counted."""
     peak_flops: float | None
     """Dense bf16 FLOP/s of all devices together; None where it is not known."""
+    experts_per_token: int = 0
+    """Routed experts that a token chooses."""
+    device_bytes: int | None = None
+    """Memory of the device; None on the CPU."""
     document: Mapping[str, Any] = field(default_factory=dict)
     """What ``run.json`` holds: model, data, settings, plan and backends, as JSON values."""
     console: Console = field(default_factory=stderr_console)
@@ -77,6 +81,7 @@ def step_record(metrics: StepMetrics, run: RunContext) -> dict[str, Any]:
         "gradient_norm": metrics.gradient_norm,
         "tokens_per_second": metrics.tokens_per_second,
         "step_seconds": metrics.step_seconds,
+        "data_seconds": metrics.data_seconds,
         "peak_bytes": metrics.peak_bytes,
         "skipped": metrics.skipped,
     }

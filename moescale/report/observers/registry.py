@@ -14,6 +14,8 @@ from moescale.report.observers.observer import Observer, RunContext
 OBSERVERS = {
     "json_lines": "moescale.report.observers.json_lines:JsonLines",
     "tensorboard": "moescale.report.observers.tensorboard:TensorBoard",
+    "expert_load": "moescale.report.observers.expert_load:ExpertLoad",
+    "warnings": "moescale.report.observers.warnings:Warnings",
     "console": "moescale.report.observers.console:ConsoleLines",
     "progress_bar": "moescale.report.observers.progress_bar:ProgressBar",
 }

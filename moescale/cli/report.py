@@ -1,0 +1,34 @@
+"""``moescale report``: a page about a run, or one that compares several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moescale.errors import ConfigError
+from moescale.files import write_atomically
+
+
+def report_command(*run: Path, output: Path | None = None) -> None:
+    """Write one HTML page about a run, or one that compares several; runs that still go or have died included.
+
+    Parameters
+    ----------
+    run
+        Folder of a run; several are compared.
+    output
+        Page to write; default: report.html in the folder of the (first) run.
+    """
+    from datetime import datetime
+
+    from moescale.tools.report.page import comparison_page, run_page
+    from moescale.tools.report.run_data import read_run
+
+    if not run:
+        raise ConfigError("report needs the folder of a run, or of several to compare")
+    runs = [read_run(folder) for folder in run]
+    now = datetime.now()
+    page = run_page(runs[0], now) if len(runs) == 1 else comparison_page(runs, now)
+    target = output or run[0] / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, page)
+    print(f"written to {target}")

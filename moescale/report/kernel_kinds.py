@@ -1,0 +1,23 @@
+"""Sorts a GPU's kernels by what they serve in a step, from their names."""
+
+from __future__ import annotations
+
+import re
+
+KINDS: tuple[tuple[str, str], ...] = (
+    ("communication", r"nccl|symmetric_memory|barrier_kernel|_pull_|_publish_|_shifts_kernel|Memcpy PtoP"),
+    ("experts", r"_rows_kernel|_weight_gradient_kernel|_up_kernel|_swiglu_backward_kernel|quack|grouped"),
+    ("gather and combine", r"_gather_kernel|_combine_kernel|_sort|_count_kernel"),
+    ("optimizer", r"_adamw_kernel|LpNorm|lpnorm|FillFunctor<c10::BFloat16>|multi_tensor_apply"),
+    ("attention", r"cudnn|flash_attn|flash_fwd|flash_bwd|fmha|_attention|_keys_kernel|_queries_kernel|_delta_kernel"),
+    ("dense GEMMs", r"nvjet|splitK|gemm|cutlass"),
+    ("loss", r"_softmax_kernel|_scale_kernel|cross_entropy"),
+    ("element-wise", r"_forward_kernel|_backward_kernel|reduce_kernel|triton_|elementwise|CUDAFunctor_add|copy|memcpy"),
+)
+"""Name and pattern; the first that matches. Norms, rotations and what torch.compile fuses are element-wise."""
+OTHER = "other"
+
+
+def kind_of(kernel: str) -> str:
+    """Return the kind of the kernel with this name, ``other`` for one that no pattern knows."""
+    return next((name for name, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)), OTHER)

@@ -1,0 +1,8 @@
+"""The look that all pages share: colours for light and dark, plots that fit narrow screens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+"""CSS; ``var(--ink)``, ``--faint``, ``--line``, ``--blue``, ``--orange``, ``--green`` and ``--red`` are its colours."""

@@ -1,0 +1,210 @@
+"""Recognises what goes wrong in a run from its step records: one rule a function, live and in a report alike.
+
+A rule looks at the last steps and returns a sentence, or None. It speaks once, and again only after the trouble has
+been gone, so that a run of days is not a log of the same line.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moescale.report.metrics import StepMetrics
+
+WINDOW = 20
+"""Steps that a rule looks back on."""
+SPIKE_NATS = 0.5
+SPIKE_DEVIATIONS = 8.0
+DEAD_LOAD = 0.05
+"""Of an even share, over ``WINDOW`` steps."""
+DEAD_FRACTION = 0.1
+"""Of a layer's experts."""
+COLLAPSED_FRACTION = 0.5
+"""Of all tokens, that choose one expert."""
+STARVED_FRACTION = 0.05
+MEMORY_FRACTION = 0.97
+PLANNED_FACTOR = 1.01
+SLOW_FACTOR = 1.15
+NAMED = 8
+"""Experts that a warning names before it counts the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunWarning:
+    """Something that a user should look at."""
+
+    kind: str
+    """The rule's name, e.g. ``loss spike``."""
+    step: int
+    message: str
+    """What was seen, with values."""
+    advice: str
+    """What to do about it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What is known of a run before it starts; None or 0 where it is not known."""
+
+    top_k: int = 0
+    memory_bytes: int | None = None
+    """Of the device, as the driver reports it."""
+    planned_bytes: int | None = None
+    """Peak of torch's allocator, as the plan predicts it."""
+    step_seconds: float | None = None
+    """As the plan predicts it."""
+
+
+class Watcher:
+    """Looks at every step of a run and returns what is new to say."""
+
+    def __init__(self, expected: Expectation) -> None:
+        self.expected = expected
+        self._steps: deque[StepMetrics] = deque(maxlen=3 * WINDOW)
+        self._active: set[str] = set()
+
+    def on_step(self, metrics: StepMetrics) -> list[RunWarning]:
+        """Return the warnings that this step gives rise to; those that go on are not repeated."""
+        self._steps.append(metrics)
+        new = []
+        for kind, (rule, advice) in RULES.items():
+            message = rule(list(self._steps), self.expected)
+            if message is None:
+                self._active.discard(kind)
+            elif kind not in self._active:
+                self._active.add(kind)
+                new.append(RunWarning(kind=kind, step=metrics.step, message=message, advice=advice))
+        return new
+
+
+def loss_spike(steps: list[StepMetrics], _: Expectation) -> str | None:
+    """The last loss is far above those before it, beyond their spread."""
+    losses = [step.loss for step in steps[:-1] if math.isfinite(step.loss)]
+    if len(losses) < WINDOW:
+        return None
+    recent = losses[-WINDOW:]
+    middle = statistics.median(recent)
+    deviation = statistics.median(abs(loss - middle) for loss in recent)
+    last = steps[-1].loss
+    # A loss that is not finite ends the run, or is skipped and counted.
+    if not math.isfinite(last) or last <= middle + max(SPIKE_NATS, SPIKE_DEVIATIONS * deviation):
+        return None
+    return f"the loss is {last:.3f}, after {middle:.3f} in the {WINDOW} steps before"
+
+
+def dead_experts(steps: list[StepMetrics], _: Expectation) -> str | None:
+    """A tenth of a layer's experts are hardly chosen."""
+    layers = []
+    for layer, loads in _mean_loads(steps):
+        dead = [expert for expert, load in enumerate(loads) if load < DEAD_LOAD]
+        if len(dead) > DEAD_FRACTION * len(loads):
+            layers.append((layer, dead, len(loads)))
+    if not layers:
+        return None
+    layer, dead, number = max(layers, key=lambda item: len(item[1]))
+    more = f" ({len(layers)} layers like it)" if len(layers) > 1 else ""
+    return (
+        f"{len(dead)} of {number} experts of MoE layer {layer} got less than {DEAD_LOAD:.0%} of an even share over "
+        f"{WINDOW} steps: {_named(dead)}{more}"
+    )
+
+
+def collapsed_router(steps: list[StepMetrics], expected: Expectation) -> str | None:
+    """Most tokens choose the same expert."""
+    if not expected.top_k:
+        return None
+    worst: tuple[float, int, int] | None = None
+    for layer, loads in _mean_loads(steps):
+        expert = max(range(len(loads)), key=lambda number: loads[number])
+        share = loads[expert] * expected.top_k / len(loads)
+        # Choosing K of few experts, each is chosen by K / E of the tokens when all is well.
+        if share > max(COLLAPSED_FRACTION, 2 * expected.top_k / len(loads)) and (worst is None or share > worst[0]):
+            worst = (share, layer, expert)
+    if worst is None:
+        return None
+    share, layer, expert = worst
+    return f"{min(share, 1.0):.0%} of the tokens choose expert {expert} of MoE layer {layer}"
+
+
+def starved(steps: list[StepMetrics], _: Expectation) -> str | None:
+    """Steps wait for data."""
+    recent = steps[-WINDOW:]
+    if len(recent) < WINDOW:
+        return None
+    waited = sum(step.data_seconds for step in recent)
+    total = waited + sum(step.step_seconds for step in recent)
+    if waited <= STARVED_FRACTION * total:
+        return None
+    return f"steps wait for data {waited / total:.0%} of their time"
+
+
+def memory_short(steps: list[StepMetrics], expected: Expectation) -> str | None:
+    """The device's memory is nearly full, and not because the plan says so."""
+    peak = steps[-1].peak_bytes
+    if not expected.memory_bytes or peak <= MEMORY_FRACTION * expected.memory_bytes:
+        return None
+    if expected.planned_bytes and peak <= PLANNED_FACTOR * expected.planned_bytes:
+        return None
+    return f"tensors take {peak / 2**30:.1f} of the {expected.memory_bytes / 2**30:.1f} GiB of the GPU"
+
+
+def slower_than_planned(steps: list[StepMetrics], expected: Expectation) -> str | None:
+    """Steps take longer than the plan says, the first ones left out."""
+    recent = [step.step_seconds for step in steps[-WINDOW:]]
+    if not expected.step_seconds or len(recent) < WINDOW:
+        return None
+    seconds = statistics.median(recent)
+    if seconds <= SLOW_FACTOR * expected.step_seconds:
+        return None
+    factor = seconds / expected.step_seconds
+    return f"a step takes {seconds:.3g} s, {factor:.2f} times the {expected.step_seconds:.3g} s of the plan"
+
+
+Rule = Callable[[list[StepMetrics], Expectation], str | None]
+RULES: dict[str, tuple[Rule, str]] = {
+    "loss spike": (
+        loss_spike,
+        "if it does not come back within some steps, start again from the checkpoint before with a lower "
+        "--learning-rate or a longer --warmup-steps, and look at the data of that step",
+    ),
+    "collapsed router": (
+        collapsed_router,
+        "lower --learning-rate; a higher aux_loss_alpha in config.json spreads the tokens",
+    ),
+    "dead experts": (
+        dead_experts,
+        "a higher aux_loss_alpha in config.json spreads the tokens; few and narrow data can be why",
+    ),
+    "waiting for data": (
+        starved,
+        "copy the corpus to a local disk; another program may use the disk or the processor",
+    ),
+    "memory nearly full": (
+        memory_short,
+        "compile the plan again with a --memory-limit 2 GiB below what is used now, before a longer run",
+    ),
+    "slower than planned": (
+        slower_than_planned,
+        "moescale doctor finds a busy or throttled GPU; moescale calibrate measures this machine for compile --cluster",
+    ),
+}
+"""By name: the rule, and what to do where it speaks."""
+
+
+def _mean_loads(steps: list[StepMetrics]) -> list[tuple[int, list[float]]]:
+    """Per MoE layer, every expert's load over the last steps; none before there are enough."""
+    recent = [step.expert_load for step in steps[-WINDOW:] if step.expert_load]
+    if len(recent) < WINDOW:
+        return []
+    return [
+        (layer, [statistics.fmean(load) for load in zip(*loads, strict=True)])
+        for layer, loads in enumerate(zip(*recent, strict=True))
+    ]
+
+
+def _named(experts: list[int]) -> str:
+    names = ", ".join(map(str, experts[:NAMED]))
+    return f"{names} and {len(experts) - NAMED} more" if len(experts) > NAMED else names

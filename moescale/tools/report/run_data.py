@@ -1,0 +1,113 @@
+"""Reads what a run has left in its folder: settings, plan, metrics, warnings and the load of its experts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from moescale.errors import ConfigError, MoescaleError
+from moescale.files import is_locked
+from moescale.plan import ParallelPlan
+from moescale.records import Count, FileKind, build, parse_json, read_bytes, read_json_object
+from moescale.report.observers.json_lines import METRICS_FILE, read_records
+
+State = Literal["finished", "running", "ended"]
+_RUN = FileKind(
+    noun="a run's description",
+    error=ConfigError,
+    missing="missing; give the folder that was --output of `moescale run`",
+    ignores_unknown=True,
+)
+_LOADS = FileKind(noun="a record of expert load", error=MoescaleError, ignores_unknown=True)
+_WARNINGS = FileKind(noun="a record of a warning", error=MoescaleError, ignores_unknown=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLoads:
+    """A line of ``expert_load.jsonl``."""
+
+    step: Count
+    load: tuple[tuple[float, ...], ...]
+    """Per MoE layer, each expert's load; 1 is an even share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedWarning:
+    """A line of ``warnings.jsonl``."""
+
+    step: Count
+    kind: str
+    message: str
+    advice: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """A run as its folder tells it."""
+
+    folder: Path
+    state: State
+    """``running`` while a process holds the folder; ``ended`` where it stopped before its last step."""
+    settings: dict[str, Any]
+    description: dict[str, Any]
+    """``run.json`` without settings and plan: model, corpus, versions."""
+    plan: ParallelPlan | None
+    steps: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+    checkpoints: list[dict[str, Any]]
+    loads: list[ExpertLoads] = field(default_factory=list)
+    warnings: list[LoggedWarning] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name or str(self.folder)
+
+    @property
+    def last_step(self) -> int:
+        return int(self.steps[-1]["step"]) if self.steps else 0
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it was finite."""
+        pairs = [(record["step"], record[name]) for record in self.steps if record.get(name) is not None]
+        return [step for step, _ in pairs], [float(value) for _, value in pairs]
+
+
+def read_run(folder: Path) -> RunData:
+    """Read the run in ``folder``. Raises ConfigError where it holds none, MoescaleError for damaged files."""
+    path = folder / "run.json"
+    document = read_json_object(path, _RUN)
+    records = read_records(folder / METRICS_FILE)
+    plan = document.pop("plan", None)
+    settings = document.pop("settings", None)
+    settings = settings if isinstance(settings, dict) else {}
+    steps = [record for record in records if "loss" in record]
+    return RunData(
+        folder=folder.absolute(),
+        state=_state(folder, steps, settings.get("steps")),
+        settings=settings,
+        description=document,
+        plan=None if plan is None else ParallelPlan.from_json(json.dumps(plan), f"{path}: plan"),
+        steps=steps,
+        validations=[record for record in records if "validation_loss" in record],
+        checkpoints=[record for record in records if "checkpoint" in record],
+        loads=_lines(folder / "expert_load.jsonl", ExpertLoads, _LOADS),
+        warnings=_lines(folder / "warnings.jsonl", LoggedWarning, _WARNINGS),
+    )
+
+
+def _state(folder: Path, steps: list[dict[str, Any]], total: object) -> State:
+    if is_locked(folder / "run.lock"):
+        return "running"
+    is_done = isinstance(total, int) and bool(steps) and steps[-1]["step"] >= total
+    return "finished" if is_done or (folder / "summary.json").is_file() else "ended"
+
+
+def _lines(path: Path, record: type[Any], kind: FileKind) -> list[Any]:
+    """Whole lines of a file that may still be written; none where there is no file."""
+    if not path.is_file():
+        return []
+    lines = read_bytes(path, kind).rpartition(b"\n")[0].split(b"\n")
+    documents = (parse_json(line, f"{path}:{number}", kind) for number, line in enumerate(lines, start=1) if line)
+    return [build(record, document, str(path), kind) for document in documents]
