@@ -18,6 +18,7 @@ RECORDS = (
     *("manifest.json", "source.jsonl", "plan.json", "cluster.toml", "settings.toml", "config.json", "index"),
     *("run.json", "metrics.jsonl", "state.json", "dataset_dict.json", "saved state.json", "listed dataset.json"),
     *("tokenizer_config.json", "added_tokens.json", "launch table"),
+    *("reported run.json", "expert_load.jsonl", "warnings.jsonl", "kernels.json"),
 )
 """Files of records, damaged in test_damaged_records.py."""
 SOURCES = (

@@ -37,6 +37,9 @@ from moescale.planner.cluster import SHIPPED, load_cluster
 from moescale.records import parse_json_object
 from moescale.report.observers.json_lines import METRICS_FILE, keep_records
 from moescale.runtime import checkpoint as checkpoints
+from moescale.tools.profile_table import read_profile
+from moescale.tools.report.page import described, summarized
+from moescale.tools.report.run_data import read_run
 
 datasets = pytest.importorskip("datasets")
 
@@ -108,7 +111,17 @@ def readers(tmp_path_factory, run_folder, stdlib_corpus, model_folder, weights_f
         loader.load_state_dict(checkpoints.read_training_state(checkpoint)["source"])
         checkpoints.StoredTensors(checkpoint)
 
+    (run_folder / "warnings.jsonl").write_text('{"step": 1, "kind": "k", "message": "m", "advice": "a"}\n')
+    kernels = [{"name": "a", "launches": 3, "microseconds": 2.5}]
+    document = {"device": "cpu", "first_step": 1, "steps": 2, "kernels": kernels}
+    (folder / "kernels.json").write_text(json.dumps(document))
+
+    def read_page() -> None:
+        run = read_run(run_folder)
+        described(run), summarized(run)
+
     def read_metrics() -> None:
+        read_page()
         keep_records(run_folder / METRICS_FILE, lambda record: record["step"] <= 10)
 
     def read_splits() -> None:
@@ -148,6 +161,12 @@ def readers(tmp_path_factory, run_folder, stdlib_corpus, model_folder, weights_f
         ),
         "run.json": Reader(
             path=run_folder / "run.json", read=lambda: export._reference(export_settings), free=r"(?!model$).*"
+        ),
+        "reported run.json": Reader(path=run_folder / "run.json", read=read_page, free=r"(?!plan\b).*|plan\..*"),
+        "expert_load.jsonl": Reader(path=run_folder / "expert_load.jsonl", read=read_page),
+        "warnings.jsonl": Reader(path=run_folder / "warnings.jsonl", read=read_page, free="kind|message|advice"),
+        "kernels.json": Reader(
+            path=folder / "kernels.json", read=lambda: read_profile(folder / "kernels.json"), free=r"device|.*\.name"
         ),
         "metrics.jsonl": Reader(path=run_folder / METRICS_FILE, read=read_metrics, num_values=0),
         "state.json": Reader(
@@ -239,7 +258,7 @@ def check_values(reader: Reader, seed: str, most: int | None) -> None:
         found = random.Random(seed).sample(found, min(len(found), most * 5))
     accepted = []
     for path, keys, bad in found:
-        text = replaced(document, keys, bad)
+        text = replaced(document, keys, bad) + (b"\n" if reader.path.suffix == ".jsonl" else b"")
         if outcome(reader, content_of(text) if content_of else text) == "accepted":
             value = document
             for key in keys:

@@ -32,11 +32,10 @@ SYSTEM = "a file of the operating system"
 NO_CONTENT = "its content is not looked at, or only its bytes are counted"
 
 READERS: dict[str, tuple[str, ...] | str] = {
+    "api/export.py:_reference": ("run.json",),
+    "api/train.py:_train_on_local_ranks": OWN,
     "cli/__init__.py:_with_config": ("settings.toml",),
     "cli/__init__.py:main": SYSTEM,
-    "cli/export.py:_reference": ("run.json",),
-    "cli/run.py:_train": OWN,
-    "cli/run.py:_write_run_file": OWN,
     "convert/hf_config.py:read_hf_config": ("config.json",),
     "convert/weight_files.py:_read_header": ("weights.safetensors",),
     "convert/weight_files.py:_read_index": ("index",),
@@ -78,6 +77,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "files.py:_holder": "shown to the user, 200 bytes of it at most",
     "files.py:_open_locked": NO_CONTENT,
     "files.py:file_digest": NO_CONTENT,
+    "files.py:is_locked": NO_CONTENT,
     "files.py:sync": NO_CONTENT,
     "files.py:written_by_library": NO_CONTENT,
     "kernels/experts/launch_config.py:load_tables": ("launch table",),
@@ -87,7 +87,8 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "planner/cluster.py:parse_cluster_text": ("cluster.toml",),
     "planner/explain.py:explain_html": "the package's own template",
     "planner/explain.py:explain_json": OWN,
-    "report/run_log.py:_keep_records": ("metrics.jsonl",),
+    "report/observers/json_lines.py:_parse": ("metrics.jsonl",),
+    "report/style.py:": "the package's own style",
     "runtime/checkpoint.py:StoredTensors._open": ("tensors-00000-0000.safetensors",),
     "runtime/checkpoint.py:_problem_of": ("tensors-00000-0000.safetensors",),
     "runtime/checkpoint_state.py:read_stored": ("state.json",),
@@ -96,6 +97,10 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "runtime/device.py:available_cgroup_bytes": SYSTEM,
     "runtime/device.py:available_host_bytes": SYSTEM,
     "runtime/peer_dispatch.py:_boot_id": SYSTEM,
+    "tools/profile_table.py:read_profile": ("kernels.json",),
+    "tools/report/page.py:_render": "the package's own template",
+    "tools/report/run_data.py:_lines": ("expert_load.jsonl", "warnings.jsonl"),
+    "tools/report/run_data.py:read_run": ("reported run.json", "metrics.jsonl"),
     "runtime/watchdog.py:Watchdog._read": "a rank's own beat, from the store of the run",
 }
 

@@ -109,7 +109,7 @@ def loss_figure(runs: Sequence[RunData]) -> str:
             steps, losses = thinned(*run.series("loss"))
             axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
             axes.plot(steps, smoothed(losses), color=color, linewidth=1.4, label=label)
-            points = [(r["step"], r["validation_loss"]) for r in run.validations if r["validation_loss"] is not None]
+            points = [(e.step, e.validation_loss) for e in run.validations if e.validation_loss is not None]
             if points:
                 alone = len(runs) == 1
                 look: dict[str, Any] = dict(color=ORANGE, label="validation") if alone else dict(color=color)

@@ -28,7 +28,7 @@ def run_page(run: RunData, now: datetime) -> str:
         title=run.name,
         runs=[run],
         now=now,
-        summary=_summary(run),
+        summary=summarized(run),
         plots=_plots([run]) + _plan_plots(run),
         experts=figures.named_experts(run.loads),
         differences=None,
@@ -55,17 +55,17 @@ def comparison_page(runs: Sequence[RunData], now: datetime) -> str:
 def differences(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """Settings, decisions of the plan and what else was written down, where runs differ; then how they ended."""
     rows = []
-    described = [_described(run) for run in runs]
-    for name in sorted(set().union(*described)):
-        values = [entry.get(name) for entry in described]
+    entries = [described(run) for run in runs]
+    for name in sorted(set().union(*entries)):
+        values = [entry.get(name) for entry in entries]
         if any(value != values[0] for value in values):
             rows.append({"name": name, "values": values})
-    outcomes = [_summary(run) for run in runs]
+    outcomes = [summarized(run) for run in runs]
     rows += [{"name": name, "values": [outcome.get(name) for outcome in outcomes]} for name in outcomes[0]]
     return rows
 
 
-def _described(run: RunData) -> dict[str, Any]:
+def described(run: RunData) -> dict[str, Any]:
     entries: dict[str, Any] = {f"run.{name}": value for name, value in run.settings.items()}
     entries |= {name: value for name, value in run.description.items() if not isinstance(value, Mapping | list)}
     entries |= {f"plan.{name}": value for name, value in _decisions(run.plan).items()}
@@ -85,13 +85,14 @@ def _decisions(plan: ParallelPlan | None) -> dict[str, Any]:
     return {"mesh": mesh or "one device"} | {name: getattr(plan, name) for name in names}
 
 
-def _summary(run: RunData) -> dict[str, str]:
+def summarized(run: RunData) -> dict[str, str]:
     """The figures at the top, as text."""
-    rows = {"steps": f"{run.last_step:,}" + (f" of {run.settings['steps']:,}" if run.settings.get("steps") else "")}
+    total = run.settings.get("steps")
+    rows = {"steps": f"{run.last_step:,}" + (f" of {total:,}" if isinstance(total, int) else "")}
     _, losses = run.series("loss")
     if losses:
         rows["training loss"] = f"{losses[0]:.4f} at first, {statistics.fmean(losses[-10:]):.4f} over the last 10 steps"
-    validations = [record["validation_loss"] for record in run.validations if record["validation_loss"] is not None]
+    validations = [event.validation_loss for event in run.validations if event.validation_loss is not None]
     if validations:
         rows["validation loss"] = f"{validations[-1]:.4f} at last, {min(validations):.4f} at best"
     _, rates = run.series("tokens_per_second")
@@ -106,11 +107,13 @@ def _summary(run: RunData) -> dict[str, str]:
         prediction = None if run.plan is None or not on_gpu else run.plan.prediction
         planned = None if prediction is None else prediction.step_seconds
         rows["seconds per step"] = f"{seconds:.3g}" + ("" if planned is None else f", planned {planned:.3g}")
-    skipped = sum(1 for record in run.steps if record.get("skipped"))
+    skipped = sum(1 for event in run.steps if event.skipped)
     if skipped:
         rows["skipped steps"] = str(skipped)
+    if run.num_damaged:
+        rows["damaged lines of metrics"] = str(run.num_damaged)
     if run.checkpoints:
-        rows["last checkpoint"] = f"step {run.checkpoints[-1]['step']}"
+        rows["last checkpoint"] = f"step {run.checkpoints[-1].step}"
     return rows
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from moescale.errors import ConfigError, MoescaleError
 from moescale.files import is_locked
 from moescale.plan import ParallelPlan
-from moescale.records import Count, FileKind, build, parse_json, read_bytes, read_json_object
+from moescale.records import Count, FileKind, Range, build, parse_json, read_bytes, read_json_object
 from moescale.report.observers.json_lines import METRICS_FILE, read_records
 
+MAX_LOAD = 1e5
+"""The most that an expert's load can be: all rows go to one of so many experts."""
 State = Literal["finished", "running", "ended"]
 _RUN = FileKind(
     noun="a run's description",
@@ -20,8 +22,26 @@ _RUN = FileKind(
     missing="missing; give the folder that was --output of `moescale run`",
     ignores_unknown=True,
 )
+_EVENT = FileKind(noun="a record of metrics", error=MoescaleError, ignores_unknown=True)
 _LOADS = FileKind(noun="a record of expert load", error=MoescaleError, ignores_unknown=True)
 _WARNINGS = FileKind(noun="a record of a warning", error=MoescaleError, ignores_unknown=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What the report reads of a line of ``metrics.jsonl``; null there is None here, and was not finite."""
+
+    step: Count
+    loss: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    tokens_per_second: float | None = None
+    step_seconds: float | None = None
+    peak_bytes: float | None = None
+    mfu: float | None = None
+    skipped: bool = False
+    validation_loss: float | None = None
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +49,7 @@ class ExpertLoads:
     """A line of ``expert_load.jsonl``."""
 
     step: Count
-    load: tuple[tuple[float, ...], ...]
+    load: tuple[tuple[Annotated[float, Range(0, MAX_LOAD)], ...], ...]
     """Per MoE layer, each expert's load; 1 is an even share."""
 
 
@@ -54,9 +74,11 @@ class RunData:
     description: dict[str, Any]
     """``run.json`` without settings and plan: model, corpus, versions."""
     plan: ParallelPlan | None
-    steps: list[dict[str, Any]]
-    validations: list[dict[str, Any]]
-    checkpoints: list[dict[str, Any]]
+    steps: list[Event]
+    validations: list[Event]
+    checkpoints: list[Event]
+    num_damaged: int = 0
+    """Lines of metrics that are no records."""
     loads: list[ExpertLoads] = field(default_factory=list)
     warnings: list[LoggedWarning] = field(default_factory=list)
 
@@ -66,23 +88,24 @@ class RunData:
 
     @property
     def last_step(self) -> int:
-        return int(self.steps[-1]["step"]) if self.steps else 0
+        return self.steps[-1].step if self.steps else 0
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was finite."""
-        pairs = [(record["step"], record[name]) for record in self.steps if record.get(name) is not None]
-        return [step for step, _ in pairs], [float(value) for _, value in pairs]
+        pairs = [(event.step, getattr(event, name)) for event in self.steps]
+        pairs = [(step, value) for step, value in pairs if value is not None]
+        return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def read_run(folder: Path) -> RunData:
     """Read the run in ``folder``. Raises ConfigError where it holds none, MoescaleError for damaged files."""
     path = folder / "run.json"
     document = read_json_object(path, _RUN)
-    records = read_records(folder / METRICS_FILE)
+    events, num_damaged = _events(folder / METRICS_FILE)
     plan = document.pop("plan", None)
     settings = document.pop("settings", None)
     settings = settings if isinstance(settings, dict) else {}
-    steps = [record for record in records if "loss" in record]
+    steps = [event for kind, event in events if kind == "loss"]
     return RunData(
         folder=folder.absolute(),
         state=_state(folder, steps, settings.get("steps")),
@@ -90,17 +113,32 @@ def read_run(folder: Path) -> RunData:
         description=document,
         plan=None if plan is None else ParallelPlan.from_json(json.dumps(plan), f"{path}: plan"),
         steps=steps,
-        validations=[record for record in records if "validation_loss" in record],
-        checkpoints=[record for record in records if "checkpoint" in record],
+        validations=[event for kind, event in events if kind == "validation_loss"],
+        checkpoints=[event for kind, event in events if kind == "checkpoint"],
+        num_damaged=num_damaged,
         loads=_lines(folder / "expert_load.jsonl", ExpertLoads, _LOADS),
         warnings=_lines(folder / "warnings.jsonl", LoggedWarning, _WARNINGS),
     )
 
 
-def _state(folder: Path, steps: list[dict[str, Any]], total: object) -> State:
+def _events(path: Path) -> tuple[list[tuple[str, Event]], int]:
+    """The records of metrics with the kind of each, and how many lines are none; a last one cut short is neither."""
+    found: list[tuple[str, Event]] = []
+    num_damaged = 0
+    for document in read_records(path):
+        try:
+            event = build(Event, document, str(path), _EVENT)
+        except MoescaleError:
+            num_damaged += 1
+            continue
+        found += [(kind, event) for kind in ("loss", "validation_loss", "checkpoint") if kind in document][:1]
+    return found, num_damaged
+
+
+def _state(folder: Path, steps: list[Event], total: object) -> State:
     if is_locked(folder / "run.lock"):
         return "running"
-    is_done = isinstance(total, int) and bool(steps) and steps[-1]["step"] >= total
+    is_done = isinstance(total, int) and bool(steps) and steps[-1].step >= total
     return "finished" if is_done or (folder / "summary.json").is_file() else "ended"
 
 
@@ -108,6 +146,10 @@ def _lines(path: Path, record: type[Any], kind: FileKind) -> list[Any]:
     """Whole lines of a file that may still be written; none where there is no file."""
     if not path.is_file():
         return []
-    lines = read_bytes(path, kind).rpartition(b"\n")[0].split(b"\n")
-    documents = (parse_json(line, f"{path}:{number}", kind) for number, line in enumerate(lines, start=1) if line)
+    *lines, last = read_bytes(path, kind).split(b"\n")
+    documents = [parse_json(line, f"{path}:{number}", kind) for number, line in enumerate(lines, start=1) if line]
+    try:
+        documents += [parse_json(last, str(path), kind)] if last else []
+    except MoescaleError:  # cut short, or being written
+        pass
     return [build(record, document, str(path), kind) for document in documents]
