@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import train
 
 from gloo_ranks import GlooRanks
 from moescale.lora import LoraSettings
@@ -18,6 +17,7 @@ from moescale.runtime.meshes import build_meshes
 from moescale.runtime.ranks import current_ranks
 from plans import make_plan, make_trainer
 from recorded_runs import assert_same_run, record_run
+from tests.distributed.test_resume import train
 from tiny import tiny_config
 
 LORA = LoraSettings(rank=4, alpha=8)

@@ -8,12 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from test_parity import batch_of, error, export, load
 
 from moescale.errors import ConfigError
 from moescale.lora import LoraSettings, parse_lora
 from moescale.models.lora import ExpertsAdapter, LinearAdapter, adapters_of, add_adapters, is_adapter
 from moescale.models.transformer import Transformer, build_on_meta, initialize
+from tests.parity.test_parity import batch_of, error, export, load
 from tiny import tiny_config
 
 LORA = LoraSettings(rank=4, alpha=6)

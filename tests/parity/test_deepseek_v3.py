@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_parity import (
+from transformers import DeepseekV3Config as TransformersConfig
+from transformers import DeepseekV3ForCausalLM
+
+from moescale.convert.checkpoint import ModelWeights, export_checkpoint, import_checkpoint
+from moescale.convert.hf_config import parse_hf_config, read_model_config, to_hf_config, transformers_differences
+from moescale.errors import CheckpointError, ConfigError
+from moescale.models.deepseek_v3.config import DeepSeekV3Config
+from moescale.models.transformer import Transformer, build_on_meta, named_weights
+from reference import forward
+from tests.parity.test_parity import (
     YARN,
     assert_bf16_error_is_at_most_twice_that_of_transformers,
     batch_of,
@@ -21,15 +30,6 @@ from test_parity import (
     run,
     run_transformers,
 )
-from transformers import DeepseekV3Config as TransformersConfig
-from transformers import DeepseekV3ForCausalLM
-
-from moescale.convert.checkpoint import ModelWeights, export_checkpoint, import_checkpoint
-from moescale.convert.hf_config import parse_hf_config, read_model_config, to_hf_config, transformers_differences
-from moescale.errors import CheckpointError, ConfigError
-from moescale.models.deepseek_v3.config import DeepSeekV3Config
-from moescale.models.transformer import Transformer, build_on_meta, named_weights
-from reference import forward
 from tiny import tiny_v3_config
 
 TINY = tiny_v3_config(initializer_std=0.2)  # wide, which keeps the router's choices far from ties

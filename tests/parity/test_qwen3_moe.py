@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_parity import batch_of, error, export, initialized, load, run, run_transformers
 from transformers import Qwen3MoeConfig as TransformersConfig
 from transformers import Qwen3MoeForCausalLM
 
@@ -17,6 +16,7 @@ from moescale.convert.hf_config import parse_hf_config, read_model_config, to_hf
 from moescale.errors import ConfigError
 from moescale.models.qwen3_moe.config import Qwen3MoeConfig
 from moescale.models.transformer import build_on_meta
+from tests.parity.test_parity import batch_of, error, export, initialized, load, run, run_transformers
 
 TINY = dataclasses.replace(
     read_model_config("qwen3-30b-a3b"),
