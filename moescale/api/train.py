@@ -34,6 +34,7 @@ from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, DamagedChec
 from moescale.runtime.device import choose_device, make_deterministic
 from moescale.runtime.frozen import frozen_digest
 from moescale.runtime.hooks import TrainerHook
+from moescale.runtime.judge import first_line
 from moescale.runtime.launch import Membership, join_ranks, run_local_ranks, was_launched
 from moescale.runtime.mapping import compile_layers, optimizer_format
 from moescale.runtime.output_lock import hold_output
@@ -41,7 +42,6 @@ from moescale.runtime.profiling import KERNELS_FILE, WARM_UP_STEPS, StepProfiler
 from moescale.runtime.ranks import Ranks, place_on_host
 from moescale.runtime.session import PlacedModel, place_model
 from moescale.runtime.train import Trainer
-from moescale.runtime.watchdog import first_line
 from moescale.tools.profile_table import read_profile, table
 
 RUN_FILE = "run.json"

@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 from moescale.errors import ConfigError, Preempted
+from moescale.runtime.judge import FAILED_PREFIX, first_line
 from moescale.runtime.ranks import ONE_RANK, Ranks, current_ranks
-from moescale.runtime.watchdog import FAILED_PREFIX, RankFailure, Watchdog, first_line
+from moescale.runtime.watchdog import RankFailure, Watchdog
 
 COLLECTIVE_TIMEOUT = timedelta(days=2)
 """Of the back ends themselves: longer than any --hang-seconds, for the watchdog knows better who is only slow."""

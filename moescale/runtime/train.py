@@ -84,6 +84,7 @@ class Trainer:
         plan: dict[str, Any] | None = None,
         on_progress: Callable[[int, str], None] = lambda step, phase: None,
         on_notice: Callable[[str], None] = lambda text: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``identity`` (fingerprints of model and the like) is saved, and a checkpoint with another one refused.
 
@@ -91,7 +92,7 @@ class Trainer:
         how, ``coordinates`` say where this rank stands, and ``source`` and ``validation`` hand out its data rank's
         share of equally many micro-batches. ``hooks`` take part in the training on every rank. ``plan`` is kept in
         checkpoints for the reader. ``on_progress`` hears of steps done and of the phase that begins, ``on_notice`` of
-        what the user should know though the run goes on.
+        what the user should know though the run goes on. ``clock`` gives seconds.
         """
         assert coordinates.num_ranks == ranks.size, "the coordinates of another number of ranks"
         self.model = model
@@ -115,6 +116,7 @@ class Trainer:
         self.plan = plan
         self.on_progress = on_progress
         self.on_notice = on_notice
+        self.clock = clock
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
         self.optimizer.accumulate_in_products(model)
         self.buffers = {} if model.is_frozen else dict(model.named_buffers())
@@ -206,20 +208,20 @@ class Trainer:
         problem = warmup_problem(self.settings, self.total_steps)
         if problem is not None and self.step < self.total_steps:
             self.on_notice(problem)
-        started, first_step, tokens = time.monotonic(), self.step, 0
-        last_saved_step, last_saved_time = self.step if self.step else None, time.monotonic()
+        started, first_step, tokens = self.clock(), self.step, 0
+        last_saved_step, last_saved_time = self.step if self.step else None, self.clock()
         steps = iter(self.source)
         with _StopRequest() as stop, self._finishing_checkpoints():
             while self.step < self.total_steps:
                 self.on_progress(self.step, "waiting for data")
-                asked = time.monotonic()
+                asked = self.clock()
                 batches = next(steps)
-                metrics = self._train_step(batches, data_seconds=time.monotonic() - asked)
+                metrics = self._train_step(batches, data_seconds=self.clock() - asked)
                 tokens += metrics.tokens
                 self.observer.on_step(metrics)
                 if self._due(self.settings.validation_every):
                     self._validate()
-                minutes = (time.monotonic() - last_saved_time) / 60
+                minutes = (self.clock() - last_saved_time) / 60
                 by_time = 0 < self.settings.checkpoint_minutes <= minutes
                 stop_asked, minutes_over, still_writing = self.ranks.sum_on_host(
                     [bool(stop.signal_name), by_time, self.writer.is_pending and not self.writer.is_written]
@@ -228,7 +230,7 @@ class Trainer:
                     self._commit()
                 if self._due(self.settings.checkpoint_every) or minutes_over or stop_asked:
                     self._save()
-                    last_saved_step, last_saved_time = self.step, time.monotonic()
+                    last_saved_step, last_saved_time = self.step, self.clock()
                 if stop_asked and self.step < self.total_steps:
                     self._commit()
                     raise Preempted(
@@ -243,7 +245,7 @@ class Trainer:
         return TrainSummary(
             steps=self.step,
             tokens=tokens,
-            seconds=time.monotonic() - started,
+            seconds=self.clock() - started,
             final_loss=self._last_loss,
             validation_loss=self._validation_loss,
             skipped_steps=self.skipped_steps,
@@ -273,7 +275,7 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def _train_step(self, batches: Sequence[Batch], data_seconds: float = 0.0) -> StepMetrics:
-        started = time.monotonic()
+        started = self.clock()
         # The whole step's targets are counted on the host, where the batches already are.
         num_targets, num_tokens, num_micro_batches = self._sum_over_batches(
             sum(int((batch.targets >= 0).sum()) for batch in batches),
@@ -316,7 +318,7 @@ class Trainer:
             learning_rate=learning_rate,
             gradient_norm=norm,
             tokens=num_tokens,
-            step_seconds=time.monotonic() - started,
+            step_seconds=self.clock() - started,
             data_seconds=data_seconds,
             peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
             expert_load=_relative_load(sums.expert_rows),
@@ -429,7 +431,7 @@ class Trainer:
             self._commit()
         self.on_progress(self.step, "checkpoint")
         self._check_weights()
-        started = time.monotonic()
+        started = self.clock()
         cuda_state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state = {
             "step": self.step,
@@ -444,13 +446,13 @@ class Trainer:
             "cuda_random_state": bytes(cuda_state.tolist()).hex() if cuda_state is not None else None,
         }
         self.writer.begin(self.step, state, self._tensors(), self._tensor_parts())
-        self._save_seconds = time.monotonic() - started
+        self._save_seconds = self.clock() - started
 
     def _commit(self) -> None:
         self.on_progress(self.step, "commit of a checkpoint")
-        started = time.monotonic()
+        started = self.clock()
         self._checkpoint = checkpoint = self.writer.commit()
-        seconds = self._save_seconds + time.monotonic() - started
+        seconds = self._save_seconds + self.clock() - started
         self.observer.on_checkpoint(checkpoint.step, checkpoint.path, seconds)
 
 

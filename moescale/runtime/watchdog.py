@@ -27,6 +27,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from moescale.errors import MoescaleError
+from moescale.runtime.judge import Beat, Judge
 from moescale.runtime.ranks import Ranks
 
 COLLECTIVES = (
@@ -46,31 +47,11 @@ FSDP_WAITS = {
 """Functions of torch's FSDP that start or await a collective, which they may call by other names than torch.distributed
 does."""
 
-FAILED_PREFIX = "failed with: "
-"""Of the reason of a rank that left because of another one."""
-
 
 class RankFailure(MoescaleError):
     """A rank died, left or hangs; the run can be resumed from its newest checkpoint."""
 
     exit_status = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Beat:
-    """What a rank says of itself."""
-
-    count: int
-    progress: int
-    """How often the rank has reported progress."""
-    step: int
-    """Steps done."""
-    phase: str
-    place: str
-    """The collective that it waits in, or the innermost line of this package that it runs."""
-    in_collective: bool
-    left: str | None = None
-    """Why it left, once it has."""
 
 
 class Watchdog:
@@ -86,43 +67,49 @@ class Watchdog:
         interval_seconds: float = 1.0,
         store_held_by_first: bool = True,
         leave: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``leave`` is called with the verdict, in another thread; by default it prints it and ends the process.
 
-        ``store_held_by_first``: the store lives in the first rank, not in a process beside the ranks.
+        ``store_held_by_first``: the store lives in the first rank, not in a process outside the run. ``clock`` gives
+        seconds.
         """
         self.ranks = ranks
-        self.hang_seconds = hang_seconds
         self.lost_seconds = lost_seconds
         self.interval_seconds = interval_seconds
+        self._clock = clock
         self._leave = leave or self._print_and_exit
-        self._store_held_by_first = store_held_by_first
+        self._judge = Judge(
+            ranks,
+            hang_seconds=hang_seconds,
+            lost_seconds=lost_seconds,
+            store_held_by_first=store_held_by_first,
+            now=clock(),
+        )
         # A connection of its own: the main thread may wait in the other one for minutes, for a key of a slow rank.
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # absent from torch's stubs
         self._store.set_timeout(timedelta(seconds=lost_seconds))
         self._main_thread = threading.get_ident()
         self._step, self._phase = 0, "start"
-        self._progressed = time.monotonic()  # some rank, as far as this one knows
         self._count = self._num_reports = 0
-        self._seen: dict[int, tuple[Beat, float]] = {}
-        self._answered, self._store_failed = time.monotonic(), False
         self._left: str | None = None
         self._stopped, self._judged = threading.Event(), threading.Event()
         self._talker = threading.Thread(target=self._talk, name="moescale-watchdog-store", daemon=True)
-        self._judge = threading.Thread(target=self._watch, name="moescale-watchdog", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="moescale-watchdog", daemon=True)
 
     def start(self) -> None:
         """Begin to watch. A collective: every rank's first beat is there when it returns."""
         self._beat()
         self.ranks.gather(None)
-        self._progressed = self._answered = time.monotonic()
+        self._judge.start(self._clock())
         self._talker.start()
-        self._judge.start()
+        self._watcher.start()
 
     def progress(self, step: int, phase: str) -> None:
         """Note that ``step`` steps are done and that ``phase`` of the next one begins."""
         self._num_reports += 1
-        self._step, self._phase, self._progressed = step, phase, time.monotonic()
+        self._step, self._phase = step, phase
+        self._judge.note_progress(self._clock())
 
     def stop(self, left: str | None = None) -> None:
         """End watching; with ``left`` tell the others why this rank goes before them."""
@@ -131,13 +118,13 @@ class Watchdog:
         self._stopped.set()
         if self._talker.ident is not None:
             self._talker.join(self.interval_seconds + 1)  # no longer: it may be stuck at a store that is frozen
-        if left is not None and self.ranks.is_first and self._store_held_by_first:
-            self._let_others_read(time.monotonic() + 3 * self.interval_seconds)
+        if left is not None and self.ranks.is_first and self._judge.store_held_by_first:
+            self._let_others_read(self._clock() + 3 * self.interval_seconds)
 
     def _let_others_read(self, deadline: float) -> None:
         """Stay, with the store that goes with this rank, until the others leave as well or have had time to read it."""
-        while time.monotonic() < deadline and not self._store_failed and not self._talker.is_alive():
-            if all(beat.left is not None for beat, _ in self._seen.copy().values()):
+        while self._clock() < deadline and not self._judge.store_failed and not self._talker.is_alive():
+            if self._judge.have_all_left():
                 return
             time.sleep(self.interval_seconds / 20)
             try:
@@ -153,20 +140,13 @@ class Watchdog:
         """
         self._judged.set()  # the judge would answer without the cause
         place, cause = _place_of_error(error), str(error)
-        deadline = time.monotonic() + self.lost_seconds
-        while time.monotonic() < deadline:
-            for rank, (beat, _) in sorted(self._seen.copy().items()):
-                if beat.left is not None and not beat.left.startswith(FAILED_PREFIX):
-                    return self._verdict(rank, f"has left: {beat.left}", place, cause)
-            if self._store_failed:
-                return self._verdict_on_store("is gone", place, cause)
-            lost = self._silent_for(5 * self.interval_seconds)
-            if lost:
-                return self._verdict(lost[0], "died or is out of reach", place, cause)
+        deadline = self._clock() + self.lost_seconds
+        while self._clock() < deadline:
+            verdict = self._judge.explain_failure(self._my_beat(), place, cause, 5 * self.interval_seconds)
+            if verdict is not None:
+                return verdict
             time.sleep(self.interval_seconds / 2)
-        if time.monotonic() - self._answered > self.lost_seconds / 2:
-            return self._verdict_on_store("does not answer", place, cause)
-        return self._verdict(None, "a collective failed, though every rank answers", place, cause)
+        return self._judge.explain_without_culprit(self._my_beat(), place, cause, self._clock())
 
     def _talk(self) -> None:
         """What the thread does that may be stuck at the store: tell the others of this rank, read of them."""
@@ -177,57 +157,17 @@ class Watchdog:
             try:
                 self._beat(self._left)
                 self._read()
-                self._answered, self._store_failed = time.monotonic(), False
+                self._judge.note_answer(self._clock())
             except RuntimeError:  # what every kind of store error derives from
-                self._store_failed = True
+                self._judge.note_store_failure()
             if stopped:
                 return
 
     def _watch(self) -> None:
         while not self._judged.wait(self.interval_seconds):
-            verdict = self._find_failure(time.monotonic())
+            verdict = self._judge.find_failure(self._my_beat(), self._clock())
             if verdict is not None:
                 return self._leave(verdict)
-
-    def _find_failure(self, now: float) -> str | None:
-        if now - self._answered > self.lost_seconds:
-            what = "is gone" if self._store_failed else f"has not answered for {self.lost_seconds:.0f} s"
-            return self._verdict_on_store(what, self._my_beat().place)
-        lost = self._silent_for(self.lost_seconds)
-        if lost:
-            beat = self._seen[lost[0]][0]
-            what = "died or is out of reach" if beat.left is None else f"has left: {beat.left}"
-            return self._verdict(lost[0], what, self._my_beat().place)
-        if now - self._progressed > self.hang_seconds:
-            return self._verdict(self._slowest(), "hangs", self._my_beat().place)
-        return None
-
-    def _silent_for(self, seconds: float) -> list[int]:
-        """Ranks without a beat for so long. The time in which the store did not answer is not held against them."""
-        return sorted(rank for rank, (_, since) in self._seen.copy().items() if self._answered - since > seconds)
-
-    def _slowest(self) -> int:
-        """The rank that the others wait for: of those not in a collective, or else of all, the furthest behind."""
-        beats = {rank: beat for rank, (beat, _) in self._seen.copy().items()} | {self.ranks.rank: self._my_beat()}
-        return min(beats, key=lambda rank: (beats[rank].in_collective, beats[rank].step, rank))
-
-    def _verdict(self, culprit: int | None, what: str, place: str, cause: str | None = None) -> str:
-        text = f"rank {self.ranks.rank} of {self.ranks.size}, step {self._step + 1} ({self._phase}), {place}: "
-        if culprit is None:
-            text += what
-        else:
-            text += f"rank {culprit} {what}"
-            beat = self._my_beat() if culprit == self.ranks.rank else self._seen.get(culprit, (None, 0))[0]
-            if beat is not None and beat.left is None:
-                text += f"; last seen in step {beat.step + 1} ({beat.phase}), {beat.place}"
-        if cause is not None:
-            text += f" [{first_line(cause)}]"
-        return text + ". The same command resumes from the newest checkpoint"
-
-    def _verdict_on_store(self, what: str, place: str, cause: str | None = None) -> str:
-        if self._store_held_by_first:
-            return self._verdict(0, f"died or is frozen: the store that it holds {what}", place, cause)
-        return self._verdict(None, f"the machine of torchrun's store died or is frozen: the store {what}", place, cause)
 
     def _beat(self, left: str | None = None) -> None:
         self._count += 1
@@ -238,12 +178,7 @@ class Watchdog:
         if not others:
             return
         for rank, text in zip(others, self._store.multi_get([f"beat/{rank}" for rank in others]), strict=True):
-            beat = Beat(**json.loads(text))
-            known = self._seen.get(rank)
-            if known is None or known[0].count != beat.count:
-                self._seen[rank] = (beat, time.monotonic())
-            if known is not None and known[0].progress != beat.progress:
-                self._progressed = time.monotonic()
+            self._judge.note_beat(rank, Beat(**json.loads(text)), self._clock())
 
     def _my_beat(self, left: str | None = None) -> Beat:
         place, in_collective = _place(sys._current_frames(), self._main_thread)
@@ -260,11 +195,6 @@ class Watchdog:
     def _print_and_exit(self, verdict: str) -> None:
         print(f"error: {verdict}", file=sys.stderr, flush=True)
         os._exit(RankFailure.exit_status)  # the main thread is stuck and cannot be asked
-
-
-def first_line(text: str) -> str:
-    """The first line of an error's message, shortened."""
-    return (text.strip().splitlines() or ["no message"])[0][:200]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from moescale.runtime.checkpoint import (
 from moescale.runtime.checkpoint_writer import CheckpointWriter
 from moescale.runtime.device import available_cgroup_bytes
 from moescale.runtime.layout import Part
+from moescale.runtime.ranks import Ranks
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -119,29 +121,57 @@ def test_a_file_in_the_place_of_the_checkpoints_is_known_before(tmp_path):
         CheckpointWriter(CheckpointStore(tmp_path / "checkpoints", keep=1)).check_room(tensors())
 
 
+class Asking(Ranks):
+    """One rank that counts how often the waiting ranks have asked each other whether the writing goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "questions", [])
+
+    def sum_on_host(self, numbers):
+        if len(numbers) == 2:  # how many still write, how many have got further
+            self.questions.append(numbers[1])
+        return list(numbers)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("in_background", [True, False])
 def test_a_slow_disk_is_progress_as_long_as_it_advances_and_a_dead_one_is_none(tmp_path, monkeypatch, in_background):
     monkeypatch.setattr(checkpoint_writer, "WAIT_SECONDS", 0.02)
     monkeypatch.setattr(checkpoint_writer, "MAX_FILE_BYTES", 1)  # a tensor to a file
-    reports: list[float] = []
-    dead_from, dead_until = [], []
+    ranks = Asking()
+    reports: list[int] = []
+    tried: list[str] = []
 
     def slow_sync(path):
-        time.sleep(0.2)
-        if path.name == "tensors-00000-0001.safetensors":
-            dead_from.append(time.monotonic() + 0.3)
-            time.sleep(0.9)
-            dead_until.append(time.monotonic())
+        before = len(reports)
+        if path.name == "tensors-00000-0000.safetensors":
+            wait_until(lambda: len(reports) > before)  # its file has grown
+            tried.append("slow")
+        elif path.name == "tensors-00000-0001.safetensors":
+            wait_until(lambda: ranks.questions[-3:] == [False] * 3)
+            before = len(reports)
+            asked = len(ranks.questions)
+            wait_until(lambda: len(ranks.questions) >= asked + 5)
+            assert len(reports) == before, "a dead disk was taken for a slow one"
+            tried.append("dead")
+        elif path.name == "tensors-00000-0002.safetensors":
+            wait_until(lambda: len(reports) > before)
+            tried.append("slow again")
 
     monkeypatch.setattr(files, "sync", slow_sync)
     store = CheckpointStore(tmp_path, keep=1)
-    writer = CheckpointWriter(store, in_background=in_background, on_progress=lambda: reports.append(time.monotonic()))
+    writer = CheckpointWriter(store, ranks, in_background=in_background, on_progress=lambda: reports.append(1))
     writer.begin(1, {}, tensors())
     assert in_background or writer.is_written
     verify(writer.commit())
-    assert sum(report < dead_from[0] for report in reports) >= 2
-    assert sum(report > dead_until[0] for report in reports) >= 1
-    assert not [report for report in reports if dead_from[0] < report < dead_until[0]]
+    assert tried == ["slow", "dead", "slow again"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip a high bit", "flip a low bit", "remove"])

@@ -265,10 +265,19 @@ def test_a_disk_too_small_for_the_last_checkpoint_is_an_error_before_the_first_s
     assert one.observer.losses == []
 
 
-def test_checkpoints_by_minutes(tmp_path):
-    one = trainer(tmp_path, total_steps=3, checkpoint_minutes=1e-9)
-    one.train()
-    assert one.observer.saves == [1, 2, 3]
+def test_a_checkpoint_is_written_once_its_minutes_are_over_and_its_step_is_done(tmp_path):
+    seconds = 0.0
+
+    def pass_time(metrics):
+        nonlocal seconds
+        seconds += 40.0
+
+    one = trainer(tmp_path, total_steps=6, checkpoint_minutes=1.0, final_checkpoint=False)
+    one.clock = lambda: seconds
+    one.observer.after_step = pass_time
+    summary = one.train()
+    assert one.observer.saves == [2, 4, 6]
+    assert summary.seconds == 240.0
 
 
 def test_another_models_run_is_not_resumed(tmp_path):
