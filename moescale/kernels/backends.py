@@ -26,7 +26,7 @@ from moescale.errors import MoescaleError, nearest
 Backend = Literal["triton", "grouped_mm", "torch", "cute"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 ExpertsBackend = Literal["auto", "triton", "grouped_mm", "torch", "cute"]
-AttentionBackend = Literal["auto", "torch", "cute"]
+AttentionBackend = Literal["auto", "torch", "triton", "cute"]
 
 # Ampere: the first generation with bf16 tensor cores and asynchronous copies, which the kernels are written for.
 MINIMUM_CAPABILITY = (8, 0)
@@ -41,6 +41,7 @@ CUTE_PACKAGES: dict[CutePart, tuple[str, str]] = {
 }
 # Widths of key and value, both of DeepSeek-V2's whole family, at which attention in CuTe has been tested.
 CUTE_ATTENTION_WIDTHS = (192, 128)
+MAX_ATTENTION_WIDTH = 256
 
 
 VARIABLES = {"experts": "MOESCALE_EXPERTS", "attention": "MOESCALE_ATTENTION"}
@@ -202,23 +203,60 @@ def choose_attention_backend(
     documents: bool = False,
     features: tuple[AttentionFeature, ...] = (),
 ) -> str:
-    """Return the back end of attention with ``widths`` of key and value: ``cute`` or ``torch``, the best that it has.
+    """Return the backend of attention with ``widths`` of key and value: ``cute``, ``triton`` or ``torch``.
 
     ``features`` are what is asked for beyond causality and ``documents``. ``auto`` takes ``cute`` where it is installed
-    and can run. :func:`default_backends`, or MOESCALE_ATTENTION in the environment, says what ``auto`` is instead.
+    and can run; then, for anything but plain causality, ``triton``; otherwise the best kernel that PyTorch has.
+    :func:`default_backends`, or MOESCALE_ATTENTION in the environment, says what ``auto`` is instead.
     """
     if requested == "auto":
         requested = _asked_for("attention")
-    if requested not in ("auto", "cute", "torch"):
-        raise KernelInputError(f"attention's back end ({requested!r}) must be one of auto, cute, torch")
+    if requested not in get_args(AttentionBackend):
+        names = ", ".join(get_args(AttentionBackend))
+        raise KernelInputError(f"attention's back end ({requested!r}) must be one of {names}")
     if requested == "torch":
         return "torch"
+    if requested == "triton":
+        _checked_request(device, dtype, "triton")
+        objection = objection_to_triton_attention(dtype, widths)
+        if objection is not None:
+            raise KernelInputError(f"kernels.backend ('triton') {objection}, or use 'auto'")
+        return "triton"
     objection = objection_to_cute("attention", device, dtype)
     if objection is None and widths != CUTE_ATTENTION_WIDTHS:
         objection = f"takes keys and values {CUTE_ATTENTION_WIDTHS} wide, not {widths}; take a model with such"
     if objection is None and features:
         objection = f"takes no {' or '.join(features)}; take a model without"
-    return "cute" if _takes_cute("attention", requested, objection) else "torch"
+    if _takes_cute("attention", requested, objection):
+        return "cute"
+    is_plain = not documents and not features
+    runs = choose_backend(device, dtype) == "triton" and objection_to_triton_attention(dtype, widths) is None
+    return "triton" if runs and not is_plain else "torch"
+
+
+def objection_to_triton_attention(dtype: torch.dtype, widths: tuple[int, int]) -> str | None:
+    """Return why attention's Triton kernels cannot take such operands, and the remedy; None where they can."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes bf16, fp16 and fp32 in attention, not {dtype}; use one of them"
+    width, v_width = widths
+    if attention_parts(width) is None or attention_parts(v_width) != (v_width, 0):
+        return (
+            f"takes keys whose width is a power of two from 16 to {MAX_ATTENTION_WIDTH} or the sum of two of them, and "
+            f"values whose width is such a power, not {widths}; take a model with such"
+        )
+    return None
+
+
+def attention_parts(width: int) -> tuple[int, int] | None:
+    """Return the two powers of two that ``width`` is the sum of, the second one 0 for a power; None if it is neither.
+
+    Each part is at least 16, the least that a GPU's matrix unit takes.
+    """
+    large = 1 << max(0, width.bit_length() - 1)
+    rest = width - large
+    if width < 16 or width > MAX_ATTENTION_WIDTH or rest & (rest - 1) or 0 < rest < 16:
+        return None
+    return large, rest
 
 
 def _takes_cute(part: CutePart, requested: str, objection: str | None) -> bool:

@@ -114,11 +114,25 @@ def call_every_operator() -> None:
                 adamw.update(parameter, parameter, state, hyperparameters, empty(dtype=fp32), 1, 0)
 
 
+def call_attention(capability: tuple[int, int]) -> None:
+    """With the launch parameters of a GPU of that capability: they go by its shared memory."""
+    from moescale.kernels.attention import triton as attention
+
+    attention._capability = lambda device: capability
+    q, k, v = (
+        torch.empty(1, 64, heads, width, dtype=torch.bfloat16) for heads, width in ((4, 192), (2, 192), (2, 128))
+    )
+    first = torch.empty(1, 64, dtype=torch.int32)
+    out, sums = attention.forward(q, k, v, first, 50, q[0, 0, :, 0], 0.1)
+    attention.backward(out, q, k, v, out, sums, first, first, 50, None, 0.1)
+
+
 def main() -> None:
-    launches = record_launches(call_every_operator)
+    common = record_launches(call_every_operator)
     report: dict[str, dict[str, int]] = {}
     for capability in map(int, sys.argv[1:]):
         kernels = report.setdefault(str(capability), {})
+        launches = common + record_launches(lambda: call_attention(divmod(capability, 10)))  # noqa: B023
         for kernel, signature, constants, attributes, options in launches:
             source = ASTSource(kernel, signature, constants, attributes)
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -15,6 +15,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor its own alloc
 import torch
 
 from moescale.kernels.adamw import AdamWHyperparameters, adamw_update, init_adamw_state
+from moescale.kernels.attention import Documents, attention
 from moescale.kernels.cross_entropy import linear_cross_entropy
 from moescale.kernels.experts import experts
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
@@ -61,6 +62,24 @@ def check_router() -> None:
             backward(routing.topk_weights, routing.aux_loss)
 
 
+def check_attention() -> None:
+    for length, widths, window, dtype in (
+        (1, (64, 64), None, torch.bfloat16),
+        (65, (192, 128), 20, torch.bfloat16),
+        (130, (256, 256), None, torch.bfloat16),
+        (200, (48, 16), 70, torch.float32),
+    ):
+        starts = torch.zeros(2, length, dtype=torch.bool)
+        starts[0, ::37] = True
+        documents = Documents.from_starts(starts, torch.device("cuda"))
+        q, k = randn(2, length, 4, widths[0], dtype=dtype), randn(2, length, 2, widths[0], dtype=dtype)
+        v, sinks = randn(2, length, 2, widths[1], dtype=dtype), randn(4, dtype=dtype)
+        for asked in (documents, None):
+            backward(
+                attention(q, k, v, softmax_scale=0.1, documents=asked, window=window, sinks=sinks, backend="triton")
+            )
+
+
 def check_elementwise() -> None:
     for rows, width in ((1, 8), (37, 72), (130, 2048)):
         backward(rms_norm(randn(rows, width), randn(width), 1e-6, backend="triton"))
@@ -94,7 +113,7 @@ def check_adamw() -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    checks = (check_experts, check_router, check_elementwise, check_cross_entropy, check_adamw)
+    checks = (check_experts, check_router, check_attention, check_elementwise, check_cross_entropy, check_adamw)
     for check in checks:
         if sys.argv[1:] and check.__name__.removeprefix("check_") not in sys.argv[1:]:
             continue

@@ -148,9 +148,9 @@ def test_the_environments_backends_are_told_of_where_they_change_something(monke
     settings, notices = asked.overridden_by_environment()
     assert settings == BackendSettings(experts="triton", attention="torch")
     assert notices == ["MOESCALE_ATTENTION=torch in the environment overrides attention_backend (auto)"]
-    monkeypatch.setenv("MOESCALE_ATTENTION", "triton")
+    monkeypatch.setenv("MOESCALE_ATTENTION", "grouped_mm")
     with pytest.raises(
-        KernelInputError, match=r"MOESCALE_ATTENTION \('triton'\) in the environment must be one of auto"
+        KernelInputError, match=r"MOESCALE_ATTENTION \('grouped_mm'\) in the environment must be one of auto"
     ):
         asked.overridden_by_environment()
 
@@ -200,7 +200,7 @@ def test_attentions_back_end_can_be_set_from_outside(monkeypatch):
     with pytest.raises(KernelInputError, match=r"takes keys and values \(192, 128\) wide, not \(96, 64\)"):
         choose_attention_backend(CUDA, torch.bfloat16, (96, 64), "cute")
     monkeypatch.setenv("MOESCALE_ATTENTION", "flash")
-    with pytest.raises(KernelInputError, match=r"back end \('flash'\) must be one of auto, cute, torch"):
+    with pytest.raises(KernelInputError, match=r"back end \('flash'\) must be one of auto, torch, triton, cute"):
         choose_attention_backend(CUDA, torch.bfloat16, WIDTHS)
     monkeypatch.setattr(backends, "cute_available", lambda part: False)
     with pytest.raises(KernelInputError, match=r"needs the packages triton and flash-attn-4"):

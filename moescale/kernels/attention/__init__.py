@@ -3,8 +3,9 @@
 Keys and values may have widths of their own and fewer heads than the queries, and heads may have sinks. On CUDA cuDNN
 comes first where nothing but causality is asked for: of the kernels that PyTorch has for a key wider than the value it
 is the fastest by a factor of two to three, and needs no padding of the value. Where it refuses (fp32, odd widths),
-PyTorch's next kernel runs. On Hopper the optional package flash-attn-4 is faster still, most of all within documents,
-where it needs no mask (:mod:`moescale.kernels.attention.cute`).
+PyTorch's next kernel runs. Anything beyond causality runs in Triton, without a mask
+(:mod:`moescale.kernels.attention.triton`). On Hopper the optional package flash-attn-4 is faster still
+(:mod:`moescale.kernels.attention.cute`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from moescale.kernels.attention import reference
 from moescale.kernels.attention.documents import LEAST_OFFSETS as LEAST_OFFSETS
 from moescale.kernels.attention.documents import Documents as Documents
 from moescale.kernels.attention.documents import visible_keys
+from moescale.kernels.attention.intervals import interval_attention
 from moescale.kernels.backends import (
     AttentionFeature,
     KernelInputError,
@@ -56,6 +58,9 @@ def attention(
     )
     if chosen == "cute":
         return _cute_attention(q, k, v, None if documents is None else documents.offsets, softmax_scale)[0]
+    if chosen == "triton":
+        first, last = (None, None) if documents is None else (documents.first, documents.last)
+        return interval_attention(q, k, v, first, last, window, sinks, softmax_scale)[0]
     return _torch_attention(q, k, v, softmax_scale, documents, window, sinks)
 
 

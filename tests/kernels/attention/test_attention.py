@@ -98,6 +98,84 @@ def test_windows_sinks_and_grouped_queries(with_documents: bool, window: int | N
         torch.testing.assert_close(a, b)
 
 
+INTERVALS = {
+    "causal": dict(),
+    "documents": dict(starts=((3, 50, 64, 65, 90), ())),
+    "a window": dict(window=20),
+    "a window of one": dict(window=1),
+    "a wide window": dict(window=1000),
+    "documents and a window": dict(starts=((3, 50, 64, 65, 90), (70,)), window=33),
+    "sinks": dict(sinks=True),
+    "all": dict(starts=((10, 77), (1,)), window=50, sinks=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "heads", "widths"),
+    [
+        *((case, (2, 1), (48, 16)) for case in INTERVALS),
+        *((case, (2, 2), (16, 32)) for case in ("causal", "documents")),
+    ],
+)
+def test_the_triton_kernels_give_what_the_definition_gives(case, heads, widths) -> None:
+    """Blocks of 64 queries and 32 keys: the sequence has whole ones, one cut short, and documents across their ends."""
+    asked = INTERVALS[case]
+    length = 110
+    q = randn(2, length, heads[0], widths[0])
+    k, v = randn(2, length, heads[1], widths[0], seed=1), randn(2, length, heads[1], widths[1], seed=2)
+    sinks = randn(heads[0], seed=3) if asked.get("sinks") else None
+    documents = documents_at(*asked["starts"], length=length) if "starts" in asked else None
+    inputs = [q, k, v, *([] if sinks is None else [sinks])]
+    window = asked.get("window")
+    ours = attention(
+        q, k, v, softmax_scale=0.2, documents=documents, window=window, sinks=sinks, backend="triton"
+    )  # fmt: skip
+    expected = by_definition(q, k, v, 0.2, documents, window, sinks)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    direction = randn(*ours.shape, seed=4, grad=False)
+    gradients = (torch.autograd.grad((x * direction).sum(), inputs) for x in (ours, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65])
+def test_the_triton_kernels_take_any_length(length: int) -> None:
+    q, k, v = (randn(1, length, 2, 16, seed=seed) for seed in range(3))
+    documents = documents_at(tuple(range(0, length, 7)), length=length)
+    ours = attention(q, k, v, softmax_scale=0.3, documents=documents, backend="triton")
+    expected = by_definition(q, k, v, 0.3, documents)
+    torch.testing.assert_close(ours, expected)
+    gradients = (torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (ours, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_triton_kernels_read_heads_out_of_a_wider_tensor() -> None:
+    """As latent attention gives them: keys and values are slices of one projection, queries are not."""
+    both = randn(1, 40, 2, 48)
+    q = randn(1, 40, 2, 32, seed=1)
+    k, v = both.split((32, 16), -1)
+    ours, expected = (
+        attention(q, k, v, softmax_scale=0.3, backend="triton"),
+        by_definition(q, k, v, 0.3, None),
+    )
+    torch.testing.assert_close(ours, expected)
+    gradients = (torch.autograd.grad(x.sin().sum(), (q, both)) for x in (ours, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [((20, 16), r"takes keys whose width .* not \(20, 16\)"), ((32, 48), r"values whose width is such a power")],
+)
+def test_widths_that_the_triton_kernels_do_not_take_are_named(widths, message) -> None:
+    q, k = randn(1, 8, 2, widths[0]), randn(1, 8, 2, widths[0], seed=1)
+    v = randn(1, 8, 2, widths[1], seed=2)
+    with pytest.raises(KernelInputError, match=message):
+        attention(q, k, v, softmax_scale=1.0, backend="triton")
+
+
 def refuse(message: str, **changes: object) -> None:
     arguments = {"q": randn(1, 4, 4, 8), "k": randn(1, 4, 2, 8), "v": randn(1, 4, 2, 8), "softmax_scale": 1.0}
     with pytest.raises(KernelInputError, match=message):
@@ -117,6 +195,7 @@ def test_inputs_that_do_not_fit_are_refused_by_name() -> None:
 RUNS_CUTE = torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER and cute_available("attention")
 GPU_BACKENDS = [
     "torch",
+    "triton",
     pytest.param("cute", marks=pytest.mark.skipif(not RUNS_CUTE, reason="needs a Hopper GPU and moescale[cute]")),
 ]
 
@@ -164,3 +243,62 @@ def test_a_compiled_layer_takes_any_number_of_documents(backend: str) -> None:
         torch.testing.assert_close(ours, plain, rtol=2e-2, atol=1e-2)
         (ours_q,), (plain_q,) = (torch.autograd.grad(x.float().sum(), (q,)) for x in (ours, plain))
         assert (ours_q - plain_q).norm() <= 0.02 * plain_q.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "widths", "window", "with_sinks"),
+    [
+        ((16, 16), (192, 128), None, False),
+        ((32, 4), (128, 128), None, False),
+        ((64, 8), (64, 64), 128, True),
+        ((64, 8), (64, 64), None, True),
+        ((20, 20), (256, 256), None, False),
+    ],
+)
+@pytest.mark.parametrize("length", [1000, 2048])
+def test_the_shapes_of_the_families_are_as_exact_as_rounding_allows(heads, widths, window, with_sinks, length) -> None:
+    dtype = torch.bfloat16
+    q = randn(1, length, heads[0], widths[0], dtype=dtype)
+    k, v = (randn(1, length, heads[1], width, dtype=dtype, seed=seed) for seed, width in enumerate(widths, start=1))
+    sinks = randn(heads[0], dtype=dtype, seed=4) if with_sinks else None
+    inputs = [q, k, v, *([sinks] if with_sinks else [])]
+    documents = documents_at((3, 250, 251, 640), length=length)
+    scale = widths[0] ** -0.5
+    ours = attention(q, k, v, softmax_scale=scale, documents=documents, window=window, sinks=sinks, backend="triton")
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    expected = by_definition(*exact_inputs[:3], scale, documents, window, exact_inputs[3] if with_sinks else None)
+    direction = randn(*ours.shape, dtype=dtype, seed=5, grad=False)
+    gradients = torch.autograd.grad((ours * direction).sum(), inputs)
+    exact = torch.autograd.grad((expected * direction).sum(), exact_inputs)
+    for name, a, b in zip(("out", "q", "k", "v", "sinks"), [ours, *gradients], [expected, *exact], strict=False):
+        assert (a.double() - b).norm() < 0.006 * b.norm() + 1e-4, name
+
+
+@pytest.mark.gpu
+def test_the_triton_kernels_give_the_same_bits_every_time_and_in_a_graph_with_other_documents() -> None:
+    from moescale.kernels.attention import triton
+
+    dtype = torch.bfloat16
+    q, k = (randn(2, 512, 4, 192, dtype=dtype, seed=seed, grad=False) for seed in range(2))
+    v, grad = (randn(2, 512, 4, 128, dtype=dtype, seed=seed, grad=False) for seed in (2, 3))
+    some, others = documents_at((100, 300), (), length=512), documents_at((5,), (64, 65, 400), length=512)
+    held = Documents(*(x.clone() for x in some))
+
+    def results(documents: Documents) -> list[torch.Tensor]:
+        out, sums = triton.forward(q, k, v, documents.first, None, None, 0.07)
+        gradients = triton.backward(
+            grad, q, k, v, out, sums, documents.first, documents.last, None, None, 0.07
+        )  # fmt: skip
+        return [out, *gradients]
+
+    expected = {id(documents): results(documents) for documents in (some, others)}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = results(held)
+    for documents in (some, others, some):
+        for target, source in zip(held, documents, strict=True):
+            target.copy_(source)
+        graph.replay()
+        for a, b in zip(recorded, expected[id(documents)], strict=True):
+            assert torch.equal(a, b)
