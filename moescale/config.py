@@ -41,6 +41,10 @@ class YarnConfig:
                 raise ConfigError(f"model.yarn.{name} ({getattr(self, name)}) must be finite and not negative")
 
 
+_MOST = {"num_layers": 1024, "num_prediction_layers": 64, "num_experts": 4096, "num_shared_experts": 4096}
+_MOST_OF_ANY = 2**31 - 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What all families share. With a family's own fields it is everything that changes the mathematics."""
@@ -95,6 +99,7 @@ class ModelConfig:
             "max_sequence_length initializer_std rms_norm_eps"
         )
         self._check_positive(*positive.split())
+        self._check_most()
         if not 0 <= self.aux_loss_alpha < math.inf:
             raise ConfigError(f"model.aux_loss_alpha ({self.aux_loss_alpha}) must not be negative; use 0 for none")
         if not math.isfinite(self.routed_scaling_factor):
@@ -113,6 +118,13 @@ class ModelConfig:
         for name in names:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"model.{name} ({getattr(self, name)}) must be positive")
+
+    def _check_most(self) -> None:
+        """Refuse numbers that no model has: what they ask for would not be answered, or not be counted in 32 bits."""
+        for field in fields(self):
+            value, most = getattr(self, field.name), _MOST.get(field.name, _MOST_OF_ANY)
+            if isinstance(value, int) and value > most:
+                raise ConfigError(f"model.{field.name} ({value}) must be at most {most:,}, more than any model has")
 
     def _check_experts(self, num_experts: int) -> None:
         if num_experts <= 0:
