@@ -107,7 +107,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         position = began = self._position
-        ahead: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=max(1, self.prefetch_steps))
+        ahead: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=max(1, self.prefetch_steps))
         stopped = threading.Event()
 
         def read_ahead() -> None:
@@ -116,7 +116,7 @@ class Loader:
                 while not stopped.is_set():
                     ahead.put(self._step(start))
                     start += self.sequences_per_step
-            except Exception as error:  # raised again where the step is wanted
+            except BaseException as error:  # of any type: raised again where the step is wanted
                 ahead.put(error)
 
         thread = threading.Thread(target=read_ahead, name="moescale-loader", daemon=True)
@@ -124,7 +124,7 @@ class Loader:
         try:
             while True:
                 step = ahead.get()
-                if isinstance(step, Exception):
+                if isinstance(step, BaseException):
                     raise step
                 position += self.sequences_per_step
                 if self.verification is not None:

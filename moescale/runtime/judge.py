@@ -107,6 +107,10 @@ class Judge:
             return self._verdict_on_store("does not answer", mine, place, cause)
         return self._verdict(None, "a collective failed, though every rank answers", mine, place, cause)
 
+    def explain_own_failure(self, mine: Beat, cause: str) -> str:
+        """The verdict where a thread of the watchdog itself has failed."""
+        return self._verdict(None, "the watchdog could not go on", mine, "in a thread of its own", cause)
+
     def _silent_for(self, seconds: float) -> list[int]:
         """Ranks without a beat for so long. The time in which the store did not answer is not held against them."""
         return sorted(rank for rank, (_, since) in self._seen.copy().items() if self._answered - since > seconds)

@@ -93,6 +93,8 @@ class Watchdog:
         self._step, self._phase = 0, "start"
         self._count = self._num_reports = 0
         self._left: str | None = None
+        self._failure: str | None = None
+        """Why the thread that talks to the store has ended: a verdict, for without it a hang would not be noticed."""
         self._stopped, self._judged = threading.Event(), threading.Event()
         self._talker = threading.Thread(target=self._talk, name="moescale-watchdog-store", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="moescale-watchdog", daemon=True)
@@ -160,14 +162,24 @@ class Watchdog:
                 self._judge.note_answer(self._clock())
             except RuntimeError:  # what every kind of store error derives from
                 self._judge.note_store_failure()
+            except Exception as error:  # such as a beat that is none: from here on nobody would hear of this rank
+                self._failure = self._verdict_on_itself(error)
+                return
             if stopped:
                 return
 
     def _watch(self) -> None:
         while not self._judged.wait(self.interval_seconds):
-            verdict = self._judge.find_failure(self._my_beat(), self._clock())
+            try:
+                verdict = self._failure or self._judge.find_failure(self._my_beat(), self._clock())
+            except Exception as error:
+                verdict = self._verdict_on_itself(error)
             if verdict is not None:
                 return self._leave(verdict)
+
+    def _verdict_on_itself(self, error: Exception) -> str:
+        text = f"{type(error).__name__}: {error}"
+        return self._judge.explain_own_failure(self._my_beat(), text)
 
     def _beat(self, left: str | None = None) -> None:
         self._count += 1

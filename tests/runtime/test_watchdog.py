@@ -226,3 +226,29 @@ def test_a_store_that_freezes_with_its_holder_ends_the_others_in_time(three_rank
 def test_a_hang_is_noticed_though_the_store_does_not_answer(three_ranks, store_of_another_process):
     for verdicts, _ in three_ranks.run(wait_for_a_verdict_on_a_frozen_store, *store_of_another_process, 1.0):
         assert " hangs; last seen in step 1" in verdicts[0]
+
+
+def fail_in_a_thread(method: str) -> list[str]:
+    verdicts: list[str] = []
+    watchdog = watch(f"fail in {method}", verdicts)
+    watchdog.progress(3, "micro-batch 1")
+
+    def fail(*_: object) -> None:
+        raise KeyError("injected")
+
+    setattr(watchdog if method == "_read" else watchdog._judge, method, fail)
+    deadline = time.monotonic() + 20
+    while not verdicts and time.monotonic() < deadline:
+        time.sleep(0.05)
+    dist.barrier()
+    watchdog.stop()
+    return verdicts
+
+
+@pytest.mark.parametrize("method", ["_read", "find_failure"])
+def test_a_watchdog_that_cannot_go_on_ends_the_run_and_says_so(three_ranks, method):
+    for rank, verdicts in enumerate(three_ranks.run(fail_in_a_thread, method)):
+        assert verdicts == [
+            f"rank {rank} of 3, step 4 (micro-batch 1), in a thread of its own: the watchdog could not go on "
+            "[KeyError: 'injected']. The same command resumes from the newest checkpoint"
+        ]

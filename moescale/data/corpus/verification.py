@@ -38,7 +38,7 @@ class Verification:
         self.verified_bytes = 0
         self._pieces = [corpus.verifying(part, num_parts) for corpus in corpora]
         self._on_progress = on_progress
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._verify, name="moescale-verification", daemon=True)
         self._thread.start()
@@ -75,5 +75,5 @@ class Verification:
                     self.verified_bytes += num_bytes
                     if self._stopped.is_set():
                         return
-        except Exception as error:  # raised again by check() and wait()
+        except BaseException as error:  # of any type: raised again by check() and wait()
             self._error = error
