@@ -125,17 +125,25 @@ def check_values(value: Any, field: str) -> None:
     if isinstance(value, dict):
         _check_names(value, field)
         for key, item in value.items():
-            check_text(key, field)
-            check_values(item, join(field, key_of(key)))
+            if not key.isascii():
+                check_text(key, field)
+            if not _is_ordinary(item):
+                check_values(item, join(field, key_of(key)))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            check_values(item, f"{field}[{index}]")
+            if not _is_ordinary(item):
+                check_values(item, f"{field}[{index}]")
     elif isinstance(value, str):
         check_text(value, field)
     elif isinstance(value, float) and not math.isfinite(value):
         raise Problem(field, f"({value}) must be a finite number")
     elif isinstance(value, LongNumber) or (isinstance(value, int) and abs(value) > sys.float_info.max):
         raise Problem(field, f"({show(value)}) must be a finite number of usual size")
+
+
+def _is_ordinary(value: Any) -> bool:
+    """Whether a value is one of the many that need no closer look, nor the path of their field."""
+    return (type(value) is str and value.isascii()) or (type(value) is int and -(2**63) <= value < 2**63)
 
 
 def check_text(text: Any, field: str) -> None:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from damages import LIBRARIES, SOURCES, WITH_CHECKSUMS, damaged_bytes
+from damages import BAD_VALUES, LIBRARIES, SOURCES, WITH_CHECKSUMS, damaged_bytes, places, replaced
 from moescale.data.corpus import open_corpus
 from moescale.data.corpus import verify as verify_corpus
 from moescale.data.prepare import PrepareSettings, prepare
@@ -239,13 +239,22 @@ CHILD = textwrap.dedent("""
     from moescale.errors import MoescaleError
     from moescale.convert.weight_files import read_headers
     from moescale.data.corpus.saved_dataset import open_saved_dataset
+    from moescale.data.prepare.encode import Encoder
     from moescale.data.prepare.tokenizer import load_tokenizer
 
     def read(folder):
         if sys.argv[1] == "weights.safetensors":
             read_headers(folder)
         elif sys.argv[1] == "tokenizer.json":
-            load_tokenizer(str(folder))
+            made = load_tokenizer(str(folder))
+            encoder = Encoder(
+                tokenizer_json=made.tokenizer.to_str(),
+                end_token_id=made.end_token_id,
+                vocabulary_size=made.vocabulary_size,
+                text_column="text",
+                most_document_bytes=1 << 30,
+            )
+            encoder.tokens_of("def f(x): return x + 1  # é")
         else:
             corpus = open_saved_dataset(folder)
             corpus.vocabulary_size
@@ -261,6 +270,19 @@ CHILD = textwrap.dedent("""
 """)
 
 
+PREFIXES = ('"x"', '"\u0120"', '"/etc/passwd"', "0", "1", "4294967295")
+"""Values that a library in another language would take for what it expects."""
+
+
+def damaged_value(content: bytes, generator: random.Random) -> bytes:
+    """A JSON document with one value replaced, one of the model's settings more often than one of its tokens."""
+    document = json.loads(content)
+    found = list(places(document))
+    settings = [place for place in found if not place[0].startswith(("model.vocab.", "model.merges["))]
+    _, keys = generator.choice(settings if generator.random() < 0.7 else found)
+    return replaced(document, keys, generator.choice((*BAD_VALUES, *PREFIXES)))
+
+
 @pytest.mark.parametrize("name", LIBRARIES)
 @pytest.mark.parametrize("number", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_damage_to_files_of_other_libraries_ends_no_process(name, number, of_libraries, tmp_path):
@@ -272,7 +294,8 @@ def test_damage_to_files_of_other_libraries_ends_no_process(name, number, of_lib
         for other in path.parent.iterdir():
             if other.is_file() and other != path:
                 (copy / other.name).write_bytes(other.read_bytes())
-        (copy / path.name).write_bytes(damaged_bytes(content, generator))
+        damaged = damaged_value if path.suffix == ".json" and index % 2 else damaged_bytes
+        (copy / path.name).write_bytes(damaged(content, generator))
     done = subprocess.run(
         [sys.executable, "-c", CHILD, name, str(tmp_path)], capture_output=True, text=True, timeout=900
     )

@@ -72,7 +72,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "data/prepare/tables.py:arrow_texts": ("a.arrow",),
     "data/prepare/tables.py:parquet_texts": ("a.parquet",),
     "data/prepare/tokenizer.py:_configured_end_tokens": ("tokenizer_config.json",),
-    "data/prepare/tokenizer.py:load_tokenizer": ("tokenizer.json",),
+    "data/prepare/tokenizer_file.py:read_tokenizer": ("tokenizer.json",),
     "data/prepare/word_table.py:word_encoder": OWN,
     "files.py:_holder": "shown to the user, 200 bytes of it at most",
     "files.py:_open_locked": NO_CONTENT,

@@ -11,6 +11,7 @@ from pathlib import Path
 import tokenizers
 
 from moescale.data.prepare.added_tokens import ADDED_TOKENS, add_missing_tokens
+from moescale.data.prepare.tokenizer_file import read_tokenizer
 from moescale.errors import DataError, nearest
 from moescale.hub import fetch_repository, looks_like_path
 from moescale.records import FileKind, read_json_object
@@ -42,11 +43,7 @@ def load_tokenizer(name: str, end_token: str | None = None) -> CorpusTokenizer:
     """
     files = _find(name)
     path = files["tokenizer.json"]
-    content = path.read_bytes()
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises plain Exception
-        raise DataError(f"{path} is not a tokenizer that `tokenizers` can read: {error}") from error
+    tokenizer, content = read_tokenizer(path)
     # A tokenizer.json may carry the truncation and padding of the last training run: both would change the text.
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -70,7 +70,30 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 
 def test_a_damaged_tokenizer_is_refused(folder):
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match="is not a tokenizer that `tokenizers` can read"):
+    with pytest.raises(DataError, match="tokenizer.json: is not JSON .*; fetch it again"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model["vocab"].update(b=5, a=5), r"model.vocab: '.*' and '[ab]' have the same id 5; fetch it"),
+        (
+            lambda model: model["vocab"].update(a=2**32 - 1),
+            r"the id of 'a' \(4294967295\) must be a whole number below",
+        ),
+        (lambda model: model["vocab"].update(a=True), r"the id of 'a' \(True\) must be a whole number"),
+        (
+            lambda model: model.update(continuing_subword_prefix="##"),
+            r"model.merges\[0\] \(.*\) must be two pieces, the second of which begins with .*prefix \('##'\)",
+        ),
+    ],
+)
+def test_a_vocabulary_that_contradicts_itself_is_refused(folder, change, message):
+    document = json.loads((folder / "tokenizer.json").read_text())
+    change(document["model"])
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=f"tokenizer.json: .*{message}"):
         load_tokenizer(str(folder))
 
 
