@@ -65,7 +65,7 @@ def _with_config(
         app.config = (Dict(document, source=str(config), use_commands_as_keys=True), *_RULES)
     else:
         app.config = _RULES
-    app(tokens, exit_on_error=False)
+    app(tokens, exit_on_error=False, print_error=False)
 
 
 def _check_tables(document: dict[str, Any], path: Path) -> None:
@@ -140,8 +140,9 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is not None:
         sys.argv[1:] = arguments  # what a command on several ranks starts itself again with
     try:
-        app.meta(sys.argv[1:], exit_on_error=False)
-    except CycloptsError:  # Already printed.
+        app.meta(sys.argv[1:], exit_on_error=False, print_error=False)
+    except CycloptsError as error:  # Printed here, not by its library: it may show what a settings file holds.
+        _print_error(str(error))
         sys.exit(MoescaleError.exit_status)
     except Preempted as stop:  # As asked.
         _print(str(stop), "bold yellow")

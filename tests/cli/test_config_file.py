@@ -60,3 +60,11 @@ def test_whole_numbers_and_fractions_where_they_belong_are_read(tmp_path: Path, 
     given = ["--model", "tiny", "--data", tmp_path, "--output", tmp_path / "run"]
     errors = errors_of(capsys, "run", "--config", path, *given)
     assert "run.keep_checkpoints (0) must be at least 1" in errors
+
+
+@pytest.mark.parametrize("line", ['"a\\u001b[31mX" = 1', 'sequence_length = "a\\u001b[31mX"', 'pin = "a\\u001b[31mX"'])
+def test_what_a_settings_file_holds_is_printed_without_what_a_terminal_acts_on(line: str, tmp_path, capsys) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text(f"[compile]\n{line}\n")
+    errors = errors_of(capsys, "compile", "--model", "tiny", "--config", path)
+    assert errors.startswith("error: ") and "\x1b" not in errors and r"a\x1b[31mX" in errors
