@@ -257,7 +257,8 @@ def squares(backend, seed, sizes):
     plain = run(experts, ids, half, grad, backend="torch")
     ours = run(experts, ids, half, grad, backend=backend)
     assert all(o.isfinite().all() for o in ours)
-    rows = [[(o - r).norm(), (p - r).norm(), r.norm()] for o, p, r in zip(ours, plain, reference, strict=True)]
+    found = [[t.detach() for t in results] for results in zip(ours, plain, reference, strict=True)]
+    rows = [[(o - r).norm(), (p - r).norm(), r.norm()] for o, p, r in found]
     return torch.tensor(rows, dtype=torch.float64).T ** 2
 
 
