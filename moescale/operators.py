@@ -104,6 +104,22 @@ class Saved:
     dims: str
     itemsize: int | None = None
     """Bytes per element; None: that of the compute dtype."""
+    for_weight: bool = False
+    """Only the gradient of the operator's weight needs it: with the weight frozen it is not kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptable:
+    """A weight that a low-rank adapter can be added to."""
+
+    module: str
+    """The module that has it, by its path within a layer."""
+    inputs: str
+    """Dims that it sums away."""
+    outputs: str
+    """Dims that it results in."""
+    parts: int = 1
+    """Stacked weights, each with an adapter of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +156,10 @@ class Operator:
     """Backward over forward FLOPs: a product needs one product per operand."""
     backward_bytes_ratio: float = 2.0
     """Backward over forward bytes moved, for operators limited by memory."""
+    adaptable: tuple[Adaptable, ...] = ()
+    """Its weights that an adapter can be added to; others can only be frozen."""
+    is_adapter: bool = False
+    """It is one: trained, in fp32, while other weights are frozen."""
 
     @property
     def parsed(self) -> Annotation:

@@ -12,6 +12,7 @@ from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config, resolve_model
 from moescale.errors import ConfigError
 from moescale.files import write_atomically
+from moescale.lora import parse_lora
 from moescale.plan import save_plan
 from moescale.planner.cluster import Cluster, load_cluster
 from moescale.planner.explain import explain_html
@@ -40,6 +41,8 @@ class CompileSettings:
     """Memory a GPU may use: a number of GiB, or a size such as 64GB; default: what the cluster file says."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype."""
+    lora: str | None = None
+    """Plan to train adapters alone, as `moescale run --lora` does: rank=16,alpha=32,targets=attention+experts."""
     pin: tuple[str, ...] = ()
     """A decision to fix, as name=value (ep=4, moe_recompute=none, ...); repeatable."""
     forbid: tuple[str, ...] = ()
@@ -131,6 +134,7 @@ def _request(settings: CompileSettings) -> PlanRequest:
         sequence_length=settings.sequence_length,
         memory_limit_bytes=_bytes(settings.memory_limit),
         compute_dtype=settings.precision,
+        lora=None if settings.lora is None else parse_lora(settings.lora),
         exact_weights=not settings.allow_stochastic_rounding,
         router_imbalance=settings.router_imbalance,
         allow_unsupported=settings.allow_unsupported,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from moescale.config import ModelConfig
 from moescale.models.family import LayerList
-from moescale.operators import Dims, Operator, Recompute, Saved, register
+from moescale.operators import Adaptable, Dims, Operator, Recompute, Saved, register
 
 OUTSIDE = ("embedding", "final_norm", "linear_cross_entropy")
 """The operators that are in no layer."""
@@ -65,7 +65,8 @@ register(
         group="attention projections",
         annotation="n h, a q h -> n a q",
         kind="dense_gemm",
-        saved=(Saved(name="attention_input", dims="n h"),),
+        saved=(Saved(name="attention_input", dims="n h", for_weight=True),),
+        adaptable=(Adaptable(module="attention.q_proj", inputs="h", outputs="a q"),),
     )
 )
 register(
@@ -74,7 +75,8 @@ register(
         group="attention projections",
         annotation="n a v, h a v -> n h",
         kind="dense_gemm",
-        saved=(Saved(name="mixed", dims="n a v"),),
+        saved=(Saved(name="mixed", dims="n a v", for_weight=True),),
+        adaptable=(Adaptable(module="attention.output", inputs="a v", outputs="h"),),
     )
 )
 register(
@@ -93,7 +95,8 @@ register(
         group="dense layers",
         annotation="n h, 2i h -> n 2i",
         kind="dense_gemm",
-        saved=(Saved(name="feed_forward_input", dims="n h"),),
+        saved=(Saved(name="feed_forward_input", dims="n h", for_weight=True),),
+        adaptable=(Adaptable(module="feed_forward.gate_up", inputs="h", outputs="2i", parts=2),),
     )
 )
 register(
@@ -111,7 +114,8 @@ register(
         group="dense layers",
         annotation="n i, h i -> n h",
         kind="dense_gemm",
-        saved=(Saved(name="dense_activation", dims="n i"),),
+        saved=(Saved(name="dense_activation", dims="n i", for_weight=True),),
+        adaptable=(Adaptable(module="feed_forward.down", inputs="i", outputs="h"),),
     )
 )
 register(
@@ -145,6 +149,10 @@ register(
             Saved(name="pair_row", dims="n k", itemsize=4),
             Saved(name="expert_ends", dims="e", itemsize=4),
         ),
+        adaptable=(
+            Adaptable(module="feed_forward.experts", inputs="h", outputs="2f"),
+            Adaptable(module="feed_forward.experts", inputs="f", outputs="h"),
+        ),
     )
 )
 register(
@@ -163,7 +171,8 @@ register(
         overlaps="ep",
         annotation="n h, 2s h -> n 2s",
         kind="dense_gemm",
-        saved=(Saved(name="feed_forward_input", dims="n h"),),
+        saved=(Saved(name="feed_forward_input", dims="n h", for_weight=True),),
+        adaptable=(Adaptable(module="feed_forward.shared_experts.gate_up", inputs="h", outputs="2s", parts=2),),
     )
 )
 register(
@@ -183,7 +192,8 @@ register(
         overlaps="ep",
         annotation="n s, h s -> n h",
         kind="dense_gemm",
-        saved=(Saved(name="shared_activation", dims="n s"),),
+        saved=(Saved(name="shared_activation", dims="n s", for_weight=True),),
+        adaptable=(Adaptable(module="feed_forward.shared_experts.down", inputs="s", outputs="h"),),
     )
 )
 register(
@@ -223,6 +233,9 @@ register(
         annotation="n h, w h -> n",
         kind="dense_gemm",
         flops=lambda dims: 2.0 * dims["n"] * dims["h"] * dims["w"],
-        saved=(Saved(name="loss_gradient", dims="n h"), Saved(name="output_weight_gradient", dims="w h")),
+        saved=(
+            Saved(name="loss_gradient", dims="n h"),
+            Saved(name="output_weight_gradient", dims="w h", for_weight=True),
+        ),
     )
 )

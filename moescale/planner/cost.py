@@ -113,9 +113,13 @@ class CostModel:
         self._kinds = {kind.name: kind for kind in (*workload.layers, workload.outside)}
         self._layer_parameters = {kind.name: workload.layer_parameters(kind) for kind in workload.layers}
         self._outside_parameters = workload.outside_parameters()
-        self._share = functools.cache(functools.partial(rank_parameters, workload))
-        self._local = functools.cache(functools.partial(local_parameters, workload))
-        self._updated = functools.cache(functools.partial(updated_parameters, workload))
+        self._adapters = {kind.name: workload.adapter_parameters(kind) for kind in workload.layers}
+        self._trained_parameters = {kind.name: workload.trained_parameters(kind) for kind in workload.layers}
+        self._trained_weights = workload.trained
+        self._trained_itemsize = self.itemsize if workload.lora is None else DTYPE_BYTES["fp32"]
+        self._share = functools.cache(functools.partial(rank_parameters, self._trained_weights))
+        self._local = functools.cache(functools.partial(local_parameters, self._trained_weights))
+        self._updated = functools.cache(functools.partial(updated_parameters, self._trained_weights))
         self._micro_batch = functools.cache(self._micro_batch_uncached)
         self._layer_time = functools.cache(self._layer_time_uncached)
         self.without_optimizer = functools.cache(self._without_optimizer_uncached)
@@ -160,20 +164,19 @@ class CostModel:
         """With whole weights: gradients summed in fp32, each rank's share of weights handed to the others, copies."""
         if mesh.dp_shard * mesh.dp_replicate == 1:
             return {}
-        routed = sum(kind.count * self._layer_parameters[kind.name][1] for kind in self.workload.layers)
-        dense = self.workload.parameters() - routed
-        local, shards, memory = routed / mesh.ep, mesh.dp_shard // mesh.ep, self.cluster.memory_bytes_per_second
+        trained, size = self._trained_weights, self._trained_itemsize
+        local, shards, memory = trained.routed / mesh.ep, mesh.dp_shard // mesh.ep, self.cluster.memory_bytes_per_second
         scattered = 0.0
-        for weights, ranks, stride in ((dense, mesh.dp_shard, 1), (local, shards, mesh.ep)):
+        for weights, ranks, stride in ((trained.others, mesh.dp_shard, 1), (local, shards, mesh.ep)):
             scattered += ring_seconds(self.cluster, weights * 4, ranks, stride)
-            scattered += ring_seconds(self.cluster, weights * self.itemsize, ranks, stride)
+            scattered += ring_seconds(self.cluster, weights * size, ranks, stride)
             if ranks > 1:  # into fp32 buckets and out of bf16 ones: zeroed, written, read, written
-                scattered += weights * (4 + self.itemsize + 4 + 3 * self.itemsize) / memory
+                scattered += weights * (4 + size + 4 + 3 * size) / memory
         seconds = {"communication dp_shard": scattered}
         if mesh.dp_replicate > 1:
             share = self._updated(mesh, "zero1")
             reduced = 2 * ring_seconds(self.cluster, share * 4, mesh.dp_replicate, mesh.dp_shard)
-            seconds["communication dp_replicate"] = reduced + share * 2 * (4 + self.itemsize) / memory
+            seconds["communication dp_replicate"] = reduced + share * 2 * (4 + size) / memory
         return seconds
 
     def optimizer_seconds(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> dict[str, float]:
@@ -181,7 +184,7 @@ class CostModel:
         weights = self._updated(mesh, sharding)
         gradient = DTYPE_BYTES[formats.gradient_dtype]
         state = MOMENT_BYTES[formats.optimizer_state_dtype] + self.master_bytes(formats)
-        moved = 2 * self.itemsize + gradient
+        moved = 2 * self._trained_itemsize + gradient
         seconds = (
             (weights + self._local(mesh, sharding)) * gradient / self.cluster.memory_bytes_per_second
         )  # norm, clearing
@@ -193,8 +196,8 @@ class CostModel:
         return {"optimizer": seconds}
 
     def master_bytes(self, formats: Formats) -> float:
-        """Bytes beside each weight; a model in fp32 is its own master."""
-        return 0.0 if self.request.compute_dtype == "fp32" else MASTER_BYTES[formats.master_weight_format]
+        """Bytes beside each weight that is trained; one in fp32 is its own master."""
+        return 0.0 if self._trained_itemsize == 4 else MASTER_BYTES[formats.master_weight_format]
 
     def rank_parameters(self, mesh: MeshShape) -> float:
         """Weights whose state the fullest rank keeps."""
@@ -299,9 +302,19 @@ class CostModel:
         """Bytes of a layer's weights on the ranks that gather them: (without routed experts, routed experts)."""
         if kind is self.workload.outside:
             return self._outside_parameters * self.itemsize / mesh.tp, 0.0
-        dense, routed = self._layer_parameters[kind.name]
-        padded = routed * (expert_padding(self.workload.config, mesh) if sharding == "fsdp" else 1.0)
-        return dense * self.itemsize / mesh.tp, padded * self.itemsize / (mesh.tp * mesh.ep)
+        dense, routed = self._gathered(self._layer_parameters[kind.name], mesh, sharding)
+        more_dense, more_routed = self._gathered(self._adapters[kind.name], mesh, sharding)
+        return dense * self.itemsize + more_dense * 4, routed * self.itemsize + more_routed * 4
+
+    def _gathered(self, weights: tuple[float, float], mesh: MeshShape, sharding: str) -> tuple[float, float]:
+        padding = expert_padding(self.workload.config, mesh) if sharding == "fsdp" else 1.0
+        return weights[0] / mesh.tp, weights[1] * padding / (mesh.tp * mesh.ep)
+
+    def _trained(self, kind: LayerKind, mesh: MeshShape, sharding: str) -> tuple[float, float]:
+        """Weights of a layer with gradients, on the ranks that gather them, as :meth:`_layer_bytes`."""
+        if kind is self.workload.outside:
+            return (self._outside_parameters / mesh.tp, 0.0) if self.workload.lora is None else (0.0, 0.0)
+        return self._gathered(self._trained_parameters[kind.name], mesh, sharding)
 
     def _add_sharding(
         self,
@@ -317,15 +330,15 @@ class CostModel:
         ranks, stride = mesh.dp_shard * mesh.cp, mesh.tp
         if ranks == 1:
             return
-        dense, routed = self._layer_bytes(kind, mesh)
 
-        def collective(scale: float) -> float:
+        def collective(sizes: tuple[float, float], scale: float) -> float:
             replicas_of_experts = ranks // mesh.ep
-            return ring_seconds(self.cluster, dense * scale, ranks, stride) + ring_seconds(
-                self.cluster, routed * scale, replicas_of_experts, stride * mesh.ep
+            return ring_seconds(self.cluster, sizes[0] * scale, ranks, stride) + ring_seconds(
+                self.cluster, sizes[1] * scale, replicas_of_experts, stride * mesh.ep
             )
 
-        gather, reduce = collective(1.0), collective(DTYPE_BYTES[gradient] / self.itemsize)
+        gather = collective(self._layer_bytes(kind, mesh), 1.0)
+        reduce = collective(self._trained(kind, mesh, "fsdp"), DTYPE_BYTES[gradient])
         ledger.communicate("dp_shard", forward, gather, forward.free)
         behind = gather + reduce if plan.reshard_after_forward else reduce
         ledger.communicate("dp_shard", backward, behind, backward.free)
@@ -347,11 +360,11 @@ class CostModel:
         nothing. Of FSDP2's copies, those that its collectives start from and end in are the compute stream's work
         (``foreach_all_gather_copy_out``, ``foreach_reduce`` in torch.distributed.fsdp).
         """
-        size, gradient_size = self.itemsize, DTYPE_BYTES[gradient]
-        dense, routed = (part / size for part in self._layer_bytes(kind, mesh, sharding))
+        size, gradient_size = self._trained_itemsize, DTYPE_BYTES[gradient]
+        dense, routed = self._trained(kind, mesh, sharding)
         ranks = mesh.dp_shard * mesh.cp
         # What the measured rates contain of it. In fp32 autograd makes every gradient and then reads it again.
-        in_bf16 = self.request.compute_dtype == "bf16"
+        in_bf16 = size == 2
         added_to_own_experts = routed * (2 * gradient_size - (2 * size if in_bf16 else -size))
         if sharding == "zero1" or ranks * mesh.dp_replicate == 1:
             inside_dense = size if in_bf16 and kind is not self.workload.outside else -size
@@ -363,7 +376,9 @@ class CostModel:
             added = dense / ranks * 3 * gradient_size
             added += added_to_own_experts if own_experts else routed / expert_shards * 3 * gradient_size
             passes = 2 if plan.reshard_after_forward else 1
-            copied = (dense + (0.0 if own_experts else routed)) * (passes * 2 * size + size + gradient_size)
+            copied = (dense + (0.0 if own_experts else routed)) * (size + gradient_size)
+            held, held_routed = self._layer_bytes(kind, mesh, sharding)
+            copied += passes * 2 * (held + (0.0 if own_experts else held_routed))
         ledger.exposed["gradient accumulation"] += count * added / self.cluster.memory_bytes_per_second
         if copied:
             ledger.exposed["sharding copies"] += count * copied / self.cluster.memory_bytes_per_second

@@ -10,6 +10,9 @@ all of which FSDP2 keeps the weights outside the layers gathered:
   gradients of the rows that came back, those that travel, and those that arrive; **gradient of the last experts**: of
   rows two of the three, and the experts' weight gradients unless these go straight into their buffers, and the
   pre-activation where it is computed again;
+- **gradient of the last activation** in a dense MLP: where no weight has a gradient, of the last layer, or of the last
+  one of a kind whose blocks are recomputed;
+- **weights of the last layer**: when they have arrived again and are copied out of the buffer that they arrived in;
 - **backward of the last layers**: the second to last of them, with the activations of all but the last; gathered are
   its weights and those of the layer before, and there are its own gradients and what the last layer's are being
   reduced from. Earlier layers find less, for every layer gives back what it kept.
@@ -73,11 +76,14 @@ class MemoryModel:
         self.request = request
         self.itemsize = DTYPE_BYTES[request.compute_dtype]
         self._layer_parameters = {kind.name: workload.layer_parameters(kind) for kind in workload.layers}
+        self._adapters = {kind.name: workload.adapter_parameters(kind) for kind in workload.layers}
+        self._trained_parameters = {kind.name: workload.trained_parameters(kind) for kind in workload.layers}
         self._outside_parameters = workload.outside_parameters()
         self.transient = functools.cache(self._transient_uncached)
-        self._share = functools.cache(functools.partial(rank_parameters, workload))
-        self._local = functools.cache(functools.partial(local_parameters, workload))
-        self._updated = functools.cache(functools.partial(updated_parameters, workload))
+        self._share = functools.cache(functools.partial(rank_parameters, workload.trained))
+        self._own = functools.cache(functools.partial(local_parameters, workload.weights))
+        self._trained = functools.cache(functools.partial(local_parameters, workload.trained))
+        self._updated = functools.cache(functools.partial(updated_parameters, workload.trained))
         self.outside_allocator = functools.cache(self._outside_allocator_uncached)
 
     def peak(self, candidate: Candidate) -> PeakMemory:
@@ -95,11 +101,13 @@ class MemoryModel:
         return PeakMemory(breakdown=persistent | outside | transient, moment=moment)
 
     def persistent(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> dict[str, float]:
-        """Weights, gradients and optimizer state of one rank."""
-        local, updated = self._local(mesh, sharding), self._updated(mesh, sharding)
+        """Weights, adapters, gradients and optimizer state of one rank."""
+        trained, updated = self._trained(mesh, sharding), self._updated(mesh, sharding)
+        adapters = {} if self.workload.lora is None else {"adapters": trained * DTYPE_BYTES["fp32"]}
         return {
-            "weights": local * self.itemsize,
-            "gradients": local * DTYPE_BYTES[formats.gradient_dtype],
+            "weights": self._own(mesh, sharding) * self.itemsize,
+            **adapters,
+            "gradients": trained * DTYPE_BYTES[formats.gradient_dtype],
             "optimizer": 0.0 if formats.offload_optimizer else updated * self._state_bytes(formats),
         }
 
@@ -111,7 +119,7 @@ class MemoryModel:
         if reads_peers(mesh, sharding, self.cluster):
             found["symmetric memory"] = float(self._exchange(mesh, sequences).symmetric_bytes())
         if sharding == "zero1" and mesh.dp_shard * mesh.dp_replicate > 1:
-            elements = min(BUCKET_ELEMENTS, self._local(mesh, sharding))
+            elements = min(BUCKET_ELEMENTS, self._trained(mesh, sharding))
             found["buckets of the update"] = 4 * elements * (1 + 1 / mesh.dp_shard)
         return found
 
@@ -137,8 +145,9 @@ class MemoryModel:
         return largest * self._state_bytes(formats)
 
     def _state_bytes(self, formats: Formats) -> float:
-        """Bytes of optimizer state of one weight; a weight in fp32 is its own master."""
-        master = 0.0 if self.request.compute_dtype == "fp32" else MASTER_BYTES[formats.master_weight_format]
+        """Bytes of optimizer state of one weight; a weight in fp32, as adapters are, is its own master."""
+        in_fp32 = self.request.compute_dtype == "fp32" or self.workload.lora is not None
+        master = 0.0 if in_fp32 else MASTER_BYTES[formats.master_weight_format]
         return MOMENT_BYTES[formats.optimizer_state_dtype] + master
 
     def total_bytes(
@@ -180,12 +189,18 @@ class MemoryModel:
             f"activations {kind.name}": kind.count * self._kept_bytes(kind, plans[kind.name], dims, mesh)
             for kind in self.workload.layers
         }
+        first = self.workload.layers[0]
+        if self.workload.lora is not None and recompute_name(plans[first.name]) != "block":
+            # Nothing before the first layer is trained, so its norm has no backward.
+            kept[f"activations {first.name}"] -= dims["n"] * dims["h"] * self.itemsize
         gathered = self._gathered_bytes(plans, mesh)
         moments = {
             "loss": kept | self._at_loss(dims, mesh) | {"communication": gathered},
             "gradient of the loss": kept | self._at_loss_gradient(plans, dims, mesh, gathered),
             "backward of the last layers": self._at_backward(kept, plans, dims, mesh, gradient, gathered),
         }
+        if self.workload.lora is not None:  # else the gradients of weights make other moments larger
+            moments |= self._in_feed_forwards(kept, plans, dims, mesh, gathered)
         if mesh.ep > 1:
             moments |= {
                 name: kept | parts for name, parts in self._in_divided_experts(plans, dims, mesh, gathered).items()
@@ -257,6 +272,45 @@ class MemoryModel:
             "communication": gathered + ahead,
         }
 
+    def _in_feed_forwards(
+        self,
+        kept: dict[str, float],
+        plans: dict[str, LayerPlan],
+        dims: dict[str, int],
+        mesh: MeshShape,
+        gathered: float,
+    ) -> dict[str, dict[str, float]]:
+        """The gradient of the activation in the dense MLP of a kind's last layer, whose result was its first gradient.
+
+        Also the moment before the last layer, when its weights are copied out of what was gathered of them.
+        """
+        moments = {}
+        last = self._last_kind()
+        there = dict(kept)
+        for kind in reversed(self.workload.layers):
+            if kind is not last and recompute_name(plans[kind.name]) != "block":
+                continue  # later layers have given back more than this one makes
+            width = (dims["s"] if kind.is_routed else dims["i"]) / mesh.tp
+            gradients = dims["n"] * (dims["h"] + 3 * width) * self.itemsize
+            name = "shared_activation" if kind.is_routed else "dense_activation"
+            if any(tensor.name == name for op in kind.operators for tensor in op.saved):
+                gradients -= dims["n"] * width * self.itemsize  # given back by then
+            if recompute_name(plans[kind.name]) == "block":
+                again = self._full_layer_bytes(kind, dims, mesh) - dims["n"] * dims["h"] * self.itemsize
+                gradients += again  # without its input, which the block keeps
+            ahead = self._layer_gathered_bytes(kind, mesh) if plans[kind.name].reshard_after_forward else 0.0
+            moments[f"gradient of the last {kind.name} activation"] = there | {
+                "temporary buffers": gradients,
+                "communication": gathered + ahead,
+            }
+            if kind is last and ahead:
+                moments["weights of the last layer"] = there | {
+                    "temporary buffers": dims["n"] * dims["h"] * self.itemsize,
+                    "communication": gathered + 2 * ahead,
+                }
+            there = {key: size for key, size in there.items() if key != f"activations {kind.name}"}
+        return moments
+
     def _in_divided_experts(
         self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape, gathered: float
     ) -> dict[str, dict[str, float]]:
@@ -271,8 +325,9 @@ class MemoryModel:
         in_experts: float = 2 * rows
         own_experts = mesh.dp_shard * mesh.cp // mesh.ep * mesh.dp_replicate == 1
         if not (own_experts and self.request.compute_dtype == "bf16"):  # else they are added to inside the product
-            _, routed = self._layer_parameters[last.name]
-            in_experts += routed * self.itemsize / (mesh.tp * mesh.ep)
+            _, routed = self._trained_parameters[last.name]
+            size = self.itemsize if self.workload.lora is None else DTYPE_BYTES["fp32"]
+            in_experts += routed * size / (mesh.tp * mesh.ep)
         if "experts" in recompute_name(plan).split("+"):
             in_experts += dims["n"] * dims["k"] * 2 * dims["f"] * self.itemsize / mesh.tp
         return {
@@ -305,7 +360,8 @@ class MemoryModel:
         layer = self._layer_gathered_bytes(kind, mesh)
         communication = gathered + (2 * layer if plan.reshard_after_forward else 0.0)
         if layer:
-            communication += layer + layer * DTYPE_BYTES[gradient] / self.itemsize + self._output_gradient_bytes(mesh)
+            reduced = self._gathered_layer(self._trained_parameters[kind.name], mesh) * DTYPE_BYTES[gradient]
+            communication += self._layer_gradient_bytes(kind, mesh) + reduced + self._output_gradient_bytes(mesh)
         return activations | {
             "temporary buffers": again + in_flight,
             "inside operators": self._operator_buffers(plans, dims, mesh),
@@ -326,6 +382,8 @@ class MemoryModel:
         return saved_bytes(self.workload.outside, dims, self.itemsize) / mesh.tp
 
     def _output_gradient_bytes(self, mesh: MeshShape) -> float:
+        if self.workload.lora is not None:
+            return 0.0
         config = self.workload.config
         return config.vocab_size * config.hidden_size * self.itemsize / mesh.tp
 
@@ -373,13 +431,23 @@ class MemoryModel:
 
         FSDP2 keeps a gathered copy also of weights that are only replicated, not sharded.
         """
+        own = self._gathered_layer(self._layer_parameters[kind.name], mesh) * self.itemsize
+        return own + self._gathered_layer(self._adapters[kind.name], mesh) * DTYPE_BYTES["fp32"]
+
+    def _layer_gradient_bytes(self, kind: LayerKind, mesh: MeshShape) -> float:
+        """A layer's gradients as the backward makes them, before they are reduced."""
+        size = self.itemsize if self.workload.lora is None else DTYPE_BYTES["fp32"]
+        return self._gathered_layer(self._trained_parameters[kind.name], mesh) * size
+
+    def _gathered_layer(self, weights: tuple[int, int], mesh: MeshShape) -> float:
+        """Of a layer's weights (without routed experts, routed experts) those that a rank gathers."""
         ranks = mesh.dp_shard * mesh.cp
         if ranks * mesh.dp_replicate == 1:
             return 0.0
-        dense, routed = self._layer_parameters[kind.name]
+        dense, routed = weights
         shared = ranks * mesh.dp_replicate > mesh.ep
         gathered = routed * expert_padding(self.workload.config, mesh) / mesh.ep if shared else 0.0
-        return (dense + gathered) * self.itemsize / mesh.tp
+        return (dense + gathered) / mesh.tp
 
     def _gathered_bytes(self, plans: dict[str, LayerPlan], mesh: MeshShape) -> float:
         """Weights that stay gathered from their forward to their backward: those outside layers, and as planned."""

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
 from moescale.formats import ComputeFormat, GradientFormat, MasterFormat, MomentFormat
+from moescale.lora import LoraSettings
 from moescale.plan import DenseSharding, LayerPlan, MeshShape
 
 DECISIONS = (
@@ -36,6 +37,15 @@ VALUES: Mapping[str, tuple[str, ...]] = {
 """What a decision can be, as it is written in ``--pin name=value``; all others are whole numbers."""
 
 
+ADAPTER_FORMATS = {
+    "optimizer_state_dtype": "fp32",
+    "master_weight_format": "fp32",
+    "gradient_dtype": "fp32",
+    "offload_optimizer": "false",
+}
+"""Of adapters, which are too small to save memory on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
     """What to plan for."""
@@ -48,6 +58,8 @@ class PlanRequest:
     memory_limit_bytes: int | None = None
     """Per GPU, below what the cluster file says."""
     compute_dtype: ComputeFormat = "bf16"
+    lora: LoraSettings | None = None
+    """Adapters to train with all other weights frozen; in fp32, gradients and optimizer state too."""
     exact_weights: bool = True
     """Only master-weight formats that are exactly fp32; False: also bf16 weights with stochastic rounding."""
     router_imbalance: float = 1.1
@@ -115,6 +127,11 @@ class PlanRequest:
             raise ConfigError(
                 f"--pin {name}={value}: this version's runtime has no {name}, so {name} must be 1; plan it all the "
                 "same with --allow-unsupported"
+            )
+        if self.lora is not None and name in ADAPTER_FORMATS and value != ADAPTER_FORMATS[name]:
+            raise ConfigError(
+                f"--pin {name}={value}: {name} must be {ADAPTER_FORMATS[name]} with --lora, which keeps adapters in "
+                "fp32; drop the pin"
             )
         if name == "master_weight_format" and self.compute_dtype == "fp32" and value != "fp32":
             raise ConfigError(f"--pin {name}={value}: {name} must be fp32 where compile.precision is fp32")
@@ -194,7 +211,10 @@ def format_choices(request: PlanRequest) -> list[Formats]:
     """Every combination of formats the request allows; exact ones first."""
     masters: tuple[MasterFormat, ...] = get_args(MasterFormat)
     gradients: tuple[GradientFormat, ...] = get_args(GradientFormat)
-    if request.compute_dtype == "fp32":
+    moment_formats: tuple[MomentFormat, ...] = get_args(MomentFormat)
+    if request.lora is not None:
+        masters, gradients, moment_formats = ("fp32",), ("fp32",), ("fp32",)
+    elif request.compute_dtype == "fp32":
         masters, gradients = ("fp32",), ("fp32",)
     elif request.exact_weights and "master_weight_format" not in request.pins:
         masters = ("fp32", "bf16_remainder")
@@ -205,10 +225,10 @@ def format_choices(request: PlanRequest) -> list[Formats]:
             gradient_dtype=gradient,
             offload_optimizer=offload,
         )
-        for offload in (False, True)
+        for offload in ((False, True) if request.lora is None else (False,))
         for gradient in gradients
         for master in masters
-        for moments in get_args(MomentFormat)
+        for moments in moment_formats
         if request.allows("optimizer_state_dtype", moments)
         and request.allows("master_weight_format", master)
         and request.allows("gradient_dtype", gradient)

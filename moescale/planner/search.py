@@ -34,7 +34,7 @@ from moescale.planner.request import (
     format_choices,
     layer_plan,
 )
-from moescale.planner.workload import Workload, build_workload
+from moescale.planner.workload import Workload, build_workload, with_adapters
 
 MARGIN_BYTES = 2 * 2**30
 """What a plan for several GPUs leaves free: that close to the limit torch's allocator frees and asks again, with steps
@@ -101,6 +101,7 @@ class PlanResult:
             compute_dtype=request.compute_dtype,
             **vars(candidate.formats),
             dense_sharding=candidate.dense_sharding,
+            lora=request.lora,
             prediction=Prediction(
                 step_seconds=best.time.total,
                 tokens_per_second=request.tokens_per_step / best.time.total,
@@ -144,6 +145,8 @@ class Search:
         self.cluster = cluster
         self.request = request
         self.workload = workload or build_workload(config)
+        if request.lora is not None:
+            self.workload = with_adapters(self.workload, request.lora)
         # A plan names what is run again by operator, so a layer without that operator has nothing to gain from it.
         self._moe_operators = frozenset(
             op.name for kind in self.workload.layers if kind.name == "moe" for op in kind.operators

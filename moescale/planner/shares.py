@@ -4,35 +4,30 @@ from __future__ import annotations
 
 from moescale.config import ModelConfig
 from moescale.plan import MeshShape, expert_shard_dim
-from moescale.planner.workload import Workload
+from moescale.planner.workload import Weights
 
 
-def rank_parameters(workload: Workload, mesh: MeshShape) -> float:
+def rank_parameters(weights: Weights, mesh: MeshShape) -> float:
     """Weights whose gradient and optimizer state the fullest rank keeps."""
-    routed = sum(kind.count * workload.layer_parameters(kind)[1] for kind in workload.layers)
-    others = workload.parameters() - routed
     equal = mesh.pp * mesh.tp * mesh.dp_shard * mesh.cp
-    return (others + routed * expert_padding(workload.config, mesh)) / equal
+    return (weights.others + weights.routed * expert_padding(weights.config, mesh)) / equal
 
 
-def local_parameters(workload: Workload, mesh: MeshShape, sharding: str) -> float:
+def local_parameters(weights: Weights, mesh: MeshShape, sharding: str) -> float:
     """Weights in the fullest rank's memory: with zero1 all dense ones, and all of its experts."""
     if sharding == "fsdp":
-        return rank_parameters(workload, mesh)
-    routed = sum(kind.count * workload.layer_parameters(kind)[1] for kind in workload.layers)
-    return workload.parameters() - routed + routed / mesh.ep
+        return rank_parameters(weights, mesh)
+    return weights.others + weights.routed / mesh.ep
 
 
-def updated_parameters(workload: Workload, mesh: MeshShape, sharding: str) -> float:
+def updated_parameters(weights: Weights, mesh: MeshShape, sharding: str) -> float:
     """Weights whose optimizer state the fullest rank keeps; with zero1 experts are split by whole experts."""
     if sharding == "fsdp":
-        return rank_parameters(workload, mesh)
-    routed = sum(kind.count * workload.layer_parameters(kind)[1] for kind in workload.layers)
-    dense = workload.parameters() - routed
-    if not routed:
-        return dense / mesh.dp_shard
-    local, shards = (workload.config.num_experts or 0) // mesh.ep, mesh.dp_shard // mesh.ep
-    return dense / mesh.dp_shard + routed / mesh.ep * -(-local // shards) / local
+        return rank_parameters(weights, mesh)
+    if not weights.routed:
+        return weights.others / mesh.dp_shard
+    local, shards = (weights.config.num_experts or 0) // mesh.ep, mesh.dp_shard // mesh.ep
+    return weights.others / mesh.dp_shard + weights.routed / mesh.ep * -(-local // shards) / local
 
 
 def expert_padding(config: ModelConfig, mesh: MeshShape) -> float:

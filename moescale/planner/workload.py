@@ -6,14 +6,17 @@ layers) and two counts. Sizes are those of one rank's micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
+from moescale.lora import LoraSettings
 from moescale.models.registry import family_of
 from moescale.operators import (
+    Adaptable,
     Operator,
+    Saved,
     Tensor,
     check_dims,
     is_routed,
@@ -22,6 +25,8 @@ from moescale.operators import (
     weight_elements,
 )
 
+RANK_DIM = "z"
+"""The rank of adapters."""
 OUTSIDE = "outside"
 """The kind of what is in no layer: embedding, final norm and loss."""
 
@@ -47,6 +52,16 @@ class LayerKind:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Weights:
+    """How many weights of a kind there are in a whole model."""
+
+    config: ModelConfig
+    others: int
+    routed: int
+    """Those of routed experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """A model's operators and the sizes of their dims."""
 
@@ -55,17 +70,50 @@ class Workload:
     """The kinds that occur, in the family's order."""
     outside: LayerKind
     """Embedding, final norm and loss."""
+    lora: LoraSettings | None = None
+    """The adapters among the operators; None: all weights are trained."""
 
     def dims(self, tokens: int, sequence_length: int) -> dict[str, int]:
         """Dim sizes for a micro-batch of ``tokens`` in sequences of ``sequence_length``."""
-        return family_of(self.config).dims_of(self.config, tokens, sequence_length)
+        dims = family_of(self.config).dims_of(self.config, tokens, sequence_length)
+        return dims if self.lora is None else dims | {RANK_DIM: self.lora.rank}
 
     def layer_parameters(self, kind: LayerKind) -> tuple[int, int]:
-        """Parameters of one layer: (without routed experts, routed experts)."""
+        """The model's own parameters of one layer: (without routed experts, routed experts)."""
+        others, routed = self._elements(op for op in kind.operators if not op.is_adapter)
+        return others + family_of(self.config).biases(self.config), routed
+
+    def adapter_parameters(self, kind: LayerKind) -> tuple[int, int]:
+        """The same of the adapters."""
+        return self._elements(op for op in kind.operators if op.is_adapter)
+
+    def trained_parameters(self, kind: LayerKind) -> tuple[int, int]:
+        """The same of what is trained."""
+        return self.layer_parameters(kind) if self.lora is None else self.adapter_parameters(kind)
+
+    def _elements(self, operators: Iterable[Operator]) -> tuple[int, int]:
         dims = self.dims(1, 1)
-        routed = sum(routed_weight_elements(op, dims) for op in kind.operators)
-        everything = sum(weight_elements(op, dims) for op in kind.operators)
-        return everything - routed + family_of(self.config).biases(self.config), routed
+        counts = [(weight_elements(op, dims), routed_weight_elements(op, dims)) for op in operators]
+        routed = sum(part for _, part in counts)
+        return sum(everything for everything, _ in counts) - routed, routed
+
+    @property
+    def weights(self) -> Weights:
+        """The model's own."""
+        routed = sum(kind.count * self.layer_parameters(kind)[1] for kind in self.layers)
+        return Weights(config=self.config, others=self.parameters() - routed, routed=routed)
+
+    @property
+    def adapters(self) -> Weights:
+        """Those of adapters."""
+        counts = [(kind.count, *self.adapter_parameters(kind)) for kind in self.layers]
+        others, routed = (sum(item[0] * item[part] for item in counts) for part in (1, 2))
+        return Weights(config=self.config, others=others, routed=routed)
+
+    @property
+    def trained(self) -> Weights:
+        """Those with gradients and optimizer state."""
+        return self.weights if self.lora is None else self.adapters
 
     def outside_parameters(self) -> int:
         """Parameters outside the layers: embedding, norm, output; one embedding where the two are tied."""
@@ -74,13 +122,16 @@ class Workload:
         return total - (dims["w"] * dims["h"] if self.config.tie_embeddings else 0)
 
     def parameters(self) -> int:
-        """All parameters of the model."""
+        """All parameters of the model, without adapters."""
         layers = sum(kind.count * sum(self.layer_parameters(kind)) for kind in self.layers)
         return layers + self.outside_parameters()
 
 
 def build_workload(
-    config: ModelConfig, extra: Mapping[str, tuple[str, ...]] | None = None, without: tuple[str, ...] = ()
+    config: ModelConfig,
+    extra: Mapping[str, tuple[str, ...]] | None = None,
+    without: tuple[str, ...] = (),
+    lora: LoraSettings | None = None,
 ) -> Workload:
     """List the operators of ``config``'s model.
 
@@ -88,8 +139,9 @@ def build_workload(
         extra: names of registered operators to append to a layer kind (one of the family's, or ``outside``): a model
             with an operator of the user's own.
         without: names of operators to leave out, those that such an operator replaces.
+        lora: adapters to train, with all other weights frozen.
 
-    Raises ConfigError for a layer kind, an operator or a dim of one that is not known.
+    Raises ConfigError for a layer kind, an operator, a dim of one or a target of adapters that is not known.
     """
     family = family_of(config)
     names = {layers.name: layers.operators for layers in family.layers(config)} | {OUTSIDE: family.outside(config)}
@@ -109,7 +161,68 @@ def build_workload(
     for kind in kinds.values():
         for op in kind.operators:
             check_dims(op, dims)
-    return workload
+    return workload if lora is None else with_adapters(workload, lora)
+
+
+def with_adapters(workload: Workload, lora: LoraSettings) -> Workload:
+    """Freeze the weights of ``workload`` and add adapters to it. Raises ConfigError for a target it does not have."""
+    if workload.lora is not None:
+        assert workload.lora == lora, "adapters are added once"
+        return workload
+    lora.check_targets(spot.module for kind in workload.layers for op in kind.operators for spot in op.adaptable)
+
+    def adapted(kind: LayerKind) -> LayerKind:
+        operators = []
+        for op in kind.operators:
+            spots = [spot for spot in op.adaptable if lora.has_target(spot.module)]
+            operators += [_frozen(op, keeps_inputs=bool(spots)), *(_adapter(op, spot) for spot in spots)]
+        return replace(kind, operators=tuple(operators))
+
+    return replace(
+        workload,
+        layers=tuple(adapted(kind) for kind in workload.layers),
+        outside=adapted(workload.outside),
+        lora=lora,
+    )
+
+
+def _frozen(op: Operator, *, keeps_inputs: bool) -> Operator:
+    """``op`` without the gradients of its weights. An adapter needs the inputs that they needed."""
+    if not op.parsed.weights:
+        return op
+    saved = tuple(tensor for tensor in op.saved if keeps_inputs or not tensor.for_weight)
+    # A look-up has no other gradient. Of a norm's, that of its gain is no work to speak of.
+    bytes_ratio = 0.0 if op.is_lookup else op.backward_bytes_ratio
+    return replace(op, saved=saved, backward_flops_ratio=op.backward_flops_ratio - 1, backward_bytes_ratio=bytes_ratio)
+
+
+def _adapter(op: Operator, spot: Adaptable) -> Operator:
+    """What is added to one weight of ``op``, limited by memory: a rank is few columns for a GEMM.
+
+    A linear layer's input is read, and its result read and written once more. Backward the result's gradient is read
+    twice, the input once, and the input's gradient read and written. Of routed experts the addition is made where the
+    result is, and backward the rows of both sides are read: about four times what the forward reads, as wide as they
+    are in fine-grained experts.
+    """
+    rank = f"{spot.parts if spot.parts > 1 else ''}{RANK_DIM}"
+    if is_routed(op):
+        annotation = f"r {spot.inputs}, e {rank} {spot.inputs}, e {spot.outputs} {rank} -> r {rank}"
+        rows, ratio = "r", 4.0
+    else:
+        product = f"{rank} {spot.inputs}, {spot.outputs} {RANK_DIM}"
+        annotation = f"n {spot.inputs}, {product}, n {spot.outputs} -> n {spot.outputs}"
+        rows, ratio = "n", 1.5
+    name = f"adapter {spot.module} {spot.inputs} to {spot.outputs}"
+    return Operator(
+        name=name,
+        annotation=annotation,
+        kind="elementwise",
+        group="adapters",
+        overlaps=op.overlaps,
+        saved=(Saved(name=f"{name} on rank", dims=f"{rows} {rank}"),),
+        backward_bytes_ratio=ratio,
+        is_adapter=True,
+    )
 
 
 def _check_names(

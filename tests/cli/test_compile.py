@@ -121,3 +121,30 @@ def test_compile_imports_no_torch_and_stays_under_300_mb() -> None:
     imported, megabytes = done.stdout.split()[-2:]
     assert imported == "False"
     assert int(megabytes) < 300
+
+
+def test_adapters_are_planned_and_the_plan_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A 16B model's adapters fit on one 80 GB GPU, on which the whole model does not."""
+    size = ("--sequence-length", "4096", "--tokens-per-step", "65536", "--plan-gpus", "1")
+    arguments = ["compile", "--model", "deepseek-coder-v2-lite", "--cluster", "h100-sxm", *size]
+    lora = ("--lora", "rank=16,targets=attention+shared+experts")
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, *lora, "--memory-limit", "48GB", "--output", str(tmp_path / "plan.json")])
+    assert not caught.value.code
+    assert "adapters" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["lora"] == {
+        "rank": 16,
+        "alpha": 32,
+        "targets": ["attention", "shared", "experts"],
+        "dropout": 0,
+        "rank_stabilised": False,
+    }
+    assert plan["prediction"]["peak_bytes"] < 48e9
+    with pytest.raises(SystemExit):
+        main([*arguments, *lora, "--fit", "--json"])
+    assert json.loads(capsys.readouterr().out)["smallest_gpus"] == 1
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, *lora, "--pin", "optimizer_state_dtype=int8"])
+    assert caught.value.code == 2
+    assert "must be fp32 with --lora" in " ".join(capsys.readouterr().err.split())

@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config
+from moescale.lora import LoraSettings, parse_lora
 from moescale.models.blocks.rope import rope_tables
+from moescale.models.lora import add_adapters
 from moescale.models.transformer import Transformer, build_on_meta
 from moescale.planner.workload import build_workload, saved_bytes
 from tiny import tiny_config, tiny_v3_config
@@ -43,14 +45,17 @@ CONFIGS = {
 }
 
 
-def fake_model(config: ModelConfig) -> Transformer:
+def fake_model(config: ModelConfig, lora: LoraSettings | None = None) -> Transformer:
     """The model with parameters on a fake CPU; call it inside a FakeTensorMode."""
     model = build_on_meta(config, torch.bfloat16)
+    if lora is not None:
+        add_adapters(model, lora)
     with FakeTensorMode():
         for module in model.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
-                    module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -88,6 +93,23 @@ def test_a_layer_keeps_exactly_what_its_annotations_say(name: str, layer: int, g
     workload = build_workload(config)
     dims = workload.dims(SEQUENCES * LENGTH, LENGTH)
     assert saved_bytes(workload.layers[layer], dims, 2) == measured
+
+
+@pytest.mark.parametrize("targets", ["all", "attention", "experts", "dense+shared", "kv_up+output"])
+@pytest.mark.parametrize("name", ["low_rank_query", "published_sizes"])
+@pytest.mark.parametrize("layer", [0, 1], ids=["dense", "moe"])
+def test_a_frozen_layer_keeps_exactly_what_its_adapters_need(
+    name: str, layer: int, targets: str, gpu_operators: None
+) -> None:
+    config, lora = CONFIGS[name], parse_lora(f"rank=8,targets={targets}")
+    model = fake_model(config, lora)
+    mode = next(model.parameters()).fake_mode
+    with mode:
+        x = torch.empty(SEQUENCES, LENGTH, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        cos, sin = rope_tables(config, LENGTH, torch.device("cpu"))
+        measured = bytes_kept(lambda: model.layers[layer](x, cos, sin), [cos, sin, *model.parameters()])
+    workload = build_workload(config, lora=lora)
+    assert saved_bytes(workload.layers[layer], workload.dims(SEQUENCES * LENGTH, LENGTH), 2) == measured
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -346,10 +346,13 @@ def _setup(ctx, inputs, output) -> None:
     x, _, topk_weights, gate_up, down, *rest = inputs
     ctx.buffers, ctx.scale, ctx.backend = rest[4:8], rest[8], rest[9]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, topk_weights, gate_up, down, *rest[:4], *output[1:])
 
 
 def _autograd(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 16
     grad_x, grad_weights, *grads = _adapted_backward(grad, *ctx.saved_tensors, *ctx.buffers, ctx.scale, ctx.backend)
     return grad_x, None, grad_weights, None, None, *_returned(grads, ctx.buffers), *(None,) * 7
 
@@ -447,10 +450,13 @@ def _mlp_setup(ctx, inputs, output) -> None:
     tensors, buffers = inputs[:8], inputs[8:12]
     ctx.buffers, ctx.scale, ctx.backend = buffers, inputs[12], inputs[13]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _mlp_autograd(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 15
     grad_rows, *grads = _adapted_mlp_backward(grad, *ctx.saved_tensors, *ctx.buffers, ctx.scale, ctx.backend)
     return grad_rows, None, None, None, *_returned(grads, ctx.buffers), *(None,) * 7
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from moescale.models.family import LayerList
 from moescale.models.latent.config import LatentAttentionConfig
 from moescale.models.layer_operators import OUTSIDE, causal_attention_flops, decoder_dims, decoder_layers
-from moescale.operators import Operator, Saved, register
+from moescale.operators import Adaptable, Operator, Saved, register
 
 
 def layers(config: LatentAttentionConfig) -> tuple[LayerList, ...]:
@@ -50,7 +50,8 @@ register(
         group="attention projections",
         annotation="n h, l h -> n l",
         kind="dense_gemm",
-        saved=(Saved(name="attention_input", dims="n h"),),
+        saved=(Saved(name="attention_input", dims="n h", for_weight=True),),
+        adaptable=(Adaptable(module="attention.q_down", inputs="h", outputs="l"),),
     )
 )
 register(
@@ -69,7 +70,8 @@ register(
         group="attention projections",
         annotation="n l, a q l -> n a q",
         kind="dense_gemm",
-        saved=(Saved(name="q_latent_normed", dims="n l"),),
+        saved=(Saved(name="q_latent_normed", dims="n l", for_weight=True),),
+        adaptable=(Adaptable(module="attention.q_up", inputs="l", outputs="a q"),),
     )
 )
 register(
@@ -78,7 +80,8 @@ register(
         group="attention projections",
         annotation="n h, d h -> n d",
         kind="dense_gemm",
-        saved=(Saved(name="attention_input", dims="n h"),),
+        saved=(Saved(name="attention_input", dims="n h", for_weight=True),),
+        adaptable=(Adaptable(module="attention.kv_down", inputs="h", outputs="d"),),
     )
 )
 register(
@@ -97,7 +100,8 @@ register(
         group="attention projections",
         annotation="n c, a u c -> n a u",
         kind="dense_gemm",
-        saved=(Saved(name="kv_latent_normed", dims="n c"),),
+        saved=(Saved(name="kv_latent_normed", dims="n c", for_weight=True),),
+        adaptable=(Adaptable(module="attention.kv_up", inputs="c", outputs="a u"),),
     )
 )
 register(

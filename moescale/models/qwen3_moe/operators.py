@@ -8,7 +8,7 @@ from __future__ import annotations
 from moescale.models.family import LayerList
 from moescale.models.layer_operators import OUTSIDE, causal_attention_flops, decoder_dims, decoder_layers
 from moescale.models.qwen3_moe.config import Qwen3MoeConfig
-from moescale.operators import Operator, Saved, register
+from moescale.operators import Adaptable, Operator, Saved, register
 
 _ATTENTION = ("q_proj", "gqa_key_value", "gqa_q_norm", "gqa_k_norm", "gqa_rope", "gqa_attention")
 
@@ -39,7 +39,11 @@ register(
         group="attention projections",
         annotation="n h, 2g q h -> n 2g q",
         kind="dense_gemm",
-        saved=(Saved(name="attention_input", dims="n h"),),
+        saved=(Saved(name="attention_input", dims="n h", for_weight=True),),
+        adaptable=(
+            Adaptable(module="attention.k_proj", inputs="h", outputs="g q"),
+            Adaptable(module="attention.v_proj", inputs="h", outputs="g q"),
+        ),
     )
 )
 register(
