@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from moescale.convert.key_table import build_key_table
 from moescale.models.transformer import build_on_meta
 from moescale.runtime.checkpoint import WEIGHTS_PREFIX, CheckpointStore, CheckpointWeights
 from moescale.runtime.checkpoint_writer import CheckpointWriter
+from moescale.tools.measurement import describe_measurement, write_result
 
 SHARD_BYTES = 400_000_000
 CHANGES = {
@@ -125,7 +125,7 @@ def main() -> None:
         work = Path(name)
         model_bytes = write_checkpoint(work / "hf")
         shard_bytes = max(path.stat().st_size for path in (work / "hf").glob("*.safetensors"))
-        result = {
+        result = describe_measurement("safetensors") | {
             "model_bytes": model_bytes,
             "num_shards": len(list((work / "hf").glob("*.safetensors"))),
             "largest_shard_bytes": shard_bytes,
@@ -133,16 +133,12 @@ def main() -> None:
             "export": run_stage("export", work / "hf", work / "saved", work / "out"),
             "largest_exported_shard_bytes": max(path.stat().st_size for path in (work / "out").glob("*.safetensors")),
             "bit_identical": digests(work / "hf") == digests(work / "out"),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         }
     result["import"]["allowed_bytes"] = model_bytes + 2 * shard_bytes
     result["export"]["allowed_bytes"] = 2 * result["largest_exported_shard_bytes"]
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+        write_result(arguments.output, result)
 
 
 def run_stage(stage: str, *paths: Path) -> dict[str, float]:

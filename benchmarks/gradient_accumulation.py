@@ -21,6 +21,7 @@ from moescale.models.transformer import build_on_meta, initialize
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.settings import TrainSettings
+from moescale.tools.measurement import describe_measurement, write_result
 
 
 def gradients(dtype: torch.dtype, layers: int, micro_batches: int, seed: int) -> dict[str, torch.Tensor]:
@@ -63,15 +64,14 @@ def main() -> None:
     exact = gradients(torch.float32, arguments.layers, arguments.micro_batches, seed=1)
     rounded = gradients(torch.bfloat16, arguments.layers, arguments.micro_batches, seed=1)
     another = gradients(torch.float32, arguments.layers, arguments.micro_batches, seed=2)
-    result = {
-        "gpu": torch.cuda.get_device_name(),
+    result = describe_measurement() | {
         "micro_batches": arguments.micro_batches,
         "bf16_buffers": relative_error(rounded, exact),
         "another_sample": relative_error(another, exact),
     }
     print(json.dumps(result, indent=1))
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ bytes are what it must read and write once, as a share of what a device-to-devic
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
-import subprocess
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +31,7 @@ from moescale.models.blocks.mla import LatentAttention
 from moescale.models.blocks.rope import rope_tables
 from moescale.models.deepseek_v2.config import DeepSeekV2Config
 from moescale.models.transformer import Block
+from moescale.tools.measurement import describe_measurement, write_result
 
 BATCH, LENGTH = 4, 2048
 TOKENS = BATCH * LENGTH
@@ -394,23 +393,6 @@ SECTIONS: dict[str, Callable[[list[dict]], None]] = {
 }
 
 
-def environment() -> dict[str, object]:
-    import transformers
-    import triton
-
-    head = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True)
-    return {
-        "commit": head.stdout.strip() if head.returncode == 0 else None,
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-        },
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def merge_into(path: Path, rows: list[dict], commit: object) -> None:
     """Put the rows of whole blocks into the result of ``moescale bench experts``, in place of older ones."""
     document = json.loads(path.read_text())
@@ -460,11 +442,10 @@ def main() -> None:
         except Exception:
             traceback.print_exc()
         torch.cuda.empty_cache()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    machine = environment()
-    arguments.output.write_text(json.dumps(machine | {"rows": rows}, indent=1) + "\n")
+    described = describe_measurement("transformers")
+    write_result(arguments.output, described | {"rows": rows})
     if arguments.merge is not None:
-        merge_into(arguments.merge, rows, machine["commit"])
+        merge_into(arguments.merge, rows, described["commit"])
     print_table(rows)
 
 

@@ -27,6 +27,7 @@ from moescale.runtime.launch import join_ranks
 from moescale.runtime.mapping import compile_layers, optimizer_format
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
+from moescale.tools.measurement import describe_measurement
 
 MICRO_BATCHES = 4
 
@@ -80,10 +81,9 @@ def main() -> None:
             trainer._train_step(source.step())
         seconds = [trainer._train_step(source.step()).step_seconds for _ in range(5)]
         if member.ranks.is_first:
-            row = {
+            row = describe_measurement() | {
                 "ranks": ranks,
                 "ep": arguments.ep,
-                "device": torch.cuda.get_device_name(),
                 "milliseconds_per_micro_batch": 1e3 * statistics.median(seconds) / MICRO_BATCHES,
                 "tokens_per_second_per_gpu": plan.tokens_per_step / statistics.median(seconds) / ranks,
                 "peak_gib": torch.cuda.max_memory_allocated() / 2**30,

@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import statistics
-import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
@@ -36,6 +34,7 @@ from moescale.models.transformer import Transformer, build_on_meta, initialize
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.settings import TrainSettings, learning_rate_at
+from moescale.tools.measurement import describe_measurement, write_result
 
 VOCABULARY, LENGTH, SEQUENCES = 4096, 256, 32
 LAST = 50
@@ -133,10 +132,8 @@ def main() -> None:
     reference = [train_reference(start_model(config, seed, device), settings, data) for seed in range(arguments.seeds)]
     finals = [statistics.mean(losses[-LAST:]) for losses in reference]
     noise = max(finals) - min(finals)
-    result = {
-        "commit": head_commit(),
+    result = describe_measurement("transformers") | {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "steps": arguments.steps,
         "reference_final_losses": finals,
         "run_to_run_noise": noise,
@@ -159,7 +156,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         result["formats"].append(row | {"losses": [round(loss, 4) for loss in losses[::10]]})
         if arguments.output:
-            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+            write_result(arguments.output, result)
 
 
 def formats() -> Iterator[OptimizerFormat]:
@@ -167,11 +164,6 @@ def formats() -> Iterator[OptimizerFormat]:
     for moments, master in itertools.product(get_args(MomentFormat), get_args(MasterFormat)):
         for gradients in (torch.float32, torch.bfloat16):
             yield OptimizerFormat(moments=moments, master=master, gradients=gradients)
-
-
-def head_commit() -> str | None:
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return head.stdout.strip() or None
 
 
 if __name__ == "__main__":

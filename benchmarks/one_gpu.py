@@ -20,12 +20,12 @@ import sys
 import sysconfig
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from moescale.tools.measurement import describe_measurement, write_result
 
 WARM_UP_STEPS = 2
 
@@ -105,13 +105,7 @@ def main() -> None:
         plan = json.loads(plan_file.read_text())
     measured = records[WARM_UP_STEPS:]
     seconds = statistics.mean(record["step_seconds"] for record in measured)
-    result = {
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+    result = describe_measurement() | {
         "model": arguments.model,
         "tokens_per_second": arguments.tokens_per_step / seconds,
         "step_seconds": seconds,
@@ -133,7 +127,7 @@ def main() -> None:
             print(done.stderr[-2000:], file=sys.stderr)
     print(json.dumps({key: value for key, value in result.items() if key != "plan"}, indent=1))
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
 import statistics
@@ -66,11 +65,11 @@ def timed(step: Callable[[], Any]) -> float:
 
 def report(arguments: argparse.Namespace, seconds: list[float]) -> dict[str, Any]:
     median = statistics.median(seconds)
-    return {
+    from moescale.tools.measurement import describe_measurement
+
+    return describe_measurement(arguments.system) | {
         "system": arguments.system,
-        "versions": {"torch": torch.__version__} | version_of(arguments.system),
         "gpus": dist.get_world_size(),
-        "device": torch.cuda.get_device_name(),
         "layers": arguments.layers,
         "ep": arguments.ep,
         "micro_batch_sequences": arguments.micro_batch_sequences,
@@ -80,13 +79,6 @@ def report(arguments: argparse.Namespace, seconds: list[float]) -> dict[str, Any
         "tokens_per_second": arguments.tokens_per_step / median,
         "peak_bytes": torch.cuda.max_memory_allocated(),
     }
-
-
-def version_of(system: str) -> dict[str, str]:
-    try:
-        return {system: importlib.metadata.version(system)}
-    except importlib.metadata.PackageNotFoundError:
-        return {}
 
 
 def micro_batches(arguments: argparse.Namespace) -> int:

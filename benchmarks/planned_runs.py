@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from moescale.tools.measurement import describe_measurement, write_result
+
 MODEL = "deepseek-coder-v2-lite"
 CASES: dict[str, tuple[str, bool, tuple[str, ...]]] = {
     "whole": (MODEL, False, ()),
@@ -96,7 +98,7 @@ def main() -> None:
             row = {"case": name} | run_case(place, model, data, arguments.cluster, arguments.steps, pins)
             print(json.dumps(row), flush=True)
             rows.append(row)
-            arguments.output.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+            write_result(arguments.output, describe_measurement("torch") | {"rows": rows})
 
 
 if __name__ == "__main__":

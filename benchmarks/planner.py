@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from moescale.tools.measurement import describe_measurement, write_result
 
 COMMON = "compile --model deepseek-coder-v2-lite --cluster h100-sxm --tokens-per-step 131072 --memory-limit 64 --json"
 COMMANDS = {
@@ -69,15 +69,8 @@ def main() -> None:
             }
         )
         print(f"{name}: {rows[-1]['seconds']:.2f} s, {max(peaks) / 1e6:.0f} MB, {plan['num_candidates']:,} candidates")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {
-        "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} shared CPU cores",
-        "python": platform.python_version(),
-        "rows": rows,
-    }
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(arguments.output, describe_measurement() | {"rows": rows})
 
 
 if __name__ == "__main__":

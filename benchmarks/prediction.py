@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from moescale.plan import ParallelPlan
 from moescale.planner.cluster import load_cluster
 from moescale.planner.request import PlanRequest
 from moescale.planner.search import compile_plan
+from moescale.tools.measurement import describe_measurement, write_result
 
 MODEL = "deepseek-coder-v2-lite"
 
@@ -277,13 +277,13 @@ def main() -> None:
     print_table(document["rows"])
     print(json.dumps({key: value for key, value in document.items() if key not in ("rows", "versions")}, indent=1))
     if arguments.output:
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        write_result(arguments.output, document)
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the cases, each in a process of its own; the next one imports torch and compiles its plan meanwhile."""
     numbers = [int(number) for number in arguments.cases.split(",")] if arguments.cases else list(range(len(CASES)))
-    document: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "model": MODEL, "rows": []}
+    document: dict[str, Any] = describe_measurement("transformers") | {"model": MODEL, "rows": []}
     started = time.monotonic()
     waiting = _start_process(arguments, numbers[0], arguments.profile)
     for number, following in itertools.zip_longest(numbers, numbers[1:]):
@@ -296,11 +296,10 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         if late:
             continue
         row = json.loads(lines[-1]) if lines else {"name": CASES[number].name, "error": output[-300:]}
-        document |= row.pop("machine", {})
         document["rows"].append(row)
         print_table([row])
         if arguments.output:
-            arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+            write_result(arguments.output, document)
     return document
 
 
@@ -324,10 +323,6 @@ def run_one(arguments: argparse.Namespace) -> None:
         row |= run_case(case, plan, arguments.layers, arguments.steps, arguments.profile)
     except torch.OutOfMemoryError as error:
         row |= {"out_of_memory": True, "error": str(error)[:300]}
-    row["machine"] = {
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-    }
     print(json.dumps(row), flush=True)
 
 

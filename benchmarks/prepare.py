@@ -19,10 +19,8 @@ Both maps drop the remainder of every 1,000 documents; `prepare` drops one remai
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,11 +28,11 @@ import sys
 import sysconfig
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from moescale.data.prepare import encode, prepare
 from moescale.data.prepare.settings import PrepareSettings
+from moescale.tools.measurement import describe_measurement, write_result
 
 END_TOKEN = "<|end_of_text|>"
 VARIANTS = ("prepare", "prepare_by_tokenizer_alone", "datasets_map", "datasets_map_as_in_examples")
@@ -196,12 +194,7 @@ def main() -> None:
         train_tokenizer(folder / "documents.jsonl", folder / "tokenizer", arguments.vocabulary)
         runs = measure(arguments, folder)
     seconds = {variant: statistics.median(run["seconds"] for run in results) for variant, results in runs.items()}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    value = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "hardware": f"{platform.machine()}, {arguments.workers} shared CPU cores",
-        "versions": {name: version(name) for name in ("tokenizers", "datasets", "transformers", "pyarrow", "numpy")},
+    value = describe_measurement("tokenizers", "datasets", "transformers", "pyarrow", "numpy") | {
         "input": corpus,
         "sequence_length": arguments.sequence_length,
         "vocabulary": arguments.vocabulary,
@@ -215,11 +208,9 @@ def main() -> None:
         },
         "runs": runs,
     }
-    text = json.dumps(value, indent=2)
-    print(text)
+    print(json.dumps(value, indent=2))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+        write_result(arguments.output, value)
 
 
 if __name__ == "__main__":

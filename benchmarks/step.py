@@ -29,6 +29,7 @@ from moescale.runtime.checkpoint import CheckpointStore
 from moescale.runtime.mapping import apply_plan, compile_layers, optimizer_format
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
+from moescale.tools.measurement import describe_measurement, write_result
 
 
 @dataclasses.dataclass
@@ -205,11 +206,9 @@ def main() -> None:
     mean = statistics.mean(seconds)
     rate = plan.tokens_per_step / mean
     without_update = statistics.mean(forward_backward_seconds(trainer, source.step()) for _ in range(3))
-    result = {
+    result = describe_measurement() | {
         "model": arguments.model,
         "layers": config.num_layers,
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
         "tokens_per_second": rate,
         "step_seconds": mean,
         "step_seconds_each": seconds,
@@ -225,7 +224,7 @@ def main() -> None:
     }
     print(json.dumps({key: value for key, value in result.items() if key != "plan"}, indent=1))
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(arguments.output, result)
     if arguments.profile:
         profile(trainer, source.step(2), arguments.profile)
 

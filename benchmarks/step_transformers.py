@@ -14,10 +14,10 @@ import statistics
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from moescale.convert.hf_config import read_hf_config, resolve_model
+from moescale.tools.measurement import describe_measurement, write_result
 
 
 def main() -> None:
@@ -56,9 +56,7 @@ def main() -> None:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / (arguments.micro_batches // 3) / 1e3)
     seconds = statistics.median(times)
-    result = {
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    result = describe_measurement("transformers") | {
         "micro_batch_tokens": shape[0] * shape[1],
         "seconds": seconds,
         "tokens_per_second": shape[0] * shape[1] / seconds,
@@ -66,7 +64,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=1))
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(arguments.output, result)
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:

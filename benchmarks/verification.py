@@ -8,11 +8,8 @@ Rounds of the variants alternate, so that what else the machine does meets all o
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +21,7 @@ from moescale.data import batch
 from moescale.data.corpus import open_corpus, verify
 from moescale.data.corpus.manifest import Manifest, SplitCounts
 from moescale.data.prepare.shard_writer import SplitWriter
+from moescale.tools.measurement import describe_measurement, write_result
 
 SEQUENCE_LENGTH = 2048
 NUM_SEQUENCES = 1 << 16
@@ -89,13 +87,7 @@ def main() -> None:
         rows = rows[1:]
         num_bytes = corpus.num_bytes
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {
-        "command": "python benchmarks/verification.py --output benchmarks/results/cpu/verification.json",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "hardware": f"{platform.machine()}, shared CPU cores",
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+    result = describe_measurement("numpy") | {
         "tokens": NUM_SEQUENCES * SEQUENCE_LENGTH,
         "bytes": num_bytes,
         "rounds_seconds": rows,
@@ -106,7 +98,7 @@ def main() -> None:
             row["read_batch"] / row["read_batch_unchecked"] for row in rows
         ),
     }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(arguments.output, result)
     print(json.dumps({key: value for key, value in result.items() if key != "rounds_seconds"}, indent=2))
 
 

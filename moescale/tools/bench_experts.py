@@ -16,11 +16,8 @@ Times are those of the GPU: the host queues each run's work ahead, as in a train
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,6 +28,7 @@ from moescale.kernels.backends import runs_cute
 from moescale.kernels.experts import expert_mlp, experts
 from moescale.kernels.experts.sort import sort_pairs
 from moescale.kernels.router import route, router_logits
+from moescale.tools.measurement import describe_measurement
 from moescale.tools.tune_experts import LITE_SHAPES, ExpertShape, measure_ms
 
 # nnScaler's DeepSeek example, grouped GEMM on an H100: (tokens, experts) -> forward, backward in milliseconds.
@@ -98,7 +96,7 @@ def bench_experts(
     layer_shapes: Iterable[ExpertShape] = LAYER_SHAPES,
     routings: Iterable[str] = ROUTINGS,
 ) -> dict[str, Any]:
-    """Return {"commit", "gpu", "versions", "date", "rows"}: every contender at every shape and routing."""
+    """Return ``rows`` of every contender at every shape and routing, with what describes the measurement."""
     # Gradients are taken repeatedly from one forward; and every shape compiles anew.
     torch._functorch.config.donated_buffer = False
     torch._dynamo.config.recompile_limit = 64
@@ -112,18 +110,7 @@ def bench_experts(
     for shape in layer_shapes:
         for routing in routings:
             rows += _measure(_layer_contenders(shape, routing), shape, "layer", routing)
-    return {**describe_machine(), "rows": _best_layouts(rows)}
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return what every result file states: commit, GPU, versions and date."""
-    import triton
-
-    head = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    commit = head.stdout.strip() if head.returncode == 0 else None
-    return {"commit": commit, "gpu": torch.cuda.get_device_name(), "versions": versions, "date": date}
+    return describe_measurement("transformers", "quack-kernels") | {"rows": _best_layouts(rows)}
 
 
 def _random(*size: int, scale: float = 1.0) -> torch.Tensor:
