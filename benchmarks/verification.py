@@ -47,6 +47,7 @@ def write_corpus(folder: Path) -> None:
         document_boundaries=True,
         bad={},
         skipped={},
+        read={},
         counts={"train": counts},
         shards={"train": writer.shards},
     ).write(folder)
