@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TextIO
 
 
 class MoescaleError(Exception):
@@ -61,6 +62,14 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(
         character if character in keep or character.isprintable() else _escape(character) for character in text
     )
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print lines for a user to ``file``, standard output by default, as :func:`printable` spells them.
+
+    Whatever the package prints goes through here or a console that does the same; a test holds it to that.
+    """
+    print(printable(text, keep="\n"), file=file, flush=True)
 
 
 def _escape(character: str) -> str:

@@ -21,7 +21,7 @@ from moescale.convert.weight_files import has_weights
 from moescale.coordinates import Coordinates
 from moescale.data.corpus import Corpus, Verification, open_corpus
 from moescale.data.loader import Loader, validation_batches
-from moescale.errors import CheckpointError, ConfigError, MoescaleError, printable
+from moescale.errors import CheckpointError, ConfigError, MoescaleError, printable, say
 from moescale.files import write_atomically
 from moescale.kernels.backends import BackendSettings, default_backends
 from moescale.models.flops import flops_per_token, peak_flops
@@ -270,7 +270,7 @@ class _Rank:
             peak_flops(self.member.device),
         )
         write_atomically(profiler.folder / "table.txt", text + "\n")
-        print(text, file=sys.stderr, flush=True)
+        say(text, sys.stderr)
 
     def _trainer(
         self, placed: PlacedModel, total_steps: int, observer: Observer, profiler: StepProfiler | None
@@ -369,7 +369,7 @@ class _Rank:
             pretrained = request.initialize == "pretrained"
         if self.ranks.is_first:
             source = f"from {folder}" if pretrained else f"random, seed {self.settings.seed}"
-            print(f"weights: {source}", file=sys.stderr, flush=True)
+            say(printable(f"weights: {source}"), sys.stderr)
         if pretrained:
             placed.import_weights(folder, lambda done, total: self.member.progress(0, "importing weights"))
             placed.initialize_adapters(self.settings.seed)
@@ -424,4 +424,4 @@ def _steps_of_one_epoch(corpus: Corpus, plan: ParallelPlan, checkpoint: Checkpoi
 
 def _warn(text: str, ranks: Ranks) -> None:
     if ranks.is_first:
-        print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
+        say(printable(f"warning: {text}"), sys.stderr)

@@ -128,7 +128,21 @@ def _read_sizes(_app: App, commands: tuple[str, ...], arguments: ArgumentCollect
                 argument.tokens[index] = token.evolve(value=repr(in_unit))
 
 
-_RULES = (_expand_home, _read_sizes, _refuse_fractions)
+def _refuse_names_of_weights(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """An error before the work for a path below which weights cannot be read or written: safetensors wants UTF-8."""
+    if not set(commands) & {"run", "export"}:
+        return
+    for argument in arguments:
+        for token in argument.tokens:
+            if any("\udc80" <= character <= "\udcff" for character in token.value):
+                name = argument.name.removeprefix("--").replace("-", "_")
+                raise ConfigError(
+                    f"{'.'.join((*commands, name))} ({token.value}) has a name that is not UTF-8, which safetensors "
+                    "cannot open; rename it"
+                )
+
+
+_RULES = (_refuse_names_of_weights, _expand_home, _read_sizes, _refuse_fractions)
 """What every value goes through, wherever it was given."""
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from moescale.errors import ConfigError, MoescaleError
+from moescale.errors import ConfigError, MoescaleError, say
 from moescale.files import write_atomically
 
 COLUMNS = ("scope", "tokens", "num_experts", "routing", "backend", "forward_ms", "backward_ms", "tflops", "peak_bytes")
@@ -49,11 +49,11 @@ def bench_command(
     if output is not None:
         write_atomically(output, text + "\n")
     if json:
-        print(text)
+        say(text)
     elif tune:
-        print(_launch_lines(document))
+        say(_launch_lines(document))
     else:
-        print(_table(document["rows"]))
+        say(_table(document["rows"]))
 
 
 def _require_gpu() -> None:

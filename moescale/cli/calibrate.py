@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from moescale.errors import printable, say
 from moescale.files import write_atomically
 from moescale.planner.cluster import parse_cluster_text
 
@@ -31,4 +32,4 @@ def calibrate_command(output: Path, *, name: str | None = None) -> None:
     parse_cluster_text(text, str(output))  # what we write must be what `compile` reads
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, text)
-    print(f"written to {output}")
+    say(printable(f"written to {output}"))

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from moescale.api.compile import CompileSettings
 from moescale.api.compile import compile as compile_settings
 from moescale.api.compile import fit as fit_settings
+from moescale.errors import printable, say
 from moescale.planner.explain import explain_json, explain_text
 from moescale.planner.fit import fit_json, fit_text
 
@@ -28,10 +29,10 @@ def compile_command(
     """
     if fit:
         answer = fit_settings(settings)
-        print(json_module.dumps(fit_json(answer), indent=2) if json else fit_text(answer))
+        say(json_module.dumps(fit_json(answer), indent=2) if json else fit_text(answer))
         return
     result = compile_settings(settings)
-    print(json_module.dumps(explain_json(result), indent=2) if json else explain_text(result))
+    say(json_module.dumps(explain_json(result), indent=2) if json else explain_text(result))
     result.plan()  # an error where nothing fits, after the explanation has said what would
     if settings.output is not None and not json:
-        print(f"\nplan written to {settings.output}")
+        say("\n" + printable(f"plan written to {settings.output}"))

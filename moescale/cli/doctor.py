@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from moescale.errors import printable
+from moescale.errors import printable, say
 
 if TYPE_CHECKING:
     from moescale.tools.doctor import Finding
@@ -49,7 +49,7 @@ def doctor_command(
         if not json:
             show(finding, console)
     if json:
-        print(json_module.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+        say(json_module.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     problems = [finding for finding in findings if finding.status == "problem"]
     if problems:
         names = ", ".join(finding.name for finding in problems)

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moescale.api.export import ExportSettings, export
-from moescale.errors import printable
+from moescale.errors import printable, say
 
 
 def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, json: bool = False) -> None:
@@ -24,9 +24,9 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
     report = summary.report
     if json:
         document = asdict(report) | {"output": str(report.output), "step": summary.step, "dtype": summary.dtype}
-        print(json_module.dumps(document, indent=2))
+        say(json_module.dumps(document, indent=2))
         return
     shards = f"{report.num_shards} shard{'s' * (report.num_shards > 1)}"
-    print(printable(f"exported step {summary.step} as {summary.dtype} to {settings.output} ({shards})"))
+    say(printable(f"exported step {summary.step} as {summary.dtype} to {settings.output} ({shards})"))
     for warning in report.warnings:
-        print(printable(f"warning: {warning}"))
+        say(printable(f"warning: {warning}"))

@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moescale.data.prepare import PrepareSettings, prepare
+from moescale.errors import say
 
 
 def prepare_command(settings: Annotated[PrepareSettings, Parameter(name="*")], *, json: bool = False) -> None:
@@ -20,6 +21,6 @@ def prepare_command(settings: Annotated[PrepareSettings, Parameter(name="*")], *
     """
     report = prepare(settings, progress=not json)
     if json:
-        print(json_module.dumps(report.to_dict(), indent=2))
+        say(json_module.dumps(report.to_dict(), indent=2))
     else:
-        print(report.to_text())
+        say(report.to_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moescale.errors import ConfigError
+from moescale.errors import ConfigError, printable, say
 from moescale.files import write_atomically
 
 
@@ -31,4 +31,4 @@ def report_command(*run: Path, output: Path | None = None) -> None:
     target = output or run[0] / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, page)
-    print(f"written to {target}")
+    say(printable(f"written to {target}"))

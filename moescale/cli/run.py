@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from moescale.api.train import LocalRanksError, train
 from moescale.api.train_request import RunInputs, TrainRequest
+from moescale.errors import say
 from moescale.report.metrics import to_json
 from moescale.runtime.launch import is_first_process
 from moescale.runtime.settings import TrainSettings
@@ -35,4 +36,4 @@ def run_command(
     except LocalRanksError as error:  # the processes have printed why
         raise SystemExit(error.exit_status) from None
     if json and is_first_process():
-        print(to_json(asdict(summary), indent=2))
+        say(to_json(asdict(summary), indent=2))

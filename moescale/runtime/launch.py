@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moescale.errors import ConfigError, Preempted
+from moescale.errors import ConfigError, Preempted, say
 from moescale.runtime.judge import FAILED_PREFIX, first_line
 from moescale.runtime.ranks import ONE_RANK, Ranks, current_ranks
 from moescale.runtime.watchdog import RankFailure, Watchdog
@@ -264,7 +264,7 @@ def _ending_after(seconds: float, verdict: Callable[[], str]) -> Iterator[None]:
     """End the process with ``verdict`` if the body takes longer than ``seconds``, whatever it is stuck in."""
 
     def end() -> None:
-        print(f"error: {verdict()}", file=sys.stderr, flush=True)
+        say(f"error: {verdict()}", sys.stderr)
         os._exit(RankFailure.exit_status)
 
     timer = threading.Timer(seconds, end)
@@ -365,17 +365,16 @@ def _status(codes: Sequence[int], killed: Collection[int] = (), passed_on: Colle
     """
     stopped = False
     for rank in sorted(killed):
-        print(
+        say(
             f"error: rank {rank} still ran {GRACE_SECONDS:.0f} s after another one had failed, and was killed; the "
             "other ranks' logs say what they saw",
-            file=sys.stderr,
-            flush=True,
+            sys.stderr,
         )
     for rank, code in enumerate(codes):
         if -code in passed_on:  # no failure: it was importing or leaving, in between it answers the signal itself
             stopped = True
         elif code < 0 and rank not in killed:
-            print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+            say(f"error: rank {rank} was ended by {signal.Signals(-code).name}", sys.stderr)
             return RankFailure.exit_status
     interrupted = {INTERRUPTED}  # says less than 75: a rank interrupted as it leaves has saved what the others have
     if signal.SIGINT in passed_on:
@@ -387,7 +386,7 @@ def _status(codes: Sequence[int], killed: Collection[int] = (), passed_on: Colle
     if interrupted.intersection(codes):
         return INTERRUPTED
     if stopped:
-        print(STOPPED_BEFORE_TRAINING, file=sys.stderr, flush=True)
+        say(STOPPED_BEFORE_TRAINING, sys.stderr)
         return Preempted.exit_status
     return RankFailure.exit_status if any(codes) else 0
 

@@ -26,7 +26,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from moescale.errors import MoescaleError
+from moescale.errors import MoescaleError, say
 from moescale.runtime.judge import Beat, Judge
 from moescale.runtime.ranks import Ranks
 
@@ -205,7 +205,7 @@ class Watchdog:
         )
 
     def _print_and_exit(self, verdict: str) -> None:
-        print(f"error: {verdict}", file=sys.stderr, flush=True)
+        say(f"error: {verdict}", sys.stderr)
         os._exit(RankFailure.exit_status)  # the main thread is stuck and cannot be asked
 
 
