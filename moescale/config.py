@@ -170,6 +170,21 @@ class ModelConfig:
         """Whether routers choose by score plus a bias, which is moved after each step and has no gradient."""
         return self.routing_method == "noaux_tc"
 
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether routers add a bias per expert to their logits, which is trained."""
+        return False
+
+    @property
+    def has_expert_biases(self) -> bool:
+        """Whether the projections of routed experts have biases."""
+        return False
+
+    @property
+    def swiglu_clamp(self) -> tuple[float, float] | None:
+        """Alpha and limit of the experts' activation where it is clamped; see ``moescale.kernels.swiglu.reference``."""
+        return None
+
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the layer with absolute index ``layer`` routes its tokens to experts."""
         return self.num_experts is not None and layer >= self.first_moe_layer and layer % self.moe_layer_frequency == 0

@@ -34,6 +34,7 @@ HOPPER = (9, 0)
 
 CutePart = Literal["experts", "attention"]
 AttentionFeature = Literal["windows", "sinks", "grouped queries"]
+ExpertsFeature = Literal["biases", "a clamped activation"]
 # What each part of the back end ``cute`` imports, and the package that has it.
 CUTE_PACKAGES: dict[CutePart, tuple[str, str]] = {
     "experts": ("quack", "quack-kernels"),
@@ -179,11 +180,18 @@ def runs_triton(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def choose_experts_backend(device: torch.device, dtype: torch.dtype, requested: str = "auto") -> str:
+def choose_experts_backend(
+    device: torch.device, dtype: torch.dtype, requested: str = "auto", *, features: tuple[ExpertsFeature, ...] = ()
+) -> str:
     """As :func:`choose_backend` for the experts' products: ``auto`` takes ``cute`` where it is installed and can run.
 
+    ``features`` are what is asked for beyond the weights' products, of which ``cute`` has none.
     :func:`default_backends`, or MOESCALE_EXPERTS in the environment, says what ``auto`` is instead.
     """
+    if features and requested != "cute":
+        return choose_backend(device, dtype, _without_cute(requested))
+    if features:
+        raise KernelInputError(f"kernels.backend ('cute') has no experts with {' or '.join(features)}; use 'auto'")
     if requested == "auto":
         requested = _asked_for("experts")
     if requested not in ("auto", "cute"):
@@ -257,6 +265,12 @@ def attention_parts(width: int) -> tuple[int, int] | None:
     if width < 16 or width > MAX_ATTENTION_WIDTH or rest & (rest - 1) or 0 < rest < 16:
         return None
     return large, rest
+
+
+def _without_cute(requested: str) -> str:
+    """What is asked for where ``cute`` has no form of the operator: a default of ``cute`` then means ``auto``."""
+    asked = _asked_for("experts") if requested == "auto" else requested
+    return "auto" if asked == "cute" else asked
 
 
 def _takes_cute(part: CutePart, requested: str, objection: str | None) -> bool:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moescale.errors import ConfigError
 from moescale.kernels.adapted_linear import adapted_linear
 from moescale.kernels.experts.adapted import ExpertAdapters
 from moescale.lora import LoraSettings
@@ -105,6 +106,11 @@ def add_adapters(model: Transformer, lora: LoraSettings) -> None:
     lora.check_targets(path for path, _ in modules)
     for path, module in modules:
         if lora.has_target(path):
+            if isinstance(module, RoutedExperts) and (module.biases is not None or module.clamp is not None):
+                raise ConfigError(
+                    f"lora.targets: '{path}' has biases or a clamped activation, for which there are no adapters; name "
+                    "the targets without it, such as those of attention"
+                )
             module.adapter = (
                 ExpertsAdapter(module, lora) if isinstance(module, RoutedExperts) else LinearAdapter(module, lora)
             )

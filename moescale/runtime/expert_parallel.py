@@ -302,6 +302,9 @@ class AllToAllDispatcher:
                 expert_mlp,
                 gate_up_gradient=experts.gate_up_gradient,
                 down_gradient=experts.down_gradient,
+                biases=experts.biases,
+                bias_gradients=experts.bias_gradients,
+                clamp=experts.clamp,
                 backend=experts.backend,
             )
         if experts.recompute_up and torch.is_grad_enabled():  # keep only the rows that arrived

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from moescale.kernels.backends import KernelInputError, choose_experts_backend, debug_checks_enabled
 from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
-from moescale.kernels.experts import operators_of
+from moescale.kernels.experts import ExpertBiases, expert_features, operators_of
 from moescale.kernels.experts.adapted import ExpertAdapters, Projected, choose_adapted_backend
 from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.router import Routing
@@ -74,7 +74,17 @@ class PeerDispatcher:
         addition = None if experts.adapter is None else experts.adapter.arguments(x)
         adapters = () if addition is None else addition["adapters"]
         out = _PeerExperts.apply(
-            x, routing.topk_weights, experts.gate_up, experts.down, routing.topk_ids, self, experts, addition, *adapters
+            x,
+            routing.topk_weights,
+            experts.gate_up,
+            experts.down,
+            experts.gate_up_bias,
+            experts.down_bias,
+            routing.topk_ids,
+            self,
+            experts,
+            addition,
+            *adapters,
         )
         return out if overlapped is None else out + overlapped()
 
@@ -89,6 +99,8 @@ class _PeerExperts(torch.autograd.Function):
         topk_weights: torch.Tensor,
         gate_up: torch.Tensor,
         down: torch.Tensor,
+        gate_up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
         topk_ids: torch.Tensor,
         dispatcher: PeerDispatcher,
         experts: RoutedExperts,
@@ -100,8 +112,12 @@ class _PeerExperts(torch.autograd.Function):
         from moescale.kernels.dispatch import triton as exchange
 
         buffers, shape = dispatcher.buffers, dispatcher.buffers.shape
-        choose = choose_experts_backend if addition is None else choose_adapted_backend
-        backend = choose(x.device, x.dtype, experts.backend)
+        biases = None if gate_up_bias is None or down_bias is None else ExpertBiases(gate_up_bias, down_bias)
+        if addition is None:
+            features = expert_features(biases, experts.clamp)
+            backend = choose_experts_backend(x.device, x.dtype, experts.backend, features=features)
+        else:
+            backend = choose_adapted_backend(x.device, x.dtype, experts.backend)
         ops = operators_of(backend)
         needs_backward = any(ctx.needs_input_grad)
         kept = dispatcher.saved_rows if needs_backward and not experts.recompute_up else 0
@@ -123,15 +139,18 @@ class _PeerExperts(torch.autograd.Function):
             expected_rows=shape.num_pairs,
             out=buffers.results.local,
             factors=factors,
+            biases=biases,
+            clamp=experts.clamp,
         )
         del rows
         dispatcher.barrier()
         out = exchange.pull_sums(buffers, order, x.shape[0], topk_weights)
         if needs_backward:
-            ctx.save_for_backward(x, gate_up, down, pre, *(projected or ()), *adapters)
+            ctx.save_for_backward(x, gate_up, down, gate_up_bias, down_bias, pre, *(projected or ()), *adapters)
             ctx.addition = None if addition is None else (addition["scale"], addition["gradients"] or (None,) * 4)
             ctx.order, ctx.dispatcher, ctx.ops = order, dispatcher, ops
-            ctx.gradient_buffers = (experts.gate_up_gradient, experts.down_gradient)
+            ctx.gradient_buffers = (experts.gate_up_gradient, experts.down_gradient, experts.bias_gradients)
+            ctx.clamp = experts.clamp
         return out
 
     @staticmethod
@@ -140,7 +159,7 @@ class _PeerExperts(torch.autograd.Function):
         from moescale.kernels.dispatch import mlp
         from moescale.kernels.dispatch import triton as exchange
 
-        x, gate_up, down, pre, *adapted = ctx.saved_tensors
+        x, gate_up, down, gate_up_bias, down_bias, pre, *adapted = ctx.saved_tensors
         dispatcher, order = ctx.dispatcher, ctx.order
         buffers = dispatcher.buffers
         num_tokens = x.shape[0]
@@ -151,7 +170,7 @@ class _PeerExperts(torch.autograd.Function):
         grad_rows = exchange.pull_rows(buffers, buffers.gradients, order, _new_rows(buffers))
         given = (gate_up, down, order)
         options = dict(expected_rows=buffers.shape.num_pairs, out=buffers.results.local, values=buffers.values.local)
-        of_weights: tuple[torch.Tensor | None, ...] = (None, None)
+        of_weights: tuple[torch.Tensor | None, ...] = (None,) * 4
         of_adapters: list[torch.Tensor | None] = []
         if ctx.addition is not None:
             scale, gradients = ctx.addition
@@ -177,7 +196,10 @@ class _PeerExperts(torch.autograd.Function):
                 *given,
                 gate_up_gradient=ctx.gradient_buffers[0],
                 down_gradient=ctx.gradient_buffers[1],
-                is_frozen=not any(ctx.needs_input_grad[2:4]),
+                biases=None if gate_up_bias is None else ExpertBiases(gate_up_bias, down_bias),
+                bias_gradients=ctx.gradient_buffers[2],
+                clamp=ctx.clamp,
+                is_frozen=not any(ctx.needs_input_grad[2:6]),
                 **options,
             )
         del rows, grad_rows

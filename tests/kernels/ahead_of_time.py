@@ -70,6 +70,7 @@ def call_every_operator() -> None:
     from moescale.kernels.rope import triton as rope
     from moescale.kernels.router import triton as router
     from moescale.kernels.swiglu import triton as swiglu
+    from moescale.kernels.swiglu.reference import SwigluClamp
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -103,6 +104,15 @@ def call_every_operator() -> None:
     experts.combine_rows_backward(x, rows, pairs, weights)
     experts.sort_weights(weights, pairs)
     experts.order_by_pair(empty(12, dtype=fp32), pairs)
+    ends = empty(32, dtype=int32)
+    groups = experts.group_rows(ends, 12)
+    for buffer, row_weights in ((None, None), (empty(32, 2048, dtype=fp32), empty(12, dtype=fp32))):
+        experts.bias_gradient(rows, groups, row_weights, buffer=buffer)
+    experts.add_bias_products(empty(12, dtype=fp32), rows, empty(32, 2048), groups)
+    for clamp in (None, SwigluClamp(1.702, 7.0)):
+        swiglu_backward = (empty(12, 1408), empty(12, 2816), empty(12, 2816), *(empty(12, dtype=fp32),) * 2, ends)
+        constants = experts._clamp_constants(clamp)
+        experts._swiglu_backward_kernel[(12,)](*swiglu_backward, 32, 1408, BLOCK=512, HAS_WEIGHTS=True, **constants)
     hyperparameters = AdamWHyperparameters(
         learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, num_updates=2
     )

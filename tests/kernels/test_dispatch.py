@@ -13,7 +13,7 @@ import torch
 
 from moescale.kernels.backends import triton_interpreted
 from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
-from moescale.kernels.experts import operators_of
+from moescale.kernels.experts import ExpertBiases, SwigluClamp, operators_of
 from moescale.kernels.experts.adapted import ExpertAdapters
 from moescale.kernels.experts.reference import experts_reference
 from moescale.kernels.experts.sort import sort_pairs
@@ -81,10 +81,20 @@ def publish(buffers: ExchangeBuffers, rank: Rank) -> None:
     buffers.tokens.local[: len(rank.x)] = rank.x
 
 
+@pytest.mark.parametrize("kept", ["all", "some"])
+@pytest.mark.parametrize("choice", ["random", "one expert", "some nowhere"])
+def test_biases_and_the_clamped_activation_give_the_results_of_one_device(choice, kept) -> None:
+    check_one_device((5, 3), 2, choice, kept, has_biases=True)
+
+
 @pytest.mark.parametrize("kept", ["all", "some", "none"])
 @pytest.mark.parametrize("choice", ["random", "one rank", "one expert", "ten times", "some nowhere"])
 @pytest.mark.parametrize(("tokens", "top_k"), [((5, 5), 2), ((6, 1), 3), ((3, 0), 1), ((4, 4, 4, 4), 2), ((2,) * 8, 3)])
 def test_any_routing_gives_the_results_and_gradients_of_one_device(tokens, top_k, choice, kept) -> None:
+    check_one_device(tokens, top_k, choice, kept, has_biases=False)
+
+
+def check_one_device(tokens, top_k, choice, kept, has_biases) -> None:
     num_ranks, num_local = len(tokens), EXPERTS // len(tokens)
     shape = shape_of(num_ranks, max(tokens), top_k)
     buffers = make_buffers(shape)
@@ -95,6 +105,13 @@ def test_any_routing_gives_the_results_and_gradients_of_one_device(tokens, top_k
     down = (torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator) / 4).to(DEVICE)
     ops = operators_of("triton")
     local = [slice(rank * num_local, (rank + 1) * num_local) for rank in range(num_ranks)]
+    biases, clamp = None, None
+    options: list[dict] = [{} for _ in local]
+    if has_biases:
+        clamp = SwigluClamp(1.702, 0.5)
+        sizes = (2 * WIDTH, HIDDEN)
+        biases = ExpertBiases(*(torch.randn(EXPERTS, n, generator=generator).to(DEVICE) for n in sizes))
+        options = [dict(biases=ExpertBiases(*(b[part] for b in biases)), clamp=clamp) for part in local]
     rows = torch.full((num_ranks, 2, shape.max_rows, HIDDEN), float("nan"), device=DEVICE)
 
     for buffer, rank in zip(buffers, ranks, strict=True):
@@ -112,6 +129,7 @@ def test_any_routing_gives_the_results_and_gradients_of_one_device(tokens, top_k
             kept=kept_rows,
             expected_rows=shape.num_pairs,
             out=buffer.results.local,
+            **options[number],
         )
         pres.append(pre)
     out = [
@@ -122,7 +140,7 @@ def test_any_routing_gives_the_results_and_gradients_of_one_device(tokens, top_k
     for buffer, rank in zip(buffers, ranks, strict=True):
         buffer.results.local.fill_(float("nan"))
         buffer.gradients.local[: len(rank.x)] = rank.grad
-    gradients = [torch.zeros_like(gate_up), torch.zeros_like(down)]
+    gradients = [torch.zeros_like(weight) for weight in (gate_up, down, *(biases or ()))]
     for number, (buffer, order) in enumerate(zip(buffers, orders, strict=True)):
         pull_rows(buffer, buffer.gradients, order, rows[number, 1])
         mlp.backward_rows(
@@ -138,13 +156,17 @@ def test_any_routing_gives_the_results_and_gradients_of_one_device(tokens, top_k
             values=buffer.values.local,
             gate_up_gradient=gradients[0][local[number]],
             down_gradient=gradients[1][local[number]],
+            bias_gradients=ExpertBiases(*(g[local[number]] for g in gradients[2:])) if has_biases else None,
+            **options[number],
         )
     everywhere = [
         torch.cat([getattr(rank, name) for rank in ranks]).requires_grad_(name in ("x", "weights"))
         for name in ("x", "ids", "weights")
     ]
-    parameters = [gate_up.clone().requires_grad_(), down.clone().requires_grad_()]
-    expected = experts_reference(*everywhere, *parameters)
+    parameters = [weight.clone().requires_grad_() for weight in (gate_up, down, *(biases or ()))]
+    expected = experts_reference(
+        *everywhere, *parameters[:2], ExpertBiases(*parameters[2:]) if has_biases else None, clamp
+    )
     expected.backward(torch.cat([rank.grad for rank in ranks]))
     torch.testing.assert_close(torch.cat(out), expected.detach(), rtol=1e-4, atol=1e-5)
     grad_x = torch.cat([pull_sums(b, o, len(r.x)) for b, o, r in zip(buffers, orders, ranks, strict=True)])

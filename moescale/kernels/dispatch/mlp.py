@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moescale.kernels.dispatch.triton import RowOrder
+from moescale.kernels.experts import ExpertBiases, SwigluClamp, clamp_option, up_options
 from moescale.kernels.experts.adapted import ExpertAdapters, Projected, adapter_gradients
 
 
@@ -28,6 +29,8 @@ def forward_rows(
     expected_rows: int,
     out: torch.Tensor,
     factors: ExpertAdapters | None = None,
+    biases: ExpertBiases | None = None,
+    clamp: SwigluClamp | None = None,
 ) -> tuple[torch.Tensor, Projected | None]:
     """Write the results of ``rows`` [C, H] to ``out`` [C, H]; return the pre-activation [kept, 2F] of the first.
 
@@ -46,9 +49,11 @@ def forward_rows(
             continue
         part_groups = ops.group_rows(ends, part.stop - part.start, expected_rows=expected_rows)
         options = dict(write_pre=keeps, write_act=True, act=act[part]) | _addition(on_rank, part, factors)
+        options |= up_options(biases and biases.gate_up, clamp)
         ops.multiply_up(rows[part], gate_up, part_groups, **(options | {"pre": pre} if keeps else options))
     if factors is None or on_rank is None:
-        ops.multiply_rows(act, down, groups, out=out)
+        bias = {} if biases is None else {"bias": biases.down}
+        ops.multiply_rows(act, down, groups, out=out, **bias)
         return pre, None
     of_act = ops.multiply_rows(act, factors.down_a, groups, kernel="project")
     ops.multiply_rows(act, down, groups, out=out, low_rank=(of_act, factors.down_b))
@@ -75,16 +80,27 @@ def backward_rows(
     values: torch.Tensor,
     gate_up_gradient: torch.Tensor | None,
     down_gradient: torch.Tensor | None,
+    biases: ExpertBiases | None = None,
+    bias_gradients: ExpertBiases | None = None,
+    clamp: SwigluClamp | None = None,
     is_frozen: bool = False,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor | None, ...]:
     """Write the gradients of the rows to ``out`` [C, H] and of their routing weights to ``values`` [C] fp32.
 
-    ``grad_rows`` [C, H] are those of the rows' results before they are weighted. Returns the gradients (gate_up, down),
-    each None where the weight is frozen or it was added to a buffer.
+    ``grad_rows`` [C, H] are those of the rows' results before they are weighted. Returns the gradients (gate_up, down,
+    their biases), each None where the parameter is frozen or not there, or it was added to a buffer.
     """
     grad_pre, act, groups, _ = _backward_of_down(
-        ops, rows, grad_rows, pre, gate_up, down, order, expected_rows, values, None, None
+        ops, rows, grad_rows, pre, gate_up, down, order, expected_rows, values, None, None, biases, clamp
     )
+    grad_biases: list[torch.Tensor | None] = [None, None]
+    if biases is not None:
+        ops.add_bias_products(values, grad_rows, biases.down, groups)
+    if biases is not None and not is_frozen:
+        buffers = bias_gradients or (None, None)
+        of_gate_up = ops.bias_gradient(grad_pre, groups, buffer=buffers[0])
+        of_down = ops.bias_gradient(grad_rows, groups, order.row_weights, buffer=buffers[1])
+        grad_biases = [None, None] if bias_gradients else [of_gate_up, of_down]
     grad_down = grad_gate_up = None
     if not is_frozen:
         grad_down = ops.weight_gradient(grad_rows, act, groups, buffer=down_gradient, kernel="down_wgrad")
@@ -92,7 +108,11 @@ def backward_rows(
     if not is_frozen:
         grad_gate_up = ops.weight_gradient(grad_pre, rows, groups, buffer=gate_up_gradient, kernel="up_wgrad")
     ops.multiply_rows(grad_pre, gate_up, groups, transposed=True, kernel="up_dgrad", out=out)
-    return (grad_gate_up if gate_up_gradient is None else None, grad_down if down_gradient is None else None)
+    return (
+        grad_gate_up if gate_up_gradient is None else None,
+        grad_down if down_gradient is None else None,
+        *grad_biases,
+    )
 
 
 def backward_adapted_rows(
@@ -132,7 +152,7 @@ def backward_adapted_rows(
 
 
 def _backward_of_down(
-    ops, rows, grad_rows, pre, gate_up, down, order, expected_rows, values, factors, projected
+    ops, rows, grad_rows, pre, gate_up, down, order, expected_rows, values, factors, projected, biases=None, clamp=None
 ) -> tuple[torch.Tensor, torch.Tensor, Any, torch.Tensor | None]:
     """Return (grad_pre [C, 2F], weighted activation [C, F], groups, the results' gradients on the rank, or None)."""
     max_rows, ffn, kept = rows.shape[0], down.shape[2], pre.shape[0]
@@ -149,6 +169,7 @@ def _backward_of_down(
         part_groups = ops.group_rows(ends, num_rows, expected_rows=expected_rows)
         if part_pre is None:
             addition = _addition(None if projected is None else projected.rows, part, factors)
+            addition |= up_options(biases and biases.gate_up, clamp)
             part_pre, _ = ops.multiply_up(rows[part], gate_up, part_groups, write_pre=True, write_act=False, **addition)
         addition = {} if on_rank is None else {"low_rank": (on_rank[part], factors.down_a)}
         ops.multiply_down_dgrad(
@@ -159,6 +180,7 @@ def _backward_of_down(
             order.row_weights[part],
             out=(grad_pre[part], act[part], values[part]),
             **addition,
+            **clamp_option(clamp),
         )
         del part_pre
     return grad_pre, act, groups, on_rank

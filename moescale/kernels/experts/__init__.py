@@ -1,7 +1,8 @@
 """Routed experts: each token's K chosen expert MLPs, weighted and summed; and the same MLP on rows sorted by expert.
 
 Forward and backward are one custom operator each, so a compiled layer has no graph break. The backward saves the
-input, the pre-activation and the routing; everything else is computed again (see ``experts.triton``).
+input, the pre-activation and the routing; everything else is computed again (see ``experts.triton``). Experts may have
+biases, and the clamped activation of gpt-oss.
 
 Weight gradients can go straight into buffers: with ``gate_up_gradient`` / ``down_gradient`` given, the backward adds to
 them inside the weight-gradient product and autograd gets no gradient for that weight. That saves writing the gradient,
@@ -15,9 +16,12 @@ broken by it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moescale.kernels.backends import (
+    ExpertsFeature,
     KernelInputError,
     check_device,
     check_dtype,
@@ -27,7 +31,9 @@ from moescale.kernels.backends import (
     debug_checks_enabled,
 )
 from moescale.kernels.experts.operators import operators_of
+from moescale.kernels.experts.reference import ExpertBiases as ExpertBiases
 from moescale.kernels.experts.sort import check_ids, sort_pairs
+from moescale.kernels.swiglu.reference import SwigluClamp as SwigluClamp
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,6 +48,9 @@ def experts(
     tokens_per_expert: torch.Tensor | None = None,
     gate_up_gradient: torch.Tensor | None = None,
     down_gradient: torch.Tensor | None = None,
+    biases: ExpertBiases | None = None,
+    bias_gradients: ExpertBiases | None = None,
+    clamp: SwigluClamp | None = None,
     backend: str = "auto",
     recompute_up: bool = False,
 ) -> torch.Tensor:
@@ -53,20 +62,25 @@ def experts(
 
     ``gate_up_gradient`` and ``down_gradient`` are buffers (the weight's shape; its dtype or fp32) to which the backward
     adds; that weight's ``.grad`` then stays untouched. ``recompute_up`` saves no pre-activation [R, 2F] and computes
-    the up-projection again in the backward. A pair whose expert id lies outside [0, E) contributes nothing; with
-    MOESCALE_DEBUG=1 it is an error, and so are ``tokens_per_expert`` [E] (the router's counts) that do not fit the ids.
+    the up-projection again in the backward. ``biases`` are added to both products, and their gradients to the buffers
+    ``bias_gradients``, as those of the weights; ``clamp`` replaces the activation.
+
+    A pair whose expert id lies outside [0, E) contributes nothing; with MOESCALE_DEBUG=1 it is an error, and so
+    are ``tokens_per_expert`` [E] (the router's counts) that do not fit the ids.
 
     Raises KernelInputError for shapes, dtypes and devices that do not fit.
     """
     _check_experts(x, topk_ids, topk_weights, gate_up, down)
     _check_buffers(gate_up, down, gate_up_gradient, down_gradient)
-    backend = choose_experts_backend(x.device, x.dtype, backend)
+    _check_biases(gate_up, down, biases, bias_gradients)
+    backend = choose_experts_backend(x.device, x.dtype, backend, features=expert_features(biases, clamp))
     _check_alignment(backend, gate_up)
     if debug_checks_enabled():
         check_ids(topk_ids, gate_up.shape[0], tokens_per_expert)
     save_pre = torch.is_grad_enabled() and not recompute_up
-    out = _experts(x, topk_ids, topk_weights, gate_up, down, gate_up_gradient, down_gradient, backend, save_pre)
-    return out[0]
+    buffers = (gate_up_gradient, down_gradient, *(bias_gradients or (None, None)))
+    biased = biases or (None, None)
+    return _experts(x, topk_ids, topk_weights, gate_up, down, *biased, *buffers, clamp, backend, save_pre)[0]
 
 
 def expert_mlp(
@@ -77,6 +91,9 @@ def expert_mlp(
     *,
     gate_up_gradient: torch.Tensor | None = None,
     down_gradient: torch.Tensor | None = None,
+    biases: ExpertBiases | None = None,
+    bias_gradients: ExpertBiases | None = None,
+    clamp: SwigluClamp | None = None,
     backend: str = "auto",
     recompute_up: bool = False,
 ) -> torch.Tensor:
@@ -93,10 +110,19 @@ def expert_mlp(
     check_device("expert_mlp", "ends", ends, rows.device)
     _check_weights("expert_mlp", rows, gate_up, down)
     _check_buffers(gate_up, down, gate_up_gradient, down_gradient)
-    backend = choose_experts_backend(rows.device, rows.dtype, backend)
+    _check_biases(gate_up, down, biases, bias_gradients)
+    backend = choose_experts_backend(rows.device, rows.dtype, backend, features=expert_features(biases, clamp))
     _check_alignment(backend, gate_up)
     save_pre = torch.is_grad_enabled() and not recompute_up
-    return _expert_mlp(rows, gate_up, down, ends, gate_up_gradient, down_gradient, backend, save_pre)[0]
+    buffers = (gate_up_gradient, down_gradient, *(bias_gradients or (None, None)))
+    biased = biases or (None, None)
+    return _expert_mlp(rows, gate_up, down, ends, *biased, *buffers, clamp, backend, save_pre)[0]
+
+
+def expert_features(biases: ExpertBiases | None, clamp: SwigluClamp | None) -> tuple[ExpertsFeature, ...]:
+    """What experts have beyond their weights, as :func:`choose_experts_backend` takes it."""
+    asked: dict[ExpertsFeature, bool] = {"biases": biases is not None, "a clamped activation": clamp is not None}
+    return tuple(name for name, is_asked in asked.items() if is_asked)
 
 
 def _check_experts(x, topk_ids, topk_weights, gate_up, down) -> None:
@@ -126,6 +152,24 @@ def _check_buffers(gate_up, down, gate_up_gradient, down_gradient) -> None:
             check_gradient_buffer("experts", name, weight, buffer)
 
 
+def _check_biases(
+    gate_up: torch.Tensor, down: torch.Tensor, biases: ExpertBiases | None, bias_gradients: ExpertBiases | None
+) -> None:
+    if biases is None:
+        if bias_gradients is not None:
+            raise KernelInputError("experts: bias_gradients are given without biases; give both or neither")
+        return
+    for name, bias, weight, meaning in (
+        ("gate_up_bias", biases.gate_up, gate_up, "[E, 2F]"),
+        ("down_bias", biases.down, down, "[E, H]"),
+    ):
+        check_shape("experts", name, bias, tuple(weight.shape[:2]), meaning)
+        check_dtype("experts", name, bias, (weight.dtype,))
+        check_device("experts", name, bias, weight.device)
+    for name, bias, buffer in zip(("gate_up_bias", "down_bias"), biases, bias_gradients or (), strict=False):
+        check_gradient_buffer("experts", name, bias, buffer)
+
+
 def _check_alignment(backend: str, gate_up: torch.Tensor) -> None:
     """Tensor descriptors and grouped_mm need every row to start at a multiple of 16 bytes."""
     _, ffn2, hidden = gate_up.shape
@@ -137,10 +181,23 @@ def _check_alignment(backend: str, gate_up: torch.Tensor) -> None:
         )
 
 
-def _mlp_forward(ops, rows, gate_up, down, ends, save_pre, *, zero_tail=False):
+def up_options(gate_up_bias: torch.Tensor | None, clamp: Sequence[float] | None) -> dict:
+    """The arguments of ``multiply_up`` beyond those that every back end takes."""
+    bias = {} if gate_up_bias is None else {"bias": gate_up_bias}
+    return bias | clamp_option(clamp)
+
+
+def clamp_option(clamp: Sequence[float] | None) -> dict:
+    """The argument of the operators that know the activation, in back ends that have more than one."""
+    return {} if clamp is None else {"clamp": SwigluClamp(*clamp)}
+
+
+def _mlp_forward(ops, rows, gate_up, down, ends, save_pre, biases, clamp, *, zero_tail=False):
     groups = ops.group_rows(ends, rows.shape[0])
-    pre, act = ops.multiply_up(rows, gate_up, groups, write_pre=save_pre, write_act=True)
-    return ops.multiply_rows(act, down, groups, zero_tail=zero_tail), pre
+    up = up_options(biases[0], clamp)
+    pre, act = ops.multiply_up(rows, gate_up, groups, write_pre=save_pre, write_act=True, **up)
+    bias = {} if biases[1] is None else {"bias": biases[1]}
+    return ops.multiply_rows(act, down, groups, zero_tail=zero_tail, **bias), pre
 
 
 def _mlp_backward(
@@ -152,30 +209,46 @@ def _mlp_backward(
     down,
     ends,
     row_weights,
-    gate_up_gradient,
-    down_gradient,
+    biases,
+    buffers,
+    clamp,
     is_frozen,
     *,
     zero_tail=False,
 ):
-    """Return the gradients (rows, row weights, gate_up, down); empty ones for weights frozen or with a buffer."""
+    """Return the gradients (rows, row weights, gate_up, down, their biases).
+
+    Those of parameters that are frozen, have a buffer, or are not there are empty.
+    """
     groups = ops.group_rows(ends, rows.shape[0])
     if pre.numel() == 0:
-        pre, _ = ops.multiply_up(rows, gate_up, groups, write_pre=True, write_act=False)
-    gate_up_gradient, down_gradient = (None if b is None else b.data for b in (gate_up_gradient, down_gradient))
-    grad_pre, act, grad_weights = ops.multiply_down_dgrad(grad_rows, down, pre, groups, row_weights)
+        up = up_options(biases[0], clamp)
+        pre, _ = ops.multiply_up(rows, gate_up, groups, write_pre=True, write_act=False, **up)
+    gate_up_gradient, down_gradient, *of_biases = (None if b is None else b.data for b in buffers)
+    grad_pre, act, grad_weights = ops.multiply_down_dgrad(
+        grad_rows, down, pre, groups, row_weights, **clamp_option(clamp)
+    )
+    if biases[1] is not None and row_weights is not None:
+        ops.add_bias_products(grad_weights, grad_rows, biases[1], groups)
     grad_gate_up = grad_down = None
+    grad_biases = [None, None]
+    if biases[0] is not None and not is_frozen:
+        grad_biases[0] = ops.bias_gradient(grad_pre, groups, buffer=of_biases[0])
+        grad_biases[1] = ops.bias_gradient(grad_rows, groups, row_weights, buffer=of_biases[1])
     if not is_frozen:
         grad_down = ops.weight_gradient(grad_rows, act, groups, buffer=down_gradient, kernel="down_wgrad")
     del act
     if not is_frozen:
         grad_gate_up = ops.weight_gradient(grad_pre, rows, groups, buffer=gate_up_gradient, kernel="up_wgrad")
     grad_rows = ops.multiply_rows(grad_pre, gate_up, groups, transposed=True, zero_tail=zero_tail, kernel="up_dgrad")
+    found = (grad_gate_up, grad_down, *grad_biases)
     return (
         grad_rows,
         grad_weights,
-        rows.new_empty(0) if is_frozen or gate_up_gradient is not None else grad_gate_up,
-        rows.new_empty(0) if is_frozen or down_gradient is not None else grad_down,
+        *(
+            rows.new_empty(0) if gradient is None or buffer is not None else gradient
+            for gradient, buffer in zip(found, buffers, strict=True)
+        ),
     )
 
 
@@ -186,8 +259,13 @@ def _experts(
     topk_weights: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
     gate_up_gradient: torch.Tensor | None,
     down_gradient: torch.Tensor | None,
+    gate_up_bias_gradient: torch.Tensor | None,
+    down_bias_gradient: torch.Tensor | None,
+    clamp: Sequence[float] | None,
     backend: str,
     save_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -196,13 +274,19 @@ def _experts(
     top_k = topk_ids.shape[1]
     row_pair, pair_row, ends = sort_pairs(topk_ids, gate_up.shape[0], backend=backend)
     rows = ops.gather_rows(x.contiguous(), row_pair, pair_row, top_k)
-    out, pre = _mlp_forward(ops, rows, gate_up.contiguous(), down.contiguous(), ends, save_pre)
+    biases = _contiguous(gate_up_bias, down_bias)
+    out, pre = _mlp_forward(ops, rows, gate_up.contiguous(), down.contiguous(), ends, save_pre, biases, clamp)
     y = ops.combine_rows(out, pair_row, top_k, topk_weights.contiguous())
     return y, pre, row_pair, pair_row, ends
 
 
+def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
 @_experts.register_fake
-def _(x, topk_ids, topk_weights, gate_up, down, gate_up_gradient, down_gradient, backend, save_pre):
+def _(x, topk_ids, topk_weights, gate_up, down, *rest):
+    save_pre = rest[-1]
     num_rows = topk_ids.numel()
     pre = x.new_empty((num_rows, gate_up.shape[1])) if save_pre else x.new_empty(0)
     order = [topk_ids.new_empty(n, dtype=torch.int32) for n in (num_rows, num_rows, gate_up.shape[0])]
@@ -216,19 +300,24 @@ def _experts_backward(
     topk_weights: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
     pre: torch.Tensor,
     row_pair: torch.Tensor,
     pair_row: torch.Tensor,
     ends: torch.Tensor,
     gate_up_gradient: torch.Tensor | None,
     down_gradient: torch.Tensor | None,
+    gate_up_bias_gradient: torch.Tensor | None,
+    down_bias_gradient: torch.Tensor | None,
+    clamp: Sequence[float] | None,
     is_frozen: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     ops = operators_of(backend)
     top_k = topk_weights.shape[1]
     weights = topk_weights.contiguous()
-    grad_rows, grad_weights, grad_gate_up, grad_down = _mlp_backward(
+    grad_rows, grad_weights, *of_parameters = _mlp_backward(
         ops,
         ops.gather_rows(grad.contiguous(), row_pair, pair_row, top_k),
         ops.gather_rows(x.contiguous(), row_pair, pair_row, top_k),
@@ -237,48 +326,58 @@ def _experts_backward(
         down.contiguous(),
         ends,
         ops.sort_weights(weights, row_pair),
-        gate_up_gradient,
-        down_gradient,
+        _contiguous(gate_up_bias, down_bias),
+        (gate_up_gradient, down_gradient, gate_up_bias_gradient, down_bias_gradient),
+        clamp,
         is_frozen,
     )
     grad_x = ops.combine_rows(grad_rows, pair_row, top_k)
     grad_weights = ops.order_by_pair(grad_weights, pair_row).view(topk_weights.shape)
-    return grad_x, grad_weights, grad_gate_up, grad_down
+    return grad_x, grad_weights, *of_parameters
 
 
 @_experts_backward.register_fake
-def _(grad, x, topk_weights, gate_up, down, *rest):
-    gate_up_gradient, down_gradient, is_frozen, _ = rest[4:]
+def _(grad, x, topk_weights, gate_up, down, gate_up_bias, down_bias, *rest):
+    buffers, is_frozen = rest[4:8], rest[-2]
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(topk_weights, memory_format=torch.contiguous_format),
-        _fake_gradient(gate_up, gate_up_gradient, is_frozen),
-        _fake_gradient(down, down_gradient, is_frozen),
+        *_fake_gradients(x, (gate_up, down, gate_up_bias, down_bias), buffers, is_frozen),
     )
 
 
-def _fake_gradient(weight: torch.Tensor, buffer: torch.Tensor | None, is_frozen: bool) -> torch.Tensor:
-    if buffer is not None or is_frozen:
-        return weight.new_empty(0)
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+def _fake_gradients(x, parameters, buffers, is_frozen):
+    return [
+        x.new_empty(0)
+        if parameter is None or buffer is not None or is_frozen
+        else torch.empty_like(parameter, memory_format=torch.contiguous_format)
+        for parameter, buffer in zip(parameters, buffers, strict=True)
+    ]
+
+
+def _returned(gradients, parameters_need, buffers):
+    """The gradients for autograd: none of what was added to a buffer, is frozen, or is not there."""
+    is_frozen = not any(parameters_need)
+    return [
+        None if is_frozen or buffer is not None or gradient.numel() == 0 else gradient
+        for gradient, buffer in zip(gradients, buffers, strict=True)
+    ]
 
 
 def _experts_setup(ctx, inputs, output) -> None:
-    x, _, topk_weights, gate_up, down, ctx.gate_up_gradient, ctx.down_gradient, ctx.backend, _ = inputs
+    x, _, topk_weights, *parameters = inputs[:7]
+    ctx.buffers, ctx.clamp, ctx.backend = inputs[7:11], inputs[11], inputs[12]
     _, pre, row_pair, pair_row, ends = output
     ctx.mark_non_differentiable(pre, row_pair, pair_row, ends)
-    ctx.save_for_backward(x, topk_weights, gate_up, down, pre, row_pair, pair_row, ends)
+    ctx.save_for_backward(x, topk_weights, *parameters, pre, row_pair, pair_row, ends)
 
 
 def _experts_autograd(ctx, grad, *_):
-    buffers = (ctx.gate_up_gradient, ctx.down_gradient)
-    is_frozen = not any(ctx.needs_input_grad[3:5])
-    grad_x, grad_weights, grad_gate_up, grad_down = _experts_backward(
-        grad, *ctx.saved_tensors, *buffers, is_frozen, ctx.backend
+    need = ctx.needs_input_grad[3:7]
+    grad_x, grad_weights, *found = _experts_backward(
+        grad, *ctx.saved_tensors, *ctx.buffers, ctx.clamp, not any(need), ctx.backend
     )
-    grad_gate_up = grad_gate_up if buffers[0] is None and not is_frozen else None
-    grad_down = grad_down if buffers[1] is None and not is_frozen else None
-    return grad_x, None, grad_weights, grad_gate_up, grad_down, None, None, None, None
+    return grad_x, None, grad_weights, *_returned(found, need, ctx.buffers), *(None,) * 7
 
 
 _experts.register_autograd(_experts_autograd, setup_context=_experts_setup)
@@ -290,19 +389,26 @@ def _expert_mlp(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     ends: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
     gate_up_gradient: torch.Tensor | None,
     down_gradient: torch.Tensor | None,
+    gate_up_bias_gradient: torch.Tensor | None,
+    down_bias_gradient: torch.Tensor | None,
+    clamp: Sequence[float] | None,
     backend: str,
     save_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (result, pre-activation or empty)."""
     ops = operators_of(backend)
     weights = (gate_up.contiguous(), down.contiguous())
-    return _mlp_forward(ops, rows.contiguous(), *weights, ends, save_pre, zero_tail=True)
+    biases = _contiguous(gate_up_bias, down_bias)
+    return _mlp_forward(ops, rows.contiguous(), *weights, ends, save_pre, biases, clamp, zero_tail=True)
 
 
 @_expert_mlp.register_fake
-def _(rows, gate_up, down, ends, gate_up_gradient, down_gradient, backend, save_pre):
+def _(rows, gate_up, down, ends, *rest):
+    save_pre = rest[-1]
     pre = rows.new_empty((rows.shape[0], gate_up.shape[1])) if save_pre else rows.new_empty(0)
     return torch.empty_like(rows, memory_format=torch.contiguous_format), pre
 
@@ -313,46 +419,65 @@ def _expert_mlp_backward(
     rows: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
     ends: torch.Tensor,
     pre: torch.Tensor,
     gate_up_gradient: torch.Tensor | None,
     down_gradient: torch.Tensor | None,
+    gate_up_bias_gradient: torch.Tensor | None,
+    down_bias_gradient: torch.Tensor | None,
+    clamp: Sequence[float] | None,
     is_frozen: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    ops = operators_of(backend)
-    buffers = (gate_up_gradient, down_gradient)
-    weights = (gate_up.contiguous(), down.contiguous())
-    grad_rows, _, grad_gate_up, grad_down = _mlp_backward(
-        ops, grad.contiguous(), rows.contiguous(), pre, *weights, ends, None, *buffers, is_frozen, zero_tail=True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_rows, _, *of_parameters = _mlp_backward(
+        operators_of(backend),
+        grad.contiguous(),
+        rows.contiguous(),
+        pre,
+        gate_up.contiguous(),
+        down.contiguous(),
+        ends,
+        None,
+        _contiguous(gate_up_bias, down_bias),
+        (gate_up_gradient, down_gradient, gate_up_bias_gradient, down_bias_gradient),
+        clamp,
+        is_frozen,
+        zero_tail=True,
     )
-    return grad_rows, grad_gate_up, grad_down
+    return grad_rows, *of_parameters
 
 
 @_expert_mlp_backward.register_fake
-def _(grad, rows, gate_up, down, ends, pre, gate_up_gradient, down_gradient, is_frozen, backend):
+def _(grad, rows, gate_up, down, gate_up_bias, down_bias, *rest):
+    buffers, is_frozen = rest[2:6], rest[-2]
     return (
         torch.empty_like(rows, memory_format=torch.contiguous_format),
-        _fake_gradient(gate_up, gate_up_gradient, is_frozen),
-        _fake_gradient(down, down_gradient, is_frozen),
+        *_fake_gradients(rows, (gate_up, down, gate_up_bias, down_bias), buffers, is_frozen),
     )
 
 
 def _expert_mlp_setup(ctx, inputs, output) -> None:
-    rows, gate_up, down, ends, ctx.gate_up_gradient, ctx.down_gradient, ctx.backend, _ = inputs
+    rows, gate_up, down, ends, *biases = inputs[:6]
+    ctx.buffers, ctx.clamp, ctx.backend = inputs[6:10], inputs[10], inputs[11]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(rows, gate_up, down, ends, output[1])
+    ctx.save_for_backward(rows, gate_up, down, *biases, ends, output[1])
 
 
 def _expert_mlp_autograd(ctx, grad, _):
-    buffers = (ctx.gate_up_gradient, ctx.down_gradient)
-    is_frozen = not any(ctx.needs_input_grad[1:3])
-    grad_rows, grad_gate_up, grad_down = _expert_mlp_backward(
-        grad, *ctx.saved_tensors, *buffers, is_frozen, ctx.backend
+    need = (*ctx.needs_input_grad[1:3], *ctx.needs_input_grad[4:6])
+    grad_rows, *found = _expert_mlp_backward(
+        grad, *ctx.saved_tensors, *ctx.buffers, ctx.clamp, not any(need), ctx.backend
     )
-    grad_gate_up = grad_gate_up if buffers[0] is None and not is_frozen else None
-    grad_down = grad_down if buffers[1] is None and not is_frozen else None
-    return grad_rows, grad_gate_up, grad_down, None, None, None, None, None
+    of_weights, of_biases = found[:2], found[2:]
+    return (
+        grad_rows,
+        *_returned(of_weights, need, ctx.buffers[:2]),
+        None,
+        *_returned(of_biases, need, ctx.buffers[2:]),
+        *(None,) * 7,
+    )
 
 
 _expert_mlp.register_autograd(_expert_mlp_autograd, setup_context=_expert_mlp_setup)

@@ -21,6 +21,7 @@ from moescale.kernels.experts.launch_config import (
     LaunchConfig,
     find_launch,
     num_multiprocessors,
+    with_bias,
     with_low_rank,
 )
 from moescale.kernels.experts.ragged_triton import describe_rows, load_rows, store_rows
@@ -82,11 +83,12 @@ def _rows_kernel(
     factor,
     RANK: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
+    bias,
 ):
     """out[r, n] = sum_k rows[r, k] * weight[e][n, k]; TRANSPOSED: weight[e][k, n].
 
-    With RANK, plus the same of ``projected`` [R, RANK] and ``factor``. ``half_rows``, ``half_out`` and
-    ``half_projected`` describe the same tensors in blocks of half the height.
+    With RANK, plus the same of ``projected`` [R, RANK] and ``factor``; with ``bias``, plus bias[e, n].
+    ``half_rows``, ``half_out`` and ``half_projected`` describe the same tensors in blocks of half the height.
     """
     # A half tile stored in half the parts takes the same shared memory, and its parts stay within the warps.
     HALF_STORE_SPLITS: tl.constexpr = (STORE_SPLITS + 1) // 2
@@ -104,6 +106,8 @@ def _rows_kernel(
             a = load_rows(projected, first, size, row, k)
             b = _load_weight(factor, expert, column, k, BLOCK_N, RANK_BLOCK, TRANSPOSED)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if bias is not None:
+            acc += load_bias(bias + expert * N, column, N, BLOCK_N)
         _store_product(out, first, size, row, column, acc, STORE_SPLITS)
     if HALF_TILES:
         begin = first_position(num_whole * num_columns, NUM_PROGRAMS)
@@ -119,6 +123,8 @@ def _rows_kernel(
                 a = load_rows(half_projected, first, size, row, k)
                 b = _load_weight(factor, expert, column, k, BLOCK_N, RANK_BLOCK, TRANSPOSED)
                 acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            if bias is not None:
+                acc += load_bias(bias + expert * N, column, N, BLOCK_N)
             _store_product(half_out, first, size, row, column, acc, HALF_STORE_SPLITS)
     if ZERO_TAIL:
         zero_rows_of_no_expert(tiles, out_pointer, num_rows, N, NUM_PROGRAMS)
@@ -131,6 +137,13 @@ def _load_weight(weight, expert, column, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.c
         return tl.reshape(weight.load([expert, k, column]), (BLOCK_K, BLOCK_N))
     else:
         return tl.reshape(weight.load([expert, column, k]), (BLOCK_N, BLOCK_K)).T
+
+
+@triton.jit
+def load_bias(bias, column, num_columns, BLOCK: tl.constexpr):
+    """Load BLOCK values from ``column`` on in fp32, as a row to add to a tile; those from ``num_columns`` on are 0."""
+    columns = column + tl.arange(0, BLOCK)
+    return tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -240,13 +253,14 @@ def multiply_rows(
     kernel: str = "down",
     out: torch.Tensor | None = None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bias: torch.Tensor | None = None,
     launch: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N].
 
     Rows that belong to no expert are left unwritten, or zeroed with ``zero_tail``. ``kernel`` names the entry of the
     launch table. ``out``: where to write the result. ``low_rank``: further rows [R, r] and their factor [E, N, r]
-    (``transposed``: [E, r, N]), whose GEMM is added before the sum is rounded.
+    (``transposed``: [E, r, N]), whose GEMM is added before the sum is rounded. ``bias`` [E, N]: is added likewise.
     """
     num_rows, k = rows.shape
     num_experts = weight.shape[0]
@@ -259,6 +273,8 @@ def multiply_rows(
     if low_rank is not None:
         rank = low_rank[0].shape[1]
         launch, rank_block = with_low_rank(launch, rows.device, rank)
+    if bias is not None:
+        launch = with_bias(launch, rows.device)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     grid = num_programs(launch, rows.device)
     projected, factor = (rows, weight) if low_rank is None else low_rank
@@ -291,6 +307,7 @@ def multiply_rows(
         ),
         RANK=rank,
         RANK_BLOCK=rank_block,
+        bias=bias,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

@@ -165,6 +165,17 @@ def with_low_rank(launch: LaunchConfig, device: torch.device, rank: int) -> tupl
 
 
 @functools.cache
+def with_bias(launch: LaunchConfig, device: torch.device) -> LaunchConfig:
+    """Return the launch for a kernel that adds a bias behind its main loop.
+
+    On Blackwell the bias is brought into the accumulator's layout through shared memory, in the room of a stage.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0):
+        return dataclasses.replace(launch, num_stages=max(2, min(launch.num_stages, 3)))
+    return launch
+
+
+@functools.cache
 def find_launch(
     kernel: str, device: torch.device, dtype: torch.dtype, rows: int, num_experts: int, n: int, k: int
 ) -> LaunchConfig:

@@ -16,6 +16,8 @@ def operators_of(backend: str) -> SimpleNamespace:
         return SimpleNamespace(**{name: getattr(module, name) for name in module.__all__})
     bind = functools.partial
     return SimpleNamespace(
+        add_bias_products=reference.add_bias_products,
+        bias_gradient=reference.bias_gradient,
         combine_rows=reference.combine_rows,
         gather_rows=reference.gather_rows,
         group_rows=reference.group_rows,

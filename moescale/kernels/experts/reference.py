@@ -6,19 +6,39 @@ reads the row counts on the host); ``grouped_mm`` uses PyTorch's grouped product
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
+from moescale.kernels.swiglu.reference import SwigluClamp, clamped_swiglu, swiglu
+
+
+class ExpertBiases(NamedTuple):
+    """The biases of a layer's experts, or their gradients."""
+
+    gate_up: torch.Tensor
+    """[E, 2F], those of the gates first."""
+    down: torch.Tensor
+    """[E, H]"""
+
 
 def experts_reference(
-    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    biases: ExpertBiases | None = None,
+    clamp: SwigluClamp | None = None,
 ) -> torch.Tensor:
     """The definition of :func:`experts`, differentiable: every expert on every token, at weight 0 if not chosen."""
     out = torch.zeros_like(x)
     for expert, (gate_up_weight, down_weight) in enumerate(zip(gate_up, down, strict=True)):
         weight = (topk_weights * (topk_ids == expert)).sum(1, keepdim=True).to(x.dtype)
-        gate, up = F.linear(x, gate_up_weight).chunk(2, dim=-1)
-        out = out + weight * F.linear(F.silu(gate) * up, down_weight)
+        pre = F.linear(x, gate_up_weight, None if biases is None else biases.gate_up[expert])
+        act = swiglu(pre) if clamp is None else clamped_swiglu(pre, clamp)
+        out = out + weight * F.linear(act, down_weight, None if biases is None else biases.down[expert])
     return out
 
 
@@ -31,12 +51,14 @@ def multiply_rows(
     zero_tail: bool = False,
     kernel: str = "",
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bias: torch.Tensor | None = None,
     backend: str,
 ) -> torch.Tensor:
-    """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N].
+    """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N], plus ``bias``.
 
     Rows that belong to no expert are left unwritten, or zeroed with ``zero_tail``. ``kernel`` has no meaning here.
     ``low_rank``: further rows [R, r] and their factor [E, N, r] (``transposed``: [E, r, N]), whose GEMM is added.
+    ``bias`` [E, N]: that of the expert is added to each of its rows.
     """
     matrices = weight if transposed else weight.transpose(-2, -1)
     if backend == "grouped_mm":
@@ -47,6 +69,8 @@ def multiply_rows(
             torch.mm(rows[begin:end], matrix, out=out[begin:end])
     if low_rank is not None:
         out += multiply_rows(*low_rank, ends, transposed=transposed, backend=backend)
+    if bias is not None:
+        out += bias[_expert_of_rows(ends, out.shape[0])]
     if zero_tail:
         tail = torch.arange(out.shape[0], device=out.device) >= ends[-1]
         out.masked_fill_(tail.unsqueeze(1), 0)
@@ -70,6 +94,38 @@ def weight_gradient(
     for matrix, begin, end in _row_ranges(gradient, ends):
         matrix += left[begin:end].T @ right[begin:end]
     return gradient
+
+
+def bias_gradient(
+    grad: torch.Tensor,
+    ends: torch.Tensor,
+    row_weights: torch.Tensor | None = None,
+    *,
+    buffer: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the sum of the rows ``grad`` [R, N] of each expert, [E, N], or add it to ``buffer`` in place.
+
+    ``row_weights`` [R] fp32: what each row is multiplied by. Sums run in fp32.
+    """
+    rows = grad.float() if row_weights is None else grad.float() * row_weights.unsqueeze(1)
+    outside = torch.arange(rows.shape[0], device=rows.device) >= ends[-1]
+    sums = rows.new_zeros((ends.numel(), rows.shape[1]))
+    sums.index_add_(0, _expert_of_rows(ends, rows.shape[0]), rows.masked_fill(outside.unsqueeze(1), 0))
+    return sums.to(grad.dtype) if buffer is None else buffer.copy_(buffer.float() + sums)
+
+
+def add_bias_products(row_values: torch.Tensor, grad: torch.Tensor, bias: torch.Tensor, ends: torch.Tensor) -> None:
+    """Add to ``row_values`` [R] fp32 the products of the rows ``grad`` [R, N] and ``bias`` [E, N] of their expert.
+
+    It is what the bias contributes to the gradient of a row's routing weight.
+    """
+    row_values += (grad.float() * bias.float()[_expert_of_rows(ends, grad.shape[0])]).sum(1)
+
+
+def _expert_of_rows(ends: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """[R] int64: the expert of each sorted row; of rows that belong to none, the last."""
+    rows = torch.arange(num_rows, dtype=ends.dtype, device=ends.device)
+    return torch.searchsorted(ends, rows, right=True).clamp(max=ends.numel() - 1)
 
 
 def _row_ranges(matrices: torch.Tensor, ends: torch.Tensor):
@@ -119,17 +175,16 @@ def multiply_up(
     write_pre: bool,
     write_act: bool,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bias: torch.Tensor | None = None,
+    clamp: SwigluClamp | None = None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the pre-activation [R, 2F] and the activation [R, F]; one that is not written is empty."""
-    pre = multiply_rows(rows, gate_up, ends, low_rank=low_rank, backend=backend)
-    act = _swiglu(pre) if write_act else rows.new_empty(0)
+    pre = multiply_rows(rows, gate_up, ends, low_rank=low_rank, bias=bias, backend=backend)
+    act = rows.new_empty(0)
+    if write_act:
+        act = swiglu(pre) if clamp is None else clamped_swiglu(pre, clamp)
     return pre if write_pre else rows.new_empty(0), act
-
-
-def _swiglu(pre: torch.Tensor) -> torch.Tensor:
-    gate, up = pre.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def multiply_down_dgrad(
@@ -140,18 +195,29 @@ def multiply_down_dgrad(
     row_weights: torch.Tensor | None,
     *,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    clamp: SwigluClamp | None = None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (grad_pre [R, 2F], weighted activation [R, F], gradient [R] of the row weights)."""
     grad = multiply_rows(grad_out, down, ends, transposed=True, low_rank=low_rank, backend=backend).float()
     gate, up = pre.float().chunk(2, dim=-1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    act = silu * up
+    if clamp is None:
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        act = silu * up
+        slope, gated = sigmoid + silu * (1 - sigmoid), silu
+    else:
+        slope_is_zero, gated_is_zero = gate > clamp.limit, up.abs() > clamp.limit
+        gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit) + 1
+        sigmoid = (clamp.alpha * gate).sigmoid()
+        silu = gate * sigmoid
+        act = silu * up
+        slope = (sigmoid + clamp.alpha * silu * (1 - sigmoid)).masked_fill(slope_is_zero, 0)
+        gated = silu.masked_fill(gated_is_zero, 0)
     grad_weights = (grad * act).sum(1)
     if row_weights is not None:
         grad, act = grad * row_weights.unsqueeze(1), act * row_weights.unsqueeze(1)
-    grad_pre = torch.cat((grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu), dim=-1)
+    grad_pre = torch.cat((grad * up * slope, grad * gated), dim=-1)
     return grad_pre.to(pre.dtype), act.to(pre.dtype), grad_weights
 
 

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moescale.kernels.experts.bias_triton import add_bias_products, bias_gradient
 from moescale.kernels.experts.grouped_gemm_triton import (
+    load_bias,
     matrix_precision,
     multiply_rows,
     num_programs,
@@ -21,7 +23,7 @@ from moescale.kernels.experts.grouped_gemm_triton import (
     split_tile,
     weight_gradient,
 )
-from moescale.kernels.experts.launch_config import RANK_BLOCK, LaunchConfig, find_launch, with_low_rank
+from moescale.kernels.experts.launch_config import RANK_BLOCK, LaunchConfig, find_launch, with_bias, with_low_rank
 from moescale.kernels.experts.ragged_triton import describe_rows, load_rows, store_half, store_rows
 from moescale.kernels.experts.row_tiles_triton import (
     RowGroups,
@@ -31,6 +33,7 @@ from moescale.kernels.experts.row_tiles_triton import (
     split_whole_tiles,
     whole_tile,
 )
+from moescale.kernels.swiglu.reference import SwigluClamp
 
 
 @triton.jit
@@ -61,10 +64,14 @@ def _up_kernel(
     factor,
     RANK: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
+    bias,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
     """pre = rows @ gate_up[e].T and act = silu(gate) * up; a tile holds BLOCK_N/2 gate and the same up columns.
 
-    With RANK, projected [R, RANK] @ factor[e].T is added to pre.
+    With RANK, projected [R, RANK] @ factor[e].T is added to pre; with ``bias`` [E, 2F], bias[e]. With LIMIT, the
+    activation is that of SwigluClamp.
     """
     num_columns = tl.cdiv(F, BLOCK_N // 2)
     num_whole, num_cut, num_half = split_whole_tiles(tiles, num_columns, NUM_PROGRAMS, HALF_TILES)
@@ -80,7 +87,8 @@ def _up_kernel(
             a = load_rows(projected, first, size, row, k)
             b = tl.reshape(factor.load([expert, 0, column, k]), (BLOCK_N, RANK_BLOCK))
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-        _store_swiglu(pre, act, first, size, row, column, acc, STORE_SPLITS, WRITE_PRE, WRITE_ACT)
+        gate, up = _biased_halves(acc, bias, expert, column, F)
+        _store_swiglu(pre, act, first, size, row, column, gate, up, STORE_SPLITS, WRITE_PRE, WRITE_ACT, ALPHA, LIMIT)
     if HALF_TILES:
         begin = first_position(num_whole * num_columns, NUM_PROGRAMS)
         for position in tl.range(begin, num_half * num_columns, NUM_PROGRAMS, flatten=FLATTEN):
@@ -95,7 +103,30 @@ def _up_kernel(
                 a = load_rows(half_projected, first, size, row, k)
                 b = tl.reshape(factor.load([expert, 0, column, k]), (BLOCK_N, RANK_BLOCK))
                 acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-            _store_swiglu(half_pre, half_act, first, size, row, column, acc, STORE_SPLITS, WRITE_PRE, WRITE_ACT)
+            gate, up = _biased_halves(acc, bias, expert, column, F)
+            _store_swiglu(
+                half_pre, half_act, first, size, row, column, gate, up, STORE_SPLITS, WRITE_PRE, WRITE_ACT, ALPHA, LIMIT
+            )
+
+
+@triton.jit
+def _biased_halves(acc, bias, expert, column, F):
+    """Return the gate and the up columns of a tile, each with its bias where there is one."""
+    gate, up = split_columns(acc)
+    if bias is not None:
+        gate += load_bias(bias + expert * 2 * F, column, F, gate.shape[1])
+        up += load_bias(bias + expert * 2 * F + F, column, F, up.shape[1])
+    return gate, up
+
+
+@triton.jit
+def _activate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    if LIMIT is None:
+        return gate * tl.sigmoid(gate) * up
+    else:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1
+        return gate * tl.sigmoid(ALPHA * gate) * up
 
 
 @triton.jit
@@ -106,13 +137,15 @@ def _store_swiglu(
     size,
     row,
     column,
-    acc,
+    gate,
+    up,
     STORE_SPLITS: tl.constexpr,
     WRITE_PRE: tl.constexpr,
     WRITE_ACT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
-    """Store a tile of gate columns beside the same up columns, and their activation."""
-    gate, up = split_columns(acc)
+    """Store gate columns beside the same up columns, and their activation."""
     gates, ups = split_tile(gate, STORE_SPLITS), split_tile(up, STORE_SPLITS)
     for i in tl.static_range(STORE_SPLITS):
         part = column + i * (gate.shape[1] // STORE_SPLITS)
@@ -120,7 +153,7 @@ def _store_swiglu(
             store_half(pre, first, size, row, 0, part, gates[i])
             store_half(pre, first, size, row, 1, part, ups[i])
         if WRITE_ACT:
-            store_rows(act, first, size, row, part, gates[i] * tl.sigmoid(gates[i]) * ups[i])
+            store_rows(act, first, size, row, part, _activate(gates[i], ups[i], ALPHA, LIMIT))
 
 
 @triton.jit
@@ -135,6 +168,8 @@ def _swiglu_backward_kernel(
     F,
     BLOCK: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
     """The backward of w * down(silu(gate) * up) behind the product d = grad_out @ down[e], one row a program.
 
@@ -152,12 +187,24 @@ def _swiglu_backward_kernel(
         grad = tl.load(grad_act + row * F + column, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(pre + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(pre + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        act = silu * up
-        grad_weight += grad * act
-        grad *= weight
-        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+        if LIMIT is None:
+            sigmoid = tl.sigmoid(gate)
+            silu = gate * sigmoid
+            act = silu * up
+            grad_weight += grad * act
+            grad *= weight
+            grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+        else:
+            gate_moves, up_moves = gate <= LIMIT, tl.abs(up) <= LIMIT
+            gate = tl.minimum(gate, LIMIT)
+            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1
+            sigmoid = tl.sigmoid(ALPHA * gate)
+            silu = gate * sigmoid
+            act = silu * up
+            grad_weight += grad * act
+            grad *= weight
+            grad_gate = tl.where(gate_moves, grad * up * (sigmoid + ALPHA * silu * (1 - sigmoid)), 0.0)
+            silu = tl.where(up_moves, silu, 0.0)
         tl.store(grad_act + row * F + column, (act * weight).to(pre.dtype.element_ty), mask=inside)
         tl.store(grad_pre + row * 2 * F + column, grad_gate.to(pre.dtype.element_ty), mask=inside)
         tl.store(grad_pre + row * 2 * F + F + column, (grad * silu).to(pre.dtype.element_ty), mask=inside)
@@ -298,12 +345,14 @@ def multiply_up(
     pre: torch.Tensor | None = None,
     act: torch.Tensor | None = None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bias: torch.Tensor | None = None,
+    clamp: SwigluClamp | None = None,
     launch: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the pre-activation [R, 2F] and the activation [R, F]; one that is not written is empty.
 
-    ``pre``, ``act``: where to write them. ``low_rank``: rows [R, r] and a factor [E, 2F, r], as in
-    :func:`multiply_rows`.
+    ``pre``, ``act``: where to write them. ``low_rank``: rows [R, r] and a factor [E, 2F, r], and ``bias`` [E, 2F], as
+    in :func:`multiply_rows`.
     """
     num_rows, hidden = rows.shape
     num_experts, ffn = gate_up.shape[0], gate_up.shape[1] // 2
@@ -316,6 +365,8 @@ def multiply_up(
     if low_rank is not None:
         rank = low_rank[0].shape[1]
         launch, rank_block = with_low_rank(launch, rows.device, rank)
+    if bias is not None:
+        launch = with_bias(launch, rows.device)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     grid = num_programs(launch, rows.device)
     half_m, half_n, store_n = block_m // 2, block_n // 2, launch.store_n // 2
@@ -352,10 +403,16 @@ def multiply_up(
         ),
         RANK=rank,
         RANK_BLOCK=rank_block,
+        bias=bias,
+        **_clamp_constants(clamp),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
     return pre, act
+
+
+def _clamp_constants(clamp: SwigluClamp | None) -> dict[str, float | None]:
+    return {"ALPHA": None, "LIMIT": None} if clamp is None else {"ALPHA": clamp.alpha, "LIMIT": clamp.limit}
 
 
 def multiply_down_dgrad(
@@ -367,6 +424,7 @@ def multiply_down_dgrad(
     *,
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    clamp: SwigluClamp | None = None,
     launch: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (grad_pre [R, 2F], weighted activation [R, F], gradient [R] of the row weights).
@@ -394,6 +452,7 @@ def multiply_down_dgrad(
             ffn,
             BLOCK=min(512, triton.next_power_of_2(ffn)),
             HAS_WEIGHTS=row_weights is not None,
+            **_clamp_constants(clamp),
         )
     return grad_pre, grad_act, grad_weights
 
@@ -409,6 +468,8 @@ def order_by_pair(row_values: torch.Tensor, pair_row: torch.Tensor) -> torch.Ten
 
 
 __all__ = [
+    "add_bias_products",
+    "bias_gradient",
     "combine_rows",
     "combine_rows_backward",
     "gather_rows",

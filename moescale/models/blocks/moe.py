@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moescale.config import ModelConfig
+from moescale.kernels.experts import ExpertBiases, SwigluClamp
 from moescale.kernels.experts import experts as run_experts
 from moescale.kernels.experts.adapted import adapted_experts
 from moescale.kernels.router import Routing, route, router_logits
@@ -64,6 +65,7 @@ class Router(nn.Module):
         assert config.num_experts is not None
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.has_router_bias else None
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.has_choice_bias else None
         self.choice_bias: torch.Tensor | None
         self.register_buffer("choice_bias", bias)
@@ -78,8 +80,9 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor, num_sequences: int, counted: torch.Tensor | None = None) -> Routing:
         """Route x [T, H] of ``num_sequences`` equal sequences; ``counted`` [T] bool: the tokens that ``load`` is of."""
         config = self.config
+        logits = router_logits(x, self.weight)
         return route(
-            router_logits(x, self.weight),
+            logits if self.bias is None else logits + self.bias.float(),
             bias=self.choice_bias,
             counted=counted,
             top_k=config.top_k,
@@ -144,6 +147,9 @@ class LocalDispatcher:
                 tokens_per_expert=routing.tokens_per_expert,
                 gate_up_gradient=experts.gate_up_gradient,
                 down_gradient=experts.down_gradient,
+                biases=experts.biases,
+                bias_gradients=experts.bias_gradients,
+                clamp=experts.clamp,
             )
         out = run(
             x,
@@ -160,6 +166,7 @@ class LocalDispatcher:
 class RoutedExperts(nn.Module):
     """This rank's routed experts of a layer, stacked: ``gate_up`` [E, 2F, H] (gate rows first), ``down`` [E, H, F].
 
+    Where the family has them also their biases, ``gate_up_bias`` [E, 2F] and ``down_bias`` [E, H].
     All experts of the layer until a plan leaves it with E / P of them and sets the ``dispatcher`` for P ranks.
     """
 
@@ -169,12 +176,25 @@ class RoutedExperts(nn.Module):
         width = config.expert_intermediate_size
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
         self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
+        self.gate_up_bias = self.down_bias = None
+        if config.has_expert_biases:
+            self.gate_up_bias = nn.Parameter(torch.empty(config.num_experts, 2 * width))
+            self.down_bias = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.clamp = None if config.swiglu_clamp is None else SwigluClamp(*config.swiglu_clamp)
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.adapter: Adapter | None = None
         self.backend = "auto"
         self.recompute_up = False  # save no pre-activation, compute it again in the backward
         self.gate_up_gradient: torch.Tensor | None = None
         self.down_gradient: torch.Tensor | None = None
+        self.bias_gradients: ExpertBiases | None = None
+
+    @property
+    def biases(self) -> ExpertBiases | None:
+        """Those of the experts, if they have any."""
+        if self.gate_up_bias is None or self.down_bias is None:
+            return None
+        return ExpertBiases(self.gate_up_bias, self.down_bias)
 
     def forward(
         self, x: torch.Tensor, routing: Routing, overlapped: Callable[[], torch.Tensor] | None = None
@@ -189,6 +209,11 @@ class RoutedExperts(nn.Module):
         """Take the buffers, found by parameter name, to which the backward adds the weights' gradients."""
         self.gate_up_gradient = buffer("gate_up")
         self.down_gradient = buffer("down")
+        if self.biases is not None:
+            of_gate_up, of_down = buffer("gate_up_bias"), buffer("down_bias")
+            self.bias_gradients = None
+            if of_gate_up is not None and of_down is not None:
+                self.bias_gradients = ExpertBiases(of_gate_up, of_down)
 
     def extra_repr(self) -> str:
         return f"local_experts={self.gate_up.shape[0]}, ranks={self.dispatcher.num_ranks}"

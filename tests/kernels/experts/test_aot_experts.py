@@ -21,10 +21,12 @@ from moescale.kernels.experts import grouped_gemm_triton
 from moescale.kernels.experts import triton as experts_triton
 from unittest import mock
 from moescale.kernels.experts.launch_config import (
-    LOW_RANK_KERNELS, RANK_BLOCK, default_launch, low_rank_launch, with_low_rank
+    LOW_RANK_KERNELS, RANK_BLOCK, default_launch, low_rank_launch, with_bias, with_low_rank
 )
 
 kernel, capability, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+has_bias = kernel.endswith("_biased")
+kernel = kernel.removesuffix("_biased")
 launch = default_launch((capability // 10, capability % 10), torch.bfloat16)
 depth = RANK_BLOCK
 if kernel in LOW_RANK_KERNELS:
@@ -33,6 +35,9 @@ if kernel in LOW_RANK_KERNELS:
 elif rank:
     with mock.patch("torch.cuda.get_device_capability", lambda device: (capability // 10, capability % 10)):
         launch, depth = with_low_rank(launch, torch.device("cuda"), rank)
+if has_bias:
+    with mock.patch("torch.cuda.get_device_capability", lambda device: (capability // 10, capability % 10)):
+        launch = with_bias(launch, torch.device("cuda"))
 m, n, k, store = launch.block_m, launch.block_n, launch.block_k, launch.store_n
 
 def blocks(*shape):
@@ -49,6 +54,7 @@ if kernel == "up":
                         act=blocks(1, 1, m, store // 2), half_act=blocks(1, 1, m // 2, store // 2))
     constants |= dict(WRITE_PRE=True, WRITE_ACT=True, FLATTEN=launch.flatten, HALF_TILES=True, RANK=rank,
                       RANK_BLOCK=depth)
+    constants |= dict(ALPHA=1.702, LIMIT=7.0) if has_bias else dict(ALPHA=None, LIMIT=None)
 elif kernel.endswith("wgrad"):
     function = grouped_gemm_triton._weight_gradient_kernel
     types = dict(left=blocks(1, 1, k, m), right=blocks(1, 1, k, n), out=blocks(1, m, store), ends="*i32")
@@ -62,6 +68,11 @@ else:
     constants |= dict(TRANSPOSED=transposed, FLATTEN=launch.flatten, HALF_TILES=True, ZERO_TAIL=True, RANK=rank,
                       RANK_BLOCK=depth)
 
+if has_bias:
+    types["bias"] = "*bf16"
+else:
+    constants["bias"] = None
+constants = {name: value for name, value in constants.items() if name in function.arg_names}
 signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
 source = ASTSource(fn=function, signature=signature, constexprs=constants)
 options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
@@ -97,6 +108,14 @@ def test_kernel_compiles_to_the_matrix_units_of_its_generation(kernel, capabilit
 @pytest.mark.parametrize("kernel", ["up", "up_dgrad"])
 def test_kernel_with_a_low_rank_addition_fits_next_to_its_pipeline(kernel, capability):
     compile_apart(kernel, capability, rank=32)
+
+
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("kernel", ["up_biased", "down_biased"])
+def test_kernel_with_biases_and_the_clamped_activation_compiles(kernel, capability):
+    compile_apart(kernel, capability, rank=0)
 
 
 @pytest.mark.slow

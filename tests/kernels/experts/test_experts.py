@@ -161,13 +161,12 @@ def test_rows_that_belong_to_no_expert_have_zero_result_and_gradient(backend):
 def test_passes_opcheck(operator):
     ids, (x, weights, gate_up, down) = make_inputs(6, 2, 3, 16, 8)
     if operator == "experts":
-        arguments = (x, ids, weights, gate_up, down, None, None, "torch", True)
+        arguments = (x, ids, weights, gate_up, down, *(None,) * 7, "torch", True)
         torch.library.opcheck(torch.ops.moescale.experts.default, arguments)
     else:
         ends = torch.tensor([2, 2, 6], dtype=torch.int32)
-        torch.library.opcheck(
-            torch.ops.moescale.expert_mlp.default, (x, gate_up, down, ends, None, None, "torch", True)
-        )
+        arguments = (x, gate_up, down, ends, *(None,) * 7, "torch", True)
+        torch.library.opcheck(torch.ops.moescale.expert_mlp.default, arguments)
 
 
 def test_compiles_without_graph_break_and_gives_the_same_gradients():
