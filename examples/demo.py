@@ -141,7 +141,7 @@ def main() -> None:
     print(f"validation loss is measured on {measured} of {held_out} held-out sequences, evenly spaced over all of them")
     print(
         f"after about {arguments.steps // 2} steps this script asks the run to stop, as a cluster's scheduler would "
-        "(SIGTERM);\nthe message 'error: stopped by SIGTERM' that follows is meant to come, nothing has gone wrong",
+        "(SIGTERM);\nthe message 'stopped by SIGTERM' that follows is meant to come, nothing has gone wrong",
         flush=True,
     )
     command = moescale(

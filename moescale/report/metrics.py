@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -44,6 +45,8 @@ class StepMetrics:
     """Waiting for the step's batches, in addition to ``step_seconds``."""
     skipped: bool = False
     """The step's loss or gradient norm was not finite, and weights were left alone."""
+    extra: Mapping[str, float] = field(default_factory=dict)
+    """Further metrics by name, from the hooks of the run."""
 
     @property
     def tokens_per_second(self) -> float:

@@ -6,6 +6,7 @@ call collectives, since all ranks call it at the same point of the same step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,13 @@ class Update:
 class TrainerHook:
     """Takes part in the training. Subclass it and override what you need; every method does nothing here."""
 
-    def after_update(self, update: Update) -> None:
-        """The optimizer has updated the weights. Not called for a step that was skipped as not finite."""
+    def after_update(self, update: Update) -> Mapping[str, float] | None:
+        """The optimizer has updated the weights. Not called for a step that was skipped as not finite.
+
+        Returns:
+            Metrics of the step by name, for its record. The first rank's count.
+        """
+        return None
 
     def after_validation(self, step: int, loss: float) -> None:
         """The mean loss over the validation split after ``step``, in nats per target token."""

@@ -305,8 +305,7 @@ class Trainer:
                 self.model.move_choice_biases(sums.expert_rows, self.settings.router_bias_update_rate)
             self._last_loss = mean_loss
             self._skipped_in_a_row = 0
-            for hook in self.hooks:
-                hook.after_update(Update(step=self.step + 1, model=self.model, expert_rows=sums.expert_rows))
+        extra = {} if skipped else self._after_update(sums.expert_rows)
         self.step += 1
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -323,7 +322,15 @@ class Trainer:
             peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
             expert_load=_relative_load(sums.expert_rows),
             skipped=skipped,
+            extra=extra,
         )
+
+    def _after_update(self, expert_rows: torch.Tensor) -> dict[str, float]:
+        """Call the hooks; what they say of the step."""
+        extra: dict[str, float] = {}
+        for hook in self.hooks:
+            extra |= hook.after_update(Update(step=self.step + 1, model=self.model, expert_rows=expert_rows)) or {}
+        return extra
 
     def _dropout_seed(self, micro_batch: int) -> int:
         """Of a micro-batch's own, on every data rank another: so a resumed run drops what the undisturbed one does."""

@@ -203,6 +203,18 @@ def test_what_is_no_observer_is_refused(name, message):
         make_observer(name)
 
 
+def test_a_metric_of_a_hooks_own_is_recorded_and_replaces_none(tmp_path):
+    with make_log(tmp_path) as log:
+        log.on_step(replace(metrics(1), extra={"rows_dropped": 3.0, "loss": 99.0}))
+    (record,) = records_in(tmp_path)
+    assert (record["rows_dropped"], record["loss"]) == (3.0, 3.0)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("train/rows_dropped")] == [3.0]
+
+
 def test_json_lines_and_tensorboard_can_be_had_without_each_other(tmp_path):
     for name in ("json_lines", "tensorboard"):
         (tmp_path / name).mkdir()

@@ -383,6 +383,7 @@ class Recording(TrainerHook):
     def after_update(self, update):
         self.updates.append((update.step, int(update.expert_rows[0].sum())))
         self.weights.append(update.model.embedding.weight.detach().clone())
+        return {"doubled": 2.0 * update.step}
 
     def after_validation(self, step, loss):
         self.validations.append((step, loss))
@@ -406,5 +407,6 @@ def test_a_hook_is_called_after_updates_and_validations_and_not_for_a_skipped_st
     assert hook.updates == [(1, routed), (3, routed), (4, routed)]
     assert not torch.equal(hook.weights[0], hook.weights[1])
     assert torch.equal(hook.weights[-1], one.model.embedding.weight)
+    assert one.observer.last.extra == {"doubled": 8.0}
     assert [step for step, _ in hook.validations] == [2, 4]
     assert hook.validations[-1] == one.observer.validations[-1]

@@ -71,8 +71,11 @@ class Observer:
 
 
 def step_record(metrics: StepMetrics, run: RunContext) -> dict[str, Any]:
-    """A step's metrics as one flat record of numbers, booleans and, per MoE layer, lists of numbers."""
-    record: dict[str, Any] = {
+    """A step's metrics as one flat record of numbers, booleans and, per MoE layer, lists of numbers.
+
+    Extra metrics come first; one that has the name of another is lost.
+    """
+    record: dict[str, Any] = dict(metrics.extra) | {
         "step": metrics.step,
         "loss": metrics.loss,
         "perplexity": perplexity(metrics.loss),
