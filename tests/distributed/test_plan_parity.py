@@ -36,8 +36,14 @@ def on_one_device(steps: int, **fields: Any) -> Run:
     return record_run(steps, fields)
 
 
-@pytest.fixture(scope="module", params=[2, 4, 8])
+def name(fields: dict[str, Any]) -> str:
+    """What a case is called."""
+    return " ".join(f"{key}={value}" for key, value in fields.items())
+
+
+@pytest.fixture(scope="module")
 def ranks(request):
+    """As many ranks as the case asks for; cases of one number follow each other and share them."""
     group = GlooRanks(request.param)
     yield group
     group.close()
@@ -50,48 +56,53 @@ def two_ranks():
     group.close()
 
 
+EVERY_MESH = pytest.mark.parametrize(
+    ("ranks", "mesh"),
+    [pytest.param(size, mesh, id=name(mesh)) for size, meshes in MESHES.items() for mesh in meshes],
+    indirect=["ranks"],
+    scope="module",
+)
+
+
+@EVERY_MESH
 @pytest.mark.parametrize("dense_sharding", ["zero1", "fsdp"])
-def test_every_mesh_trains_as_one_device_does(ranks, dense_sharding):
-    for mesh in MESHES[ranks.size]:
-        fields = mesh | dict(dense_sharding=dense_sharding)
-        assert_same_run(ranks.run(record_run, STEPS, fields), on_one_device(STEPS))
+def test_every_mesh_trains_as_one_device_does(ranks, mesh, dense_sharding):
+    fields = mesh | dict(dense_sharding=dense_sharding)
+    assert_same_run(ranks.run(record_run, STEPS, fields), on_one_device(STEPS))
 
 
-def test_every_recompute_mode_and_resharding_trains_as_one_device_does(two_ranks):
-    for fields in RECOMPUTES:
-        assert_same_run(two_ranks.run(record_run, 5, fields), on_one_device(5))
+@pytest.mark.parametrize("fields", RECOMPUTES, ids=name)
+def test_every_recompute_mode_and_resharding_trains_as_one_device_does(two_ranks, fields):
+    assert_same_run(two_ranks.run(record_run, 5, fields), on_one_device(5))
 
 
-def test_recomputing_on_one_device_changes_nothing():
-    for recompute in ("block", ("experts",)):
-        alone = on_one_device(5)
-        again = record_run(5, dict(recompute=recompute))
-        assert again.losses == alone.losses and again.norms == alone.norms
+@pytest.mark.parametrize("recompute", ["block", ("experts",)], ids=str)
+def test_recomputing_on_one_device_changes_nothing(recompute):
+    alone, again = on_one_device(5), record_run(5, dict(recompute=recompute))
+    assert again.losses == alone.losses and again.norms == alone.norms
 
 
-def test_accumulated_micro_batches_train_as_one(two_ranks):
-    for mesh in (dict(dp_shard=2), dict(dp_replicate=2), dict(dp_shard=2, ep=2)):
-        for dense_sharding in ("zero1", "fsdp"):
-            runs = two_ranks.run(record_run, 5, dict(accumulation=4, dense_sharding=dense_sharding, **mesh))
-            assert_same_run(runs, on_one_device(5))
+@pytest.mark.parametrize("mesh", MESHES[2], ids=name)
+@pytest.mark.parametrize("dense_sharding", ["zero1", "fsdp"])
+def test_accumulated_micro_batches_train_as_one(two_ranks, mesh, dense_sharding):
+    runs = two_ranks.run(record_run, 5, dict(accumulation=4, dense_sharding=dense_sharding, **mesh))
+    assert_same_run(runs, on_one_device(5))
 
 
-def test_ranks_whose_experts_nobody_chose_still_train_as_one_device_does(two_ranks):
+@pytest.mark.parametrize("mesh", [dict(dp_shard=2, ep=2), dict(dp_shard=2)], ids=name)
+def test_ranks_whose_experts_nobody_chose_still_train_as_one_device_does(two_ranks, mesh):
     """All tokens of a step are equal, so all go to the same two experts, which for K = 1 is one rank's."""
     fields = dict(one_token=True, model=dict(top_k=1))
-    alone = record_run(5, fields)
-    for mesh in (dict(dp_shard=2, ep=2), dict(dp_shard=2)):
-        assert_same_run(two_ranks.run(record_run, 5, fields | mesh), alone)
+    assert_same_run(two_ranks.run(record_run, 5, fields | mesh), record_run(5, fields))
 
 
 @pytest.mark.parametrize("dense_sharding", ["zero1", "fsdp"])
-@pytest.mark.parametrize("experts", [6, 7])
-def test_experts_that_do_not_divide_by_the_ranks_train_as_one_device_does(two_ranks, experts, dense_sharding):
+@pytest.mark.parametrize(("experts", "width"), [(6, 24), (7, 24), (7, 25)])
+def test_experts_that_do_not_divide_by_the_ranks_train_as_one_device_does(two_ranks, experts, width, dense_sharding):
     """FSDP2 shards 7 experts on 2 ranks by rows, or, with an odd width, unevenly, as ZeRO-1 always does."""
-    for width in (24, 25) if experts == 7 else (24,):
-        fields = dict(model=dict(num_experts=experts, expert_intermediate_size=width))
-        runs = two_ranks.run(record_run, 5, fields | dict(dp_shard=2, dense_sharding=dense_sharding))
-        assert_same_run(runs, record_run(5, fields))
+    fields = dict(model=dict(num_experts=experts, expert_intermediate_size=width))
+    runs = two_ranks.run(record_run, 5, fields | dict(dp_shard=2, dense_sharding=dense_sharding))
+    assert_same_run(runs, record_run(5, fields))
 
 
 FORMATS = [
@@ -105,21 +116,19 @@ FORMATS = [
 ]
 
 
-def test_every_optimizer_format_trains_within_the_noise_of_bf16(two_ranks):
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: "-".join(format.values()))
+def test_every_optimizer_format_trains_within_the_noise_of_bf16(two_ranks, format):
     """The yardstick: what cutting a step into micro-batches changes on one device, in the same format."""
-    for format in FORMATS:
-        alone = record_run(STEPS, format)
-        noise = max(
-            abs(a - b)
-            for accumulation in (2, 4)
-            for a, b in zip(
-                alone.losses, record_run(STEPS, dict(accumulation=accumulation, **format)).losses, strict=True
-            )
-        )
-        for mesh in (dict(dp_shard=2), dict(dp_shard=2, ep=2), dict(dp_shard=2, ep=2, dense_sharding="fsdp")):
-            losses = two_ranks.run(record_run, STEPS, format | mesh)[0].losses
-            difference = max(abs(a - b) for a, b in zip(losses, alone.losses, strict=True))
-            assert difference <= 2 * noise, f"{format} on {mesh}: {difference:.1e}, noise {noise:.1e}"
+    alone = record_run(STEPS, format)
+    noise = max(
+        abs(a - b)
+        for accumulation in (2, 4)
+        for a, b in zip(alone.losses, record_run(STEPS, dict(accumulation=accumulation, **format)).losses, strict=True)
+    )
+    for mesh in (dict(dp_shard=2), dict(dp_shard=2, ep=2), dict(dp_shard=2, ep=2, dense_sharding="fsdp")):
+        losses = two_ranks.run(record_run, STEPS, format | mesh)[0].losses
+        difference = max(abs(a - b) for a, b in zip(losses, alone.losses, strict=True))
+        assert difference <= 2 * noise, f"{name(mesh)}: {difference:.1e}, noise {noise:.1e}"
 
 
 def test_offloaded_optimizer_state_changes_nothing(two_ranks):
