@@ -10,9 +10,13 @@ from typing import Annotated, Literal
 import torch
 
 from moescale.config import ModelConfig
-from moescale.convert.checkpoint import ExportReport, export_checkpoint, folder_dtype
+from moescale.convert.adapter import AdapterReport, MergedWeights, export_adapter
+from moescale.convert.checkpoint import ExportReport, TensorSource, export_checkpoint, folder_dtype
+from moescale.convert.folder_weights import FolderWeights
 from moescale.convert.hf_config import CONFIG_FILE, read_model_config
+from moescale.convert.weight_files import has_weights
 from moescale.errors import CheckpointError, ConfigError
+from moescale.lora import LoraSettings
 from moescale.records import FileKind, Length, Matches, build, read_json_object
 from moescale.report.progress import bytes_progress
 from moescale.runtime.checkpoint import (
@@ -23,7 +27,9 @@ from moescale.runtime.checkpoint import (
     read_training_state,
     verify,
 )
+from moescale.runtime.frozen import source_digest
 
+_ADAPTERS = FileKind(noun="a checkpoint's adapters", error=CheckpointError, root="plan.lora")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -47,10 +53,19 @@ class ExportSettings:
     default: those that the run was told to ignore."""
     max_shard_gigabytes: float = 5.0
     """Largest shard: a number of 10^9 bytes, or a size such as 4GiB."""
+    merge: bool = False
+    """Of a run of adapters: a whole checkpoint, with the adapters added to the weights that they were trained on."""
+    adapter: Literal["peft", "per-expert"] | None = None
+    """Of a run of adapters: these alone, as PEFT 0.19.1 and later has them, or with matrices of their own for every
+    expert, as servers want them."""
 
     def __post_init__(self) -> None:
         if not 1e-9 <= self.max_shard_gigabytes < math.inf:
             raise ConfigError(f"export.max_shard_gigabytes ({self.max_shard_gigabytes}) must be positive and finite")
+        if self.merge and self.adapter is not None:
+            raise ConfigError(f"export.merge and export.adapter ({self.adapter}) exclude each other; drop one of them")
+        if self.adapter not in (None, "peft", "per-expert"):
+            raise ConfigError(f"export.adapter ({self.adapter!r}) must be peft or per-expert")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +81,11 @@ class RunFile:
 class ExportSummary:
     """What was exported."""
 
-    report: ExportReport
+    report: ExportReport | AdapterReport
     step: int
     """Of the run whose weights these are."""
     dtype: str
-    """bf16, fp16 or fp32."""
+    """bf16, fp16 or fp32; adapters are always fp32."""
 
 
 def export(settings: ExportSettings, *, progress: bool = True) -> ExportSummary:
@@ -94,10 +109,19 @@ def export(settings: ExportSettings, *, progress: bool = True) -> ExportSummary:
         raise CheckpointError(f"{store.folder}: holds no whole checkpoint; let the run save one first")
     try:
         _check_model(settings, reference, config, checkpoint)
+        lora = _check_adapters(settings, checkpoint)
         with CheckpointWeights(checkpoint) as source, bytes_progress("exporting", show=progress) as on_progress:
+            if lora is not None and settings.adapter is not None:
+                written = export_adapter(
+                    config, lora, source, settings.output, layout=settings.adapter, base_model=str(reference)
+                )
+                return ExportSummary(report=written, step=checkpoint.step, dtype="fp32")
+            weights: TensorSource = source
+            if lora is not None:
+                weights = _merged(source, checkpoint, reference, config, lora)
             report = export_checkpoint(
                 config,
-                source,
+                weights,
                 settings.output,
                 reference=reference,
                 ignored_fields=ignored_fields,
@@ -108,6 +132,43 @@ def export(settings: ExportSettings, *, progress: bool = True) -> ExportSummary:
     except DamagedCheckpointError as error:
         raise _with_remedy(error, store, checkpoint) from error
     return ExportSummary(report=report, step=checkpoint.step, dtype=dtype_name)
+
+
+def _check_adapters(settings: ExportSettings, checkpoint: Checkpoint) -> LoraSettings | None:
+    """The adapters that a checkpoint holds, None for one of whole weights; an error for options of the other kind."""
+    plan = read_training_state(checkpoint)["plan"] or {}
+    if plan.get("lora") is None:
+        if settings.merge or settings.adapter is not None:
+            option = "merge" if settings.merge else f"adapter {settings.adapter}"
+            raise ConfigError(f"{checkpoint.path}: holds whole weights and no adapters; drop --{option}")
+        return None
+    if not settings.merge and settings.adapter is None:
+        raise ConfigError(
+            f"{checkpoint.path}: holds adapters; give --merge for a whole checkpoint, or --adapter peft or --adapter "
+            "per-expert for the adapters alone"
+        )
+    return build(LoraSettings, plan["lora"], str(checkpoint.path), _ADAPTERS)
+
+
+def _merged(
+    source: CheckpointWeights, checkpoint: Checkpoint, reference: Path, config: ModelConfig, lora: LoraSettings
+) -> MergedWeights:
+    """Weights and adapters added up, once the weights have proved to be those that the adapters belong to."""
+    if not has_weights(reference):
+        raise CheckpointError(
+            f"{reference}: has no weights to merge with: the run started from random ones, which are on no disk. "
+            "Export the adapters alone with --adapter"
+        )
+    state = read_training_state(checkpoint)
+    dtype = torch.bfloat16 if state["plan"]["compute_dtype"] == "bf16" else torch.float32
+    base = FolderWeights(reference, config, dtype)
+    digest, trained = source_digest(base), state["identity"].get("frozen weights")
+    if digest != trained:
+        raise CheckpointError(
+            f"{reference}: holds weights with digest {digest}, {checkpoint.path} was trained on those with {trained}; "
+            "give the folder of these as --model"
+        )
+    return MergedWeights(base, source, config, lora)
 
 
 def _with_remedy(error: DamagedCheckpointError, store: CheckpointStore, checkpoint: Checkpoint) -> CheckpointError:

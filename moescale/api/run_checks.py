@@ -11,9 +11,10 @@ import torch
 from moescale import __version__
 from moescale.api.train_request import RunInputs
 from moescale.config import ModelConfig
+from moescale.convert.adapter import read_adapter_settings
 from moescale.data.corpus import Corpus
 from moescale.errors import ConfigError
-from moescale.lora import parse_lora
+from moescale.lora import LoraSettings, parse_lora
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
 from moescale.runtime.launch import was_launched
 
@@ -46,6 +47,7 @@ def choose_plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: 
             )
         plan.check_model(config)
         _check_lora(inputs.lora, plan, inputs.plan)
+        _check_adapter(inputs.adapter, config, plan.lora)
         return plan
     sequences = inputs.micro_batch_sequences or 1
     tokens_per_step = inputs.tokens_per_step or sequences * corpus.sequence_length
@@ -55,14 +57,33 @@ def choose_plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: 
             f"run.tokens_per_step ({tokens_per_step}) must be a multiple of {micro_batch_tokens}: "
             f"run.micro_batch_sequences ({sequences}) sequences of {corpus.sequence_length} tokens"
         )
+    lora = None if inputs.lora is None else parse_lora(inputs.lora)
+    if inputs.adapter is not None and lora is None:
+        lora = read_adapter_settings(inputs.adapter, config)
+    _check_adapter(inputs.adapter, config, lora)
     return one_device_plan(
         config,
         sequence_length=corpus.sequence_length,
         micro_batch_sequences=sequences,
         gradient_accumulation_steps=tokens_per_step // micro_batch_tokens,
         compute_dtype=inputs.precision or ("bf16" if device.type == "cuda" else "fp32"),
-        lora=None if inputs.lora is None else parse_lora(inputs.lora),
+        lora=lora,
     )
+
+
+def _check_adapter(folder: Path | None, config: ModelConfig, lora: LoraSettings | None) -> None:
+    """Adapters are continued with the rank and scale that they have."""
+    if folder is None:
+        return
+    if lora is None:
+        raise ConfigError(f"run.adapter ({folder}) needs a plan that trains adapters; compile it with --lora")
+    found = read_adapter_settings(folder, config)
+    for name, has, wanted in (("rank", found.rank, lora.rank), ("scale", found.scale, lora.scale)):
+        if has != wanted:
+            raise ConfigError(
+                f"run.adapter ({folder}) has adapters of {name} {has:g}, run.lora ({lora.text()}) says {wanted:g}; "
+                "give the same rank and alpha"
+            )
 
 
 def _check_lora(given: str | None, plan: ParallelPlan, path: Path) -> None:

@@ -15,6 +15,7 @@ from moescale import __version__
 from moescale.api.run_checks import check_corpus, check_devices, choose_plan, memory_warning, out_of_memory
 from moescale.api.train_request import TrainRequest, request_arguments
 from moescale.config import ModelConfig
+from moescale.convert.adapter import read_adapter
 from moescale.convert.checkpoint import kept_tensors
 from moescale.convert.hf_config import PRESETS, read_model_config, resolve_model
 from moescale.convert.weight_files import has_weights
@@ -225,6 +226,9 @@ class _Rank:
             compile_layers(placed.model)
         if checkpoint is None or plan.lora is not None:  # whose checkpoints hold adapters alone
             self._fill(placed)
+            if self.request.adapter is not None and checkpoint is None:
+                assert plan.lora is not None
+                placed.import_adapters(read_adapter(self.request.adapter, self.run.config, plan.lora))
         total_steps = self.settings.steps or _steps_of_one_epoch(self.run.corpus, plan, checkpoint)
         with ObserverList(self.run.observers if self.ranks.is_first else ()) as observer:
             if self.ranks.is_first:

@@ -38,6 +38,9 @@ class RunInputs:
     lora: str | None = None
     """Train adapters alone, as in rank=16,alpha=32,targets=attention+experts; targets: all, attention, dense, shared,
     experts, or a module such as q_proj; also dropout=0.05, rank_stabilised=true. A plan decides it by itself."""
+    adapter: Path | None = None
+    """Folder of adapters to start from, of PEFT 0.19.1 and later or with matrices for every expert; what they are it
+    says itself, unless the plan or --lora does."""
     initialize: Literal["auto", "pretrained", "random"] = "auto"
     """Weights to start from: those of the model's folder, or random; auto: pretrained where the folder has any."""
     device: str = "auto"
@@ -61,7 +64,7 @@ class RunInputs:
     """Ask for bit-identical results where an operator has a faster way that is not."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "output", "plan"):
+        for name in ("data", "output", "plan", "adapter"):
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Path(value))

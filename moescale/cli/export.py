@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moescale.api.export import ExportSettings, export
+from moescale.convert.adapter import AdapterReport
 from moescale.errors import printable, say
 
 
@@ -25,6 +26,10 @@ def export_command(settings: Annotated[ExportSettings, Parameter(name="*")], *, 
     if json:
         document = asdict(report) | {"output": str(report.output), "step": summary.step, "dtype": summary.dtype}
         say(json_module.dumps(document, indent=2))
+        return
+    if isinstance(report, AdapterReport):
+        text = f"exported the adapters of step {summary.step} to {settings.output} ({report.num_tensors} tensors)"
+        say(printable(text))
         return
     shards = f"{report.num_shards} shard{'s' * (report.num_shards > 1)}"
     say(printable(f"exported step {summary.step} as {summary.dtype} to {settings.output} ({shards})"))

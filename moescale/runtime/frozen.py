@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
+from moescale.boxes import whole_box
+from moescale.convert.checkpoint import TensorSource
 from moescale.models.transformer import Transformer
 from moescale.runtime.layout import Part, local_tensor
 from moescale.runtime.ranks import Ranks
@@ -33,6 +35,20 @@ def frozen_digest(model: Transformer, parts: Mapping[str, Part], ranks: Ranks) -
             bits = buffer.detach().view(_BITS[buffer.dtype]).flatten().tolist()
             total += _factor(name) * sum((2 * index + 1) * value for index, value in enumerate(bits))
     return f"{sum(ranks.gather(total % _MODULUS)) % _MODULUS:016x}"
+
+
+def source_digest(source: TensorSource) -> str:
+    """The same digest of weights that are read one parameter, or one expert's slice of it, at a time."""
+    total = 0
+    for name in source.names():
+        shape = source.shape(name)
+        for index in range(shape[0]) if len(shape) == 3 else (None,):
+            tensor = source.read(name, index)
+            box = whole_box(shape)
+            if index is not None:
+                box, tensor = (slice(index, index + 1), *box[1:]), tensor.unsqueeze(0)
+            total += _sum_of(name, tensor, Part(shape=shape, index=box))
+    return f"{total % _MODULUS:016x}"
 
 
 def _factor(name: str) -> int:

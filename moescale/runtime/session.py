@@ -47,6 +47,12 @@ class PlacedModel:
         """Fill the adapters alone, as :meth:`initialize` does."""
         self._draw(seed, is_adapter)
 
+    def import_adapters(self, factors: Mapping[str, torch.Tensor]) -> None:
+        """Fill the adapters with ``factors``, whole ones by parameter name."""
+        for name, parameter in self.model.named_parameters():
+            if is_adapter(name):
+                local_tensor(parameter).copy_(factors[name][self.parts[name].index])
+
     def _draw(self, seed: int, chosen: Callable[[str], bool]) -> None:
         std = self.model.config.initializer_std
         for position, (name, parameter) in enumerate(in_drawing_order(self.model)):

@@ -145,3 +145,82 @@ def test_adapters_can_stand_in_the_settings_file(
     assert "lora.targets ('atention') must be one of" in error_of(
         capsys, *batch(pretrained, stdlib_corpus, tmp_path / "other"), "--lora", "rank=2,targets=atention"
     )
+
+
+def export(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["export", *map(str, arguments), "--json"])
+    assert not caught.value.code
+
+
+def export_error(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["export", *map(str, arguments)])
+    assert caught.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, pretrained: Path, stdlib_corpus: Path) -> Path:
+    output = tmp_path_factory.mktemp("finished") / "run"
+    run(*batch(pretrained, stdlib_corpus, output), "--lora", LORA, "--steps", 3)
+    return output
+
+
+def trained_factors(output: Path) -> dict[str, torch.Tensor]:
+    prefix = "weights."
+    return {name.removeprefix(prefix): t for name, t in tensors_of(output).items() if name.startswith(prefix)}
+
+
+def test_a_merged_export_is_the_weights_with_the_adapters_added(
+    tmp_path: Path, finished: Path, pretrained: Path, capsys: pytest.CaptureFixture
+) -> None:
+    export("--run", finished, "--output", tmp_path / "merged", "--merge", "--dtype", "fp32")
+    merged, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", pretrained))
+    factors = trained_factors(finished)
+    name = "layers.2.feed_forward.experts.adapter."
+    for expert in range(factors[f"{name}down_a"].shape[0]):
+        key = f"model.layers.2.mlp.experts.{expert}.down_proj.weight"
+        delta = 4 * factors[f"{name}down_b"][expert] @ factors[f"{name}down_a"][expert]
+        torch.testing.assert_close(merged[key] - base[key], delta, rtol=1e-4, atol=1e-7)
+        assert delta.any()
+    assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"])
+    other = shutil.copytree(pretrained, tmp_path / "other")
+    base["lm_head.weight"][3, 3] += 1e-3
+    save_file(base, other / "model.safetensors", metadata={"format": "pt"})
+    message = export_error(capsys, "--run", finished, "--output", tmp_path / "m", "--merge", "--model", other)
+    assert "was trained on those with" in message and not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("layout", ["peft", "per-expert"])
+def test_exported_adapters_are_continued(
+    tmp_path: Path, finished: Path, pretrained: Path, stdlib_corpus: Path, layout: str, capsys: pytest.CaptureFixture
+) -> None:
+    export("--run", finished, "--output", tmp_path / "adapter", "--adapter", layout)
+    arguments = batch(pretrained, stdlib_corpus, tmp_path / "continued")
+    run(*arguments, "--adapter", tmp_path / "adapter", "--steps", 1)
+    assert losses(tmp_path / "continued")[0] < losses(finished)[0] - 0.05, "it starts where the adapters ended"
+    message = error_of(
+        capsys, *batch(pretrained, stdlib_corpus, tmp_path / "x"), "--adapter", tmp_path / "adapter", "--lora", "rank=8"
+    )
+    assert "has adapters of rank 4, run.lora (rank=8,alpha=16,targets=all) says 8" in message
+
+
+def test_an_export_of_adapters_says_what_it_wants(
+    tmp_path: Path,
+    finished: Path,
+    pretrained: Path,
+    model_folder: Path,
+    stdlib_corpus: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out = ("--output", tmp_path / "out")
+    assert "holds adapters; give --merge for a whole checkpoint" in export_error(capsys, "--run", finished, *out)
+    message = export_error(capsys, "--run", finished, *out, "--merge", "--adapter", "peft")
+    assert "export.merge and export.adapter (peft) exclude each other" in message
+    whole, drawn = tmp_path / "whole", tmp_path / "drawn"
+    run(*batch(pretrained, stdlib_corpus, whole), "--steps", 1)
+    assert "holds whole weights and no adapters; drop --merge" in export_error(capsys, "--run", whole, *out, "--merge")
+    run(*batch(model_folder, stdlib_corpus, drawn), "--lora", LORA, "--steps", 1)
+    message = export_error(capsys, "--run", drawn, *out, "--merge")
+    assert "has no weights to merge with: the run started from random ones" in message
