@@ -21,6 +21,8 @@ TABLE = {
     "run/summary.json": DURABLE,
     "run/run.lock": LOG,
     "run/metrics.jsonl": LOG,
+    "run/expert_load.jsonl": LOG,
+    "run/warnings.jsonl": LOG,
     "run/tensorboard": LOG,
     "run/tensorboard/*": LOG,
     "run/checkpoints": DURABLE,
