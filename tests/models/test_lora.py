@@ -13,6 +13,8 @@ from moescale.errors import ConfigError
 from moescale.lora import LoraSettings, parse_lora
 from moescale.models.lora import ExpertsAdapter, LinearAdapter, adapters_of, add_adapters, is_adapter
 from moescale.models.transformer import Transformer, build_on_meta, initialize
+from moescale.runtime.optimizer import AdamW
+from moescale.runtime.settings import TrainSettings
 from tests.parity.test_parity import batch_of, error, export, load
 from tiny import tiny_config
 
@@ -151,6 +153,28 @@ def test_dropout_acts_on_the_input_of_a_in_training_alone() -> None:
     assert all(error(*pair) < 1e-5 for pair in zip(grads, wanted, strict=True))
     model.eval()
     torch.testing.assert_close(linear(x), plain + 1.5 * x @ a.T @ b.T)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_layers_give_the_buffers_the_same_gradients() -> None:
+    """Of every adapter, also where nothing before it is trained; in one graph for each kind of layer."""
+
+    def gradients(compiled: bool) -> dict[str, torch.Tensor]:
+        model = adapted_model(LORA, torch.bfloat16)
+        optimizer = AdamW(model.named_parameters(), TrainSettings())
+        optimizer.accumulate_in_products(model)
+        if compiled:
+            torch.compiler.reset()
+            for block in model.layers:
+                block.compile(fullgraph=True, backend="aot_eager")
+        tokens, targets = batch_of(model.config)
+        for _ in range(2):
+            model(tokens, targets=targets).loss_sum.backward()
+        return {name: optimizer.gradient(name) for name in optimizer.parameters}
+
+    alone, compiled = gradients(False), gradients(True)
+    for name, gradient in alone.items():
+        assert gradient.any() and error(compiled[name], gradient) < 2e-2, name
 
 
 def test_only_adapters_are_trained_and_the_weights_are_drawn_as_without() -> None:

@@ -1,0 +1,251 @@
+"""Adapters on the whole 16B model on one GPU as a user trains them: prepare, compile, run; then PEFT, beside it.
+
+    python benchmarks/lora.py --cluster h100-sxm --output benchmarks/results/h100/lora.json
+
+Rank 16 on attention, shared and routed experts, packs of 4,096 tokens, random weights of the public configuration made
+on the GPU. Ours runs twice: in 48 GB, and with whatever the GPU has. Micro-batch and recomputation are the plan's; the
+figures are the run's own in ``metrics.jsonl``, optimizer included, after two steps of warming up. The peer is
+transformers with PEFT (packages ``peft`` and ``accelerate``), every layer compiled if that runs, with what suits it
+best: adapters in bf16, grouped GEMMs for the experts, shared experts as layers, not as parameters, fused AdamW. What
+does not fit or compile is said in its place. Parts are left out that would begin after ``--seconds``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from one_gpu import WARM_UP_STEPS, moescale, prepare_corpus, run_until
+
+TARGETS = "attention+shared+experts"
+
+
+def ours(folder: Path, corpus: Path, arguments: argparse.Namespace, memory_limit: str | None) -> dict[str, Any]:
+    """Plan within ``memory_limit`` and run."""
+    folder.mkdir()
+    plan_file = folder / "plan.json"
+    lora = f"rank={arguments.rank},alpha={2 * arguments.rank},targets={TARGETS}"
+    shape = ("--sequence-length", arguments.sequence_length, "--tokens-per-step", arguments.tokens_per_step)
+    limit = ("--memory-limit", memory_limit) if memory_limit else ()
+    where = ("--model", arguments.model, "--cluster", arguments.cluster, "--plan-gpus", 1, "--lora", lora)
+    precision = ("--precision", arguments.precision)
+    subprocess.run(
+        moescale("compile", *where, *shape, *limit, *precision, "--output", plan_file),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    options = ("--model", arguments.model, "--data", corpus, "--plan", plan_file, "--initialize", "random")
+    device = ("--device", arguments.device, "--learning-rate", 1e-4)
+    records, first_start = run_until(arguments.steps + WARM_UP_STEPS, folder / "run", *options, *device)
+    plan = json.loads(plan_file.read_text())
+    measured = records[WARM_UP_STEPS:]
+    seconds = statistics.median(record["step_seconds"] for record in measured)
+    peak, predicted = max(record["peak_bytes"] for record in measured), plan["prediction"]["allocated_bytes"]
+    return {
+        "memory_limit": memory_limit,
+        "tokens_per_second": arguments.tokens_per_step / seconds,
+        "step_seconds": seconds,
+        "step_seconds_each": [record["step_seconds"] for record in measured],
+        "predicted_step_seconds": plan["prediction"]["step_seconds"],
+        "peak_bytes": peak,
+        "predicted_peak_bytes": predicted,
+        "predicted_peak_error": predicted / peak - 1 if peak else None,
+        "predicted_device_bytes": plan["prediction"]["peak_bytes"],
+        "seconds_from_command_to_first_step_done": first_start,
+        "losses": [record["loss"] for record in measured],
+        "micro_batch_sequences": plan["micro_batch_sequences"],
+        "plan": plan,
+    }
+
+
+ATTEMPTS = (
+    dict(compiled=True, recompute=False),
+    dict(compiled=False, recompute=False),
+    dict(compiled=False, recompute=True),
+)
+"""The ways in which the peer is run: the next where one fails or does not end."""
+
+
+def peer_step(arguments: argparse.Namespace, *, compiled: bool, recompute: bool) -> dict[str, Any]:
+    import peft
+    import transformers
+    from peft.utils import transformers_weight_conversion
+    from transformers import AutoModelForCausalLM, DeepseekV2Config
+
+    from moescale.convert.hf_config import read_hf_config, resolve_model
+
+    document = read_hf_config(resolve_model(arguments.model))
+    document.pop("auto_map", None)
+    config = DeepseekV2Config(**document)
+    config._attn_implementation, config._experts_implementation, config.use_cache = "sdpa", "grouped_mm", False
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    with torch.device(arguments.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype) if arguments.device == "cpu" else None
+    if model is None:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = fill(model)
+    # PEFT takes shared experts for routed ones where they are named as modules (huggingface/peft#3711).
+    transformers_weight_conversion.convert_peft_config_for_transformers = lambda *args, **kwargs: None
+    model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=arguments.rank,
+            lora_alpha=2 * arguments.rank,
+            target_modules=r".*\.(q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|shared_experts\.(gate|up|down)_proj)",
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        ),
+        autocast_adapter_dtype=False,
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if recompute:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled:
+        for layer in model.base_model.model.model.layers:
+            layer.compile()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=arguments.device.startswith("cuda"))
+    shape = (arguments.peer_sequences, arguments.sequence_length)
+    batches = [torch.randint(config.vocab_size, shape, device=arguments.device) for _ in range(4)]
+
+    def step() -> None:
+        for number in range(arguments.peer_micro_batches):
+            tokens = batches[number % len(batches)]
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = timed(step, arguments)
+    tokens_of_step = shape[0] * shape[1] * arguments.peer_micro_batches
+    return {
+        "versions": {"transformers": transformers.__version__, "peft": peft.__version__},
+        "compiled": compiled,
+        "recompute": recompute,
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "micro_batch_sequences": shape[0],
+        "step_seconds": seconds,
+        "tokens_per_second": tokens_of_step / seconds,
+        "peak_bytes": torch.cuda.max_memory_allocated() if arguments.device.startswith("cuda") else 0,
+    }
+
+
+def fill(model: torch.nn.Module) -> torch.nn.Module:
+    """Random weights on the GPU for a model on the meta device; its rotary tables are computed again."""
+    rotary = model.model.rotary_emb  # type: ignore[union-attr]
+    model = model.to_empty(device="cuda")
+    model.model.rotary_emb = type(rotary)(config=model.config, device="cuda")  # type: ignore[union-attr,assignment]
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter) if parameter.dim() == 1 else torch.nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def timed(step: Callable[[], None], arguments: argparse.Namespace) -> float:
+    """Median seconds of the steps after two of warming up."""
+    on_gpu = arguments.device.startswith("cuda")
+    seconds = []
+    for number in range(WARM_UP_STEPS + arguments.peer_steps):
+        started = time.perf_counter()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        if number >= WARM_UP_STEPS:
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def peer(folder: Path, left: Callable[[], float]) -> dict[str, Any]:
+    """Train the same adapters with transformers and PEFT, in processes of their own: they need the GPU to themselves.
+
+    Compiled in two thirds of the seconds that are left, else as it is, else with recomputation.
+    """
+    failures: list[str] = []
+    for number, attempt in enumerate(ATTEMPTS):
+        output = folder / f"peer-{number}.json"
+        seconds = left() * (2 / 3 if number == 0 else 1)
+        if seconds < 20:
+            failures.append(f"{attempt}: no time left")
+            continue
+        command = [sys.executable, __file__, *sys.argv[1:], "--peer-to", str(output), "--peer-attempt", str(number)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            failures.append(f"{attempt}: not done after {seconds:.0f} s")
+            continue
+        if output.is_file():
+            return json.loads(output.read_text()) | {"failed_before": failures}
+        failures.append(f"{attempt}: {done.stderr[-600:]}")
+    return {"error": failures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deepseek-coder-v2-lite")
+    parser.add_argument("--cluster", default="h100-sxm")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--sequence-length", type=int, default=4096)
+    parser.add_argument("--tokens-per-step", type=int, default=65536)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--memory-limit", default="48GB", help="of the first of our runs")
+    parser.add_argument("--peer-sequences", type=int, default=1, help="of a micro-batch of the peer's")
+    parser.add_argument("--peer-micro-batches", type=int, default=4)
+    parser.add_argument("--peer-steps", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=450, help="after which no further part begins")
+    parser.add_argument("--data", type=Path, help="a corpus prepared before; default: the standard library's sources")
+    parser.add_argument("--peer-to", type=Path, help="run the peer alone, and write its result here")
+    parser.add_argument("--peer-attempt", type=int, default=0, help="which of the ways to run the peer")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.peer_to:
+        arguments.peer_to.write_text(json.dumps(peer_step(arguments, **ATTEMPTS[arguments.peer_attempt])))
+        return
+    started = time.monotonic()
+
+    def left() -> float:
+        return arguments.seconds - (time.monotonic() - started)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = arguments.data or prepare_corpus(folder, arguments.sequence_length)
+        print(f"corpus after {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        first = ours(folder / "limited", corpus, arguments, arguments.memory_limit)
+        print(f"first run after {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        peers = {"transformers + PEFT": peer(folder, left)}
+        print(f"peer after {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        unlimited = ours(folder / "unlimited", corpus, arguments, None) if left() > 100 else None
+    on_gpu = arguments.device.startswith("cuda")
+    result = {
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+        "model": arguments.model,
+        "lora": {"rank": arguments.rank, "targets": TARGETS},
+        "sequence_length": arguments.sequence_length,
+        "tokens_per_step": arguments.tokens_per_step,
+        **first,
+        "without_a_limit": unlimited,
+        "peers": peers,
+    }
+    shown = {key: value for key, value in result.items() if key not in ("plan", "without_a_limit")}
+    print(json.dumps(shown | {"without_a_limit": (unlimited or {}) | {"plan": "..."}}, indent=1))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
