@@ -31,6 +31,8 @@ class YarnConfig:
     """Numerator's coefficient of the cos/sin scale; see :mod:`moescale.models.blocks.rope`."""
     mscale_all_dim: float
     """Denominator's coefficient of the cos/sin scale, and the softmax scale's coefficient; 0 means neither."""
+    truncate: bool = True
+    """Round the range of pairs whose frequency is interpolated to whole pairs."""
 
     def __post_init__(self) -> None:
         for name in ("factor", "original_max_sequence_length", "beta_fast", "beta_slow"):

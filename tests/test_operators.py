@@ -239,7 +239,8 @@ def test_kinds_layer_kinds_and_operators_that_are_not_known_are_refused(own_oper
 
 def test_every_shipped_annotation_names_known_dims() -> None:
     shipped = {}
-    for config in (tiny_config(), tiny_config(q_lora_rank=8), read_model_config("qwen3-30b-a3b")):
+    presets = (read_model_config(name) for name in ("qwen3-30b-a3b", "gpt-oss-20b"))
+    for config in (tiny_config(), tiny_config(q_lora_rank=8), *presets):
         workload = build_workload(config)
         for kind in (*workload.layers, workload.outside):
             shipped |= {op.name: (op, workload.dims(64, 32)) for op in kind.operators}

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from moescale.boxes import Box, box_shape, overlap, relative_to, whole_box
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import CONFIG_FILE, read_hf_config, read_model_config, transformers_differences
-from moescale.convert.key_table import KeyTable, Piece, build_key_table, fused_experts
+from moescale.convert.key_table import KeyTable, Piece, build_key_table, fused_experts, mxfp4_experts
+from moescale.convert.mxfp4 import dequantize
 from moescale.convert.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -117,8 +118,7 @@ def import_checkpoint(
     for name, pieces in table.items():
         part = parts[name] if parts is not None else whole_box(parameters[name].shape)
         for piece in pieces:
-            copy = _copy_of(piece, part, parameters[name])
-            if copy is not None:
+            for copy in _copies_of(piece, part, parameters[name]):
                 wanted.setdefault(stored[piece.key].file, []).append(copy)
     total = sum(copy.target.nbytes for copies in wanted.values() for copy in copies)
     done = 0
@@ -126,7 +126,7 @@ def import_checkpoint(
         copies = wanted[file]
         tensors = read_parts(file, ((copy.key, copy.source) for copy in copies))
         for copy, tensor in zip(copies, tensors, strict=True):
-            copy.target.copy_(tensor.view(copy.target.shape))
+            copy.target.copy_(_values(copy, tensor, stored).view(copy.target.shape))
             if not torch.isfinite(copy.target).all():
                 raise NonFiniteWeightsError(
                     f"{file}: tensor '{copy.key}' has values that are not finite, or not in {copy.target.dtype}; fetch "
@@ -202,7 +202,11 @@ def export_checkpoint(
         num_tensors=sum(map(len, shards)),
         num_shards=len(shards),
         weight_bytes=weight_bytes,
-        warnings=(*transformers_differences(config), *_untrained(config, reference, len(kept))),
+        warnings=(
+            *transformers_differences(config),
+            *_untrained(config, reference, len(kept)),
+            *_unpacked(reference, dtype),
+        ),
     )
 
 
@@ -213,6 +217,13 @@ def _untrained(config: ModelConfig, reference: Path, num_kept: int) -> list[str]
     if num_kept:
         return [f"multi-token prediction was not trained: its {num_kept} tensors are those of {reference}, unchanged"]
     return [f"{reference} holds no tensors for multi-token prediction, so the export has none"]
+
+
+def _unpacked(reference: Path, dtype: torch.dtype) -> list[str]:
+    """Say that weights which the reference holds in fewer bits were written whole."""
+    if read_hf_config(reference).get("quantization_config") is None:
+        return []
+    return [f"{reference} describes experts in MXFP4; this export holds them in {_DTYPE_NAMES[dtype]}, not quantized"]
 
 
 def folder_dtype(folder: Path) -> torch.dtype:
@@ -229,7 +240,8 @@ def folder_dtype(folder: Path) -> torch.dtype:
         return torch.bfloat16
     values: Counter[torch.dtype] = Counter()
     for tensor in read_headers(folder, may_be_absent=_tied_keys(find_family(document["model_type"]).names)).values():
-        values[tensor.dtype] += math.prod(tensor.shape)
+        if tensor.dtype.is_floating_point:
+            values[tensor.dtype] += math.prod(tensor.shape)
     return values.most_common(1)[0][0] if values else torch.bfloat16
 
 
@@ -240,20 +252,46 @@ class _Copy:
     """The part of the stored tensor to read."""
     target: torch.Tensor
     """The view of the parameter it goes to."""
+    rearranged: Piece | None = None
+    """The piece whose order is to be undone, after which ``wanted`` of the expert's dims is taken."""
+    wanted: Box = ()
 
 
-def _copy_of(piece: Piece, part: Box, parameter: torch.Tensor) -> _Copy | None:
-    """What of ``piece`` lies in ``part`` of its parameter, or None."""
+def _copies_of(piece: Piece, part: Box, parameter: torch.Tensor) -> Iterable[_Copy]:
+    """What of ``piece`` lies in ``part`` of its parameter: experts in another order one by one, to save memory."""
     common = overlap(piece.index, part)
     if common is None:
-        return None
+        return
+    if piece.is_rearranged:
+        rest = tuple(slice(0, size) for size in piece.shape[1:])
+        for expert in range(common[0].start, common[0].stop):
+            number = slice(expert, expert + 1)
+            yield _Copy(
+                key=piece.key,
+                source=(number, *rest),
+                target=parameter.detach()[relative_to((number, *common[1:]), part)],
+                rearranged=piece,
+                wanted=(slice(0, 1), *common[1:]),
+            )
+        return
     inside = relative_to(common, piece.index)
     # A stored expert has no expert dim: its index there is the single 0:1.
-    return _Copy(
+    yield _Copy(
         key=piece.key,
         source=inside[len(inside) - len(piece.shape) :],
         target=parameter.detach()[relative_to(common, part)],
     )
+
+
+def _values(copy: _Copy, tensor: torch.Tensor, stored: Mapping[str, StoredTensor]) -> torch.Tensor:
+    """What was read, unpacked and in the parameter's order."""
+    piece = copy.rearranged
+    if piece is None:
+        return tensor
+    if piece.scales is not None:
+        (scales,) = read_parts(stored[piece.scales].file, [(piece.scales, copy.source[:-1])])
+        tensor = dequantize(tensor, scales)
+    return piece.to_parameter(tensor)[copy.wanted]
 
 
 def _tied_keys(names: HfNames) -> tuple[str, str]:
@@ -270,6 +308,8 @@ def _as_stored(table: KeyTable, config: ModelConfig, stored: Mapping[str, Stored
         fused = fused_experts(names, name, pieces)
         if fused is not None and fused.key in stored:
             found[name] = (fused,)
+        if names.experts_are_stacked and pieces[0].is_transposed and f"{pieces[0].key}_blocks" in stored:
+            found[name] = (mxfp4_experts(pieces[0]),)
         is_embedding = config.tie_embeddings and pieces[0].key == names.embedding
         if is_embedding and names.embedding not in stored and names.output in stored:
             found[name] = (replace(pieces[0], key=names.output),)
@@ -278,10 +318,18 @@ def _as_stored(table: KeyTable, config: ModelConfig, stored: Mapping[str, Stored
 
 def _check_stored(folder: Path, config: ModelConfig, table: KeyTable, stored: Mapping[str, StoredTensor]) -> None:
     expected = {piece.key: piece for pieces in table.values() for piece in pieces}
+    for piece in list(expected.values()):
+        if piece.scales is not None:
+            expected[piece.scales] = replace(piece, key=piece.scales, shape=piece.shape[:-1])
     missing = [key for key in expected if key not in stored]
     if missing:
         raise CheckpointError(f"{folder}: lacks tensor '{missing[0]}' ({len(missing)} missing in all)")
     for key, piece in expected.items():
+        if (stored[key].dtype == torch.uint8) != (piece.dtype == torch.uint8):
+            raise CheckpointError(
+                f"{stored[key].file}: tensor '{key}' has dtype {stored[key].dtype}, which it has in no layout that is "
+                "known; convert the folder to bf16"
+            )
         if stored[key].shape != piece.shape:
             raise CheckpointError(
                 f"{stored[key].file}: tensor '{key}' has shape {stored[key].shape}, config.json asks for {piece.shape}"
@@ -408,6 +456,8 @@ def _write_shards(
             if read[0] != (name, expert):
                 read = ((name, expert), source.read(name, expert))
             part = read[1][piece.index[len(piece.index) - len(piece.shape) :]]
+            if piece.is_rearranged:
+                part = piece.to_stored(part)
             tensors[piece.key] = _convert(piece.key, part, piece.dtype or dtype)
             weight_map[piece.key] = file_name
             done += tensors[piece.key].nbytes
@@ -467,6 +517,7 @@ def _copy_companions(companions: Iterable[Path], reference: Path, folder: Path, 
         shutil.copyfile(path, folder / path.name)
     document = read_hf_config(reference)
     name = "dtype" if "dtype" in document else "torch_dtype"
-    if document.get(name) != _DTYPE_NAMES[dtype]:
+    quantized = document.pop("quantization_config", None)
+    if quantized is not None or document.get(name) != _DTYPE_NAMES[dtype]:
         document[name] = _DTYPE_NAMES[dtype]
         write_atomically(folder / CONFIG_FILE, json.dumps(document, indent=2) + "\n")

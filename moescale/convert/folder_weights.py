@@ -10,7 +10,7 @@ import torch
 
 from moescale.boxes import whole_box
 from moescale.config import ModelConfig
-from moescale.convert.checkpoint import _as_stored, _check_stored, _copy_of, _tied_keys
+from moescale.convert.checkpoint import _as_stored, _check_stored, _copies_of, _tied_keys, _values
 from moescale.convert.key_table import build_key_table
 from moescale.convert.weight_files import read_headers, read_parts
 from moescale.errors import NonFiniteWeightsError
@@ -45,16 +45,14 @@ class FolderWeights:
         weight = torch.empty([part.stop - part.start for part in box], dtype=self._weights[name].dtype)
         copied = 0
         for piece in self._table[name]:
-            copy = _copy_of(piece, box, weight)
-            if copy is None:
-                continue
-            (part,) = read_parts(self._stored[piece.key].file, [(copy.key, copy.source)])
-            copy.target.copy_(part.view(copy.target.shape))
-            if not torch.isfinite(copy.target).all():
-                raise NonFiniteWeightsError(
-                    f"{self._stored[piece.key].file}: tensor '{copy.key}' has values that are not finite, or not in "
-                    f"{weight.dtype}; fetch the folder again, or ask who made it"
-                )
-            copied += copy.target.numel()
+            for copy in _copies_of(piece, box, weight):
+                (part,) = read_parts(self._stored[piece.key].file, [(copy.key, copy.source)])
+                copy.target.copy_(_values(copy, part, self._stored).view(copy.target.shape))
+                if not torch.isfinite(copy.target).all():
+                    raise NonFiniteWeightsError(
+                        f"{self._stored[piece.key].file}: tensor '{copy.key}' has values that are not finite, or not "
+                        f"in {weight.dtype}; fetch the folder again, or ask who made it"
+                    )
+                copied += copy.target.numel()
         assert copied == math.prod(weight.shape), name
         return weight if index is None else weight[0]

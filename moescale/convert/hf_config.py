@@ -24,8 +24,8 @@ _FILE = FileKind(
     max_bytes=2**24,
 )
 PRESETS = (
-    *("deepseek-coder-v2-lite", "deepseek-v2", "deepseek-v2-lite", "moonlight-16b-a3b", "qwen3-30b-a3b"),
-    *("tiny", "tiny-deepseek-v3"),
+    *("deepseek-coder-v2-lite", "deepseek-v2", "deepseek-v2-lite", "gpt-oss-20b", "moonlight-16b-a3b"),
+    *("qwen3-30b-a3b", "tiny", "tiny-deepseek-v3", "tiny-gpt-oss"),
 )
 _HUB_NAMES = {
     "deepseek-ai/DeepSeek-Coder-V2-Base": "deepseek-v2",
@@ -37,6 +37,7 @@ _HUB_NAMES = {
     "deepseek-ai/DeepSeek-V2-Lite": "deepseek-v2-lite",
     "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek-v2-lite",
     "Qwen/Qwen3-30B-A3B-Base": "qwen3-30b-a3b",
+    "openai/gpt-oss-20b": "gpt-oss-20b",
     "moonshotai/Moonlight-16B-A3B": "moonlight-16b-a3b",
     "moonshotai/Moonlight-16B-A3B-Instruct": "moonlight-16b-a3b",
 }

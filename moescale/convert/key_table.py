@@ -2,6 +2,7 @@
 
 A parameter of the model is made of one or more tensors of the folder, each filling a rectangular part of it: a linear
 layer is one tensor, ``gate_up`` is two stacked along dim 0, and stacked experts are one (or two) tensors per expert.
+Where a folder stacks experts itself, their matrices may be transposed there, and gate and up alternate.
 """
 
 from __future__ import annotations
@@ -29,6 +30,27 @@ class Piece:
     """The part of the parameter it fills, one slice per dim of the parameter, with explicit bounds."""
     dtype: torch.dtype | None = None
     """Of the tensor in a folder, where it is not that of the other weights."""
+    is_transposed: bool = False
+    """The last two dims are swapped there."""
+    alternates: bool = False
+    """Gate and up alternate there along what is dim 1 of the parameter, whose first half is the gate."""
+    scales: str | None = None
+    """Name of the tensor of scales, where ``key`` holds blocks of MXFP4."""
+
+    @property
+    def is_rearranged(self) -> bool:
+        """Whether its values lie in another order than in the parameter, or are packed."""
+        return self.is_transposed or self.alternates or self.scales is not None
+
+    def to_parameter(self, stored: torch.Tensor) -> torch.Tensor:
+        """Bring experts of the folder, [experts, ...], into the parameter's order."""
+        values = stored.transpose(-1, -2) if self.is_transposed else stored
+        return values.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) if self.alternates else values
+
+    def to_stored(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Bring experts of the parameter into the folder's order: the inverse of :meth:`to_parameter`."""
+        values = parameter.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) if self.alternates else parameter
+        return values.transpose(-1, -2) if self.is_transposed else values
 
 
 KeyTable = dict[str, tuple[Piece, ...]]
@@ -47,11 +69,24 @@ def build_key_table(config: ModelConfig) -> KeyTable:
 
 def fused_experts(names: HfNames, name: str, pieces: tuple[Piece, ...]) -> Piece | None:
     """The one tensor that holds all experts of a parameter in the fused layout of transformers 5, None for others."""
-    if not name.endswith((".feed_forward.experts.gate_up", ".feed_forward.experts.down")):
+    if names.experts_are_stacked or not name.endswith((".feed_forward.experts.gate_up", ".feed_forward.experts.down")):
         return None
     module = pieces[0].key.partition(f"{names.experts}.")[0] + names.experts
     shape = tuple(max(piece.index[dim].stop for piece in pieces) for dim in range(len(pieces[0].index)))
     return _whole(f"{module}.{'gate_up_proj' if name.endswith('gate_up') else 'down_proj'}", shape)
+
+
+def mxfp4_experts(piece: Piece) -> Piece:
+    """The piece of stacked experts in MXFP4: blocks of 32 values along the weight's columns, two to a byte."""
+    num_experts, rows, columns = (bounds.stop for bounds in piece.index)
+    return replace(
+        piece,
+        key=f"{piece.key}_blocks",
+        scales=f"{piece.key}_scales",
+        shape=(num_experts, rows, columns // 32, 16),
+        dtype=torch.uint8,
+        is_transposed=False,
+    )
 
 
 def _pieces(names: HfNames, name: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
@@ -59,6 +94,18 @@ def _pieces(names: HfNames, name: str, shape: tuple[int, ...]) -> tuple[Piece, .
         return (_whole(names.outside_layers[name], shape),)
     _, layer, rest = name.split(".", 2)  # layers.<i>.<module>...
     prefix = names.layer_prefix.format(layer=layer)
+    if names.experts_are_stacked and rest.startswith("feed_forward.experts."):
+        part = rest.removeprefix("feed_forward.experts.")
+        weight, is_bias = part.removesuffix("_bias"), part.endswith("_bias")
+        return (
+            Piece(
+                key=f"{prefix}{names.experts}.{weight}_proj{'_bias' if is_bias else ''}",
+                shape=shape if is_bias else (shape[0], shape[2], shape[1]),
+                index=whole_box(shape),
+                is_transposed=not is_bias,
+                alternates=weight == "gate_up",
+            ),
+        )
     if rest == "feed_forward.experts.gate_up":
         return _expert_gate_up(prefix + names.experts, shape)
     if rest == "feed_forward.experts.down":

@@ -18,7 +18,7 @@ SINGLE_FILE = "model.safetensors"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 WEIGHT_ENDINGS = (".safetensors", ".index.json", *_OTHER_FORMATS)
 """What a file of weights, or an index of such, ends in."""
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 
 
 @dataclass(frozen=True, kw_only=True)

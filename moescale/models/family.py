@@ -40,6 +40,12 @@ class HfNames:
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Parameter or buffer of a layer -> tensor, for those whose own name differs too."""
 
+    experts_are_stacked: bool = False
+    """A layer's experts are one tensor each of ``gate_up_proj`` [E, H, 2F], ``down_proj`` [E, F, H] and their biases.
+
+    The columns of gate and up alternate. The weights may be in MXFP4, as blocks and scales.
+    """
+
     @property
     def embedding(self) -> str:
         return self.outside_layers["embedding.weight"]

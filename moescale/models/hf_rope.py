@@ -28,13 +28,37 @@ def write_yarn(yarn: YarnConfig | None) -> dict[str, Any] | None:
         "beta_slow": yarn.beta_slow,
         "mscale": yarn.mscale,
         "mscale_all_dim": yarn.mscale_all_dim,
-    }
+    } | ({} if yarn.truncate else {"truncate": False})
 
 
-def read_positions(document: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
+def read_half_split_positions(document: Mapping[str, Any], theta: float = 10000.0) -> tuple[float, YarnConfig | None]:
+    """As :func:`read_positions` for models whose YaRN scales cosine and sine by the factor alone.
+
+    transformers takes DeepSeek's two coefficients into account in these models only if both are there.
+    """
+    theta, yarn = read_positions(document, theta, has_truncate=True)
+    if yarn is not None and (yarn.mscale, yarn.mscale_all_dim) != (1.0, 0.0):
+        raise ConfigError(
+            f"mscale ({yarn.mscale}) and mscale_all_dim ({yarn.mscale_all_dim}) of YaRN are not supported; remove them"
+        )
+    return theta, yarn
+
+
+def write_half_split_yarn(yarn: YarnConfig | None) -> dict[str, Any] | None:
+    """Return ``rope_scaling`` without DeepSeek's coefficients, which those models do not have."""
+    written = write_yarn(yarn)
+    if written is None:
+        return None
+    return {"rope_type": "yarn"} | {k: v for k, v in written.items() if k not in ("type", "mscale", "mscale_all_dim")}
+
+
+def read_positions(
+    document: Mapping[str, Any], theta: float = 10000.0, *, has_truncate: bool = False
+) -> tuple[float, YarnConfig | None]:
     """Return RoPE's base and YaRN's parameters, from ``rope_parameters`` (transformers 5) and the older two fields.
 
-    Where a folder has both spellings, readers differ in which one they believe, so both must say the same.
+    ``theta`` is the base where a folder gives none. Where it has both spellings, readers differ in which one they
+    believe, so both must say the same. ``has_truncate``: whether the family's YaRN knows ``truncate``.
     Raises ConfigError.
     """
     thetas = {"rope_theta": document.get("rope_theta")}
@@ -46,7 +70,7 @@ def read_positions(document: Mapping[str, Any]) -> tuple[float, YarnConfig | Non
         if not isinstance(scaling, Mapping):
             raise ConfigError(f"{name} ({show(scaling)}) must be an object, not {json_type(scaling)}")
         thetas[f"{name}.rope_theta"] = _scaling_number(scaling, name, "rope_theta")
-        found[name] = _yarn(scaling, name)
+        found[name] = _yarn(scaling, name, _YARN_FIELDS | {"truncate"} if has_truncate else _YARN_FIELDS)
     given = {name: float(theta) for name, theta in thetas.items() if theta is not None}
     for name, theta in given.items():
         first = next(iter(given))
@@ -54,10 +78,10 @@ def read_positions(document: Mapping[str, Any]) -> tuple[float, YarnConfig | Non
             raise ConfigError(f"{first} ({given[first]}) and {name} ({theta}) differ; keep one")
     if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
         raise ConfigError("rope_parameters and rope_scaling describe different positions; keep one")
-    return next(iter(given.values()), 10000.0), next(iter(found.values()), None)
+    return next(iter(given.values()), theta), next(iter(found.values()), None)
 
 
-def _yarn(scaling: Mapping[str, Any], name: str) -> YarnConfig | None:
+def _yarn(scaling: Mapping[str, Any], name: str, fields: frozenset[str]) -> YarnConfig | None:
     """YaRN's parameters, or None for plain RoPE."""
     if scaling.get("partial_rotary_factor") not in (1, None):
         raise ConfigError(
@@ -81,7 +105,7 @@ def _yarn(scaling: Mapping[str, Any], name: str) -> YarnConfig | None:
         return None
     if kind != "yarn":
         raise ConfigError(f"{name}.{key} ({show(kind)}) is not supported; it must be yarn, or {name} null")
-    unknown = [key for key in scaling if key not in _YARN_FIELDS and scaling[key] is not None]
+    unknown = [key for key in scaling if key not in fields and scaling[key] is not None]
     if unknown:
         raise ConfigError(f"{name}.{unknown[0]} ({show(scaling[unknown[0]])}) is not supported; remove it")
     for key in ("factor", "original_max_position_embeddings"):
@@ -91,6 +115,10 @@ def _yarn(scaling: Mapping[str, Any], name: str) -> YarnConfig | None:
     problem = wrong_integer(original)
     if problem:
         raise ConfigError(f"{name}.original_max_position_embeddings ({show(original)}) {problem}")
+
+    truncate = scaling.get("truncate")
+    if truncate is not None and not isinstance(truncate, bool):
+        raise ConfigError(f"{name}.truncate ({show(truncate)}) must be true or false, not {json_type(truncate)}")
 
     def number(key: str, default: float) -> float:
         value = _scaling_number(scaling, name, key)
@@ -103,6 +131,7 @@ def _yarn(scaling: Mapping[str, Any], name: str) -> YarnConfig | None:
         beta_slow=number("beta_slow", 1.0),
         mscale=number("mscale", 1.0),
         mscale_all_dim=number("mscale_all_dim", 0.0),
+        truncate=truncate is not False,
     )
 
 

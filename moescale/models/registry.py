@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
-from moescale.models import deepseek_v2, deepseek_v3, qwen3_moe
+from moescale.models import deepseek_v2, deepseek_v3, gpt_oss, qwen3_moe
 from moescale.models.family import Family
 from moescale.records import show
 
-FAMILIES = {family.model_type: family for family in (deepseek_v2.FAMILY, deepseek_v3.FAMILY, qwen3_moe.FAMILY)}
+FAMILIES = {
+    family.model_type: family for family in (deepseek_v2.FAMILY, deepseek_v3.FAMILY, gpt_oss.FAMILY, qwen3_moe.FAMILY)
+}
 
 
 def find_family(model_type: object) -> Family:

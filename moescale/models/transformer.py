@@ -23,8 +23,8 @@ from moescale.models.registry import family_of
 
 ADAPTER = ".adapter."
 """What the names of parameters of adapters have in them (:mod:`moescale.models.lora`), and no others."""
-AttentionClass = Callable[[Any], nn.Module]
-"""Builds a layer's attention: (x [B, S, H], cos, sin, documents) -> [B, S, H]."""
+AttentionClass = Callable[[Any, int], nn.Module]
+"""(configuration, layer) -> the layer's attention: (x [B, S, H], cos, sin, documents) -> [B, S, H]."""
 Positions = Callable[[Any, int, torch.device], tuple[torch.Tensor, torch.Tensor]]
 """(configuration, sequence length, device) -> cosine and sine tables."""
 
@@ -48,7 +48,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, attention: AttentionClass) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = attention(config)
+        self.attention = attention(config, layer)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward: DenseFeedForward | MixtureOfExperts
         if config.is_moe_layer(layer):
@@ -200,7 +200,7 @@ def initialize_part(
     """
     if name.endswith("norm.weight"):
         part.fill_(1)
-    elif name.endswith(".bias") or (ADAPTER in name and name.endswith("b")):
+    elif name.endswith((".bias", "_bias")) or (ADAPTER in name and name.endswith("b")):
         part.zero_()
     else:
         generator = torch.Generator(part.device).manual_seed((seed * 1_000_003 + position) % 2**63)

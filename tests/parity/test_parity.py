@@ -73,7 +73,7 @@ def initialized(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tran
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith((".bias", "norm.weight")):
+            if name.endswith(("bias", "norm.weight")):
                 parameter.add_(torch.empty(parameter.shape).normal_(0, 0.2, generator=generator))
         for buffer in model.buffers():
             buffer.normal_(0, 0.2, generator=generator)
@@ -115,7 +115,7 @@ def run(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, *, with
             continue
         gradient = parameters[name].grad
         for piece in pieces:
-            gradients[piece.key] = gradient[piece.index].reshape(piece.shape)
+            gradients[piece.key] = piece.to_stored(gradient[piece.index]).reshape(piece.shape)
     return logits, loss.detach(), gradients
 
 
@@ -135,7 +135,7 @@ def _by_published_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     gradients = {}
     for name, parameter in model.named_parameters():
         prefix, _, kind = name.partition(".experts.")
-        if not kind:
+        if not kind or model.config.model_type == "gpt_oss":  # whose files stack them too
             gradients[name] = parameter.grad
             continue
         for expert, gradient in enumerate(parameter.grad):
@@ -223,7 +223,7 @@ def chosen_experts(model: torch.nn.Module, tokens: torch.Tensor) -> list[torch.T
             )
         )
         for name, module in model.named_modules()
-        if name.endswith((".mlp.gate", ".feed_forward.router"))
+        if name.endswith((".mlp.gate", ".mlp.router", ".feed_forward.router"))
     ]
     model(tokens)
     for hook in hooks:

@@ -11,12 +11,22 @@ import torch
 from transformers import Qwen3MoeConfig as TransformersConfig
 from transformers import Qwen3MoeForCausalLM
 
+from moescale.config import YarnConfig
 from moescale.convert.checkpoint import import_checkpoint
 from moescale.convert.hf_config import parse_hf_config, read_model_config, to_hf_config, transformers_differences
 from moescale.errors import ConfigError
 from moescale.models.qwen3_moe.config import Qwen3MoeConfig
 from moescale.models.transformer import build_on_meta
-from tests.parity.test_parity import batch_of, error, export, initialized, load, run, run_transformers
+from tests.parity.test_parity import (
+    assert_bf16_error_is_at_most_twice_that_of_transformers,
+    batch_of,
+    error,
+    export,
+    initialized,
+    load,
+    run,
+    run_transformers,
+)
 
 TINY = dataclasses.replace(
     read_model_config("qwen3-30b-a3b"),
@@ -33,6 +43,9 @@ TINY = dataclasses.replace(
     max_sequence_length=256,
     initializer_std=0.2,
 )
+YARN = YarnConfig(
+    factor=4.0, original_max_sequence_length=64, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.0
+)
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "weights_of_experts_as_they_are": dict(normalize_topk=False),
@@ -40,6 +53,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "as_many_heads_of_keys": dict(num_key_value_heads=4),
     "heads_wider_than_the_model": dict(head_dim=24),
     "tied": dict(tie_embeddings=True),
+    "one_expert": dict(top_k=1, normalize_topk=False),
+    "yarn": dict(yarn=YARN),
+    "yarn_of_parts_of_pairs": dict(yarn=dataclasses.replace(YARN, truncate=False, factor=8.0), rope_theta=1e4),
+    "all_experts": dict(top_k=16, rope_theta=100.0, rms_norm_eps=1e-3),
 }
 
 
@@ -58,6 +75,12 @@ def test_fp32_equals_transformers(name, tmp_path):
     assert gradients.keys() == hf_gradients.keys()
     for key, gradient in gradients.items():
         assert error(gradient, hf_gradients[key]) < 1e-5, key
+
+
+@pytest.mark.parametrize("name", ["plain", "yarn"])
+def test_bf16_error_is_at_most_twice_that_of_transformers(name, tmp_path):
+    config = dataclasses.replace(TINY, **CONFIGURATIONS[name], num_experts=8)
+    assert_bf16_error_is_at_most_twice_that_of_transformers(config, initialized(config), tmp_path)
 
 
 def test_a_folder_that_transformers_wrote_is_read(tmp_path):
@@ -90,8 +113,8 @@ def test_the_public_model_has_its_published_size():
         ({"mlp_only_layers": [0]}, r"mlp_only_layers \(a list\) is not supported; it must be \[\]"),
         ({"decoder_sparse_step": 2}, r"decoder_sparse_step \(2\) is not supported"),
         ({"use_sliding_window": True}, r"use_sliding_window \(True\) is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, r"rope_parameters.rope_type \('yarn'\)"),
-        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": None}, r"rope_parameters.rope_theta \(None\)"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, r"rope_parameters.factor is missing"),
+        ({"rope_parameters": {"rope_type": "linear"}}, r"rope_parameters.rope_type \('linear'\)"),
         ({"num_local_experts": 8}, r"num_experts \(16\) and num_local_experts \(8\) differ"),
         ({"num_experts": None}, r"field 'num_experts' is missing"),
         ({"head_dim": 15}, r"model.head_dim \(15\) must be even"),

@@ -149,3 +149,29 @@ def test_a_layer_of_grouped_queries_keeps_exactly_what_its_annotations_say(
     workload = build_workload(config)
     (kind,) = workload.layers
     assert saved_bytes(kind, workload.dims(SEQUENCES * LENGTH, LENGTH), 2) == measured
+
+
+def test_a_layer_with_sinks_and_biases_keeps_exactly_what_its_annotations_say(gpu_operators: None) -> None:
+    config = dataclasses.replace(
+        read_model_config("gpt-oss-20b"),
+        hidden_size=64,
+        num_layers=2,
+        windowed_layers=(0,),
+        num_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        expert_intermediate_size=48,
+        vocab_size=96,
+        aux_loss_per_sequence=True,
+    )
+    model = fake_model(config)
+    with next(model.parameters()).fake_mode:
+        x = torch.empty(SEQUENCES, LENGTH, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        cos, sin = model.positions(config, LENGTH, torch.device("cpu"))
+        measured = [
+            bytes_kept(lambda layer=layer: layer(x, cos, sin), [cos, sin, *model.parameters()])
+            for layer in model.layers
+        ]
+    workload = build_workload(config)
+    (kind,) = workload.layers
+    assert [saved_bytes(kind, workload.dims(SEQUENCES * LENGTH, LENGTH), 2)] * 2 == measured

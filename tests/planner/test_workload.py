@@ -19,6 +19,7 @@ CONFIGS = {
     "tiny": tiny_config(),
     "moonlight": read_model_config("moonlight-16b-a3b"),
     "qwen3": read_model_config("qwen3-30b-a3b"),
+    "gpt_oss": read_model_config("gpt-oss-20b"),
     "dense": tiny_config(num_experts=None),
     "biases_and_tied": tiny_config(attention_bias=True, q_lora_rank=8, tie_embeddings=True, num_shared_experts=0),
     "every_other_layer": tiny_config(num_layers=7, moe_layer_frequency=2),

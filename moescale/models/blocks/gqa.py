@@ -12,7 +12,8 @@ from moescale.kernels.attention import Documents, attention
 from moescale.kernels.rope import half_rope
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.norm import RMSNorm
-from moescale.models.qwen3_moe.config import Qwen3MoeConfig
+from moescale.models.blocks.rope import tables
+from moescale.models.qwen3_moe.config import GroupedQueryConfig, Qwen3MoeConfig
 
 
 class GroupedQueryAttention(nn.Module):
@@ -41,10 +42,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 def rope_tables(
-    config: Qwen3MoeConfig, sequence_length: int, device: torch.device
+    config: GroupedQueryConfig, sequence_length: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of every position and rotated pair, each [S, head_dim / 2] in fp32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    positions = torch.arange(sequence_length, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)
-    return angles.cos(), angles.sin()
+    return tables(config.head_dim, config.rope_theta, config.yarn, sequence_length, device)

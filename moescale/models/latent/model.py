@@ -10,4 +10,4 @@ from moescale.models.transformer import Transformer
 
 def build(config: LatentAttentionConfig) -> Transformer:
     """Build the model on the device of the context."""
-    return Transformer(config, attention=LatentAttention, positions=rope_tables)
+    return Transformer(config, attention=lambda config, layer: LatentAttention(config), positions=rope_tables)

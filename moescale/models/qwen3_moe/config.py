@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moescale.config import ModelConfig
+from moescale.config import ModelConfig, YarnConfig
 from moescale.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen3MoeConfig(ModelConfig):
-    """The Qwen3-MoE architecture (arXiv:2505.09388)."""
-
-    model_type: ClassVar[str] = "qwen3_moe"
+class GroupedQueryConfig(ModelConfig):
+    """What families with grouped-query attention share."""
 
     num_key_value_heads: int
     """Each serves ``num_heads / num_key_value_heads`` query heads."""
     head_dim: int
+    yarn: YarnConfig | None = None
+    """None: plain RoPE."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,3 +33,10 @@ class Qwen3MoeConfig(ModelConfig):
     @property
     def key_value_width(self) -> int:
         return 2 * self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3MoeConfig(GroupedQueryConfig):
+    """The Qwen3-MoE architecture (arXiv:2505.09388)."""
+
+    model_type: ClassVar[str] = "qwen3_moe"

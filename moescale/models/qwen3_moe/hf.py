@@ -10,9 +10,9 @@ from typing import Any
 
 from moescale.errors import ConfigError
 from moescale.models.family import HfNames
-from moescale.models.hf_fields import FieldRules, json_type, wrong_number
+from moescale.models.hf_fields import FieldRules
+from moescale.models.hf_rope import read_half_split_positions, write_half_split_yarn
 from moescale.models.qwen3_moe.config import Qwen3MoeConfig
-from moescale.records import show
 
 NAMES = HfNames(
     outside_layers={
@@ -44,7 +44,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "decoder_sparse_step": (1, None),
     "mlp_only_layers": ([], None),
     "quantization_config": (None,),
-    "rope_scaling": (None,),
     "sliding_window": (None,),
     "use_sliding_window": (False, None),
     "is_encoder_decoder": (False, None),
@@ -59,7 +58,7 @@ RULES = FieldRules(
     integers=frozenset(_REQUIRED) | {"head_dim", "num_experts", "num_local_experts", "max_window_layers"},
     numbers=frozenset({"rms_norm_eps", "rope_theta", "initializer_range", "router_aux_loss_coef"}),
     flags=frozenset({"norm_topk_prob", "tie_word_embeddings", "output_router_logits"}),
-    others=frozenset({"model_type", "rope_parameters"}),
+    others=frozenset({"model_type", "rope_parameters", "rope_scaling"}),
 )
 
 
@@ -75,6 +74,7 @@ def read_hf(document: Mapping[str, Any], path: str) -> Qwen3MoeConfig:
     # The balancing loss is part of transformers' only where the router's logits are asked for.
     aux_loss = float(field("router_aux_loss_coef", 0.001)) if document.get("output_router_logits") else 0.0
     try:
+        rope_theta, yarn = read_half_split_positions(document)
         return Qwen3MoeConfig(
             vocab_size=document["vocab_size"],
             hidden_size=document["hidden_size"],
@@ -99,7 +99,8 @@ def read_hf(document: Mapping[str, Any], path: str) -> Qwen3MoeConfig:
             rms_norm_eps=float(field("rms_norm_eps", 1e-6)),
             tie_embeddings=field("tie_word_embeddings", False),
             max_sequence_length=document["max_position_embeddings"],
-            rope_theta=_rope_theta(document),
+            rope_theta=rope_theta,
+            yarn=yarn,
             initializer_std=float(field("initializer_range", 0.02)),
         )
     except ConfigError as error:
@@ -134,7 +135,7 @@ def write_hf(config: Qwen3MoeConfig, dtype: str) -> dict[str, Any]:
         "initializer_range": config.initializer_std,
         "max_position_embeddings": config.max_sequence_length,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": write_half_split_yarn(config.yarn),
         "use_sliding_window": False,
         "sliding_window": None,
         "tie_word_embeddings": config.tie_embeddings,
@@ -158,23 +159,3 @@ def _one_of(document: Mapping[str, Any], *names: str) -> Any:
     if len(set(given.values())) > 1:
         raise ConfigError(f"{' and '.join(f'{name} ({value})' for name, value in given.items())} differ; keep one")
     return next(iter(given.values()))
-
-
-def _rope_theta(document: Mapping[str, Any]) -> float:
-    parameters = document.get("rope_parameters")
-    if parameters is None:
-        return float(document.get("rope_theta") or 10000.0)
-    if not isinstance(parameters, Mapping):
-        raise ConfigError(f"rope_parameters ({show(parameters)}) must be an object, not {json_type(parameters)}")
-    for name, value in parameters.items():
-        if name != "rope_theta" and not (name in ("rope_type", "type") and value in ("default", None)):
-            raise ConfigError(f"rope_parameters.{name} ({show(value)}) is not supported; it must be plain RoPE")
-    problem = wrong_number(parameters.get("rope_theta"))
-    if problem:
-        raise ConfigError(f"rope_parameters.rope_theta ({show(parameters.get('rope_theta'))}) {problem}")
-    theta = float(parameters["rope_theta"])
-    if document.get("rope_theta") not in (None, theta):
-        raise ConfigError(
-            f"rope_theta ({document['rope_theta']}) and rope_parameters.rope_theta ({theta}) differ; keep one"
-        )
-    return theta

@@ -9,4 +9,4 @@ from moescale.models.transformer import Transformer
 
 def build(config: Qwen3MoeConfig) -> Transformer:
     """Build the model on the device of the context."""
-    return Transformer(config, attention=GroupedQueryAttention, positions=rope_tables)
+    return Transformer(config, attention=lambda config, layer: GroupedQueryAttention(config), positions=rope_tables)

@@ -1,14 +1,14 @@
 """The operators of grouped-query attention with normed heads, and the layers of a Qwen3-MoE model. Imports no torch.
 
-Dims beyond those of :mod:`moescale.models.layer_operators`: g key and value heads.
+Dims: those of :mod:`moescale.models.grouped_operators`.
 """
 
 from __future__ import annotations
 
 from moescale.models.family import LayerList
-from moescale.models.layer_operators import OUTSIDE, causal_attention_flops, decoder_dims, decoder_layers
+from moescale.models.grouped_operators import grouped_dims
+from moescale.models.layer_operators import OUTSIDE, decoder_layers
 from moescale.models.qwen3_moe.config import Qwen3MoeConfig
-from moescale.operators import Adaptable, Operator, Saved, register
 
 _ATTENTION = ("q_proj", "gqa_key_value", "gqa_q_norm", "gqa_k_norm", "gqa_rope", "gqa_attention")
 
@@ -25,61 +25,9 @@ def outside(config: Qwen3MoeConfig) -> tuple[str, ...]:
 
 def dims(config: Qwen3MoeConfig) -> dict[str, int]:
     """Return the sizes of the dims that do not depend on the batch."""
-    return decoder_dims(config) | {"g": config.num_key_value_heads, "q": config.head_dim, "v": config.head_dim}
+    return grouped_dims(config)
 
 
 def biases(config: Qwen3MoeConfig) -> int:
     """Return 0: the family has none."""
     return 0
-
-
-register(
-    Operator(
-        name="gqa_key_value",
-        group="attention projections",
-        annotation="n h, 2g q h -> n 2g q",
-        kind="dense_gemm",
-        saved=(Saved(name="attention_input", dims="n h", for_weight=True),),
-        adaptable=(
-            Adaptable(module="attention.k_proj", inputs="h", outputs="g q"),
-            Adaptable(module="attention.v_proj", inputs="h", outputs="g q"),
-        ),
-    )
-)
-register(
-    Operator(
-        name="gqa_q_norm",
-        group="attention projections",
-        tp="replicate",
-        annotation="n a q, q -> n a q",
-        kind="elementwise",
-        saved=(Saved(name="q_projected", dims="n a q"), Saved(name="gqa_q_rstd", dims="n a", itemsize=4)),
-    )
-)
-register(
-    Operator(
-        name="gqa_k_norm",
-        group="attention projections",
-        tp="replicate",
-        annotation="n g q, q -> n g q",
-        kind="elementwise",
-        saved=(Saved(name="k_projected", dims="n g q"), Saved(name="gqa_k_rstd", dims="n g", itemsize=4)),
-    )
-)
-register(Operator(name="gqa_rope", group="attention", annotation="n a q, n g q -> n a q, n g q", kind="elementwise"))
-register(
-    Operator(
-        name="gqa_attention",
-        group="attention",
-        annotation="n a q, n g q, n g v -> n a v",
-        kind="attention",
-        flops=causal_attention_flops,
-        saved=(
-            Saved(name="q", dims="n a q"),
-            Saved(name="k", dims="n g q"),
-            Saved(name="v", dims="n g v"),
-            Saved(name="mixed", dims="n a v"),
-            Saved(name="log_sum_exp", dims="n a", itemsize=4),
-        ),
-    )
-)
