@@ -322,7 +322,7 @@ class _Rank:
         return RunContext(
             folder=self.request.output,
             total_steps=total_steps,
-            flops_per_token=flops_per_token(self.run.config, self.run.plan.sequence_length),
+            flops_per_token=flops_per_token(self.run.config, self.run.plan.sequence_length, self.run.plan.lora),
             peak_flops=device_flops * self.ranks.size if device_flops else None,
             experts_per_token=self.run.config.top_k,
             device_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,

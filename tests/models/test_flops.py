@@ -3,6 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moescale.config import ModelConfig
+from moescale.lora import parse_lora
 from moescale.models.flops import flops_per_token, peak_flops
 from moescale.models.transformer import build_on_meta, initialize
 from tiny import tiny_config
@@ -55,6 +56,17 @@ def test_a_token_meets_its_own_experts_only():
     moe, dense, output = 8 * 32 + 3 * 32 * 24 * (2 + 1), 3 * 32 * 64, 32 * 96
     assert flops_per_token(config, 0) == 6 * (3 * attention + 2 * moe + dense + output)
     assert flops_per_token(config, 128) - flops_per_token(config, 0) == 3 * 3 * 2 * (24 + 16) * 128
+
+
+def test_frozen_weights_take_four_operations_of_six_and_adapters_their_own():
+    """By hand again: rank 4 on attention (four projections in each of three layers) and on the chosen two experts."""
+    config, lora = tiny_config(), parse_lora("rank=4,targets=attention+experts")
+    attention = 4 * ((32 + 48) + (32 + 24) + (16 + 64) + (32 + 32))
+    experts = 2 * 4 * ((32 + 48) + (24 + 32))
+    frozen = flops_per_token(config, 0) * 4 / 6
+    assert flops_per_token(config, 0, lora) == pytest.approx(frozen + 6 * (3 * attention + 2 * experts))
+    scores = flops_per_token(config, 128) - flops_per_token(config, 0)
+    assert flops_per_token(config, 128, lora) - flops_per_token(config, 0, lora) == pytest.approx(scores)
 
 
 def test_no_peak_rate_is_claimed_for_the_cpu():
