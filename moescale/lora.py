@@ -66,9 +66,18 @@ class LoraSettings:
         """Whether the module at ``path`` within a layer gets an adapter."""
         return any(_matches(target, path) for target in self.targets)
 
-    def check_targets(self, paths: Iterable[str]) -> None:
-        """Raise ConfigError for a target that is none of a model whose layers have the modules ``paths``."""
+    def check_targets(self, paths: Iterable[str], *, has_plain_experts: bool) -> None:
+        """Raise ConfigError for a target that is none of a model whose layers have the modules ``paths``.
+
+        ``has_plain_experts``: its routed experts have neither biases nor a clamped activation, for which there is no
+        operator with adapters.
+        """
         paths = sorted(set(paths))
+        if EXPERTS in paths and not has_plain_experts and self.has_target(EXPERTS):
+            raise ConfigError(
+                f"lora.targets ({'+'.join(self.targets)}) must leave out the routed experts of this model, which have "
+                "biases or a clamped activation; give targets=attention"
+            )
         for target in self.targets:
             if not any(_matches(target, path) for path in paths):
                 known = [*(group for group in GROUPS if any(_matches(group, path) for path in paths)), *paths]

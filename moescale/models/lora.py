@@ -103,7 +103,9 @@ def add_adapters(model: Transformer, lora: LoraSettings) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     modules = [item for block in model.layers for item in _adaptable(block)]
-    lora.check_targets(path for path, _ in modules)
+    config = model.config
+    is_plain = not config.has_expert_biases and config.swiglu_clamp is None
+    lora.check_targets((path for path, _ in modules), has_plain_experts=is_plain)
     for path, module in modules:
         if lora.has_target(path):
             if isinstance(module, RoutedExperts) and (module.biases is not None or module.clamp is not None):

@@ -169,7 +169,10 @@ def with_adapters(workload: Workload, lora: LoraSettings) -> Workload:
     if workload.lora is not None:
         assert workload.lora == lora, "adapters are added once"
         return workload
-    lora.check_targets(spot.module for kind in workload.layers for op in kind.operators for spot in op.adaptable)
+    config = workload.config
+    modules = (spot.module for kind in workload.layers for op in kind.operators for spot in op.adaptable)
+    is_plain = not config.has_expert_biases and config.swiglu_clamp is None
+    lora.check_targets(modules, has_plain_experts=is_plain)
 
     def adapted(kind: LayerKind) -> LayerKind:
         operators = []

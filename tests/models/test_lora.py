@@ -9,10 +9,12 @@ import peft
 import pytest
 import torch
 
+from moescale.convert.hf_config import read_model_config, resolve_model
 from moescale.errors import ConfigError
 from moescale.lora import LoraSettings, parse_lora
 from moescale.models.lora import ExpertsAdapter, LinearAdapter, adapters_of, add_adapters, is_adapter
 from moescale.models.transformer import Transformer, build_on_meta, initialize
+from moescale.planner.workload import build_workload
 from moescale.runtime.optimizer import AdamW
 from moescale.runtime.settings import TrainSettings
 from tests.parity.test_parity import batch_of, error, export, load
@@ -243,6 +245,28 @@ def test_a_model_without_dense_layers_has_no_such_target() -> None:
     model = build_on_meta(tiny_config(first_moe_layer=0), torch.float32)
     with pytest.raises(ConfigError, match=r"'dense'\) must be one of all, attention, shared, experts"):
         add_adapters(model, parse_lora("rank=2,targets=dense"))
+
+
+def test_experts_with_biases_are_refused_and_attention_around_them_is_adapted() -> None:
+    config = read_model_config(resolve_model("tiny-gpt-oss"))
+    for targets in ("all", "experts"):
+        for refuse in (
+            lambda lora: add_adapters(build_on_meta(config, torch.float32), lora),
+            lambda lora: build_workload(config, lora=lora),
+        ):
+            with pytest.raises(ConfigError, match=rf"lora\.targets \({targets}\) must leave out the routed experts"):
+                refuse(parse_lora(f"rank=4,targets={targets}"))
+    lora = parse_lora("rank=4,targets=attention")
+    model = build_on_meta(config, torch.float32)
+    add_adapters(model, lora)
+    initialize(model.to_empty(device="cpu"), seed=1)
+    tokens, targets = batch_of(config)
+    model(tokens, targets=targets).loss_sum.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == is_adapter(name), name
+    assert build_workload(config, lora=lora).trained.others == sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
 
 
 def test_settings_are_read_back_from_their_text() -> None:
