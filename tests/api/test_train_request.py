@@ -12,6 +12,7 @@ from moescale.api.train_request import TrainRequest, request_arguments
 from moescale.cli import app, run
 from moescale.errors import ConfigError
 from moescale.report.metrics import TrainSummary
+from moescale.report.observers.registry import OBSERVERS
 from moescale.runtime.settings import TrainSettings
 
 LEAST = {"model": "tiny", "data": Path("corpus"), "output": Path("run")}
@@ -22,6 +23,8 @@ OTHER_VALUES = {
     "micro_batch_sequences": 2,
     "precision": "fp32",
     "lora": "rank=4,targets=experts",
+    "adapter": Path("adapter"),
+    "profile": 3,
     "initialize": "random",
     "device": "cuda:1",
     "resume": "last-good",
@@ -82,7 +85,9 @@ def test_the_arguments_of_all_fields_together_ask_for_the_same_run(parsed):
 def test_json_prints_the_summary_and_leaves_the_progress_bar_out(parsed, capsys):
     arguments = request_arguments(TrainRequest(**LEAST))
     request = parsed([*arguments, "--json"])
-    assert request == replace(TrainRequest(**LEAST), observers=("json_lines", "tensorboard", "console"))
+    others = tuple(name for name in OBSERVERS if name != "progress_bar")
+    assert len(others) == len(OBSERVERS) - 1
+    assert request == replace(TrainRequest(**LEAST), observers=others)
     assert json.loads(capsys.readouterr().out) == asdict(SUMMARY)
 
 
