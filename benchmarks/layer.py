@@ -315,7 +315,11 @@ def hf_layer(kind: str) -> tuple[torch.nn.Module, torch.Tensor]:
 
 def our_layer(kind: str) -> torch.nn.Module:
     with torch.device("cuda"):
-        layer = LatentAttention(CONFIG) if kind == "mla" else Block(CONFIG, 1, LatentAttention)
+        layer = (
+            LatentAttention(CONFIG)
+            if kind == "mla"
+            else Block(CONFIG, 1, lambda config, layer: LatentAttention(config))
+        )
     layer = layer.to(torch.bfloat16)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
