@@ -26,7 +26,7 @@ from moescale.config import ModelConfig
 from moescale.convert.checkpoint import export_checkpoint, import_checkpoint
 from moescale.convert.hf_config import read_model_config
 from moescale.convert.key_table import build_key_table
-from moescale.models.transformer import build_on_meta
+from moescale.models.transformer import build_on_meta, named_weights
 from moescale.runtime.checkpoint import WEIGHTS_PREFIX, CheckpointStore, CheckpointWeights
 from moescale.runtime.checkpoint_writer import CheckpointWriter
 from moescale.tools.measurement import describe_measurement, write_result
@@ -73,9 +73,9 @@ def measure_import(folder: Path, saved: Path) -> dict[str, float]:
     config = read_model_config(folder)
     model = build_on_meta(config, torch.bfloat16).to_empty(device="cpu")
     before, started = start_of_peak(), time.perf_counter()
-    import_checkpoint(folder, config, dict(model.named_parameters()))
+    import_checkpoint(folder, config, named_weights(model))
     figures = {"seconds": time.perf_counter() - started, "peak_over_start_bytes": resident_bytes("VmHWM") - before}
-    weights = {f"{WEIGHTS_PREFIX}{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {f"{WEIGHTS_PREFIX}{name}": weight.detach() for name, weight in named_weights(model).items()}
     CheckpointWriter(CheckpointStore(saved, keep=1)).save(1, {}, weights)
     return figures
 

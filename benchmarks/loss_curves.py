@@ -30,7 +30,7 @@ from moescale.config import ModelConfig
 from moescale.convert.checkpoint import ModelWeights, export_checkpoint
 from moescale.convert.hf_config import read_model_config, to_hf_config
 from moescale.formats import MasterFormat, MomentFormat
-from moescale.models.transformer import Transformer, build_on_meta, initialize
+from moescale.models.transformer import Transformer, build_on_meta, initialize, named_weights
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.settings import TrainSettings, learning_rate_at
@@ -75,7 +75,7 @@ def train_reference(model: Transformer, settings: TrainSettings, data: list[torc
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(to_hf_config(model.config, "float32")))
-        weights = ModelWeights(dict(model.named_parameters()))
+        weights = ModelWeights(named_weights(model))
         export_checkpoint(model.config, weights, folder / "out", reference=folder, dtype=torch.float32)
         theirs = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32).to(device)
     decayed = [p for p in theirs.parameters() if p.dim() > 1]

@@ -7,6 +7,7 @@ from typing import Any
 
 from moescale.models.deepseek_v2.config import DeepSeekV2Config
 from moescale.models.deepseek_v3.config import DeepSeekV3Config
+from moescale.models.glm4_moe_lite.config import Glm4MoeLiteConfig
 
 
 def tiny_config(**overrides: Any) -> DeepSeekV2Config:
@@ -51,3 +52,10 @@ def tiny_v3_config(**overrides: Any) -> DeepSeekV3Config:
     shared = {field.name: getattr(tiny_config(), field.name) for field in dataclasses.fields(DeepSeekV3Config)}
     routing = dict(routing_method="noaux_tc", num_experts=16, top_k=3, normalize_topk=True, routed_scaling_factor=2.446)
     return DeepSeekV3Config(**(shared | routing | overrides))
+
+
+def tiny_glm_config(**overrides: Any) -> Glm4MoeLiteConfig:
+    """The same as GLM-4.7-Flash has it: a compressed query, heads of one width, four experts."""
+    shared = {field.name: getattr(tiny_v3_config(), field.name) for field in dataclasses.fields(Glm4MoeLiteConfig)}
+    own = dict(q_lora_rank=24, v_head_dim=24, top_k=4, routed_scaling_factor=1.8, rms_norm_eps=1e-5)
+    return Glm4MoeLiteConfig(**(shared | own | overrides))

@@ -26,7 +26,7 @@ class CompileSettings:
     """What to plan for, and where the plan goes."""
 
     model: str
-    """Preset name, local folder or hub name of a Hugging Face DeepSeek-V2, DeepSeek-V3 or Qwen3-MoE model."""
+    """Preset name, local folder or hub name of a Hugging Face model of a known family."""
     cluster: str = "h100-sxm"
     """a100-80, h100-sxm, h200, b200, or a cluster file (.toml)."""
     plan_gpus: str = "auto"

@@ -20,7 +20,7 @@ class RunInputs:
     """What is trained, on what, and where it goes."""
 
     model: str
-    """Preset name, local folder or hub name of a Hugging Face DeepSeek-V2, DeepSeek-V3 or Qwen3-MoE model."""
+    """Preset name, local folder or hub name of a Hugging Face model of a known family."""
     data: Path
     """Corpus written by `moescale prepare`, or by datasets.save_to_disk with an input_ids column."""
     output: Path

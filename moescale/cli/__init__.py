@@ -22,7 +22,7 @@ from moescale.user_values import parse_size
 app = App(
     name="moescale",
     version=__version__,
-    help="Compile, run and export parallel training of mixture-of-experts models (DeepSeek-V2 and V3, Qwen3-MoE).",
+    help="Compile, run and export parallel training of mixture-of-experts models (DeepSeek, GLM-4.7-Flash, Qwen3-MoE).",
     help_format="markdown",
 )
 _COMMANDS = {

@@ -19,13 +19,13 @@ from moescale.records import FileKind, read_json_object
 CONFIG_FILE = "config.json"
 _FILE = FileKind(
     noun="a config.json",
-    missing="missing; give the folder of a Hugging Face DeepSeek-V2 model",
+    missing="missing; give the folder of a Hugging Face model",
     remedy="fetch it again",
     max_bytes=2**24,
 )
 PRESETS = (
-    *("deepseek-coder-v2-lite", "deepseek-v2", "deepseek-v2-lite", "gpt-oss-20b", "moonlight-16b-a3b"),
-    *("qwen3-30b-a3b", "tiny", "tiny-deepseek-v3", "tiny-gpt-oss"),
+    *("deepseek-coder-v2-lite", "deepseek-v2", "deepseek-v2-lite", "glm-4.7-flash", "gpt-oss-20b"),
+    *("moonlight-16b-a3b", "qwen3-30b-a3b", "tiny", "tiny-deepseek-v3", "tiny-glm4-moe-lite", "tiny-gpt-oss"),
 )
 _HUB_NAMES = {
     "deepseek-ai/DeepSeek-Coder-V2-Base": "deepseek-v2",
@@ -38,6 +38,7 @@ _HUB_NAMES = {
     "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek-v2-lite",
     "Qwen/Qwen3-30B-A3B-Base": "qwen3-30b-a3b",
     "openai/gpt-oss-20b": "gpt-oss-20b",
+    "zai-org/GLM-4.7-Flash": "glm-4.7-flash",
     "moonshotai/Moonlight-16B-A3B": "moonlight-16b-a3b",
     "moonshotai/Moonlight-16B-A3B-Instruct": "moonlight-16b-a3b",
 }

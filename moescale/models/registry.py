@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
-from moescale.models import deepseek_v2, deepseek_v3, gpt_oss, qwen3_moe
+from moescale.models import deepseek_v2, deepseek_v3, glm4_moe_lite, gpt_oss, qwen3_moe
 from moescale.models.family import Family
 from moescale.records import show
 
 FAMILIES = {
-    family.model_type: family for family in (deepseek_v2.FAMILY, deepseek_v3.FAMILY, gpt_oss.FAMILY, qwen3_moe.FAMILY)
+    family.model_type: family
+    for family in (deepseek_v2.FAMILY, deepseek_v3.FAMILY, glm4_moe_lite.FAMILY, gpt_oss.FAMILY, qwen3_moe.FAMILY)
 }
 
 

@@ -13,7 +13,8 @@ from moescale.models.blocks.moe import Router
 from moescale.runtime.checkpoint import CheckpointWeights
 from moescale.runtime.train import Trainer
 from plans import make_trainer
-from tiny import tiny_v3_config
+from recorded_runs import assert_same_run, record_run
+from tiny import tiny_glm_config, tiny_v3_config
 
 RATE = 0.02
 MODEL = dict(num_groups=4, top_k_groups=2, initializer_std=0.2)
@@ -100,6 +101,15 @@ def test_every_layout_moves_the_biases_as_one_device_does(tmp_path, two_ranks, a
         assert outcome.biases.keys() == alone.biases.keys()
         for name, bias in outcome.biases.items():
             assert torch.equal(bias, alone.biases[name]), name
+
+
+@pytest.mark.parametrize("build_config", [tiny_v3_config, tiny_glm_config])
+def test_ranks_with_a_share_of_the_experts_train_as_one_device_does(two_ranks, build_config):
+    """Losses, and every gradient of the first step."""
+    fields = dict(model=MODEL, build_config=build_config)
+    alone = record_run(4, fields)
+    for layout in (dict(ep=2), dict(ep=2, recompute="block", dense_sharding="fsdp")):
+        assert_same_run(two_ranks.run(record_run, 4, fields | dict(dp_shard=2) | layout), alone)
 
 
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(tmp_path, alone):

@@ -18,6 +18,7 @@ CONFIGS = {
     "v2": read_model_config("deepseek-v2"),
     "tiny": tiny_config(),
     "moonlight": read_model_config("moonlight-16b-a3b"),
+    "glm": read_model_config("glm-4.7-flash"),
     "qwen3": read_model_config("qwen3-30b-a3b"),
     "gpt_oss": read_model_config("gpt-oss-20b"),
     "dense": tiny_config(num_experts=None),
