@@ -56,8 +56,22 @@ class LayerPlan:
 
     recompute: Literal["none", "block"] | tuple[str, ...] = "none"
     """Nothing, the whole block, or the operators named."""
+    recompute_layers: int | None = None
+    """In how many layers of the kind, the first of the model; None: in all. What the others keep is freed by the time
+    the backward comes to these."""
     reshard_after_forward: bool = True
     """Free the gathered weights after the forward pass, and gather them again in the backward."""
+
+    def recomputed_share(self, num_layers: float) -> float:
+        """Return which part of the kind's ``num_layers`` recomputes what ``recompute`` says."""
+        return 1.0 if self.recompute_layers is None else self.recompute_layers / num_layers
+
+    def of_layer(self, number: int) -> LayerPlan:
+        """Return what layer ``number`` of the kind does, counted from 0."""
+        if self.recompute_layers is None:
+            return self
+        recompute = self.recompute if number < self.recompute_layers else "none"
+        return dataclasses.replace(self, recompute=recompute, recompute_layers=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +144,12 @@ class ParallelPlan:
             raise ConfigError(
                 f"plan.model_fingerprint ({self.model_fingerprint}) differs from the model's ({config.fingerprint()}); "
                 "compile a plan for this model, or give the model the plan was compiled for"
+            )
+        moe, number = config.num_moe_layers, self.moe_layers.recompute_layers
+        if number is not None and number > moe:
+            raise ConfigError(
+                f"plan.moe_layers.recompute_layers ({number}) must be at most the model's {moe} MoE layers; compile a "
+                "plan for this model"
             )
         if config.num_experts is not None and config.num_experts % self.mesh.ep:
             raise ConfigError(
@@ -253,7 +273,12 @@ def validate(plan: ParallelPlan) -> None:
 
 def _check_recompute(plan: ParallelPlan) -> None:
     for kind, known in (("dense_layers", ()), ("moe_layers", RECOMPUTABLE_OPERATORS)):
-        recompute = getattr(plan, kind).recompute
+        recompute, number = getattr(plan, kind).recompute, getattr(plan, kind).recompute_layers
+        if number is not None and (number < 1 or recompute == "none"):
+            raise ConfigError(
+                f"plan.{kind}.recompute_layers ({number}) must be at least 1, and absent where recompute is none; "
+                "compile the plan again"
+            )
         for name in () if isinstance(recompute, str) else recompute:
             if name not in known:
                 raise ConfigError(

@@ -214,7 +214,8 @@ class CostModel:
             count = kind.count if kind is self.workload.outside else kind.count / mesh.pp
             time = self._layer_time(kind.name, mesh.tp, mesh.cp, mesh.ep, sequences, plan.recompute)
             forward = _Pass(count=count, compute=time.forward)
-            backward = _Pass(count=count, compute=time.backward, recompute=time.recompute)
+            again = time.recompute * plan.recomputed_share(kind.count)
+            backward = _Pass(count=count, compute=time.backward, recompute=again)
             ledger.add_compute(forward, backward)
             if kind.is_routed and mesh.ep > 1:
                 if reads_peers(mesh, sharding, self.cluster):
@@ -236,7 +237,9 @@ class CostModel:
         """In which the host launches a micro-batch's kernels; the GPU waits for it where that takes longer."""
         total = 0.0
         for kind in self.workload.layers:
-            seconds = HOST_LAYER_SECONDS * (4 / 3 if plans[kind.name].recompute == "block" else 1.0)
+            plan = plans[kind.name]
+            again = plan.recomputed_share(kind.count) if plan.recompute == "block" else 0.0
+            seconds = HOST_LAYER_SECONDS * (1 + again / 3)
             seconds += SHARDING_LAYER_SECONDS if sharding == "fsdp" else 0.0
             seconds += EXCHANGE_LAYER_SECONDS if kind.is_routed and mesh.ep > 1 else 0.0
             total += kind.count / mesh.pp * seconds
@@ -248,8 +251,9 @@ class CostModel:
         """Read peers' rows and results: in the order of the graph, beside nothing."""
         dims = self.workload.dims(sequences * self.request.sequence_length, self.request.sequence_length)
         there, back = PeerExchange.of(self.workload.config, dims, mesh.ep, self.itemsize).pass_seconds(self.cluster)
+        again = there * plan.recomputed_share(forward.count * mesh.pp) if plan.recompute == "block" else 0.0
         ledger.communicate("ep", forward, there, 0.0)
-        ledger.communicate("ep", backward, back + (there if plan.recompute == "block" else 0.0), 0.0)
+        ledger.communicate("ep", backward, back + again, 0.0)
 
     def _layer_time_uncached(
         self, kind: str, tp: int, cp: int, ep: int, sequences: int, recompute: str | tuple[str, ...]
@@ -412,7 +416,8 @@ class CostModel:
         ledger.communicate("ep", forward, both_ways, in_forward)
         ledger.communicate("ep", backward, both_ways, in_backward)
         if plan.recompute == "block":
-            ledger.communicate("ep", backward, both_ways, in_forward)
+            share = plan.recomputed_share(kind.count)
+            ledger.communicate("ep", backward, share * both_ways, share * in_forward)
 
     def _add_unsupported_axes(
         self, ledger: _Ledger, forward: _Pass, backward: _Pass, mesh: MeshShape, sequences: int

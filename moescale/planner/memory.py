@@ -22,6 +22,7 @@ The optimizer updates states in place; only those kept in host memory visit the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -80,6 +81,7 @@ class MemoryModel:
         self._trained_parameters = {kind.name: workload.trained_parameters(kind) for kind in workload.layers}
         self._outside_parameters = workload.outside_parameters()
         self.transient = functools.cache(self._transient_uncached)
+        self._partly_recomputed_bytes = functools.cache(self._partly_recomputed_bytes_uncached)
         self._share = functools.cache(functools.partial(rank_parameters, workload.trained))
         self._own = functools.cache(functools.partial(local_parameters, workload.weights))
         self._trained = functools.cache(functools.partial(local_parameters, workload.trained))
@@ -178,6 +180,8 @@ class MemoryModel:
         self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str, sharding: str = "fsdp"
     ) -> dict[str, dict[str, float]]:
         """What lives beside weights, gradients and states, at every moment that can be the peak, by class."""
+        if moe.recompute_layers is not None:
+            return self._partly_recomputed_moments(mesh, sequences, dense, moe, gradient, sharding)
         if sharding == "zero1":
             return self._whole_moments(mesh, sequences, {"dense": dense, "moe": moe}, gradient)
         tokens = sequences * self.request.sequence_length // mesh.cp
@@ -210,6 +214,54 @@ class MemoryModel:
             for breakdown in moments.values():
                 breakdown["sums for replicas"] = share * DTYPE_BYTES[gradient]
         return moments
+
+    def _partly_recomputed_moments(
+        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str, sharding: str
+    ) -> dict[str, dict[str, float]]:
+        """Where only the first MoE layers recompute: the last layer does not, the last of the first ones does."""
+        assert moe.recompute_layers is not None
+        everywhere = dataclasses.replace(moe, recompute_layers=None)
+        nowhere = dataclasses.replace(everywhere, recompute="none")
+        kept = self.moments(mesh, sequences, dense, nowhere, gradient, sharding)
+        again = self.moments(mesh, sequences, dense, everywhere, gradient, sharding)
+        return self._partly(kept, again, moe.recompute_layers)
+
+    def _partly(
+        self, kept: dict[str, dict[str, float]], again: dict[str, dict[str, float]], number: int
+    ) -> dict[str, dict[str, float]]:
+        """Moments where ``number`` MoE layers recompute, from those where none and where all of them do."""
+        kind = next(kind for kind in self.workload.layers if kind.is_routed)
+        name = f"activations {kind.name}"
+        less = (kept["loss"][name] - again["loss"][name]) / kind.count
+        moments = {moment: parts | {name: parts[name] - number * less} for moment, parts in kept.items()}
+        for moment, parts in again.items():
+            if "last" in moment:  # by then the backward of the others has freed theirs
+                left = parts[name] - (kind.count - number) * again["loss"][name] / kind.count
+                moments[moment.replace("last", "last recomputed")] = parts | {name: left}
+        return moments
+
+    def _partly_recomputed_bytes_uncached(
+        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str, sharding: str
+    ) -> tuple[float, ...]:
+        kept = self.moments(mesh, sequences, dense, dataclasses.replace(moe, recompute="none"), gradient, sharding)
+        again = self.moments(mesh, sequences, dense, moe, gradient, sharding)
+        slack = 1 + self.cluster.allocator_slack
+        return tuple(
+            slack * max(sum(parts.values()) for parts in self._partly(kept, again, number).values())
+            for number in range(1, self.workload.config.num_moe_layers)
+        )
+
+    def partly_recomputed_bytes(self, candidate: Candidate) -> tuple[float, ...]:
+        """The peak of ``candidate`` if only the first 1, 2, ... of its MoE layers did what all of them do."""
+        mesh, formats, sharding = candidate.mesh, candidate.formats, candidate.dense_sharding
+        sequences = candidate.micro_batch_sequences
+        transient = self._partly_recomputed_bytes(
+            mesh, sequences, candidate.dense_layers, candidate.moe_layers, formats.gradient_dtype, sharding
+        )
+        at_update = self.update_bytes(mesh, formats, sharding)
+        resident = sum(self.persistent(mesh, formats, sharding).values())
+        resident += sum(self.outside_allocator(mesh, sequences, sharding).values())
+        return tuple(max(size, at_update) + resident for size in transient)
 
     def _whole_moments(
         self, mesh: MeshShape, sequences: int, plans: dict[str, LayerPlan], gradient: str

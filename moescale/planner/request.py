@@ -16,7 +16,7 @@ from moescale.plan import DenseSharding, LayerPlan, MeshShape
 
 DECISIONS = (
     *("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "dense_sharding", "micro_batch_sequences"),
-    *("dense_recompute", "moe_recompute", "dense_reshard", "moe_reshard"),
+    *("dense_recompute", "moe_recompute", "moe_recompute_layers", "dense_reshard", "moe_reshard"),
     *("optimizer_state_dtype", "master_weight_format", "gradient_dtype", "offload_optimizer"),
 )
 """Names under which a decision can be pinned or forbidden."""
@@ -112,6 +112,8 @@ class PlanRequest:
 
     def _check_value(self, option: str, name: str, value: str) -> None:
         """Refuse what is no value of a decision at all, with any model and any number of GPUs."""
+        if name == "moe_recompute_layers" and value == "all":
+            return
         if name in VALUES:
             if value not in VALUES[name]:
                 raise ConfigError(f"{option} {name}={value}: {name} must be one of {', '.join(VALUES[name])}")
@@ -135,6 +137,13 @@ class PlanRequest:
             )
         if name == "master_weight_format" and self.compute_dtype == "fp32" and value != "fp32":
             raise ConfigError(f"--pin {name}={value}: {name} must be fp32 where compile.precision is fp32")
+        if name == "moe_recompute_layers":
+            if value != "all" and int(value) > config.num_moe_layers:
+                raise ConfigError(
+                    f"--pin {name}={value}: {name} must be all, or at most {config.num_moe_layers}, the model's MoE "
+                    "layers"
+                )
+            return
         whole, why = self.runtime_gpus, f"a divisor of compile.runtime_gpus ({self.runtime_gpus})"
         if name == "micro_batch_sequences":
             whole = self.tokens_per_step // self.sequence_length
@@ -184,6 +193,7 @@ class Candidate:
             "micro_batch_sequences": self.micro_batch_sequences,
             "dense_recompute": recompute_name(self.dense_layers),
             "moe_recompute": recompute_name(self.moe_layers),
+            "moe_recompute_layers": self.moe_layers.recompute_layers or "all",
             "dense_reshard": self.dense_layers.reshard_after_forward,
             "moe_reshard": self.moe_layers.reshard_after_forward,
             **vars(self.formats),

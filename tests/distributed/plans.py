@@ -37,6 +37,7 @@ def make_plan(
     mesh = MeshShape(**axes)
     ranks = mesh.dp_replicate * mesh.dp_shard
     dense = recompute if isinstance(recompute, str) else "none"
+    number = fields.pop("recompute_layers", None)
     formats = dict(
         compute_dtype="fp32", optimizer_state_dtype="fp32", master_weight_format="fp32", gradient_dtype="fp32"
     )
@@ -51,7 +52,7 @@ def make_plan(
         micro_batch_sequences=SEQUENCES_PER_STEP // ranks // accumulation,
         gradient_accumulation_steps=accumulation,
         dense_layers=LayerPlan(recompute=dense, reshard_after_forward=reshard),
-        moe_layers=LayerPlan(recompute=recompute, reshard_after_forward=reshard),
+        moe_layers=LayerPlan(recompute=recompute, recompute_layers=number, reshard_after_forward=reshard),
         **(formats | fields),
     )
 

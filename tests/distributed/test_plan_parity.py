@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from gloo_ranks import GlooRanks
+from moescale.models.transformer import build_on_meta
+from moescale.plan import LayerPlan
+from moescale.runtime.mapping import apply_plan
+from plans import make_plan
 from recorded_runs import Run, assert_same_run, record_run
+from tiny import tiny_config
 
 STEPS = 20
 
@@ -80,6 +87,22 @@ def test_every_recompute_mode_and_resharding_trains_as_one_device_does(two_ranks
 def test_recomputing_on_one_device_changes_nothing(recompute):
     alone, again = on_one_device(5), record_run(5, dict(recompute=recompute))
     assert again.losses == alone.losses and again.norms == alone.norms
+
+
+def test_recomputing_in_the_first_layers_only_changes_nothing_and_is_done_there():
+    alone = on_one_device(5)
+    for recompute in ("block", ("experts",)):
+        again = record_run(5, dict(recompute=recompute, recompute_layers=1))
+        assert again.losses == alone.losses and again.norms == alone.norms
+    config = tiny_config()  # one dense layer, two MoE layers
+    for recompute, expected in (("block", {1}), (("experts",), set())):
+        model = build_on_meta(config, torch.float32)
+        plan = make_plan(config, recompute=recompute, recompute_layers=1)
+        plan = dataclasses.replace(plan, dense_layers=LayerPlan(reshard_after_forward=False))
+        apply_plan(model, plan)
+        assert model.recompute_layers == expected
+        again = [block.feed_forward.experts.recompute_up for block in list(model.layers)[1:]]
+        assert again == ([False, False] if recompute == "block" else [True, False])
 
 
 @pytest.mark.parametrize("mesh", MESHES[2], ids=name)
