@@ -1,6 +1,6 @@
 """Attention over documents, windows and sinks in Triton, beside PyTorch's kernels, at the shapes of the families.
 
-    python benchmarks/attention.py --output benchmarks/results/h100/attention.json
+    python benchmarks/attention.py --output interval_attention.json
 
 Milliseconds of a forward and of a backward, by events on the device behind a queue long enough to hide the host. The
 lengths of documents are exponential with the mean given; 0 is plain causal attention. PyTorch has no sinks.

@@ -23,7 +23,7 @@ class Launch:
     """Depth of the pipeline of loads."""
 
 
-# The fastest of ten to twelve on an H100 (benchmarks/results/h100/attention.json).
+# The fastest of ten to twelve on an H100 (docs/decisions/0017-attention-over-intervals-in-triton.md).
 _TABLES: tuple[tuple[int, dict[Kernel, Launch]], ...] = (
     (
         128,
