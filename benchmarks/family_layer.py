@@ -33,8 +33,8 @@ WAYS_OF_ATTENTION = ("sdpa", "flex_attention", "eager")
 
 
 def one_layer(config: ModelConfig, layer: int, divide: int) -> ModelConfig:
-    """The model of one layer, that of number ``layer``, without its vocabulary; widths smaller by ``divide``."""
-    changes: dict[str, Any] = {"num_layers": 1, "vocab_size": 256}
+    """The model of one layer with experts, number ``layer``, without its vocabulary; widths smaller by ``divide``."""
+    changes: dict[str, Any] = {"num_layers": 1, "vocab_size": 256, "first_moe_layer": 0, "num_prediction_layers": 0}
     if hasattr(config, "windowed_layers"):
         changes["windowed_layers"] = (0,) if layer in config.windowed_layers else ()
     for name in ("hidden_size", "expert_intermediate_size", "dense_intermediate_size"):
@@ -48,7 +48,7 @@ def theirs(config: ModelConfig, ours: Transformer, attention: str, device: torch
     hf_config = AutoConfig.for_model(**document)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention, dtype=torch.bfloat16)
-    weights, parameters = named_weights(ours), dict(model.named_parameters())
+    weights, parameters = named_weights(ours), dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, pieces in build_key_table(config).items():
             for piece in pieces:
