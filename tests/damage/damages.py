@@ -18,7 +18,7 @@ RECORDS = (
     *("manifest.json", "source.jsonl", "plan.json", "cluster.toml", "settings.toml", "config.json", "index"),
     *("run.json", "metrics.jsonl", "state.json", "dataset_dict.json", "saved state.json", "listed dataset.json"),
     *("tokenizer_config.json", "added_tokens.json", "launch table"),
-    *("reported run.json", "expert_load.jsonl", "warnings.jsonl", "kernels.json"),
+    *("adapter_config.json", "reported run.json", "expert_load.jsonl", "warnings.jsonl", "kernels.json"),
 )
 """Files of records, damaged in test_damaged_records.py."""
 SOURCES = (
@@ -28,7 +28,7 @@ SOURCES = (
 """Files of text that `prepare` reads, damaged in test_damaged_data.py."""
 WITH_CHECKSUMS = ("train-00000.bin", "train-00000.starts", "tensors-00000-0000.safetensors")
 """Files that this package writes with a checksum, damaged there."""
-LIBRARIES = ("weights.safetensors", "tokenizer.json", "dataset.arrow")
+LIBRARIES = ("weights.safetensors", "adapter_model.safetensors", "tokenizer.json", "dataset.arrow")
 """Files that libraries in other languages read without one, damaged there."""
 
 

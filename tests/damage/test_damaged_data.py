@@ -220,7 +220,7 @@ def test_every_change_of_what_was_written_with_a_checksum_is_noticed(name, numbe
 
 
 @pytest.fixture(scope="module")
-def of_libraries(tmp_path_factory, model_folder) -> dict[str, Path]:
+def of_libraries(tmp_path_factory, adapter_folder, model_folder) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("libraries")
     (folder / "weights").mkdir()
     save_file({"a": torch.ones(3, 4), "b": torch.ones(5)}, folder / "weights" / "one.safetensors")
@@ -228,6 +228,7 @@ def of_libraries(tmp_path_factory, model_folder) -> dict[str, Path]:
     rows.save_to_disk(str(folder / "saved"))
     return {
         "weights.safetensors": folder / "weights" / "one.safetensors",
+        "adapter_model.safetensors": adapter_folder / "adapter_model.safetensors",
         "tokenizer.json": model_folder / "tokenizer.json",
         "dataset.arrow": next((folder / "saved").glob("*.arrow")),
     }
@@ -237,6 +238,8 @@ CHILD = textwrap.dedent("""
     import sys
     from pathlib import Path
     from moescale.errors import MoescaleError
+    from moescale.convert.adapter import read_adapter, read_adapter_settings
+    from moescale.convert.hf_config import read_model_config
     from moescale.convert.weight_files import read_headers
     from moescale.data.corpus.saved_dataset import open_saved_dataset
     from moescale.data.prepare.encode import Encoder
@@ -245,6 +248,9 @@ CHILD = textwrap.dedent("""
     def read(folder):
         if sys.argv[1] == "weights.safetensors":
             read_headers(folder)
+        elif sys.argv[1] == "adapter_model.safetensors":
+            config = read_model_config(folder)
+            read_adapter(folder, config, read_adapter_settings(folder, config))
         elif sys.argv[1] == "tokenizer.json":
             made = load_tokenizer(str(folder))
             encoder = Encoder(

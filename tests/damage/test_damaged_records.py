@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from damages import BAD_VALUES, RECORDS, damaged_bytes, is_as_good, places, replaced
 from moescale import cli
 from moescale.api import export
+from moescale.convert.adapter import read_adapter_settings
 from moescale.convert.hf_config import read_model_config
 from moescale.convert.weight_files import read_headers
 from moescale.data.corpus import open_corpus
@@ -83,7 +84,7 @@ def saved_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def readers(tmp_path_factory, run_folder, stdlib_corpus, model_folder, weights_folder, saved_folder):
+def readers(tmp_path_factory, adapter_folder, run_folder, stdlib_corpus, model_folder, weights_folder, saved_folder):
     folder = tmp_path_factory.mktemp("single")
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         cli.main(["compile", "--model", "tiny", "--output", str(folder / "plan.json")])
@@ -161,6 +162,11 @@ def readers(tmp_path_factory, run_folder, stdlib_corpus, model_folder, weights_f
         ),
         "run.json": Reader(
             path=run_folder / "run.json", read=lambda: export._reference(export_settings), free=r"(?!model$).*"
+        ),
+        "adapter_config.json": Reader(
+            path=adapter_folder / "adapter_config.json",
+            read=lambda: read_adapter_settings(adapter_folder, read_model_config(model_folder)),
+            free=r"(?!r$|lora_alpha|lora_dropout|use_|bias|peft_type|rank_pattern|alpha_pattern|modules_to_save).*",
         ),
         "reported run.json": Reader(path=run_folder / "run.json", read=read_page, free=r"(?!plan\b).*|plan\..*"),
         "expert_load.jsonl": Reader(path=run_folder / "expert_load.jsonl", read=read_page),
