@@ -1,0 +1,49 @@
+"""docs/architecture.md: the picture is what the code says, and no imports go in a circle."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "draw_layers.py"
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    spec = importlib.util.spec_from_file_location("draw_layers", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def imports(drawing):
+    return drawing.read_imports()
+
+
+def test_the_picture_is_that_of_the_code(drawing, imports):
+    page = drawing.PAGE.read_text()
+    drawn = drawing.with_picture(page, drawing.draw(drawing.read_layers(), imports))
+    assert page == drawn, "run `python docs/draw_layers.py`"
+
+
+def test_no_module_imports_another_in_a_circle(drawing, imports):
+    assert drawing.find_circle(imports) == []
+
+
+def test_a_circle_is_found(drawing, imports):
+    (name,) = (module for module in imports["moescale.plan"] if module == "moescale.formats")
+    assert set(drawing.find_circle(imports | {name: {"moescale.plan"}})) == {"moescale.plan", name}
+
+
+def test_every_part_of_the_package_is_in_a_layer(drawing, imports):
+    parts = {part for row in drawing.read_layers() for part in row}
+    assert {module.split(".")[1] for module in imports if "." in module} - parts == {"__main__"}
+
+
+def test_arrows_that_follow_from_others_are_left_out(drawing):
+    imports = {"moescale.a": {"moescale.b.x", "moescale.c"}, "moescale.b.x": {"moescale.c"}, "moescale.c": set()}
+    assert drawing.arrows([["a"], ["b"], ["c"]], imports) == [("a", "b"), ("b", "c")]
