@@ -30,7 +30,7 @@ from moescale.lora import LoraSettings
 from moescale.models.lora import ExpertsAdapter, adapters_of, add_adapters
 from moescale.models.registry import family_of
 from moescale.models.transformer import build_on_meta
-from moescale.records import FileKind, build, read_json_object
+from moescale.records import FileKind, build, read_json_object, show
 
 Layout = Literal["peft", "per-expert"]
 CONFIG_FILE = "adapter_config.json"
@@ -222,7 +222,7 @@ def read_adapter_settings(folder: Path, config: ModelConfig) -> LoraSettings:
     }
     for name, (value, wanted) in only.items():
         if value != wanted:
-            raise CheckpointError(f"{path}: {name} ({value}) must be {wanted}: other adapters cannot be continued")
+            raise CheckpointError(f"{path}: {name} ({show(value)}) must be {wanted}: other adapters cannot be continued")
     try:
         whole = LoraSettings(rank=record.r, alpha=record.lora_alpha, rank_stabilised=record.use_rslora)
         stored = _names(folder)
