@@ -222,7 +222,9 @@ def read_adapter_settings(folder: Path, config: ModelConfig) -> LoraSettings:
     }
     for name, (value, wanted) in only.items():
         if value != wanted:
-            raise CheckpointError(f"{path}: {name} ({show(value)}) must be {wanted}: other adapters cannot be continued")
+            raise CheckpointError(
+                f"{path}: {name} ({show(value)}) must be {wanted}: other adapters cannot be continued"
+            )
     try:
         whole = LoraSettings(rank=record.r, alpha=record.lora_alpha, rank_stabilised=record.use_rslora)
         stored = _names(folder)
