@@ -24,9 +24,10 @@ RECORDS = (
 SOURCES = (
     *("a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow", "long.txt"),
     *("a.txt.gz", "a.jsonl.gz", "a.json.zst", "a.csv.zst"),
+    *("chat.jsonl", "chat.parquet", "chat.arrow", "chat.jinja"),
 )
 """Files of text that `prepare` reads, damaged in test_damaged_data.py."""
-WITH_CHECKSUMS = ("train-00000.bin", "train-00000.starts", "tensors-00000-0000.safetensors")
+WITH_CHECKSUMS = ("train-00000.bin", "train-00000.starts", "train-00000.targets", "tensors-00000-0000.safetensors")
 """Files that this package writes with a checksum, damaged there."""
 LIBRARIES = ("weights.safetensors", "adapter_model.safetensors", "tokenizer.json", "dataset.arrow")
 """Files that libraries in other languages read without one, damaged there."""

@@ -35,6 +35,14 @@ datasets = pytest.importorskip("datasets")
 zstandard = pytest.importorskip("zstandard")
 
 TEXTS = [f"{number} some text, and more é {number % 7} " * (1 + number % 9) for number in range(120)]
+CHATS = [
+    [{"role": "user", "content": text}, {"role": "assistant", "content": f"answer {number}"}]
+    for number, text in enumerate(TEXTS[:40])
+]
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 FEW, MANY = 25, 1000
 BY_A_PROCESS = {FEW: 5, MANY: 150}
 """Of tables: each takes a second, for the process that reads it."""
@@ -61,15 +69,17 @@ def whole_file(name: str) -> bytes:
     import pyarrow
     from pyarrow import ipc, parquet
 
-    table, packed = pyarrow.table({"text": TEXTS}), io.BytesIO()
-    if name == "a.parquet":
+    table, packed = pyarrow.table({"messages": CHATS} if name.startswith("chat") else {"text": TEXTS}), io.BytesIO()
+    if name.endswith(".parquet"):
         parquet.write_table(table, packed, write_page_checksum=True, row_group_size=30)
-    elif name == "a.arrow":
+    elif name.endswith(".arrow"):
         with ipc.new_file(packed, table.schema) as writer:
             writer.write_table(table, max_chunksize=30)
     if packed.tell():
         return packed.getvalue()
     content = {
+        "chat.jsonl": "".join(json.dumps({"messages": messages}) + "\n" for messages in CHATS),
+        "chat.jinja": TEMPLATE,
         "a.txt": "\n".join(TEXTS),
         "long.txt": "\n".join(TEXTS),
         "a.jsonl": "".join(json.dumps({"id": number, "text": text}) + "\n" for number, text in enumerate(TEXTS)),
@@ -107,6 +117,17 @@ def is_valid_or_counted(accepted: Accepted, _whole: Accepted) -> bool:
         return accepted.num_bad > 0
 
 
+def accounts_for_every_conversation(accepted: Accepted, whole: Accepted) -> bool:
+    """A damaged line may be several or none, and what is valid JSON may no longer be a conversation."""
+    num_lines = len([line for line in accepted.content.removesuffix(b"\n").split(b"\n") if line])
+    return accepted.report.documents + accepted.num_bad >= num_lines - 1
+
+
+def is_accepted(accepted: Accepted, whole: Accepted) -> bool:
+    """Another template is another template: every conversation is rendered by it, or counted."""
+    return accepted.report.documents <= whole.report.documents <= accepted.report.documents + accepted.num_bad
+
+
 def is_one_text(accepted: Accepted, _whole: Accepted) -> bool:
     accepted.content.decode()  # raises where it should have been refused or counted: nothing else is in this source
     return accepted.report.documents == 1 and b"\0" not in accepted.content[:8192]
@@ -123,14 +144,29 @@ RULES: dict[str, Callable[[Accepted, Accepted], bool]] = {
     "a.json": is_valid_or_counted,
     "a.csv": counts_at_least_what_it_read,
     "a.arrow": counts_at_least_what_it_read,
+    "chat.arrow": counts_at_least_what_it_read,
+    "chat.parquet": same_tokens,
+    "chat.jsonl": accounts_for_every_conversation,
+    "chat.jinja": is_accepted,
     **dict.fromkeys(("a.parquet", "a.txt.gz", "a.jsonl.gz", "a.json.zst", "a.csv.zst"), same_tokens),
 }
 
 
 def prepared(path: Path, tokenizer: Path, output: Path) -> Accepted | None:
     """What `prepare` makes of a file; None where it refuses it, by its name."""
+    is_template, is_chat = path.suffix == ".jinja", path.name.startswith("chat")
+    source, template = (path.with_name("source.jsonl"), path) if is_template else (path, path.with_name("template"))
+    if is_template:
+        source.write_bytes(whole_file("chat.jsonl"))
+    elif is_chat:
+        template.write_text(TEMPLATE)
     settings = PrepareSettings(
-        source=(str(path),), tokenizer=str(tokenizer), sequence_length=16, output=output, num_workers=1
+        source=(str(source),),
+        tokenizer=str(tokenizer),
+        sequence_length=128 if is_chat else 16,
+        output=output,
+        num_workers=1,
+        chat_template=template if is_chat else None,
     )
     try:
         report = prepare(settings, progress=False)
@@ -171,8 +207,8 @@ def short_parts(monkeypatch):
 def test_a_damaged_source_is_refused_by_name_or_accounted_for(name, number, model_folder, tmp_path, request):
     if name == "long.txt":
         request.getfixturevalue("short_parts")
-    is_table = name in ("a.parquet", "a.arrow")
-    check_source(name, model_folder, tmp_path, BY_A_PROCESS[number] if is_table else number)
+    by_a_process = name.startswith("chat") or name in ("a.parquet", "a.arrow")
+    check_source(name, model_folder, tmp_path, BY_A_PROCESS[number] if by_a_process else number)
 
 
 @pytest.fixture(scope="module")
@@ -189,12 +225,18 @@ def written(tmp_path_factory, model_folder) -> dict[str, tuple[Path, Callable[[]
         num_workers=1,
     )
     prepare(settings, progress=False)
+    (folder / "chat.jsonl").write_bytes(whole_file("chat.jsonl"))
+    assert prepared(folder / "chat.jsonl", model_folder, folder / "chats") is not None
     store = checkpoints.CheckpointStore(folder / "checkpoints", keep=1)
     checkpoint = CheckpointWriter(store).save(1, {}, {"a": torch.arange(300.0), "b": torch.ones(4, 5)})
     corpus = folder / "corpus"
     return {
         "train-00000.bin": (corpus / "train-00000.bin", lambda: verify_corpus(open_corpus(corpus))),
         "train-00000.starts": (corpus / "train-00000.starts", lambda: verify_corpus(open_corpus(corpus))),
+        "train-00000.targets": (
+            folder / "chats" / "train-00000.targets",
+            lambda: verify_corpus(open_corpus(folder / "chats")),
+        ),
         "tensors-00000-0000.safetensors": (
             checkpoint.path / "tensors-00000-0000.safetensors",
             lambda: checkpoints.verify(checkpoint),

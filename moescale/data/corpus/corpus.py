@@ -10,11 +10,12 @@ from typing import Literal, Protocol, overload
 import numpy as np
 
 from moescale.data.corpus.manifest import Manifest, Shard, WrittenFile, read_manifest
-from moescale.data.corpus.sequence import PackedSequence
+from moescale.data.corpus.sequence import NO_TARGET, PackedSequence
 from moescale.errors import DataError, nearest
 
 _PIECE_BYTES = 1 << 22
 _BITS_SET = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
+_KINDS: tuple[Literal["tokens", "starts", "targets"], ...] = ("tokens", "starts", "targets")
 _REMEDY = "remove {} and prepare the corpus again"
 
 
@@ -128,6 +129,7 @@ class PreparedCorpus:
         self._dtype = dtype = np.dtype(manifest.dtype)
         self._tokens = []
         self._starts = []
+        self._targets = []
         for shard in self._shards:
             self._check_size(shard.tokens)
             num_tokens = shard.num_sequences * self.sequence_length
@@ -140,6 +142,9 @@ class PreparedCorpus:
             if shard.starts is not None:
                 self._check_size(shard.starts)
                 self._starts.append(np.memmap(folder / shard.starts.name, dtype=np.uint8, mode="r"))
+            if shard.targets is not None:
+                self._check_size(shard.targets)
+                self._targets.append(np.memmap(folder / shard.targets.name, dtype=np.uint8, mode="r"))
         self._ends = np.cumsum([shard.num_sequences for shard in self._shards])
 
     @property
@@ -158,11 +163,18 @@ class PreparedCorpus:
         tokens = self._tokens[number][row]
         if not self.document_boundaries:
             return PackedSequence(tokens, None)
-        first = row * self.sequence_length
-        first_byte, skip = divmod(first, 8)
-        last_byte = -(-(first + self.sequence_length) // 8)
-        bits = np.unpackbits(self._starts[number][first_byte:last_byte], bitorder="little")
-        return PackedSequence(tokens, bits[skip : skip + self.sequence_length].astype(bool))
+        starts = self._bits(self._starts[number], row)
+        if not self._targets:
+            return PackedSequence(tokens, starts)
+        targets = self._bits(self._targets[number], row)
+        return PackedSequence(tokens, starts, np.where(targets, tokens.astype(np.int64), NO_TARGET))
+
+    def _bits(self, packed: np.ndarray, row: int) -> np.ndarray:
+        """Return a sequence's bits, bool [S], of a file that has one for each token of a shard."""
+        first_byte, skip = divmod(row * self.sequence_length, 8)
+        last_byte = -(-((row + 1) * self.sequence_length) // 8)
+        bits = np.unpackbits(packed[first_byte:last_byte], bitorder="little")
+        return bits[skip : skip + self.sequence_length].astype(bool)
 
     @property
     def num_bytes(self) -> int:
@@ -172,9 +184,11 @@ class PreparedCorpus:
         for number, shard in enumerate(self._shards):
             for kind, file in enumerate(files_of(shard)):
                 if (number + kind) % num_parts == part:
-                    yield from self._verifying_file(file, is_first=number == 0, has_tokens=kind == 0)
+                    yield from self._verifying_file(file, is_first=number == 0, kind=_KINDS[kind])
 
-    def _verifying_file(self, file: WrittenFile, *, is_first: bool, has_tokens: bool) -> Iterator[int]:
+    def _verifying_file(
+        self, file: WrittenFile, *, is_first: bool, kind: Literal["tokens", "starts", "targets"]
+    ) -> Iterator[int]:
         """Compare a file with its checksum, and what it holds with the manifest, which might be of another corpus."""
         self._check_size(file)
         path = self._folder / file.name
@@ -183,11 +197,11 @@ class PreparedCorpus:
         is_head = starts_at_once = True
         with open(path, "rb") as stream:
             while piece := stream.read(_PIECE_BYTES):
-                if not has_tokens:
+                if kind == "starts":
                     starts_at_once = bool(piece[0] & 1) if is_head else starts_at_once
                     is_head = False
                     num_starts += int(_BITS_SET[np.frombuffer(piece, np.uint8)].sum(dtype=np.int64))
-                elif len(piece) % self._dtype.itemsize == 0:
+                elif kind == "tokens" and len(piece) % self._dtype.itemsize == 0:
                     largest_id = max(largest_id, int(np.frombuffer(piece, self._dtype).max()))
                 digest.update(piece)
                 yield len(piece)
@@ -201,7 +215,9 @@ class PreparedCorpus:
                 f"{path} has token id {largest_id}, the manifest a vocabulary of {self.vocabulary_size}; "
                 f"{_REMEDY.format(self._folder)}"
             )
-        if not has_tokens and (num_starts > self._num_documents or (is_first and not starts_at_once)):
+        # Padding at the end of a sequence starts as documents do.
+        most_starts = self._num_documents + (self.num_sequences if self._targets else 0)
+        if kind == "starts" and (num_starts > most_starts or (is_first and not starts_at_once)):
             raise DataError(
                 f"{path} has {num_starts} document starts, {'' if starts_at_once else 'none at its first token, '}"
                 f"the manifest {self._num_documents} documents; {_REMEDY.format(self._folder)}"
@@ -220,4 +236,5 @@ class PreparedCorpus:
 
 
 def files_of(shard: Shard) -> list[WrittenFile]:
-    return [shard.tokens] if shard.starts is None else [shard.tokens, shard.starts]
+    """Return the files of a shard: tokens, then starts, then targets."""
+    return [file for file in (shard.tokens, shard.starts, shard.targets) if file is not None]

@@ -33,8 +33,8 @@ MAX_VOCABULARY_SIZE = 2**31
 """Token ids are int32 on the device."""
 TokenDtype = Literal["<u2", "<u4"]
 _FORMAT = "moescale corpus"
-_VERSION = 2
-_READABLE_VERSIONS = (1, 2)
+_VERSION = 3
+_READABLE_VERSIONS = (1, 2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +46,31 @@ class WrittenFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Some sequences of a split: a file of tokens, and the file of document starts that goes with it."""
+    """Some sequences of a split: a file of tokens, and the files of a bit per token that go with it."""
 
     num_sequences: Positive
     tokens: WrittenFile
     starts: WrittenFile | None
+    targets: WrittenFile | None = None
+    """Which tokens are to be predicted; None: all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCounts:
-    """What went into a split: ``tokens_in == tokens_packed + tokens_dropped``, end tokens included."""
+    """What went into a split: ``tokens_in == tokens_packed + tokens_dropped``, end tokens included.
+
+    Sequences hold ``tokens_packed`` tokens and ``tokens_padding`` others.
+    """
 
     documents: Count
     tokens_in: Count
     tokens_packed: Count
     tokens_dropped: Count
     num_sequences: Count
+    tokens_padding: Count = 0
+    """At the ends of sequences that hold whole conversations."""
+    tokens_learned: Count | None = None
+    """Of those packed; None: all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +120,12 @@ class Manifest:
             expected = [("tokens", shard.tokens, num_tokens * bytes_per_token)]
             if shard.starts is not None:
                 expected.append(("starts", shard.starts, -(-num_tokens // 8)))
+            if shard.targets is not None:
+                expected.append(("targets", shard.targets, -(-num_tokens // 8)))
+            if (shard.targets is not None) != (shards[0].targets is not None):
+                raise DataError(f"{field}.targets must be given for every shard of a split, or for none")
+            if shard.targets is not None and shard.starts is None:
+                raise DataError(f"{field}.targets must come with starts: padding is told by both")
             if (shard.starts is not None) != self.document_boundaries:
                 raise DataError(f"{field}.starts must be given where document_boundaries is true, and nowhere else")
             for name, file, num_bytes in expected:
@@ -124,9 +139,10 @@ class Manifest:
             raise DataError(
                 f"counts.{split}.num_sequences ({counts.num_sequences}) must be {num_sequences}, as in shards"
             )
-        if counts.tokens_packed != num_sequences * self.sequence_length:
+        if counts.tokens_packed + counts.tokens_padding != num_sequences * self.sequence_length:
             raise DataError(
-                f"counts.{split}.tokens_packed ({counts.tokens_packed}) must be that of {num_sequences} sequences of "
+                f"counts.{split}.tokens_packed ({counts.tokens_packed}) and tokens_padding must be those of "
+                f"{num_sequences} sequences of "
                 f"{self.sequence_length} tokens"
             )
         if counts.tokens_in != counts.tokens_packed + counts.tokens_dropped:
@@ -134,7 +150,14 @@ class Manifest:
 
     def corpus_fingerprint(self, split: str) -> str:
         """Identify a split by its content: equal wherever and whenever it was prepared."""
-        content = [[shard.tokens.sha256, shard.starts and shard.starts.sha256] for shard in self.shards[split]]
+        content = [
+            [
+                shard.tokens.sha256,
+                shard.starts and shard.starts.sha256,
+                *([shard.targets.sha256] if shard.targets else []),
+            ]
+            for shard in self.shards[split]
+        ]
         return fingerprint([self.sequence_length, self.dtype, content])
 
     def write(self, folder: Path) -> None:

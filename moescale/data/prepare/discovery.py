@@ -62,7 +62,8 @@ class FoundFiles:
 class Wanted:
     """What is asked for of a source."""
 
-    text_column: str
+    text_column: str | None
+    """None: conversations are asked for."""
     split: str | None
     include: Sequence[str]
     exclude: Sequence[str]
@@ -194,7 +195,8 @@ def _add_file(
         return
     kind = kind_of(path, wanted.text_column, is_named=is_named)
     if kind is None:
-        found.skip(f"without a column '{wanted.text_column}'", name)
+        column = wanted.text_column
+        found.skip("without conversations" if column is None else f"without a column '{column}'", name)
     else:
         found.files.append(_source_file(path, name, kind, is_named=is_named, split_name=split_name))
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
+from moescale.data.prepare.chat.encode import ChatEncoder, ChatOptions, EncodedConversation
 from moescale.data.prepare.compression import open_bytes
 from moescale.data.prepare.file_kinds import problem_of
 from moescale.data.prepare.memory_budget import check_document_bytes
@@ -75,6 +76,8 @@ class EncodedChunk:
     """Files passed over because they are not text."""
     continues: bool = False
     """The first document here was begun in the chunk before."""
+    targets: np.ndarray | None = None
+    """bool [tokens]: which tokens are learned; None: all of them."""
 
 
 @dataclass(kw_only=True)
@@ -82,6 +85,8 @@ class _Texts:
     """Good documents and faults of a chunk, as it is read."""
 
     texts: list[str] = field(default_factory=list)
+    records: list[dict] = field(default_factory=list)
+    """Instead of texts, where they are conversations."""
     places: list[int | str] = field(default_factory=list)
     bad: list[Fault] = field(default_factory=list)
     num_items: int = 0
@@ -95,6 +100,13 @@ class _Texts:
         else:
             self.bad.append(Fault(EMPTY_DOCUMENT, where))
 
+    def add_record(self, record: object, where: int) -> None:
+        if isinstance(record, dict):
+            self.records.append(record)
+            self.places.append(where)
+        else:
+            self.bad.append(Fault(MISSING_COLUMN, where, detail=_fields_of(record)))
+
 
 class Encoder:
     """Reads chunks and tokenises their documents; one per process."""
@@ -107,6 +119,7 @@ class Encoder:
         vocabulary_size: int,
         text_column: str,
         most_document_bytes: int,
+        chat: ChatOptions | None = None,
     ) -> None:
         self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         self.text_column = text_column
@@ -116,6 +129,7 @@ class Encoder:
         self._unknown = UnknownText(self.tokenizer, description)
         self._by_words = word_encoder(self.tokenizer, self.dtype, description)
         self._end = np.array([end_token_id], dtype=self.dtype)
+        self._chat = None if chat is None else ChatEncoder(self.tokenizer, self.dtype, chat)
 
     def __call__(self, chunk: ReadableChunk) -> EncodedChunk:
         if isinstance(chunk, TextRange):
@@ -126,22 +140,31 @@ class Encoder:
             read.bad.append(Fault(INVALID_UTF8, chunk.path))
         elif isinstance(chunk, WholeFiles):
             _read_files(chunk.paths, read, self._most_bytes)
-        elif isinstance(chunk, Rows):
-            _read_rows(chunk.texts, read)
-        elif isinstance(chunk, PickledRows):
-            _read_rows(pickle.loads(chunk.content), read)
+        elif isinstance(chunk, Rows | PickledRows):
+            texts = chunk.texts if isinstance(chunk, Rows) else pickle.loads(chunk.content)
+            if self._chat is None:
+                _read_rows(texts, read)
+            else:
+                for text in texts:
+                    self._read_line(b"null" if text is None else text.encode() if isinstance(text, str) else text, read)
         else:
             for line in chunk.lines if isinstance(chunk, Lines) else _lines_of(chunk, self._most_bytes):
                 self._read_line(line, read)
-        tokens, lengths = self._encode(read)
+        path = None if isinstance(chunk, WholeFiles | NotText) else chunk.path
+        targets = None
+        if self._chat is None:
+            tokens, lengths = self._encode(read)
+        else:
+            tokens, lengths, targets = self._encode_conversations(self._chat, read, path)
         return EncodedChunk(
-            path=None if isinstance(chunk, WholeFiles | NotText) else chunk.path,
+            path=path,
             num_items=read.num_items,
             num_bytes=read.num_bytes,
             tokens=tokens,
             lengths=lengths,
             bad=read.bad,
             binary=read.binary,
+            targets=targets,
         )
 
     def _read_line(self, line: bytes, read: _Texts) -> None:
@@ -155,6 +178,9 @@ class Encoder:
         except (ValueError, RecursionError):
             read.bad.append(Fault(MALFORMED_JSON if line.strip() else EMPTY_DOCUMENT, number))
         else:
+            if self._chat is not None:
+                read.add_record(record, number)
+                return
             text = value_at(record, self.text_column) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 read.bad.append(Fault(MISSING_COLUMN, number, detail=_fields_of(record)))
@@ -192,6 +218,21 @@ class Encoder:
             parts += tokens, self._end
             lengths[number] = len(tokens) + 1
         return np.concatenate(parts) if parts else np.empty(0, self.dtype), lengths
+
+    def _encode_conversations(
+        self, encode: ChatEncoder, read: _Texts, path: str | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens, lengths and targets of all conversations, or the parts of those longer than a sequence."""
+        parts: list[EncodedConversation] = []
+        for record, place in zip(read.records, read.places, strict=True):
+            conversations, faults = encode(record, f"record {int(place) + 1} of this part of {path}")
+            parts += conversations
+            read.bad += [Fault(kind, place, amount, detail) for kind, amount, detail in faults]
+        lengths = np.array([len(part.tokens) for part in parts], dtype=np.int64)
+        if not parts:
+            return np.empty(0, self.dtype), lengths, np.empty(0, dtype=bool)
+        tokens, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return tokens, lengths, targets
 
     def _unknown_in(self, text: str, tokens: np.ndarray, where: int | str) -> Iterator[Fault]:
         if self._unknown.is_possible:

@@ -6,6 +6,7 @@ import codecs
 import json
 from pathlib import Path
 
+from moescale.data.prepare.chat.conversations import form_of, known_forms
 from moescale.data.prepare.compression import COMPRESSIONS, open_bytes
 from moescale.data.prepare.readers import BYTE_ORDER_MARK
 from moescale.data.prepare.record_files import delimiter_of, first_element, has_column, header_of
@@ -42,10 +43,11 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _FIRST_LINE_BYTES = 1 << 26
 
 
-def kind_of(path: Path, text_column: str, *, is_named: bool) -> str | None:
+def kind_of(path: Path, text_column: str | None, *, is_named: bool) -> str | None:
     """Return the kind of a file; None for records without ``text_column``, which are no documents either.
 
     Args:
+        text_column: None where records are to be conversations; then a file that holds no records has the kind None.
         is_named: the file itself was asked for. Then records that cannot be read are an error, not a file of another
             kind among those of a folder.
 
@@ -54,7 +56,7 @@ def kind_of(path: Path, text_column: str, *, is_named: bool) -> str | None:
     """
     kind = _KINDS.get(_suffix(path), DOCUMENT)
     if kind == DOCUMENT:
-        return kind
+        return _document_kind(path, text_column, is_named)
     try:
         with open_bytes(path) as stream:
             head = stream.read(64)
@@ -64,8 +66,35 @@ def kind_of(path: Path, text_column: str, *, is_named: bool) -> str | None:
     if kind in (CSV, TSV):
         return _table_kind(path, kind, text_column, is_named)
     if kind == LINES:
-        return _json_kind(path, head, text_column, is_named)
+        json_kind = _json_kind(path, head, text_column, is_named)
+        return _document_kind(path, text_column, is_named) if json_kind == DOCUMENT else json_kind
     return kind
+
+
+def _document_kind(path: Path, text_column: str | None, is_named: bool) -> str | None:
+    if text_column is not None:
+        return DOCUMENT
+    if is_named:
+        raise DataError(
+            f"{path} holds no records, so no conversations; give JSON Lines, a JSON array, CSV, Parquet or Arrow with "
+            f"one of these: {known_forms()}"
+        )
+    return None
+
+
+def columns_of(file: Path, kind: str) -> list[str]:
+    """Return the names that the first record of a file of JSON or CSV has; none where it cannot be read."""
+    if kind in (CSV, TSV):
+        return header_of(file, delimiter_of(file, None))
+    if kind == ARRAY:
+        record = first_element(file)
+    else:
+        try:
+            with open_bytes(file) as stream:
+                record = json.loads(stream.readline(_FIRST_LINE_BYTES).removeprefix(BYTE_ORDER_MARK))
+        except (OSError, ValueError, RecursionError):  # a damaged file is named when it is read
+            return []
+    return list(record) if isinstance(record, dict) else []
 
 
 def check_head(head: bytes, path: Path | str) -> None:
@@ -97,10 +126,15 @@ def _suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _table_kind(path: Path, kind: str, text_column: str, is_named: bool) -> str | None:
+def _table_kind(path: Path, kind: str, text_column: str | None, is_named: bool) -> str | None:
     names = header_of(path, delimiter_of(path, text_column))
-    if text_column in names:
+    if text_column in names or (text_column is None and form_of(dict.fromkeys(names)) is not None):
         return kind
+    if is_named and text_column is None:
+        raise DataError(
+            f"{path} has no columns of a conversation (it has {', '.join(names) or 'none'}); it needs one of these: "
+            f"{known_forms()}"
+        )
     if is_named:
         raise DataError(
             f"{path} has no column '{text_column}' (it has {', '.join(names) or 'none'}); name the one with the text "
@@ -109,14 +143,15 @@ def _table_kind(path: Path, kind: str, text_column: str, is_named: bool) -> str 
     return None
 
 
-def _json_kind(path: Path, head: bytes, text_column: str, is_named: bool) -> str | None:
+def _json_kind(path: Path, head: bytes, text_column: str | None, is_named: bool) -> str | None:
     """Tell JSON Lines from an array of records and from one document: a line with a whole object begins the first."""
     is_json_lines = _suffix(path) != ".json"
     begins = head.removeprefix(BYTE_ORDER_MARK).lstrip()[:1]
     if begins == b"[":
         element = first_element(path)
         if isinstance(element, dict):
-            return ARRAY if is_named or has_column(element, text_column) else None
+            is_wanted = form_of(element) is not None if text_column is None else has_column(element, text_column)
+            return ARRAY if is_named or is_wanted else None
         if is_named and not is_json_lines:
             raise DataError(f"{path} holds an array whose elements are not objects with a field '{text_column}'")
     if is_json_lines or _first_line_is_an_object(path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from moescale.data.corpus.manifest import BadItems
+from moescale.data.prepare.chat.conversations import COLUMNS, form_of
 from moescale.data.prepare.readers import row_chunks
 from moescale.data.prepare.record_files import value_at
 from moescale.data.prepare.work_items import Chunk
@@ -22,7 +24,8 @@ class HubSource:
     """One split of a dataset on the hub, at a fixed revision."""
 
     name: str
-    text_column: str
+    text_column: str | None
+    """None: rows are conversations."""
     split: str
     revision: str
     dataset: Any
@@ -33,6 +36,10 @@ class HubSource:
     skipped: dict[str, BadItems] = field(default_factory=dict)
     read: dict[str, BadItems] = field(default_factory=dict)
 
+    @property
+    def holds_conversations(self) -> bool:
+        return self.text_column is None
+
     def identity(self) -> list[list[str | int]]:
         return [[self.name, self.split, self.revision]]
 
@@ -42,13 +49,16 @@ class HubSource:
     def _texts(self) -> Iterator[str | None]:
         try:
             for row in self.dataset:
+                if self.text_column is None:
+                    yield json.dumps({name: row[name] for name in row if name in COLUMNS}, default=str)
+                    continue
                 text = value_at(row, self.text_column)
                 yield text if isinstance(text, str) else None
         except Exception as error:  # as when opening
             raise DataError(f"dataset '{self.name}' broke off while it was read ({_first_line(error)})") from error
 
 
-def open_hub_dataset(name: str, *, text_column: str, split: str) -> HubSource:
+def open_hub_dataset(name: str, *, text_column: str, split: str, format: str | None = None) -> HubSource:
     """Open a split of dataset ``name`` for streaming, pinned to the revision that its branch has now.
 
     Raises:
@@ -72,6 +82,9 @@ def open_hub_dataset(name: str, *, text_column: str, split: str) -> HubSource:
             f"Hugging Face hub ({_first_line(error)})"
         ) from error
     columns = dataset.column_names
+    is_text = columns is None or text_column in columns or text_column.split(".")[0] in columns
+    if format == "chat" or (format is None and not is_text and form_of(dict.fromkeys(columns)) is not None):
+        return HubSource(name=name, text_column=None, split=split, revision=revision, dataset=dataset)
     if columns is not None and text_column not in columns and text_column.split(".")[0] not in columns:
         raise DataError(
             f"dataset '{name}' has no column '{text_column}'{nearest(text_column, columns)} "

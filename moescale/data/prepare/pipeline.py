@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from moescale.data.corpus.manifest import (
     read_source_files,
 )
 from moescale.data.prepare.atomic_folder import staged, writing
+from moescale.data.prepare.chat.encode import ChatOptions
+from moescale.data.prepare.chat.render_process import RenderOptions
+from moescale.data.prepare.chat.template import find_template
 from moescale.data.prepare.encode import MISSING_COLUMN, EncodedChunk, Fault, token_dtype
 from moescale.data.prepare.file_kinds import DOCUMENT
 from moescale.data.prepare.memory_budget import Resources, resources_for
@@ -49,7 +54,8 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
     _check_output(settings.output)
     tokenizer = load_tokenizer(settings.tokenizer, settings.end_token)
     source = open_source(settings)
-    made_from = _made_from(settings, source, tokenizer)
+    chat = _chat_options(settings, tokenizer) if source.holds_conversations else None
+    made_from = _made_from(settings, source, tokenizer, chat)
     if settings.output.is_dir() and any(settings.output.iterdir()):
         manifest = _check_same_input(settings, source, made_from)
         return PrepareReport.of(manifest, output=settings.output, unchanged=True, seconds=0.0, num_workers=0)
@@ -63,7 +69,7 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
     )
     with staged(settings.output) as folder:
         manifest = _write(
-            settings, source, tokenizer, folder, made_from, resources, Progress(source.num_bytes, progress)
+            settings, source, tokenizer, folder, made_from, resources, Progress(source.num_bytes, progress), chat
         )
         with writing(folder):
             with (folder / SOURCE_FILES).open("w") as stream:
@@ -99,8 +105,33 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _made_from(settings: PrepareSettings, source: Source, tokenizer: CorpusTokenizer) -> dict[str, Any]:
-    return {
+def _chat_options(settings: PrepareSettings, tokenizer: CorpusTokenizer) -> ChatOptions:
+    template = find_template(tokenizer.files, settings.chat_template)
+    date = settings.template_date
+    if date is None and template.uses_date:
+        with suppress(DataError):  # of an output that is not there yet, or is no corpus, which is said elsewhere
+            date = read_manifest(settings.output).made_from.get("template_date")
+        date = date or datetime.now().date().isoformat()
+    return ChatOptions(
+        render=RenderOptions(source=template, loss_on=settings.loss_on, date=date if template.uses_date else None),
+        sequence_length=settings.sequence_length,
+        too_long=settings.too_long,
+    )
+
+
+def _made_from(
+    settings: PrepareSettings, source: Source, tokenizer: CorpusTokenizer, chat: ChatOptions | None
+) -> dict[str, Any]:
+    of_chat = {}
+    if chat is not None:
+        of_chat = {
+            "format": "chat",
+            "loss_on": settings.loss_on,
+            "too_long": settings.too_long,
+            "chat_template": fingerprint([chat.render.source.templates, chat.render.source.variables]),
+            "template_date": chat.render.date,
+        }
+    return of_chat | {
         "source": source.name,
         "source_kind": source.kind,
         "source_fingerprint": fingerprint(source.identity()),
@@ -112,7 +143,7 @@ def _made_from(settings: PrepareSettings, source: Source, tokenizer: CorpusToken
         "text_column": settings.text_column,
         "split": settings.split or "train",
         "validation_fraction": settings.validation_fraction,
-        "document_boundaries": settings.document_boundaries,
+        "document_boundaries": settings.document_boundaries or chat is not None,
         "seed": settings.seed,
     }
 
@@ -122,8 +153,8 @@ def _check_same_input(settings: PrepareSettings, source: Source, made_from: dict
     output = settings.output
     manifest = read_manifest(output)
     # The names by which source and tokenizer were given may differ; what counts is what was read.
-    for key in made_from.keys() - {"source", "tokenizer"}:
-        then, now = manifest.made_from.get(key), made_from[key]
+    for key in sorted((made_from.keys() | manifest.made_from.keys()) - {"source", "tokenizer"}):
+        then, now = manifest.made_from.get(key), made_from.get(key)
         if then == now:
             continue
         difference = f"{key} was {then!r} and is now {now!r}"
@@ -220,6 +251,7 @@ def _write(
     made_from: dict[str, Any],
     resources: Resources,
     progress: Progress,
+    chat: ChatOptions | None,
 ) -> Manifest:
     dtype = token_dtype(tokenizer.vocabulary_size)
     writers = {
@@ -228,7 +260,8 @@ def _write(
             split,
             sequence_length=settings.sequence_length,
             dtype=dtype,
-            document_boundaries=settings.document_boundaries,
+            document_boundaries=settings.document_boundaries or chat is not None,
+            padding_id=None if chat is None else tokenizer.end_token_id,
         )
         for split in (("train", "validation") if settings.validation_fraction else ("train",))
     }
@@ -240,6 +273,7 @@ def _write(
             "end_token_id": tokenizer.end_token_id,
             "vocabulary_size": tokenizer.vocabulary_size,
             "text_column": settings.text_column,
+            "chat": chat,
         },
         resources=resources,
     )
@@ -277,7 +311,7 @@ def _write(
         sequence_length=settings.sequence_length,
         vocabulary_size=tokenizer.vocabulary_size,
         dtype="<u2" if dtype.itemsize == 2 else "<u4",
-        document_boundaries=settings.document_boundaries,
+        document_boundaries=settings.document_boundaries or chat is not None,
         bad=dict(sorted(accounts.bad.items())),
         skipped=skipped,
         read=_read_without(source.read, accounts.binary),
@@ -298,7 +332,7 @@ def _read_without(read: dict[str, BadItems], binary: BadItems) -> dict[str, BadI
 def _deal(chunk: EncodedChunk, first_document: int, writers: dict[str, SplitWriter], settings: PrepareSettings) -> None:
     """Give each document to its split, whole."""
     if "validation" not in writers:
-        writers["train"].add(chunk.tokens, chunk.lengths, chunk.continues)
+        writers["train"].add(chunk.tokens, chunk.lengths, chunk.continues, chunk.targets)
         return
     held_out = shuffle.chosen(settings.seed, first_document, len(chunk.lengths), settings.validation_fraction)
     held_out_tokens = np.repeat(held_out, chunk.lengths)
@@ -307,4 +341,5 @@ def _deal(chunk: EncodedChunk, first_document: int, writers: dict[str, SplitWrit
         ("train", ~held_out, ~held_out_tokens),
     ):
         continues = chunk.continues and bool(ours[0])
-        writers[split].add(chunk.tokens[our_tokens], chunk.lengths[ours], continues)
+        targets = None if chunk.targets is None else chunk.targets[our_tokens]
+        writers[split].add(chunk.tokens[our_tokens], chunk.lengths[ours], continues, targets)

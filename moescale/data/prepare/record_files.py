@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from moescale.data.prepare.chat.conversations import form_of
 from moescale.data.prepare.compression import open_bytes
 from moescale.data.prepare.memory_budget import check_document_bytes
 from moescale.data.prepare.readers import BYTE_ORDER_MARK
@@ -42,10 +43,16 @@ def has_column(record: Mapping[str, Any], column: str) -> bool:
     return column in record or value_at(record, column) is not None
 
 
-def delimiter_of(path: Path | str, column: str) -> str:
-    """Return what separates the fields of a table of text: that which makes ``column`` one of the header's names."""
+def delimiter_of(path: Path | str, column: str | None) -> str:
+    """Return what separates the fields of a table of text: that which makes ``column`` one of the header's names.
+
+    ``column`` is None where the header is to be that of a conversation.
+    """
     if ".tsv" in Path(path).suffixes or ".tab" in Path(path).suffixes:
         return "\t"
+    if column is None:
+        headers = {mark: dict.fromkeys(header_of(path, mark)) for mark in _DELIMITERS}
+        return next((mark for mark, header in headers.items() if form_of(header) is not None), ",")
     return next((mark for mark in _DELIMITERS if column in header_of(path, mark)), ",")
 
 
@@ -70,6 +77,19 @@ def csv_texts(path: str, column: str, most_bytes: int) -> Iterator[str | bytes |
             else:
                 text = row[place]
                 yield text.encode(errors="surrogateescape") if _find_undecoded(text) else text
+
+
+def csv_records(path: str, most_bytes: int) -> Iterator[str | bytes | None]:
+    """Yield the rows of a CSV or TSV file as JSON objects: None and bytes as :func:`csv_texts`."""
+    with closing(_rows(path, delimiter_of(path, None), most_bytes)) as rows:
+        names = next(rows, [])
+        for row in rows:
+            if len(row) != len(names):
+                yield None
+            elif any(map(_find_undecoded, row)):
+                yield "".join(row).encode(errors="surrogateescape")
+            else:
+                yield json.dumps(dict(zip(names, row, strict=True)))
 
 
 def _rows(path: Path | str, delimiter: str, most_bytes: int) -> Generator[list[str], None, None]:

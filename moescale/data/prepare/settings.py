@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from moescale.errors import ConfigError
 
@@ -25,6 +27,19 @@ class PrepareSettings:
     """Folder to write; made whole or not at all."""
     text_column: str = DEFAULT_TEXT_COLUMN
     """Field of a record, or column of a table, that holds a document's text; 'doc.text' is the field text of doc."""
+    format: Literal["text", "chat"] | None = None
+    """What records hold: a text each, or a conversation each, rendered by the tokenizer's chat template; default: by
+    their columns. A conversation is a record with messages, conversations (ShareGPT), prompt and completion, or
+    instruction, input and output."""
+    loss_on: Literal["answers", "last-answer", "all"] = "answers"
+    """Which tokens of a conversation are learned: the assistant's answers, the last of them, or all tokens."""
+    too_long: Literal["drop", "split", "error"] = "drop"
+    """What becomes of a conversation longer than a sequence: it is left out and counted, cut into sequences, or an
+    error."""
+    chat_template: Path | None = None
+    """File with a chat template to use instead of the tokenizer's own."""
+    template_date: str | None = None
+    """Date, such as 2026-11-30, that a chat template takes for today if it asks; default: today."""
     split: str | None = None
     """Split to read, of a dataset on the hub, of a saved dataset dictionary, or of files whose names tell (train,
     validation, test); default: train. 'all' reads every local file."""
@@ -56,6 +71,13 @@ class PrepareSettings:
             raise ConfigError("prepare.source is empty; name a file, a folder or a dataset")
         if self.sequence_length < 2:
             raise ConfigError(f"prepare.sequence_length ({self.sequence_length}) must be at least 2")
+        if self.template_date is not None:
+            try:
+                datetime.fromisoformat(self.template_date)
+            except ValueError as error:
+                raise ConfigError(
+                    f"prepare.template_date ({self.template_date!r}) must be a date such as 2026-11-30"
+                ) from error
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(f"prepare.validation_fraction ({self.validation_fraction}) must be in [0, 1)")
         if self.num_workers is not None and self.num_workers < 1:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from moescale.data.corpus.manifest import FIRST_POSITIONS, BadItems
+from moescale.data.prepare.chat.conversations import form_of
 from moescale.data.prepare.compression import compression_of, window_bytes_of
 from moescale.data.prepare.discovery import (
     EXCLUDED,
@@ -18,11 +20,11 @@ from moescale.data.prepare.discovery import (
     find_files,
     is_pattern,
 )
-from moescale.data.prepare.file_kinds import ARRAY, ARROW, CSV, DOCUMENT, LINES, PARQUET, RECORDS, TSV
+from moescale.data.prepare.file_kinds import ARRAY, ARROW, CSV, DOCUMENT, LINES, PARQUET, RECORDS, TSV, columns_of
 from moescale.data.prepare.readers import line_chunks, long_document, record_chunks, row_chunks
-from moescale.data.prepare.record_files import array_elements, csv_texts
+from moescale.data.prepare.record_files import array_elements, csv_records, csv_texts
 from moescale.data.prepare.settings import DEFAULT_TEXT_COLUMN, PrepareSettings
-from moescale.data.prepare.table_process import TableReader, TableRequest
+from moescale.data.prepare.table_process import COLUMN_NAMES, TableReader, TableRequest
 from moescale.data.prepare.work_items import Chunk, PickledRows, WholeFiles
 from moescale.errors import ConfigError, DataError
 
@@ -60,6 +62,11 @@ class Source(Protocol):
         ...
 
     @property
+    def holds_conversations(self) -> bool:
+        """Whether records are conversations, not texts."""
+        ...
+
+    @property
     def has_tables(self) -> bool:
         """Whether a process of its own reads some of it."""
         ...
@@ -83,11 +90,16 @@ class LocalSource:
 
     kind: str
     name: str
-    text_column: str
+    text_column: str | None
+    """None: records are conversations."""
     files: list[SourceFile]
     memory_bytes: int
     """What the process that reads tables may take."""
     skipped: dict[str, BadItems] = field(default_factory=dict)
+
+    @property
+    def holds_conversations(self) -> bool:
+        return self.text_column is None
 
     @property
     def read(self) -> dict[str, BadItems]:
@@ -147,7 +159,9 @@ class LocalSource:
         elif file.kind == ARRAY:
             yield from record_chunks(path, array_elements(path, most_bytes), chunk_bytes)
         elif file.kind in (CSV, TSV):
-            yield from row_chunks(path, csv_texts(path, self.text_column, most_bytes), chunk_bytes, most_bytes)
+            column = self.text_column
+            texts = csv_records(path, most_bytes) if column is None else csv_texts(path, column, most_bytes)
+            yield from row_chunks(path, texts, chunk_bytes, most_bytes)
         else:
             request = TableRequest(
                 path=path,
@@ -186,6 +200,10 @@ class JoinedSource:
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
     @property
+    def holds_conversations(self) -> bool:
+        return any(source.holds_conversations for source in self.sources)
+
+    @property
     def has_tables(self) -> bool:
         return any(source.has_tables for source in self.sources)
 
@@ -209,13 +227,10 @@ def open_source(settings: PrepareSettings) -> Source:
             in it is not read.
         ConfigError: a setting means nothing for this source.
     """
-    wanted = Wanted(
-        text_column=settings.text_column,
-        split=settings.split,
-        include=settings.include,
-        exclude=settings.exclude,
-        output=settings.output,
-    )
+    wanted = _wanted(settings, settings.text_column)
+    local_names = [name for name in settings.source if _is_local(name)]
+    if settings.format == "chat" or (settings.format is None and _are_conversations(local_names, settings)):
+        wanted = _wanted(settings, None)
     opened: list[Source] = []
     local: list[str] = []
     for number, name in enumerate(settings.source):
@@ -228,7 +243,7 @@ def open_source(settings: PrepareSettings) -> Source:
                 LocalSource(
                     kind=found.kind,
                     name=", ".join(local),
-                    text_column=settings.text_column,
+                    text_column=wanted.text_column,
                     files=found.files,
                     memory_bytes=int(settings.memory_gigabytes * 1e9),
                     skipped=found.skipped,
@@ -238,10 +253,60 @@ def open_source(settings: PrepareSettings) -> Source:
         else:
             from moescale.data.prepare.hub import open_hub_dataset
 
-            opened.append(open_hub_dataset(name, text_column=settings.text_column, split=settings.split or "train"))
+            opened.append(
+                open_hub_dataset(
+                    name, text_column=settings.text_column, split=settings.split or "train", format=settings.format
+                )
+            )
     source = opened[0] if len(opened) == 1 else JoinedSource(sources=opened)
     _check_settings(settings, opened)
+    if len({one.holds_conversations for one in opened}) > 1:
+        raise ConfigError(
+            f"prepare.source ({source.name}) names conversations and texts, which do not go into one corpus; prepare "
+            "them apart, or choose with --format"
+        )
     return source
+
+
+def _wanted(settings: PrepareSettings, text_column: str | None) -> Wanted:
+    return Wanted(
+        text_column=text_column,
+        split=settings.split,
+        include=settings.include,
+        exclude=settings.exclude,
+        output=settings.output,
+    )
+
+
+def _are_conversations(names: Sequence[str], settings: PrepareSettings) -> bool:
+    """Whether files have a conversation's columns and none has the text column; an error is left to their reading."""
+    if not names or settings.text_column != DEFAULT_TEXT_COLUMN:
+        return False
+    is_found = False
+    try:
+        with TableReader() as tables:
+            for file in find_files(names, _wanted(settings, None)).files:
+                columns = _columns_of(file, tables, settings)
+                if settings.text_column in columns:
+                    return False
+                is_found |= form_of(dict.fromkeys(columns)) is not None
+    except DataError:
+        return False
+    return is_found
+
+
+def _columns_of(file: SourceFile, tables: TableReader, settings: PrepareSettings) -> list[str]:
+    if file.kind not in (PARQUET, ARROW):
+        return columns_of(file.path, file.kind)
+    request = TableRequest(
+        path=str(file.path),
+        is_parquet=file.kind == PARQUET,
+        column=COLUMN_NAMES,
+        chunk_bytes=1 << 16,
+        memory_bytes=int(settings.memory_gigabytes * 1e9),
+        most_bytes=1 << 20,
+    )
+    return [name for names in tables.read(request) for name in pickle.loads(names)]
 
 
 def _is_local(name: str) -> bool:

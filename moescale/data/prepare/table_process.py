@@ -28,12 +28,17 @@ _START = "import sys; sys.path[:] = {path!r}; from moescale.data.prepare.table_p
 class TableRequest(NamedTuple):
     path: str
     is_parquet: bool
-    column: str
+    column: str | None
+    """None: the columns of conversations, as JSON objects."""
     chunk_bytes: int
     memory_bytes: int
     """What the reading process may take."""
     most_bytes: int
     """Of one text."""
+
+
+COLUMN_NAMES = "\n"
+"""As a request's column: the names of the columns are wanted. No column of a table that can be read is named so."""
 
 
 class TableReader:
@@ -155,9 +160,15 @@ def _limit_memory(num_bytes: int) -> None:
 
 
 def _answer(request: TableRequest, answers: IO[bytes]) -> None:
+    from moescale.data.prepare.table_records import table_columns, table_records
     from moescale.data.prepare.tables import arrow_texts, parquet_texts
 
-    if request.is_parquet:
+    texts: Iterable[str | bytes | None]
+    if request.column == COLUMN_NAMES:
+        texts = table_columns(request.path, is_parquet=request.is_parquet)
+    elif request.column is None:
+        texts = table_records(request.path, is_parquet=request.is_parquet, memory_bytes=request.memory_bytes // 4)
+    elif request.is_parquet:
         texts = parquet_texts(request.path, request.column, request.memory_bytes // 4)
     else:
         texts = arrow_texts(request.path, request.column)

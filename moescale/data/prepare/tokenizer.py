@@ -19,6 +19,7 @@ from moescale.records import FileKind, read_json_object
 _SIDE_FILE = FileKind(
     noun="a tokenizer's configuration", error=DataError, remedy="repair it, or name the end token with end_token"
 )
+_TEMPLATE_FILES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
 
@@ -33,6 +34,8 @@ class CorpusTokenizer:
     end_token_id: int
     vocabulary_size: int
     """Every id is below this."""
+    files: dict[str, Path]
+    """tokenizer.json and the files next to it, by name."""
 
 
 def load_tokenizer(name: str, end_token: str | None = None) -> CorpusTokenizer:
@@ -55,6 +58,7 @@ def load_tokenizer(name: str, end_token: str | None = None) -> CorpusTokenizer:
         end_token=end_token,
         end_token_id=end_token_id,
         vocabulary_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+        files=files,
     )
 
 
@@ -70,12 +74,14 @@ def _find(name: str) -> dict[str, Path]:
     elif looks_like_path(name):
         raise DataError(f"tokenizer '{name}' does not exist; give a folder with tokenizer.json")
     else:
-        files = ("tokenizer.json", *_SIDE_FILES, ADDED_TOKENS)
+        files = ("tokenizer.json", *_SIDE_FILES, ADDED_TOKENS, *_TEMPLATE_FILES)
         folder = fetch_repository(name, files, what="tokenizer", error=DataError)
         found = {"tokenizer.json": folder / "tokenizer.json"}
         if not found["tokenizer.json"].is_file():
             raise DataError(f"tokenizer '{name}' has no tokenizer.json on the hub; give a folder with one")
-    return found | {file: folder / file for file in (*_SIDE_FILES, ADDED_TOKENS) if (folder / file).is_file()}
+    return found | {
+        file: folder / file for file in (*_SIDE_FILES, ADDED_TOKENS, "chat_template.jinja") if (folder / file).is_file()
+    }
 
 
 def _end_token(tokenizer: tokenizers.Tokenizer, files: dict[str, Path], wanted: str | None) -> tuple[str, int]:

@@ -81,7 +81,7 @@ def test_verify_names_a_changed_file(prepared, name):
     ("change", "message"),
     [
         ({"format": "corpus"}, r"format \('corpus'\) must be 'moescale corpus'"),
-        ({"version": 99}, r"version \(99\) must be 1 or 2, .*; remove .* and prepare the corpus again"),
+        ({"version": 99}, r"version \(99\) must be 1 or 2 or 3, .*; remove .* and prepare the corpus again"),
         ({"dtype": "|O"}, r"dtype \('\|O'\) must be one of <u2, <u4"),
         ({"dtype": "<f2"}, r"dtype \('<f2'\) must be one of <u2, <u4"),
         ({"dtype": ["<u2"]}, r"dtype \(a list\) must be one of"),

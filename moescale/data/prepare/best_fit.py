@@ -1,0 +1,87 @@
+"""Best-fit packing: whole documents to sequences, with as little padding as their lengths allow, in bounded memory.
+
+Documents gather in a window of many sequences. When it is full they are placed, the longest first, each into the
+sequence where it leaves the least room (best-fit decreasing). Sequences that are as good as full are handed out; the
+documents of the others go back into the window, where shorter ones to come may fill them. So what is handed out depends
+on the documents and their order alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+_WINDOW_TOKENS = 1 << 22
+_LEAST_WINDOW_SEQUENCES = 128
+_FULL_SHARE = 1 / 512
+"""Padding that a sequence may have to be handed out before the end."""
+_MOST_KEPT_SHARE = 0.5
+"""Of the window, in sequences: whatever is kept beyond is handed out, so that the window makes progress."""
+
+
+class Document(NamedTuple):
+    """One document."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    """bool, one per token."""
+
+
+class BestFitPacking:
+    """Packs documents of at most ``sequence_length`` tokens."""
+
+    def __init__(self, sequence_length: int, window_tokens: int | None = None) -> None:
+        self._sequence_length = sequence_length
+        self._window_tokens = window_tokens or max(_WINDOW_TOKENS, _LEAST_WINDOW_SEQUENCES * sequence_length)
+        self._window: list[Document] = []
+        self._num_tokens = 0
+
+    def add(self, tokens: np.ndarray, targets: np.ndarray) -> list[list[Document]]:
+        """Take one document, and return the sequences that are ready."""
+        self._window.append(Document(tokens, targets))
+        self._num_tokens += len(tokens)
+        if self._num_tokens < self._window_tokens:
+            return []
+        sequences = self._packed()
+        is_ready = [padding <= _FULL_SHARE * self._sequence_length for padding, _ in sequences]
+        ready = [documents for (_, documents), full in zip(sequences, is_ready, strict=True) if full]
+        kept = [documents for (_, documents), full in zip(sequences, is_ready, strict=True) if not full]
+        num_kept = int(_MOST_KEPT_SHARE * self._window_tokens / self._sequence_length)
+        ready += kept[: max(0, len(kept) - num_kept)]  # the fullest of them come first
+        kept = kept[max(0, len(kept) - num_kept) :]
+        self._window = [document for documents in kept for document in documents]
+        self._num_tokens = sum(len(document.tokens) for document in self._window)
+        return ready
+
+    def rest(self) -> Iterator[list[Document]]:
+        """Yield the sequences that are left."""
+        for _, documents in self._packed():
+            yield documents
+        self._window, self._num_tokens = [], 0
+
+    def _packed(self) -> list[tuple[int, list[Document]]]:
+        """Pack the window; return sequences with their padding, the fullest first."""
+        order = sorted(range(len(self._window)), key=lambda number: (-len(self._window[number].tokens), number))
+        packed: list[list[int]] = []
+        rooms: list[tuple[int, int]] = []  # room and number of the sequences that are not full, sorted
+        for number in order:
+            length = len(self._window[number].tokens)
+            place = bisect_left(rooms, (length, -1))
+            if place == len(rooms):
+                packed.append([])
+                room, sequence = self._sequence_length, len(packed) - 1
+            else:
+                room, sequence = rooms.pop(place)
+            packed[sequence].append(number)
+            if room > length:
+                insort(rooms, (room - length, sequence))
+        padding = [0] * len(packed)
+        for room, sequence in rooms:
+            padding[sequence] = room
+        numbered = sorted(range(len(packed)), key=lambda sequence: (padding[sequence], sequence))
+        return [
+            (padding[sequence], [self._window[number] for number in sorted(packed[sequence])]) for sequence in numbered
+        ]

@@ -1,0 +1,48 @@
+"""Best-fit packing: every document once and whole, little padding, bounded memory, the same each time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moescale.data.prepare.best_fit import BestFitPacking
+
+LENGTH = 4096
+_RANDOM = np.random.default_rng(0)
+DISTRIBUTIONS = {
+    "short chats": _RANDOM.lognormal(5.0, 0.8, 20_000),
+    "instructions with long tails": _RANDOM.lognormal(6.0, 1.2, 6_000),
+    "dialogues of many turns": _RANDOM.gamma(2.0, 600.0, 3_000),
+    "short and long ones": np.concatenate([_RANDOM.normal(3_300, 300, 1_000), _RANDOM.exponential(300, 6_000)]),
+}
+
+
+def packed(lengths: list[int], packing: BestFitPacking) -> list[list[int]]:
+    """Return the numbers of the documents in every sequence."""
+    sequences = []
+    for number, length in enumerate(lengths):
+        sequences += packing.add(np.full(length, number, dtype=np.uint32), np.ones(length, dtype=bool))
+        assert sum(len(document.tokens) for document in packing._window) <= packing._window_tokens + LENGTH
+    sequences += packing.rest()
+    return [[int(document.tokens[0]) for document in documents] for documents in sequences]
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_less_than_one_percent_is_padding_and_every_document_is_there_once(name):
+    lengths = np.clip(_RANDOM.permutation(DISTRIBUTIONS[name]), 1, LENGTH).astype(int).tolist()
+    sequences = packed(lengths, BestFitPacking(LENGTH, window_tokens=1 << 20))
+    assert sorted(number for documents in sequences for number in documents) == list(range(len(lengths)))
+    assert all(sum(lengths[number] for number in documents) <= LENGTH for documents in sequences)
+    padding = 1 - sum(lengths) / (LENGTH * len(sequences))
+    assert padding < 0.01, f"{padding:.2%}"
+    assert sequences == packed(lengths, BestFitPacking(LENGTH, window_tokens=1 << 20))
+
+
+def test_evenly_distributed_lengths_which_nobody_has_are_packed_well_too():
+    lengths = _RANDOM.integers(1, LENGTH, 3_000).tolist()
+    assert 1 - sum(lengths) / (LENGTH * len(packed(lengths, BestFitPacking(LENGTH)))) < 0.02
+
+
+def test_documents_that_do_not_fit_together_are_handed_out_all_the_same():
+    sequences = packed([2_500] * 2_000, BestFitPacking(LENGTH, window_tokens=1 << 18))
+    assert len(sequences) == 2_000
