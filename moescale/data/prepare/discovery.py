@@ -339,7 +339,10 @@ def _list_in(path: Path, key: str) -> list[Any] | None:
     """
     if not path.is_file():
         return None
-    is_of_datasets = path.name == "dataset_dict.json" or path.with_name("dataset_info.json").is_file()
+    if path.name == "dataset_dict.json":
+        is_of_datasets = any(folder.joinpath("dataset_info.json").is_file() for folder in path.parent.iterdir())
+    else:
+        is_of_datasets = path.with_name("dataset_info.json").is_file()
     try:
         value = read_json_object(path, _MAYBE_STATE)
     except DataError:
