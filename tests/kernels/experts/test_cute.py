@@ -102,13 +102,16 @@ def test_forward_and_backward_match_plain_torch(cute, weighted, save_pre, with_b
 
     def run(ops):
         buffers = (torch.full_like(gate_up, 0.5), torch.full_like(down, 0.5)) if with_buffers else (None, None)
-        out, pre = experts_module._mlp_forward(ops, rows, gate_up, down, ends, save_pre, zero_tail=True)
+        out, pre = experts_module._mlp_forward(
+            ops, rows, gate_up, down, ends, save_pre, (None, None), None, zero_tail=True
+        )
         assert pre.numel() == (num_rows * 2 * ffn if save_pre else 0)
         grad_rows, grad_weights, *gradients = experts_module._mlp_backward(
-            ops, grad, rows, pre, gate_up, down, ends, row_weights, *buffers, False, zero_tail=True
-        )
+            ops, grad, rows, pre, gate_up, down, ends, row_weights, biases=(None, None),
+            buffers=(*buffers, None, None), clamp=None, is_frozen=False, zero_tail=True,
+        )  # fmt: skip
         results = {"y": out, "rows": grad_rows, "weights": grad_weights[:11] if weighted else torch.empty(0)}
-        return results | dict(zip(("gate_up", "down"), buffers if with_buffers else gradients, strict=True))
+        return results | dict(zip(("gate_up", "down"), buffers if with_buffers else gradients[:2], strict=True))
 
     expected = run(experts_module.operators_of("torch"))
     for name, result in run(cute).items():
