@@ -233,9 +233,12 @@ class MemoryModel:
         kind = next(kind for kind in self.workload.layers if kind.is_routed)
         name = f"activations {kind.name}"
         less = (kept["loss"][name] - again["loss"][name]) / kind.count
-        moments = {moment: parts | {name: parts[name] - number * less} for moment, parts in kept.items()}
+        moments = {  # at some, no activations live
+            moment: parts | ({name: parts[name] - number * less} if name in parts else {})
+            for moment, parts in kept.items()
+        }
         for moment, parts in again.items():
-            if "last" in moment:  # by then the backward of the others has freed theirs
+            if "last" in moment and name in parts:  # by then the backward of the others has freed theirs
                 left = parts[name] - (kind.count - number) * again["loss"][name] / kind.count
                 moments[moment.replace("last", "last recomputed")] = parts | {name: left}
         return moments
