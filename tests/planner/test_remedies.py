@@ -47,6 +47,7 @@ def test_a_remedy_is_offered_exactly_where_its_plan_fits() -> None:
     assert applied.best is not None and applied.best.time.total == larger_unit.step_seconds
 
 
+@pytest.mark.slow
 def test_pins_prohibitions_and_limits_are_dropped_before_gpus_are_added() -> None:
     pins = {"optimizer_state_dtype": "fp32"}
     forbidden = frozenset({("master_weight_format", "bf16_remainder")})

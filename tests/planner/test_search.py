@@ -318,6 +318,7 @@ def test_every_alternative_differs_in_one_decision_and_says_what_it_costs() -> N
         assert slower or not fits or not alternative["supported"] or inexact or alternative["excluded_by"]
 
 
+@pytest.mark.slow
 def test_where_only_host_memory_is_exceeded_that_is_the_memory_named() -> None:
     request = dataclasses.replace(REFERENCE, pins={"offload_optimizer": "true"}, memory_limit_bytes=None)
     cluster = dataclasses.replace(H100, host_memory_bytes=10**9, memory_bytes=3 * 10**11)
