@@ -26,7 +26,7 @@ from tiny import tiny_config
 STEPS = 10
 SEQUENCES = 16
 NUM_PLANS = 20
-ORDINARY = (1, 3, 7, 10)
+ORDINARY = (1, 7, 10)
 """Numbers of the plans that are run without ``-m slow``."""
 
 WISHES: dict[str, tuple[object, ...]] = {

@@ -248,7 +248,7 @@ def seconds(result: PlanResult) -> float:
     return result.best.time.total if result.best else float("inf")
 
 
-@settings(SLOW, max_examples=25)
+@settings(SLOW, max_examples=20)
 @given(problems(), st.sampled_from(["memory", "intra", "inter", "grouped", "dense", "attention", "bandwidth"]))
 def test_more_memory_faster_links_and_kernels_never_give_a_slower_plan(problem: Problem, what: str) -> None:
     cluster = problem.cluster
