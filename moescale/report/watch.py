@@ -11,6 +11,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from moescale.report.metrics import StepMetrics
 
@@ -58,6 +59,21 @@ class Expectation:
     """As the plan predicts it."""
 
 
+@dataclass(frozen=True)
+class Recent:
+    """The last steps, the newest last, and what several rules want of them."""
+
+    steps: list[StepMetrics]
+
+    @cached_property
+    def mean_loads(self) -> list[list[float]]:
+        """Per MoE layer, every expert's load over the last ``WINDOW`` steps; empty before there are so many."""
+        loads = [step.expert_load for step in self.steps[-WINDOW:] if step.expert_load]
+        if len(loads) < WINDOW:
+            return []
+        return [[statistics.fmean(load) for load in zip(*layer, strict=True)] for layer in zip(*loads, strict=True)]
+
+
 class Watcher:
     """Looks at every step of a run and returns what is new to say."""
 
@@ -69,9 +85,10 @@ class Watcher:
     def on_step(self, metrics: StepMetrics) -> list[RunWarning]:
         """Return the warnings that this step gives rise to; those that go on are not repeated."""
         self._steps.append(metrics)
+        recent = Recent(list(self._steps))
         new = []
         for kind, (rule, advice) in RULES.items():
-            message = rule(list(self._steps), self.expected)
+            message = rule(recent, self.expected)
             if message is None:
                 self._active.discard(kind)
             elif kind not in self._active:
@@ -80,25 +97,24 @@ class Watcher:
         return new
 
 
-def loss_spike(steps: list[StepMetrics], _: Expectation) -> str | None:
+def loss_spike(recent: Recent, _: Expectation) -> str | None:
     """The last loss is far above those before it, beyond their spread."""
-    losses = [step.loss for step in steps[:-1] if math.isfinite(step.loss)]
+    losses = [step.loss for step in recent.steps[:-1] if math.isfinite(step.loss)][-WINDOW:]
     if len(losses) < WINDOW:
         return None
-    recent = losses[-WINDOW:]
-    middle = statistics.median(recent)
-    deviation = statistics.median(abs(loss - middle) for loss in recent)
-    last = steps[-1].loss
+    middle = statistics.median(losses)
+    deviation = statistics.median(abs(loss - middle) for loss in losses)
+    last = recent.steps[-1].loss
     # A loss that is not finite ends the run, or is skipped and counted.
     if not math.isfinite(last) or last <= middle + max(SPIKE_NATS, SPIKE_DEVIATIONS * deviation):
         return None
     return f"the loss is {last:.3f}, after {middle:.3f} in the {WINDOW} steps before"
 
 
-def dead_experts(steps: list[StepMetrics], _: Expectation) -> str | None:
+def dead_experts(recent: Recent, _: Expectation) -> str | None:
     """A tenth of a layer's experts are hardly chosen."""
     layers = []
-    for layer, loads in _mean_loads(steps):
+    for layer, loads in enumerate(recent.mean_loads):
         dead = [expert for expert, load in enumerate(loads) if load < DEAD_LOAD]
         if len(dead) > DEAD_FRACTION * len(loads):
             layers.append((layer, dead, len(loads)))
@@ -112,12 +128,12 @@ def dead_experts(steps: list[StepMetrics], _: Expectation) -> str | None:
     )
 
 
-def collapsed_router(steps: list[StepMetrics], expected: Expectation) -> str | None:
+def collapsed_router(recent: Recent, expected: Expectation) -> str | None:
     """Most tokens choose the same expert."""
     if not expected.top_k:
         return None
     worst: tuple[float, int, int] | None = None
-    for layer, loads in _mean_loads(steps):
+    for layer, loads in enumerate(recent.mean_loads):
         expert = max(range(len(loads)), key=lambda number: loads[number])
         share = loads[expert] * expected.top_k / len(loads)
         # Choosing K of few experts, each is chosen by K / E of the tokens when all is well.
@@ -129,21 +145,21 @@ def collapsed_router(steps: list[StepMetrics], expected: Expectation) -> str | N
     return f"{min(share, 1.0):.0%} of the tokens choose expert {expert} of MoE layer {layer}"
 
 
-def starved(steps: list[StepMetrics], _: Expectation) -> str | None:
+def starved(recent: Recent, _: Expectation) -> str | None:
     """Steps wait for data."""
-    recent = steps[-WINDOW:]
-    if len(recent) < WINDOW:
+    steps = recent.steps[-WINDOW:]
+    if len(steps) < WINDOW:
         return None
-    waited = sum(step.data_seconds for step in recent)
-    total = waited + sum(step.step_seconds for step in recent)
+    waited = sum(step.data_seconds for step in steps)
+    total = waited + sum(step.step_seconds for step in steps)
     if waited <= STARVED_FRACTION * total:
         return None
     return f"steps wait for data {waited / total:.0%} of their time"
 
 
-def memory_short(steps: list[StepMetrics], expected: Expectation) -> str | None:
+def memory_short(recent: Recent, expected: Expectation) -> str | None:
     """The device's memory is nearly full, and not because the plan says so."""
-    peak = steps[-1].peak_bytes
+    peak = recent.steps[-1].peak_bytes
     if not expected.memory_bytes or peak <= MEMORY_FRACTION * expected.memory_bytes:
         return None
     if expected.planned_bytes and peak <= PLANNED_FACTOR * expected.planned_bytes:
@@ -151,19 +167,19 @@ def memory_short(steps: list[StepMetrics], expected: Expectation) -> str | None:
     return f"tensors take {peak / 2**30:.1f} of the {expected.memory_bytes / 2**30:.1f} GiB of the GPU"
 
 
-def slower_than_planned(steps: list[StepMetrics], expected: Expectation) -> str | None:
+def slower_than_planned(recent: Recent, expected: Expectation) -> str | None:
     """Steps take longer than the plan says, the first ones left out."""
-    recent = [step.step_seconds for step in steps[-WINDOW:]]
-    if not expected.step_seconds or len(recent) < WINDOW:
+    times = [step.step_seconds for step in recent.steps[-WINDOW:]]
+    if not expected.step_seconds or len(times) < WINDOW:
         return None
-    seconds = statistics.median(recent)
+    seconds = statistics.median(times)
     if seconds <= SLOW_FACTOR * expected.step_seconds:
         return None
     factor = seconds / expected.step_seconds
     return f"a step takes {seconds:.3g} s, {factor:.2f} times the {expected.step_seconds:.3g} s of the plan"
 
 
-Rule = Callable[[list[StepMetrics], Expectation], str | None]
+Rule = Callable[[Recent, Expectation], str | None]
 RULES: dict[str, tuple[Rule, str]] = {
     "loss spike": (
         loss_spike,
@@ -192,17 +208,6 @@ RULES: dict[str, tuple[Rule, str]] = {
     ),
 }
 """By name: the rule, and what to do where it speaks."""
-
-
-def _mean_loads(steps: list[StepMetrics]) -> list[tuple[int, list[float]]]:
-    """Per MoE layer, every expert's load over the last steps; none before there are enough."""
-    recent = [step.expert_load for step in steps[-WINDOW:] if step.expert_load]
-    if len(recent) < WINDOW:
-        return []
-    return [
-        (layer, [statistics.fmean(load) for load in zip(*loads, strict=True)])
-        for layer, loads in enumerate(zip(*recent, strict=True))
-    ]
 
 
 def _named(experts: list[int]) -> str:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 from moescale.errors import printable
-from moescale.report.metrics import StepMetrics, to_json
-from moescale.report.observers.json_lines import keep_records
-from moescale.report.observers.observer import Observer, RunContext, writing
+from moescale.report.metrics import StepMetrics
+from moescale.report.observers.observer import RunContext
+from moescale.report.observers.step_file import StepFile
 from moescale.report.watch import Expectation, Watcher
 
-WARNINGS_FILE = "warnings.jsonl"
 
-
-class Warnings(Observer):
+class Warnings(StepFile):
     """Watches a run by the rules of :mod:`moescale.report.watch`."""
 
+    FILE = "warnings.jsonl"
+
     def on_start(self, run: RunContext) -> None:
+        super().on_start(run)
         prediction = (run.document.get("plan") or {}).get("prediction") or {}
         self._watcher = Watcher(
             Expectation(
@@ -28,21 +28,11 @@ class Warnings(Observer):
                 step_seconds=prediction.get("step_seconds") if run.device_bytes else None,
             )
         )
-        self._path = run.folder / WARNINGS_FILE
         self._console = run.console
-        self._first_step = 0
-        self._is_new = True
-
-    def on_resume(self, step: int, path: Path) -> None:
-        self._first_step = step
 
     def on_step(self, metrics: StepMetrics) -> None:
-        if self._is_new:
-            self._is_new = False
-            with writing(self._path):
-                keep_records(self._path, lambda record: record["step"] <= self._first_step)
+        super().on_step(metrics)
         for warning in self._watcher.on_step(metrics):
             line = f"step {warning.step}: warning: {warning.kind}: {warning.message}; {warning.advice}"
             self._console.print(printable(line), style="yellow", highlight=False, soft_wrap=True)
-            with writing(self._path), self._path.open("a") as file:
-                file.write(to_json(asdict(warning)) + "\n")
+            self.append(asdict(warning))

@@ -11,7 +11,9 @@ from moescale.errors import ConfigError, MoescaleError
 from moescale.files import is_locked
 from moescale.plan import ParallelPlan
 from moescale.records import Count, FileKind, Range, build, parse_json, read_bytes, read_json_object
+from moescale.report.observers.expert_load import ExpertLoad
 from moescale.report.observers.json_lines import METRICS_FILE, read_records
+from moescale.report.observers.warnings import Warnings
 
 MAX_LOAD = 1e5
 """The most that an expert's load can be: all rows go to one of so many experts."""
@@ -116,8 +118,8 @@ def read_run(folder: Path) -> RunData:
         validations=[event for kind, event in events if kind == "validation_loss"],
         checkpoints=[event for kind, event in events if kind == "checkpoint"],
         num_damaged=num_damaged,
-        loads=_lines(folder / "expert_load.jsonl", ExpertLoads, _LOADS),
-        warnings=_lines(folder / "warnings.jsonl", LoggedWarning, _WARNINGS),
+        loads=_lines(folder / ExpertLoad.FILE, ExpertLoads, _LOADS),
+        warnings=_lines(folder / Warnings.FILE, LoggedWarning, _WARNINGS),
     )
 
 

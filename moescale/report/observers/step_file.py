@@ -1,0 +1,38 @@
+"""What observers share that keep some steps' records in a file of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moescale.report.metrics import StepMetrics, to_json
+from moescale.report.observers.json_lines import keep_records
+from moescale.report.observers.observer import Observer, RunContext, writing
+
+
+class StepFile(Observer):
+    """Keeps a file of one JSON object a line. A subclass names it in ``FILE`` and calls :meth:`append`.
+
+    After a resume the records of steps that are done again are dropped, when the first of these is done.
+    """
+
+    FILE: ClassVar[str]
+
+    def on_start(self, run: RunContext) -> None:
+        self._path = run.folder / self.FILE
+        self._first_step = 0
+        self._is_new = True
+
+    def on_resume(self, step: int, path: Path) -> None:
+        self._first_step = step
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        if self._is_new:
+            self._is_new = False
+            with writing(self._path):
+                keep_records(self._path, lambda record: record["step"] <= self._first_step)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write a record, which has its ``step``."""
+        with writing(self._path), self._path.open("a") as file:
+            file.write(to_json(record) + "\n")
