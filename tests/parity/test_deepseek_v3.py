@@ -22,13 +22,13 @@ from reference import forward
 from tests.parity.test_parity import (
     YARN,
     assert_bf16_error_is_at_most_twice_that_of_transformers,
+    assert_fp32_equals_transformers,
     batch_of,
     error,
     export,
     initialized,
     load,
     run,
-    run_transformers,
 )
 from tiny import tiny_v3_config
 
@@ -66,18 +66,7 @@ def build(overrides: dict[str, Any]) -> tuple[DeepSeekV3Config, Transformer]:
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_fp32_equals_transformers(name, tmp_path):
-    config, model = build(CONFIGURATIONS[name])
-    assert not transformers_differences(config)
-    batch = batch_of(config)
-    logits, loss, gradients = run(model, *batch, with_aux=False)
-    hf_model = load(export(config, model, tmp_path), torch.float32)
-    assert isinstance(hf_model, DeepseekV3ForCausalLM)
-    hf_logits, hf_loss, hf_gradients = run_transformers(hf_model, *batch)
-    assert error(logits, hf_logits) < 1e-5
-    assert error(loss, hf_loss) < 1e-5
-    assert gradients.keys() == hf_gradients.keys()
-    for key, gradient in gradients.items():
-        assert error(gradient, hf_gradients[key]) < 1e-5, key
+    assert_fp32_equals_transformers(*build(CONFIGURATIONS[name]), tmp_path, DeepseekV3ForCausalLM)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

@@ -13,7 +13,7 @@ from transformers import Glm4MoeLiteConfig as TransformersConfig
 from transformers import Glm4MoeLiteForCausalLM
 
 from moescale.convert.checkpoint import ModelWeights, export_checkpoint, import_checkpoint
-from moescale.convert.hf_config import parse_hf_config, read_model_config, to_hf_config, transformers_differences
+from moescale.convert.hf_config import parse_hf_config, read_model_config, to_hf_config
 from moescale.errors import ConfigError
 from moescale.models.glm4_moe_lite.config import Glm4MoeLiteConfig
 from moescale.models.transformer import Transformer, build_on_meta, named_weights
@@ -21,13 +21,13 @@ from reference import forward
 from tests.parity.test_parity import (
     YARN,
     assert_bf16_error_is_at_most_twice_that_of_transformers,
+    assert_fp32_equals_transformers,
     batch_of,
     error,
     export,
     initialized,
     load,
     run,
-    run_transformers,
 )
 from tiny import tiny_glm_config
 
@@ -53,18 +53,7 @@ def build(overrides: dict[str, Any]) -> tuple[Glm4MoeLiteConfig, Transformer]:
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_fp32_equals_transformers(name, tmp_path):
-    config, model = build(CONFIGURATIONS[name])
-    assert not transformers_differences(config)
-    batch = batch_of(config)
-    logits, loss, gradients = run(model, *batch, with_aux=False)
-    hf_model = load(export(config, model, tmp_path), torch.float32)
-    assert isinstance(hf_model, Glm4MoeLiteForCausalLM)
-    hf_logits, hf_loss, hf_gradients = run_transformers(hf_model, *batch)
-    assert error(logits, hf_logits) < 1e-5
-    assert error(loss, hf_loss) < 1e-5
-    assert gradients.keys() == hf_gradients.keys()
-    for key, gradient in gradients.items():
-        assert error(gradient, hf_gradients[key]) < 1e-5, key
+    assert_fp32_equals_transformers(*build(CONFIGURATIONS[name]), tmp_path, Glm4MoeLiteForCausalLM)
 
 
 # The others are DeepSeek-V3's computation, and tested so as that.

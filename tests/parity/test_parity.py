@@ -156,17 +156,25 @@ def error(got: torch.Tensor, wanted: torch.Tensor | None) -> float:
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_fp32_equals_transformers(name, tmp_path):
-    config, model = build(CONFIGURATIONS[name])
+    assert_fp32_equals_transformers(*build(CONFIGURATIONS[name]), tmp_path)
+
+
+def assert_fp32_equals_transformers(
+    config: ModelConfig, model: Transformer, tmp_path: Path, transformers_class: type = torch.nn.Module
+) -> dict[str, torch.Tensor]:
+    """Logits, loss and every gradient, where transformers reads the model as ``transformers_class``; the gradients."""
     assert not transformers_differences(config)
     batch = batch_of(config)
     logits, loss, gradients = run(model, *batch, with_aux=False)
     hf_model = load(export(config, model, tmp_path), torch.float32)
+    assert isinstance(hf_model, transformers_class)
     hf_logits, hf_loss, hf_gradients = run_transformers(hf_model, *batch)
     assert error(logits, hf_logits) < 1e-5
     assert error(loss, hf_loss) < 1e-5
     assert gradients.keys() == hf_gradients.keys()
     for key, gradient in gradients.items():
         assert error(gradient, hf_gradients[key]) < 1e-5, key
+    return gradients
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

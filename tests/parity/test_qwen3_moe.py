@@ -13,19 +13,16 @@ from transformers import Qwen3MoeForCausalLM
 
 from moescale.config import YarnConfig
 from moescale.convert.checkpoint import import_checkpoint
-from moescale.convert.hf_config import parse_hf_config, read_model_config, to_hf_config, transformers_differences
+from moescale.convert.hf_config import parse_hf_config, read_model_config, to_hf_config
 from moescale.errors import ConfigError
 from moescale.models.qwen3_moe.config import Qwen3MoeConfig
 from moescale.models.transformer import build_on_meta
 from tests.parity.test_parity import (
     assert_bf16_error_is_at_most_twice_that_of_transformers,
+    assert_fp32_equals_transformers,
     batch_of,
     error,
-    export,
     initialized,
-    load,
-    run,
-    run_transformers,
 )
 
 TINY = dataclasses.replace(
@@ -63,18 +60,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_fp32_equals_transformers(name, tmp_path):
     config = dataclasses.replace(TINY, **CONFIGURATIONS[name])
-    model = initialized(config)
-    assert not transformers_differences(config)
-    batch = batch_of(config)
-    logits, loss, gradients = run(model, *batch, with_aux=False)
-    hf_model = load(export(config, model, tmp_path), torch.float32)
-    assert isinstance(hf_model, Qwen3MoeForCausalLM)
-    hf_logits, hf_loss, hf_gradients = run_transformers(hf_model, *batch)
-    assert error(logits, hf_logits) < 1e-5
-    assert error(loss, hf_loss) < 1e-5
-    assert gradients.keys() == hf_gradients.keys()
-    for key, gradient in gradients.items():
-        assert error(gradient, hf_gradients[key]) < 1e-5, key
+    assert_fp32_equals_transformers(config, initialized(config), tmp_path, Qwen3MoeForCausalLM)
 
 
 @pytest.mark.parametrize("name", ["plain", "yarn"])
