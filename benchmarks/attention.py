@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from moescale.kernels.attention import Documents, attention
+from moescale.runtime.gpu_clock import seconds_of
+from moescale.tools.measurement import describe_measurement, write_result
 
 SHAPES: dict[str, dict[str, Any]] = {
     "deepseek-v2-lite": dict(batch=4, length=2048, heads=16, kv_heads=16, widths=(192, 128)),
@@ -31,19 +29,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 MEAN_DOCUMENTS = (0, 2000, 600, 100)
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 9) -> float:
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(6_000_000)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+def milliseconds(run: Callable[[], object]) -> float:
+    return 1e3 * seconds_of(run, repeats=9, warm_up=3, ahead_cycles=6_000_000)
 
 
 def documents_of(batch: int, length: int, mean: int) -> Documents:
@@ -91,19 +78,8 @@ def main() -> None:
                 row = {"shape": name, "mean_document": mean, "backend": backend} | measure(shape, mean, backend)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    document = {
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "command": "python benchmarks/attention.py --output attention.json",
-        "shapes": SHAPES,
-        "rows": rows,
-    }
     if arguments.output:
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+        write_result(arguments.output, describe_measurement() | {"shapes": SHAPES, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ are those of a short benchmark, and ``sustained_clock`` is what remains of them 
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,7 @@ from moescale.kernels.rms_norm import rms_norm
 from moescale.models.flops import peak_flops
 from moescale.runtime.calibrate_links import measure_links
 from moescale.runtime.device import choose_device
+from moescale.runtime.gpu_clock import copy_rate, seconds_of
 
 ROWS = 8192
 GEMM_WIDTHS = ((2048, 64), (2048, 512), (2048, 2048), (2048, 6144), (4096, 4096), (8192, 8192))
@@ -67,7 +67,7 @@ def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any
             "calibrate needs a CUDA device; torch sees none. Use a shipped cluster file, or --cluster PATH"
         )
     properties = torch.cuda.get_device_properties(device)
-    copy = _copy_rate(device)
+    copy = copy_rate(device)
     say(f"copy {copy / 1e12:.2f} TB/s")
     dense = _dense_rates(device)
     say(f"dense products {_range(dense[1])}")
@@ -79,7 +79,7 @@ def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any
     say(f"sustained clock {clock:.3f}")
     host = _host_rate(device)
     say(f"host link {host / 1e9:.0f} GB/s")
-    links, link_sources = measure_links(device, _seconds)
+    links, link_sources = measure_links(device, seconds_of)
     for name, link in links.items():
         say(f"{name} {link['bytes_per_second'] / 1e9:.0f} GB/s, {link['latency_seconds'] * 1e6:.1f} us")
     measured = "measured by moescale calibrate"
@@ -135,28 +135,6 @@ def _toml(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _seconds(run: Callable[[], object], repeats: int = 7) -> float:
-    """Median GPU time of one call, after a warm-up, with launches queued ahead."""
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(2_000_000)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def _copy_rate(device: torch.device) -> float:
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / _seconds(lambda: target.copy_(source))
-
-
 def _dense_rates(device: torch.device) -> tuple[list[float], list[float]]:
     """By FLOPs: the mean rate of a product and of the two of its backward."""
     sizes, rates = [], []
@@ -172,7 +150,7 @@ def _dense_rates(device: torch.device) -> tuple[list[float], list[float]]:
 
         flops = 2.0 * ROWS * inputs * outputs
         sizes.append(flops)
-        rates.append(3 * flops / _seconds(products))
+        rates.append(3 * flops / seconds_of(products))
     return sizes, rates
 
 
@@ -195,7 +173,7 @@ def _expert_rates(device: torch.device) -> tuple[list[float], list[float]]:
             torch.autograd.grad(out, rows, grad)
 
         sizes.append(tokens * TOP_K / EXPERTS)
-        rates.append(18.0 * tokens * TOP_K * HIDDEN * INTERMEDIATE / _seconds(run))
+        rates.append(18.0 * tokens * TOP_K * HIDDEN * INTERMEDIATE / seconds_of(run))
     return sizes, rates
 
 
@@ -212,7 +190,7 @@ def _attention_rates(device: torch.device) -> tuple[list[float], list[float]]:
             out = attention(q, k, v, softmax_scale=QK_DIM**-0.5, documents=None)
             torch.autograd.grad(out, (q, k, v), grad)
 
-        rates.append(3.0 * batch * length * HEADS * length * (QK_DIM + V_DIM) / _seconds(run))
+        rates.append(3.0 * batch * length * HEADS * length * (QK_DIM + V_DIM) / seconds_of(run))
     return [float(length) for length in SEQUENCES], rates
 
 
@@ -220,7 +198,7 @@ def _elementwise_rate(device: torch.device) -> float:
     x = torch.randn(4 * ROWS, HIDDEN, device=device).bfloat16()
     weight = torch.ones(HIDDEN, device=device).bfloat16()
     with torch.no_grad():
-        return 2 * x.nbytes / _seconds(lambda: rms_norm(x, weight, 1e-6))
+        return 2 * x.nbytes / seconds_of(lambda: rms_norm(x, weight, 1e-6))
 
 
 def _optimizer_rate(device: torch.device) -> float:
@@ -231,7 +209,9 @@ def _optimizer_rate(device: torch.device) -> float:
     hyperparameters = AdamWHyperparameters(
         learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, num_updates=2
     )
-    seconds = _seconds(lambda: adamw_update(parameter, gradient, state, hyperparameters, gradient_scale=scale, seed=1))
+    seconds = seconds_of(
+        lambda: adamw_update(parameter, gradient, state, hyperparameters, gradient_scale=scale, seed=1)
+    )
     return parameter.numel() * (2 * 2 + 2 + 2 * (2 + 8 / 128 + 2)) / seconds
 
 
@@ -243,7 +223,7 @@ def _launch_seconds(device: torch.device) -> float:
         for _ in range(100):
             x.add_(1.0)
 
-    return _seconds(many) / 100
+    return seconds_of(many) / 100
 
 
 def plausible_clock(measure: Callable[[], float]) -> float:
@@ -273,13 +253,13 @@ def _sustained_clock(device: torch.device, fastest: float) -> float:
     out = torch.empty_like(x)
     torch.cuda.synchronize(device)
     time.sleep(2.0)
-    cold = _seconds(lambda: torch.mm(x, x, out=out), repeats=3)
+    cold = seconds_of(lambda: torch.mm(x, x, out=out), repeats=3)
     started = time.monotonic()
     while time.monotonic() - started < SUSTAINED_SECONDS:
         for _ in range(50):
             torch.mm(x, x, out=out)
         torch.cuda.synchronize(device)
-    warm = min(_seconds(lambda: torch.mm(x, x, out=out), repeats=5) for _ in range(3))
+    warm = min(seconds_of(lambda: torch.mm(x, x, out=out), repeats=5) for _ in range(3))
     cold = min(cold, 2.0 * 8192**3 / fastest)
     return min(1.0, cold / warm)
 
@@ -287,7 +267,7 @@ def _sustained_clock(device: torch.device, fastest: float) -> float:
 def _host_rate(device: torch.device) -> float:
     host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(2**28, dtype=torch.uint8, device=device)
-    return host.numel() / _seconds(lambda: target.copy_(host, non_blocking=True))
+    return host.numel() / seconds_of(lambda: target.copy_(host, non_blocking=True))
 
 
 def _host_memory() -> int:

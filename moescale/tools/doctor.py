@@ -15,7 +15,7 @@ import platform
 import resource
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ from moescale.errors import MoescaleError
 from moescale.kernels.backends import CUTE_PACKAGES, HOPPER, MINIMUM_CAPABILITY, CutePart
 from moescale.planner.cluster import Cluster, load_cluster
 from moescale.runtime.device import available_host_bytes
+from moescale.runtime.gpu_clock import copy_rate, seconds_of
 
 Status = Literal["ok", "note", "warning", "problem"]
 TOLERANCE = 0.15
@@ -239,7 +240,7 @@ def speed(cluster: Cluster | None) -> Iterator[Finding]:
     """A large GEMM and a copy on every GPU, against the cluster file and against each other."""
     count = torch.cuda.device_count()
     gemms = [_gemm_rate(torch.device("cuda", index)) for index in range(count)]
-    copies = [_copy_rate(torch.device("cuda", index)) for index in range(count)]
+    copies = [copy_rate(torch.device("cuda", index)) for index in range(count)]
     for name, unit, rates, expected in (
         ("GEMM", 1e12, gemms, None if cluster is None else cluster.dense_gemm.flops_per_second[-1]),
         ("memory", 1e9, copies, None if cluster is None else cluster.memory_bytes_per_second),
@@ -277,34 +278,14 @@ def compared(name: str, rates: list[float], expected: float | None, unit: str) -
 def _gemm_rate(device: torch.device) -> float:
     x = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).bfloat16()
     out = torch.empty_like(x)
-    return 2.0 * GEMM_SIZE**3 / _seconds(device, lambda: torch.mm(x, x, out=out))
-
-
-def _copy_rate(device: torch.device) -> float:
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / _seconds(device, lambda: target.copy_(source))
+    return 2.0 * GEMM_SIZE**3 / seconds_of(lambda: torch.mm(x, x, out=out), device=device)
 
 
 def _peer_rate(first: int, second: int) -> float:
-    source = torch.empty(PEER_BYTES, dtype=torch.uint8, device=torch.device("cuda", first))
+    device = torch.device("cuda", first)
+    source = torch.empty(PEER_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty(PEER_BYTES, dtype=torch.uint8, device=torch.device("cuda", second))
-    return source.numel() / _seconds(torch.device("cuda", first), lambda: target.copy_(source))
-
-
-def _seconds(device: torch.device, run: Callable[[], object], repeats: int = 5) -> float:
-    """Median GPU time of one call after a warm-up."""
-    with torch.cuda.device(device):
-        times = []
-        for number in range(repeats + 2):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize(device)
-            if number >= 2:
-                times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    return source.numel() / seconds_of(lambda: target.copy_(source), device=device)
 
 
 def _version(package: str) -> str | None:

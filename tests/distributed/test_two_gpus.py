@@ -121,12 +121,12 @@ def test_links_are_measured_between_the_gpus(tmp_path: Path) -> None:
     script = tmp_path / "links.py"
     script.write_text(
         "import json, os, torch, torch.distributed as dist\n"
-        "from moescale.runtime.calibrate import _seconds\n"
+        "from moescale.runtime.gpu_clock import seconds_of\n"
         "from moescale.runtime.calibrate_links import measure_links\n"
         "device = torch.device('cuda', int(os.environ['LOCAL_RANK']))\n"
         "torch.cuda.set_device(device)\n"
         "dist.init_process_group('nccl', device_id=device)\n"
-        "tables, _ = measure_links(device, _seconds)\n"
+        "tables, _ = measure_links(device, seconds_of)\n"
         f"dist.get_rank() == 0 and open({str(tmp_path / 'links.json')!r}, 'w').write(json.dumps(tables))\n"
         "dist.destroy_process_group()\n"
     )
