@@ -163,10 +163,16 @@ class MemoryModel:
     ) -> float:
         """The peak of :meth:`peak`, without its classes."""
         transient, _ = self.transient(mesh, sequences, dense, moe, formats.gradient_dtype, sharding)
-        at_update = self.update_bytes(mesh, formats, sharding)
+        at_least, resident = self._around_transient(mesh, sequences, formats, sharding)
+        return max(sum(transient.values()), at_least) + resident
+
+    def _around_transient(
+        self, mesh: MeshShape, sequences: int, formats: Formats, sharding: str
+    ) -> tuple[float, float]:
+        """What a peak is at least because of the update, and what is there all the time: both without activations."""
         resident = sum(self.persistent(mesh, formats, sharding).values())
         resident += sum(self.outside_allocator(mesh, sequences, sharding).values())
-        return max(sum(transient.values()), at_update) + resident
+        return self.update_bytes(mesh, formats, sharding), resident
 
     def _transient_uncached(
         self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str, sharding: str
@@ -261,10 +267,8 @@ class MemoryModel:
         transient = self._partly_recomputed_bytes(
             mesh, sequences, candidate.dense_layers, candidate.moe_layers, formats.gradient_dtype, sharding
         )
-        at_update = self.update_bytes(mesh, formats, sharding)
-        resident = sum(self.persistent(mesh, formats, sharding).values())
-        resident += sum(self.outside_allocator(mesh, sequences, sharding).values())
-        return tuple(max(size, at_update) + resident for size in transient)
+        at_least, resident = self._around_transient(mesh, sequences, formats, sharding)
+        return tuple(max(size, at_least) + resident for size in transient)
 
     def _whole_moments(
         self, mesh: MeshShape, sequences: int, plans: dict[str, LayerPlan], gradient: str

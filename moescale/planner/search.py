@@ -174,14 +174,16 @@ class Search:
                 for number, choice, time, excess in self._formats(
                     mesh, sharding, sequences, accumulation, dense, moe, formats
                 ):
-                    candidate = _candidate(mesh, sharding, sequences, accumulation, dense, moe, choice)
-                    partly = self._least_recomputed(candidate, best and best[0]) if excess <= 0 else None
-                    if partly is not None:
-                        candidate, time = partly, self._step_seconds(partly)
                     if excess > 0:
                         if best is None and (mesh not in misses or excess < misses[mesh][0]):
-                            misses[mesh] = excess, candidate
-                    elif best is None or (time, (order, inner, number)) < best[:2]:
+                            missed = _candidate(mesh, sharding, sequences, accumulation, dense, moe, choice)
+                            misses[mesh] = excess, missed
+                        continue
+                    candidate = _candidate(mesh, sharding, sequences, accumulation, dense, moe, choice)
+                    partly = self._least_recomputed(candidate, best and best[0])
+                    if partly is not None:
+                        candidate, time = partly, self.cost.step(partly).total
+                    if best is None or (time, (order, inner, number)) < best[:2]:
                         best = time, (order, inner, number), candidate
         found = self.evaluate(best[2]) if best else None
         nearest = sorted(misses.values(), key=lambda item: item[0])[:3]
@@ -208,7 +210,7 @@ class Search:
         if candidate.mesh.pp > 1 or self.config.num_moe_layers < 2:  # stages have other layers
             return None
         nowhere = dataclasses.replace(candidate, moe_layers=dataclasses.replace(moe, recompute="none"))
-        if fastest is not None and self._step_seconds(nowhere) > fastest:
+        if fastest is not None and self.cost.step(nowhere).total > fastest:
             return None
         limit = self.limit * (1 - PARTLY_RECOMPUTED_MARGIN)
         sizes = self.memory.partly_recomputed_bytes(candidate)
@@ -216,21 +218,7 @@ class Search:
         if number is None:
             return None
         found = dataclasses.replace(candidate, moe_layers=dataclasses.replace(moe, recompute_layers=number))
-        return found if fastest is None or self._step_seconds(found) <= fastest else None
-
-    def _step_seconds(self, candidate: Candidate) -> float:
-        """As the search adds it up: the parts that depend on few decisions are computed once."""
-        without = self.cost.without_optimizer(
-            candidate.mesh,
-            candidate.micro_batch_sequences,
-            candidate.gradient_accumulation_steps,
-            candidate.dense_layers,
-            candidate.moe_layers,
-            candidate.formats.gradient_dtype,
-            candidate.dense_sharding,
-        )
-        optimizer = self.cost.optimizer_seconds(candidate.mesh, candidate.formats, candidate.dense_sharding)
-        return without.total + sum(optimizer.values())
+        return found if fastest is None or self.cost.step(found).total <= fastest else None
 
     def _bounded_groups(self, formats: list[Formats]) -> list[_Group]:
         """Meshes and micro-batches with a time none of their plans goes below, by that time: (bound, order, ...)."""
