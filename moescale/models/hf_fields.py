@@ -145,3 +145,9 @@ def json_type(value: Any) -> str:
     """Return the name of a value's type in JSON, with its article."""
     names = {str: "a text", bool: "a truth value", int: "an integer", float: "a number with a fraction"}
     return names.get(type(value), "a list" if isinstance(value, list) else "an object")
+
+
+def value_or(document: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Return a field's value; ``default`` where it is absent or null."""
+    value = document.get(name)
+    return default if value is None else value

@@ -7,11 +7,12 @@ Both spellings are read: the published one (``auto_map``, ``rope_scaling``, ``to
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from moescale.errors import ConfigError
 from moescale.models.family import HfNames
-from moescale.models.hf_fields import FieldRules
+from moescale.models.hf_fields import FieldRules, value_or
 from moescale.models.hf_rope import read_positions, write_yarn
 from moescale.models.latent.config import LatentAttentionConfig
 
@@ -104,10 +105,7 @@ def read_latent(kind: type[Config], document: Mapping[str, Any], path: str, rule
             f"({num_heads}): latent attention has no grouped heads"
         )
 
-    def field(name: str, default: Any) -> Any:
-        value = document.get(name)
-        return default if value is None else value
-
+    field = partial(value_or, document)
     num_experts = document.get("n_routed_experts")
     if num_experts is not None:
         for name in ("num_experts_per_tok", "moe_intermediate_size"):

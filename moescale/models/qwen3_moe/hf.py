@@ -6,12 +6,14 @@ Both spellings of the number of experts and of RoPE's base are read.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from moescale.errors import ConfigError
 from moescale.models.family import HfNames
-from moescale.models.hf_fields import FieldRules
+from moescale.models.hf_fields import FieldRules, value_or
 from moescale.models.hf_rope import read_half_split_positions, write_half_split_yarn
+from moescale.models.hf_routing import PLAIN_ROUTING, read_aux_loss
 from moescale.models.qwen3_moe.config import Qwen3MoeConfig
 
 NAMES = HfNames(
@@ -66,13 +68,8 @@ def read_hf(document: Mapping[str, Any], path: str) -> Qwen3MoeConfig:
     """Translate the fields of a config.json; ``path`` names the file in errors. Raises ConfigError."""
     RULES.check(document, path)
 
-    def field(name: str, default: Any) -> Any:
-        value = document.get(name)
-        return default if value is None else value
-
+    field = partial(value_or, document)
     num_heads = document["num_attention_heads"]
-    # The balancing loss is part of transformers' only where the router's logits are asked for.
-    aux_loss = float(field("router_aux_loss_coef", 0.001)) if document.get("output_router_logits") else 0.0
     try:
         rope_theta, yarn = read_half_split_positions(document)
         return Qwen3MoeConfig(
@@ -85,17 +82,10 @@ def read_hf(document: Mapping[str, Any], path: str) -> Qwen3MoeConfig:
             dense_intermediate_size=document["intermediate_size"],
             expert_intermediate_size=document["moe_intermediate_size"],
             num_experts=_one_of(document, "num_experts", "num_local_experts"),
-            num_shared_experts=0,
             top_k=document["num_experts_per_tok"],
-            first_moe_layer=0,
-            moe_layer_frequency=1,
-            routing_method="greedy",
-            num_groups=1,
-            top_k_groups=1,
             normalize_topk=field("norm_topk_prob", False),
-            routed_scaling_factor=1.0,
-            aux_loss_alpha=aux_loss,
-            aux_loss_per_sequence=False,
+            aux_loss_alpha=read_aux_loss(document, 0.001),
+            **PLAIN_ROUTING,
             rms_norm_eps=float(field("rms_norm_eps", 1e-6)),
             tie_embeddings=field("tie_word_embeddings", False),
             max_sequence_length=document["max_position_embeddings"],
