@@ -2,8 +2,9 @@
 
     python benchmarks/planned_runs.py --data CORPUS --documents CORPUS_WITH_BOUNDARIES --output prediction.json
 
-Predictions are made before the runs, by the cluster file alone. Cases are whole models and nine of their layers (which
-leave room for plans that keep every expert on every GPU). A step's time is the median from the third step on.
+Predictions are made before the runs, by the cluster file alone. Cases are whole models, nine of their layers (which
+leave room for plans that keep every expert on every GPU), and eight of Qwen3-30B-A3B's layers. A step's time is the
+median from the third step on.
 """
 
 from __future__ import annotations
@@ -17,45 +18,50 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import moescale
 from moescale.tools.measurement import describe_measurement, write_result
 
 MODEL = "deepseek-coder-v2-lite"
+NINE = f"{MODEL}/9"  # so many of the preset's layers
 CASES: dict[str, tuple[str, bool, tuple[str, ...]]] = {
     "whole": (MODEL, False, ()),
     "whole, documents": (MODEL, True, ()),
     "whole, 70 GiB": (MODEL, False, ("--memory-limit", "70GiB")),
     "whole, 60 GiB": (MODEL, False, ("--memory-limit", "60GiB")),
     "whole, experts recomputed": (MODEL, False, ("--pin", "moe_recompute=experts")),
-    "nine layers": ("nine", False, ()),
-    "nine layers, zero1, ep 2": ("nine", False, ("--pin", "ep=2", "--pin", "dense_sharding=zero1")),
-    "nine layers, zero1, ep 1": ("nine", False, ("--pin", "ep=1", "--pin", "dense_sharding=zero1")),
-    "nine layers, fsdp, ep 2": ("nine", False, ("--pin", "ep=2", "--pin", "dense_sharding=fsdp")),
-    "nine layers, fsdp, ep 1": ("nine", False, ("--pin", "ep=1", "--pin", "dense_sharding=fsdp")),
+    "nine layers": (NINE, False, ()),
+    "nine layers, zero1, ep 2": (NINE, False, ("--pin", "ep=2", "--pin", "dense_sharding=zero1")),
+    "nine layers, zero1, ep 1": (NINE, False, ("--pin", "ep=1", "--pin", "dense_sharding=zero1")),
+    "nine layers, fsdp, ep 2": (NINE, False, ("--pin", "ep=2", "--pin", "dense_sharding=fsdp")),
+    "nine layers, fsdp, ep 1": (NINE, False, ("--pin", "ep=1", "--pin", "dense_sharding=fsdp")),
+    "Qwen3-30B-A3B, eight layers": ("qwen3-30b-a3b/8", False, ()),
 }
 
 
-def moescale(*arguments: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "moescale", *arguments], capture_output=True, text=True)
 
 
-def nine_layers(folder: Path) -> str:
-    import moescale
-
-    config = json.loads((Path(moescale.__file__).parent / "presets" / MODEL / "config.json").read_text())
+def model_folder(name: str, folder: Path) -> str:
+    """The preset ``name``, or of ``preset/layers`` a folder with the configuration of so many of its layers."""
+    preset, _, layers = name.partition("/")
+    if not layers:
+        return preset
+    config = json.loads((Path(moescale.__file__).parent / "presets" / preset / "config.json").read_text())
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": int(layers)}))
     return str(folder)
 
 
 def run_case(folder: Path, model: str, data: Path, cluster: str, steps: int, pins: tuple[str, ...]) -> dict[str, Any]:
     plan_file, output = folder / "plan.json", folder / "run"
     plan_of = ("--model", model, "--cluster", cluster, "--plan-gpus", "2", "--tokens-per-step", "131072")
-    compiled = moescale("compile", *plan_of, "--output", str(plan_file), *pins)
+    compiled = command("compile", *plan_of, "--output", str(plan_file), *pins)
     if compiled.returncode:
         return {"compile": compiled.returncode, "error": compiled.stderr[-500:]}
     plan = json.loads(plan_file.read_text())
     run_of = ("--plan", str(plan_file), "--model", model, "--data", str(data), "--output", str(output))
-    run = moescale("run", *run_of, "--steps", str(steps), "--no-final-checkpoint")
+    run = command("run", *run_of, "--steps", str(steps), "--no-final-checkpoint")
     lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
     rows = [row for row in map(json.loads, lines) if "step_seconds" in row]
     seconds = statistics.median(row["step_seconds"] for row in rows[2:]) if len(rows) > 2 else None
@@ -88,14 +94,14 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        nine = nine_layers(Path(folder) / "nine")
         for number, name in enumerate(arguments.cases):
             model, with_documents, pins = CASES[name]
             data = arguments.documents if with_documents else arguments.data
             place = Path(folder) / str(number)
             place.mkdir()
-            model = nine if model == "nine" else model
-            row = {"case": name} | run_case(place, model, data, arguments.cluster, arguments.steps, pins)
+            row = {"case": name} | run_case(
+                place, model_folder(model, place / "model"), data, arguments.cluster, arguments.steps, pins
+            )
             print(json.dumps(row), flush=True)
             rows.append(row)
             write_result(arguments.output, describe_measurement("torch") | {"rows": rows})

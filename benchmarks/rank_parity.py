@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 2 benchmarks/rank_parity.py [--ep 2] [--dense-sharding zero1] [--output parity.json]
 
-Three of DeepSeek-Coder-V2-Lite's layers, bf16, 16 sequences a step. Both are compared with fp32 on one GPU: several
-GPUs in bf16 may be twice as far from it as one GPU in bf16 is. The routing is natural; ``skewed`` (one expert of 64
-gets ten times its share), ``one rank`` (all rows to the first rank's experts), ``one expert`` (top-1, all tokens).
-Forward and backward run with torch's synchronisation debug mode set to error from the third micro-batch on, also
-unrecorded, and the time of a micro-batch is that of its replayed graph.
+Three of DeepSeek-Coder-V2-Lite's layers, bf16, 16 sequences a step. Both are compared with fp32 on one GPU, which every
+rank works out for itself: several GPUs in bf16 may be twice as far from it as one GPU in bf16 is. The routing is
+natural; ``skewed`` (one expert of 64 gets ten times its share), ``one rank`` (all rows to the first rank's experts),
+``one expert`` (top-1, all tokens). Forward and backward run with torch's synchronisation debug mode set to error from
+the third micro-batch on, also unrecorded, and the time of a micro-batch is that of its replayed graph.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ ROUTINGS = ("natural", "skewed", "one rank", "one expert")
 SEQUENCE_LENGTH = 2048
 
 router_logits = moe.router_logits
+
+# Of each parameter: where a rank's part lies, and its gradient.
+Gradients = dict[str, tuple[tuple[slice, ...], torch.Tensor]]
 
 
 def bias_of(routing: str, num_experts: int, ranks: int) -> torch.Tensor:
@@ -96,14 +99,14 @@ def make_trainer(
     )
 
 
-def first_gradients(trainer: Trainer) -> tuple[float, dict[str, tuple[tuple[slice, ...], torch.Tensor]]]:
+def first_gradients(trainer: Trainer) -> tuple[float, Gradients]:
     """Loss and gradients of the first step, before its update: of each parameter the part that this rank updates."""
-    found: dict[str, tuple[tuple[slice, ...], torch.Tensor]] = {}
+    found: Gradients = {}
     optimizer = trainer.optimizer
 
     def keep(learning_rate: float, norm: torch.Tensor) -> None:
         for name in optimizer.parameters:
-            found[name] = (optimizer.parts[name].index, optimizer.gradient(name).float().cpu())
+            found[name] = (optimizer.parts[name].index, optimizer.gradient(name).float().clone())
         optimizer.zero_gradients()
 
     step, optimizer.step = optimizer.step, keep  # type: ignore[method-assign]
@@ -139,21 +142,22 @@ def refuse_waits(trainer: Trainer) -> None:
     trainer.optimizer.zero_gradients()
 
 
-def whole(parts: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Every parameter's gradient, put together from the ranks' parts."""
-    gradients = {name: torch.full_like(value, float("nan")) for name, (_, value) in reference.items()}
-    for rank in parts:
-        for name, (index, value) in rank.items():
-            gradients[name][index] = value
-    return gradients
+def distances(gradients: Gradients, reference: Gradients) -> dict[str, tuple[float, float, int]]:
+    """Of this rank's part of every gradient: squared distance from the reference, its squared norm, elements."""
+    found = {}
+    for name, (index, value) in gradients.items():
+        expected = reference[name][1][index]
+        found[name] = (float((value - expected).square().sum()), float(expected.square().sum()), value.numel())
+    return found
 
 
-def errors(gradients: dict[str, torch.Tensor], reference: dict[str, Any]) -> dict[str, float]:
-    """Relative distance of every gradient from the reference."""
-    return {
-        name: float((gradients[name] - value).norm() / value.norm().clamp(min=1e-20))
-        for name, (_, value) in reference.items()
-    }
+def errors(ranks: list[dict[str, tuple[float, float, int]]], reference: Gradients) -> dict[str, float]:
+    """Relative distance of every gradient from the reference, not a number where the ranks do not cover it once."""
+    found = {}
+    for name, (_, value) in reference.items():
+        squares, norms, elements = map(sum, zip(*(rank[name] for rank in ranks if name in rank), strict=True))
+        found[name] = (squares / max(norms, 1e-40)) ** 0.5 if elements == value.numel() else float("nan")
+    return found
 
 
 def summary(several: dict[str, float], alone: dict[str, float]) -> dict[str, Any]:
@@ -190,6 +194,7 @@ def main() -> None:
     rows = []
     with join_ranks(torch.device("cuda")) as member:
         for routing in arguments.routings:
+            began = time.monotonic()
             trainer = make_trainer(routing, member, member.ranks, "bf16", 4, arguments)
             loss, mine = first_gradients(trainer)
             recorded = trainer.micro_batches._graph is not None
@@ -198,10 +203,6 @@ def main() -> None:
             milliseconds = time_of_micro_batch(trainer)
             peak = torch.cuda.max_memory_allocated()
             free(trainer)
-            parts = member.ranks.gather(mine)
-            if not member.ranks.is_first:
-                member.ranks.gather(None)
-                continue
             row = {"routing": routing, "recorded": recorded, "milliseconds": milliseconds, "peak_gib": peak / 2**30}
             alone = {}
             for dtype in ("fp32", "bf16"):
@@ -211,19 +212,21 @@ def main() -> None:
                     row["milliseconds_alone"] = time_of_micro_batch(trainer)
                 free(trainer)
             reference = alone["fp32"][1]
+            of_ranks = member.ranks.gather(distances(mine, reference))
             row |= {
                 "loss": loss,
                 "loss_alone": alone["bf16"][0],
                 "loss_fp32": alone["fp32"][0],
                 "gradient_errors": summary(
-                    errors(whole(parts, reference), reference),
-                    errors({name: value for name, (_, value) in alone["bf16"][1].items()}, reference),
+                    errors(of_ranks, reference),
+                    errors([distances(alone["bf16"][1], reference)], reference),
                 ),
             }
+            del mine, alone, reference
             rows.append(row)
-            print(json.dumps(row), flush=True)
-            member.ranks.gather(None)
-    if rows and arguments.output:
+            if member.ranks.is_first:
+                print(json.dumps(row | {"seconds": time.monotonic() - began}), flush=True)
+    if member.ranks.is_first and arguments.output:
         write_result(arguments.output, describe_measurement() | {"ep": arguments.ep, "rows": rows})
 
 
