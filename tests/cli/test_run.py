@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_an_error_and_last_good_says_what_it_skips(
     assert "none of the checkpoints (3) is undamaged" in error_of(capsys, *arguments, "--resume", "last-good")
 
 
-@pytest.mark.parametrize(("first", "then"), [(8, 16), (16, 8)])
+@pytest.mark.parametrize(("first", "then"), [pytest.param(8, 16, marks=pytest.mark.slow), (16, 8)])
 def test_a_run_resumed_with_steps_of_another_size_ends_with_the_epoch(
     tmp_path, model_folder, stdlib_corpus, capsys, first, then
 ):

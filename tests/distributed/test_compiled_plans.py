@@ -7,8 +7,10 @@ recomputing, resharding and accumulation vary.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import typing
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -26,7 +28,7 @@ from tiny import tiny_config
 STEPS = 10
 SEQUENCES = 16
 NUM_PLANS = 20
-ORDINARY = (1, 7, 10)
+ORDINARY = (1, 4)
 """Numbers of the plans that are run without ``-m slow``."""
 
 WISHES: dict[str, tuple[object, ...]] = {
@@ -88,18 +90,28 @@ def random_plan(chance: random.Random, gpus: int, layout: dict[str, str]) -> Par
     return ParallelPlan.from_json(plan.to_json())
 
 
-@cache
-def compiled_plans() -> tuple[ParallelPlan, ...]:
-    """The first NUM_PLANS different plans of a seed that gives many kinds; predictions make no difference."""
+def compile_plans() -> Iterator[ParallelPlan]:
+    """Different plans of a seed that gives many kinds; predictions make no difference."""
     chance = random.Random(9)
-    plans: dict[str, ParallelPlan] = {}
-    while len(plans) < NUM_PLANS:
-        gpus, layout = LAYOUTS[len(plans)] if len(plans) < len(LAYOUTS) else (chance.choice((2, 4, 8)), {})
+    found: set[str] = set()
+    while True:
+        gpus, layout = LAYOUTS[len(found)] if len(found) < len(LAYOUTS) else (chance.choice((2, 4, 8)), {})
         plan = random_plan(chance, gpus, layout)
         if plan is not None:
             plan = dataclasses.replace(plan, prediction=None, alternatives=())
-            plans[plan.to_json()] = plan
-    return tuple(plans.values())
+            if plan.to_json() not in found:
+                found.add(plan.to_json())
+                yield plan
+
+
+COMPILED: list[ParallelPlan] = []
+MORE_PLANS = compile_plans()
+
+
+def compiled_plan(number: int) -> ParallelPlan:
+    """Plan ``number``; it and those before it are compiled when first asked for."""
+    COMPILED.extend(itertools.islice(MORE_PLANS, max(0, number + 1 - len(COMPILED))))
+    return COMPILED[number]
 
 
 def on_one_device(plan: ParallelPlan, micro_batch_sequences: int) -> ParallelPlan:
@@ -126,7 +138,7 @@ def run_alone(plan: ParallelPlan, micro_batch_sequences: int) -> Run:
 def first_step_in_fp32() -> Run:
     """Of a bf16 model's weights."""
     formats = dict(compute_dtype="fp32", master_weight_format="fp32", gradient_dtype="fp32")
-    plan = dataclasses.replace(on_one_device(compiled_plans()[0], SEQUENCES), **formats)
+    plan = dataclasses.replace(on_one_device(compiled_plan(0), SEQUENCES), **formats)
     return record_run(1, {"plan": plan, "round_weights": True})
 
 
@@ -150,7 +162,7 @@ def groups():
     [number if number in ORDINARY else pytest.param(number, marks=pytest.mark.slow) for number in range(NUM_PLANS)],
 )
 def test_a_compiled_plan_trains_as_one_device_does(groups, number):
-    plan = compiled_plans()[number]
+    plan = compiled_plan(number)
     runs = groups(plan.runtime_gpus).run(record_run, STEPS, {"plan": plan})
     undivided = on_one_device(plan, SEQUENCES)
     alone = [run_alone(undivided, size) for size in (SEQUENCES, 8, 4, 2, 1)]
@@ -163,9 +175,10 @@ def test_a_compiled_plan_trains_as_one_device_does(groups, number):
         assert_same_run(runs, alone[0])
 
 
+@pytest.mark.slow
 def test_the_compiled_plans_are_of_many_kinds():
     """Else the test above would run one plan twenty times."""
-    plans = compiled_plans()
+    plans = [compiled_plan(number) for number in range(NUM_PLANS)]
     assert len(plans) == len(set(plans)) == NUM_PLANS
     meshes = {plan.mesh for plan in plans}
     assert len(meshes) >= 8
@@ -184,6 +197,10 @@ def test_the_compiled_plans_are_of_many_kinds():
     assert {plan.moe_layers.reshard_after_forward for plan in plans} == {True, False}
     assert {plan.offload_optimizer for plan in plans} == {True, False}
     assert len({plan.gradient_accumulation_steps for plan in plans}) >= 3
-    ordinary = [plans[number] for number in ORDINARY]
-    assert {plan.compute_dtype for plan in ordinary} == {"bf16", "fp32"}
-    assert any(plan.mesh.ep > 1 for plan in ordinary) and any(plan.mesh.dp_replicate > 1 for plan in ordinary)
+
+
+def test_the_ordinary_plans_are_of_more_than_one_kind():
+    plans = [compiled_plan(number) for number in ORDINARY]
+    assert {plan.compute_dtype for plan in plans} == {"bf16", "fp32"}
+    assert any(plan.mesh.ep > 1 for plan in plans) and any(plan.mesh.dp_replicate > 1 for plan in plans)
+    assert {plan.dense_sharding for plan in plans} == {"zero1", "fsdp"}

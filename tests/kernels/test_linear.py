@@ -91,7 +91,7 @@ def test_without_a_gradient_to_make_the_buffer_is_left_alone(frozen: str) -> Non
     assert not buffer.any()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_layers_add_to_their_buffers_over_interleaved_micro_batches(backend: str) -> None:
     """Without a graph break, and with a second forward before the first backward, as pipeline schedules run."""
     x, first, _ = make(2, 6, 8)

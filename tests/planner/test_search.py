@@ -222,7 +222,7 @@ def in_all_layers(candidate: Candidate) -> Candidate:
     return dataclasses.replace(candidate, moe_layers=moe)
 
 
-@settings(SLOW, max_examples=30)
+@settings(SLOW, max_examples=20)
 @given(problems())
 def test_the_plan_is_that_of_trying_every_combination(problem: Problem) -> None:
     points = brute_force(problem)
@@ -248,7 +248,7 @@ def seconds(result: PlanResult) -> float:
     return result.best.time.total if result.best else float("inf")
 
 
-@settings(SLOW, max_examples=20)
+@settings(SLOW, max_examples=12)
 @given(problems(), st.sampled_from(["memory", "intra", "inter", "grouped", "dense", "attention", "bandwidth"]))
 def test_more_memory_faster_links_and_kernels_never_give_a_slower_plan(problem: Problem, what: str) -> None:
     cluster = problem.cluster

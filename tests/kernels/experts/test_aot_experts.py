@@ -82,6 +82,7 @@ instructions = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") 
 print(json.dumps({"instructions": instructions, "shared": compiled.metadata.shared}))
 """
 
+GENERATIONS = [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -96,24 +97,20 @@ def compile_apart(kernel, capability, rank):
     assert result["shared"] <= SHARED_MEMORY[capability]
 
 
-@pytest.mark.parametrize("capability", MATRIX_INSTRUCTION)
+@pytest.mark.parametrize("capability", GENERATIONS)
 @pytest.mark.parametrize("kernel", ["up", "down", "up_dgrad", "up_wgrad"])
 def test_kernel_compiles_to_the_matrix_units_of_its_generation(kernel, capability):
     compile_apart(kernel, capability, rank=0)
 
 
-@pytest.mark.parametrize(
-    "capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("kernel", ["up", "up_dgrad"])
+@pytest.mark.parametrize("capability", GENERATIONS)
+@pytest.mark.parametrize("kernel", [pytest.param("up", marks=pytest.mark.slow), "up_dgrad"])
 def test_kernel_with_a_low_rank_addition_fits_next_to_its_pipeline(kernel, capability):
     compile_apart(kernel, capability, rank=32)
 
 
-@pytest.mark.parametrize(
-    "capability", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("kernel", ["up_biased", "down_biased"])
+@pytest.mark.parametrize("capability", GENERATIONS)
+@pytest.mark.parametrize("kernel", ["up_biased", pytest.param("down_biased", marks=pytest.mark.slow)])
 def test_kernel_with_biases_and_the_clamped_activation_compiles(kernel, capability):
     compile_apart(kernel, capability, rank=0)
 
