@@ -7,9 +7,10 @@ all of which FSDP2 keeps the weights outside the layers gathered:
 - **gradient of the loss**: the same without logits, with the output weight's gradient beside what it is multiplied from
   (on one device, in bf16, it is added to its buffer instead) and the last layer's weights on their way;
 - **gradient of the last combination**, where experts lie on several ranks: every layer's activations, and the
-  gradients of the rows that came back, those that travel, and those that arrive; **gradient of the last experts**: of
-  rows two of the three, and the experts' weight gradients unless these go straight into their buffers, and the
-  pre-activation where it is computed again;
+  gradients of the rows that came back, those that travel, and those that arrive;
+- **gradient of the last experts**: every layer's activations, rows and gradients inside the operator (behind an
+  exchange, two of those three gradients of rows), the experts' weight gradients unless these go straight into their
+  buffers, and the pre-activation where it is computed again;
 - **gradient of the last activation** in a dense MLP: where no weight has a gradient, of the last layer, or of the last
   one of a kind whose blocks are recomputed;
 - **weights of the last layer**: when they have arrived again and are copied out of the buffer that they arrived in;
@@ -215,6 +216,8 @@ class MemoryModel:
             moments |= {
                 name: kept | parts for name, parts in self._in_divided_experts(plans, dims, mesh, gathered).items()
             }
+        elif self._last_kind().is_routed:
+            moments["gradient of the last experts"] = kept | self._in_own_experts(plans, dims, mesh, gathered)
         if mesh.dp_replicate > 1 and self._accumulates(mesh, sequences):
             share = self._share(mesh)
             for breakdown in moments.values():
@@ -370,6 +373,31 @@ class MemoryModel:
             there = {key: size for key, size in there.items() if key != f"activations {kind.name}"}
         return moments
 
+    def _in_own_experts(
+        self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape, gathered: float
+    ) -> dict[str, float]:
+        """The backward of the last layer's experts, all of which the rank computes itself."""
+        last = self._last_kind()
+        plan = plans[last.name]
+        again = self._full_layer_bytes(last, dims, mesh) if recompute_name(plan) == "block" else 0.0
+        ahead = self._layer_gathered_bytes(last, mesh) if plan.reshard_after_forward else 0.0
+        ranks = mesh.dp_shard * mesh.cp * mesh.dp_replicate
+        return {
+            # Of the residual stream: what entered the last norm, its gradients, and those of the layer's two branches.
+            "temporary buffers": again + 6 * dims["n"] * dims["h"] * self.itemsize + self._expert_gradients(last, mesh),
+            "inside operators": self._expert_buffers(plan, dims, mesh),
+            "communication": gathered + ahead + (self._output_gradient_bytes(mesh) if ranks > 1 else 0.0),
+        }
+
+    def _expert_gradients(self, kind: LayerKind, mesh: MeshShape) -> float:
+        """A layer's gradients of its own experts, unless the product adds to their buffers itself."""
+        own_experts = mesh.dp_shard * mesh.cp // mesh.ep * mesh.dp_replicate == 1
+        if own_experts and self.request.compute_dtype == "bf16":
+            return 0.0
+        _, routed = self._trained_parameters[kind.name]
+        size = self.itemsize if self.workload.lora is None else DTYPE_BYTES["fp32"]
+        return routed * size / (mesh.tp * mesh.ep)
+
     def _in_divided_experts(
         self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape, gathered: float
     ) -> dict[str, dict[str, float]]:
@@ -381,12 +409,7 @@ class MemoryModel:
         rows = dims["k"] * hidden * (self.row_factor(mesh) if mesh.ep == 2 else 1.0)
         ahead = self._layer_gathered_bytes(last, mesh) if plan.reshard_after_forward else 0.0
         communication = gathered + ahead + self._output_gradient_bytes(mesh)
-        in_experts: float = 2 * rows
-        own_experts = mesh.dp_shard * mesh.cp // mesh.ep * mesh.dp_replicate == 1
-        if not (own_experts and self.request.compute_dtype == "bf16"):  # else they are added to inside the product
-            _, routed = self._trained_parameters[last.name]
-            size = self.itemsize if self.workload.lora is None else DTYPE_BYTES["fp32"]
-            in_experts += routed * size / (mesh.tp * mesh.ep)
+        in_experts: float = 2 * rows + self._expert_gradients(last, mesh)
         if "experts" in recompute_name(plan).split("+"):
             in_experts += dims["n"] * dims["k"] * 2 * dims["f"] * self.itemsize / mesh.tp
         return {
@@ -472,18 +495,20 @@ class MemoryModel:
 
     def _operator_buffers(self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape) -> float:
         """Largest buffers that an operator's backward makes and gives back before it returns."""
-        largest = 0.0
-        for kind in self.workload.layers:
-            if kind.is_routed:
-                # Gathered rows and their gradients, the gradient of the pre-activation, the activation.
-                rows = dims["n"] * dims["k"] * (self.row_factor(mesh) if mesh.ep > 1 else 1.0)
-                size = rows * (2 * dims["h"] + 3 * dims["f"] / mesh.tp) * self.itemsize
-                if "experts" in recompute_name(plans["moe"]).split("+"):
-                    size += rows * 2 * dims["f"] * self.itemsize / mesh.tp
-            else:
-                size = dims["n"] * 5 * dims["i"] * self.itemsize / mesh.tp
-            largest = max(largest, size)
-        return largest
+        return max(
+            self._expert_buffers(plans[kind.name], dims, mesh)
+            if kind.is_routed
+            else dims["n"] * 5 * dims["i"] * self.itemsize / mesh.tp
+            for kind in self.workload.layers
+        )
+
+    def _expert_buffers(self, plan: LayerPlan, dims: dict[str, int], mesh: MeshShape) -> float:
+        """Gathered rows and their gradients, the gradient of the pre-activation, the activation."""
+        rows = dims["n"] * dims["k"] * (self.row_factor(mesh) if mesh.ep > 1 else 1.0)
+        size = rows * (2 * dims["h"] + 3 * dims["f"] / mesh.tp) * self.itemsize
+        if "experts" in recompute_name(plan).split("+"):
+            size += rows * 2 * dims["f"] * self.itemsize / mesh.tp
+        return size
 
     def _layer_gathered_bytes(self, kind: LayerKind, mesh: MeshShape) -> float:
         """A layer's weights as a rank gathers them; 0 for what no other rank holds.
