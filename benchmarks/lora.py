@@ -20,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from one_gpu import WARM_UP_STEPS, moescale, prepare_corpus, run_until
+
+from moescale.tools.measurement import describe_measurement, write_result
 
 TARGETS = "attention+shared+experts"
 
@@ -224,14 +225,7 @@ def main() -> None:
         peers = {"transformers + PEFT": peer(folder, left)}
         print(f"peer after {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         unlimited = ours(folder / "unlimited", corpus, arguments, None) if left() > 100 else None
-    on_gpu = arguments.device.startswith("cuda")
-    result = {
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+    result = describe_measurement("transformers", "peft") | {
         "model": arguments.model,
         "lora": {"rank": arguments.rank, "targets": TARGETS},
         "sequence_length": arguments.sequence_length,
@@ -243,8 +237,7 @@ def main() -> None:
     shown = {key: value for key, value in result.items() if key not in ("plan", "without_a_limit")}
     print(json.dumps(shown | {"without_a_limit": (unlimited or {}) | {"plan": "..."}}, indent=1))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(arguments.output, result)
 
 
 if __name__ == "__main__":

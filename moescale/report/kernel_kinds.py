@@ -6,6 +6,7 @@ import re
 
 KINDS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|symmetric_memory|barrier_kernel|_pull_|_publish_|_shifts_kernel|Memcpy PtoP"),
+    ("sharding copies", r"split_with_sizes_copy|chunk_cat"),
     ("experts", r"_rows_kernel|_weight_gradient_kernel|_up_kernel|_swiglu_backward_kernel|quack|grouped"),
     ("gather and combine", r"_gather_kernel|_combine_kernel|_sort|_count_kernel"),
     ("optimizer", r"_adamw_kernel|LpNorm|lpnorm|FillFunctor<c10::BFloat16>|multi_tensor_apply"),

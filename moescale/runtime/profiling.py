@@ -96,7 +96,8 @@ def kernel_times(profiled: profile, *, on_device: bool) -> list[dict[str, Any]]:
     rows = []
     for event in profiled.key_averages():
         if on_device:
-            if event.device_type != torch.autograd.DeviceType.CUDA:
+            # NCCL marks its collectives with spans on the device, around kernels that are there already.
+            if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
                 continue
             microseconds = event.self_device_time_total
         else:
