@@ -27,6 +27,7 @@ app = App(
 )
 _COMMANDS = {
     "prepare": "Tokenise text and pack it into sequences.",
+    "show": "Print sequences of a corpus, with what is learned in green, or {+marked so+} without colours.",
     "compile": "Plan parallel training for a cluster: will it fit, how fast, with which settings.",
     "run": "Train a model: start it, or continue the run in the output folder.",
     "doctor": "Examine this machine: what will and will not work, and what mends it.",

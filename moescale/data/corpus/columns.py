@@ -86,6 +86,12 @@ class Block:
             starts |= self._rows(POSITIONS, row, row + 1)[0] == 0
         return starts
 
+    def padding(self, row: int) -> np.ndarray:
+        """Return which tokens ``attention_mask`` leaves out, bool [S]."""
+        if ATTENTION_MASK not in self.columns:
+            return np.zeros(self.sequence_length, dtype=bool)
+        return self._rows(ATTENTION_MASK, row, row + 1)[0] == 0
+
     def largest_id(self) -> int:
         """Read all token ids and labels, refuse negative ones, and return the largest."""
         largest = 0

@@ -111,12 +111,20 @@ class SavedDataset:
         return [f"{self.name}: columns that training does not use: {', '.join(self.unused_columns)}"]
 
     def sequence(self, index: int) -> PackedSequence:
+        block, row = self._place(index)
+        starts = block.document_starts(row) if self.document_boundaries else None
+        return PackedSequence(block.tokens(row), starts, block.labels(row))
+
+    def padding(self, index: int) -> np.ndarray:
+        block, row = self._place(index)
+        return block.padding(row)
+
+    def _place(self, index: int) -> tuple[Block, int]:
+        """The block that holds a sequence, and its row there."""
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
         number = int(np.searchsorted(self._ends, index, side="right"))
-        block, row = self._blocks[number], index - int(self._ends[number - 1] if number else 0)
-        starts = block.document_starts(row) if self.document_boundaries else None
-        return PackedSequence(block.tokens(row), starts, block.labels(row))
+        return self._blocks[number], index - int(self._ends[number - 1] if number else 0)
 
     @property
     def num_bytes(self) -> int:
