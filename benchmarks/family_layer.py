@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def milliseconds(run: Callable[[], torch.Tensor], inputs: list[torch.Tensor], re
     return statistics.median(times[3:]) * 1e3
 
 
-def measure(name: str, layer: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, layer: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = torch.device(options.device)
     config = one_layer(read_model_config(name), layer, options.divide)
     model = build_on_meta(config, torch.bfloat16).to_empty(device=device)
@@ -120,8 +120,8 @@ def measure(name: str, layer: int, options: argparse.Namespace) -> list[dict[str
 
     run = run_of_ours(model, config, x)
     expected = run().detach()
-    rows = [timed(run, model.layers[0]) | {"backend": "moescale"}]
-    for attention in WAYS_OF_ATTENTION:
+    yield timed(run, model.layers[0]) | {"backend": "moescale"}
+    for attention in options.attention:
         torch._dynamo.reset()
         try:
             peer = theirs(config, model, attention, device)
@@ -130,11 +130,10 @@ def measure(name: str, layer: int, options: argparse.Namespace) -> list[dict[str
             found = timed(run, peer.model.layers[0]) | {"difference": difference}
         except Exception as error:  # a way of attention that this model, or this machine, does not have
             found = row | {"error": f"{type(error).__name__}: {error}"[:300]}
-        rows.append(found | {"backend": f"transformers, {attention}"})
+        yield found | {"backend": f"transformers, {attention}"}
         peer = run = None
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 def main() -> None:
@@ -143,6 +142,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--attention", nargs="*", default=WAYS_OF_ATTENTION, help="of transformers")
     parser.add_argument("--divide", type=int, default=1, help="make widths smaller by this, to try the program")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path)
@@ -151,11 +151,11 @@ def main() -> None:
     for name in options.models.split(","):
         layers = (0, 1) if hasattr(read_model_config(name), "windowed_layers") else (0,)
         for layer in layers:
-            rows += measure(name, layer, options)
-    for row in rows:
-        print(row)
-    if options.output is not None:
-        write_result(options.output, describe_measurement("transformers") | {"rows": rows})
+            for row in measure(name, layer, options):
+                rows.append(row)
+                print(row, flush=True)
+                if options.output is not None:  # after each: the last may be cut off
+                    write_result(options.output, describe_measurement("transformers") | {"rows": rows})
 
 
 if __name__ == "__main__":
