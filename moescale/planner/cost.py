@@ -31,15 +31,6 @@ KERNELS_PER_OPERATOR = {"dense_gemm": (1, 2), "grouped_gemm": (5, 8), "attention
 """Launches of an operator's forward and backward."""
 
 
-HOST_LAYER_SECONDS = 10e-3
-"""In which the host launches a layer's forward and backward one by one, where the micro-batch is not a CUDA graph.
-
-Measured on two H100 with nine layers of DeepSeek-Coder-V2-Lite, 4,096 tokens: 90 ms a micro-batch on one GPU without a
-graph, 130 ms with FSDP2, 153 ms with FSDP2 and all-to-alls (``SHARDING_LAYER_SECONDS``, ``EXCHANGE_LAYER_SECONDS``)."""
-SHARDING_LAYER_SECONDS = 4.4e-3
-EXCHANGE_LAYER_SECONDS = 2.6e-3
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
     """Seconds of one optimizer step, by what they go to; hidden communication costs nothing."""
@@ -239,9 +230,9 @@ class CostModel:
         for kind in self.workload.layers:
             plan = plans[kind.name]
             again = plan.recomputed_share(kind.count) if plan.recompute == "block" else 0.0
-            seconds = HOST_LAYER_SECONDS * (1 + again / 3)
-            seconds += SHARDING_LAYER_SECONDS if sharding == "fsdp" else 0.0
-            seconds += EXCHANGE_LAYER_SECONDS if kind.is_routed and mesh.ep > 1 else 0.0
+            seconds = self.cluster.host_layer_seconds * (1 + again / 3)
+            seconds += self.cluster.host_sharding_seconds if sharding == "fsdp" else 0.0
+            seconds += self.cluster.host_exchange_seconds if kind.is_routed and mesh.ep > 1 else 0.0
             total += kind.count / mesh.pp * seconds
         return total
 

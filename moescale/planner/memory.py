@@ -46,8 +46,6 @@ OUTSIDE_ALLOCATED = ("context", "NCCL", "symmetric memory", "buckets of the upda
 
 Buckets of the update come after the micro-batches: their memory is new where these are a CUDA graph, whose pool keeps
 its own."""
-NCCL_BYTES = 2**30
-"""Buffers of a rank's communicators (measured on two H100: about 1 GiB)."""
 BUCKET_ELEMENTS = 64 * 2**20
 """Of the sums of gradients with whole weights (``runtime.zero``)."""
 
@@ -118,7 +116,7 @@ class MemoryModel:
         """What a rank's process takes of the GPU besides its tensors, and tensors after the micro-batches' graph."""
         found = {"context": float(self.cluster.context_bytes)}
         if mesh.pp * mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp > 1:
-            found["NCCL"] = float(NCCL_BYTES)
+            found["NCCL"] = float(self.cluster.nccl_bytes)
         if reads_peers(mesh, sharding, self.cluster):
             found["symmetric memory"] = float(self._exchange(mesh, sequences).symmetric_bytes())
         if sharding == "zero1" and mesh.dp_shard * mesh.dp_replicate > 1:

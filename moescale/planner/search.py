@@ -36,10 +36,6 @@ from moescale.planner.request import (
 )
 from moescale.planner.workload import Workload, build_workload, with_adapters
 
-MARGIN_BYTES = 2 * 2**30
-"""What a plan for several GPUs leaves free: that close to the limit torch's allocator frees and asks again, with steps
-five times as slow, before it fails. On one GPU plans within 0.5% of the memory ran at full speed."""
-
 PARTLY_RECOMPUTED_MARGIN = 0.004
 """Fraction of the limit that a plan leaves free whose number of recomputed layers is the least that fits. Such plans
 are as large as they can be, others only by chance, and predicted memory was up to 0.3% too small."""
@@ -416,7 +412,7 @@ class Search:
 
 def usable_bytes(cluster: Cluster, request: PlanRequest) -> int:
     """Memory of a GPU that a plan may take: all of it, less a margin where several GPUs talk to each other."""
-    return cluster.memory_bytes - (MARGIN_BYTES if request.runtime_gpus > 1 else 0)
+    return cluster.memory_bytes - (cluster.margin_bytes if request.runtime_gpus > 1 else 0)
 
 
 def excess_bytes(result: PlanResult, evaluated: Evaluated) -> dict[str, int]:

@@ -25,7 +25,8 @@ def document() -> dict:
 def test_every_field_of_a_shipped_file_says_where_it_is_from(name: str) -> None:
     cluster = load_cluster(name)
     described = {field.name for field in dataclasses.fields(Cluster)} - {"name", "gpu", "gpus_per_node", "sources"}
-    described -= {"exchange"} if cluster.exchange is None else set()
+    defaults = {field.name: field.default for field in dataclasses.fields(Cluster)}
+    described -= {name for name, default in defaults.items() if getattr(cluster, name) == default}
     assert set(cluster.sources) == described
     assert all(
         source.startswith(("data sheet", "measured", "derived", "assumed")) for source in cluster.sources.values()
@@ -139,3 +140,33 @@ def test_the_fingerprint_follows_the_figures_and_not_their_sources() -> None:
     cluster = load_cluster("h200")
     assert dataclasses.replace(cluster, sources={}).fingerprint() == cluster.fingerprint()
     assert dataclasses.replace(cluster, launch_seconds=1e-6).fingerprint() != cluster.fingerprint()
+
+
+def test_files_from_before_a_field_mean_its_default_and_keep_their_fingerprint() -> None:
+    old = parse_cluster(document(), "my.toml")
+    written = parse_cluster(document() | {"margin_bytes": 2 * 2**30, "host_layer_seconds": 0.01}, "my.toml")
+    assert old.fingerprint() == written.fingerprint() == "46af1e5b949c4cba", "as plans in use name it"
+    assert parse_cluster(document() | {"margin_bytes": 2**30}, "my.toml").fingerprint() != old.fingerprint()
+    with pytest.raises(ConfigError, match=r"nccl_bytes \(-1\) must be positive"):
+        parse_cluster(document() | {"nccl_bytes": -1}, "my.toml")
+
+
+def test_what_several_gpus_take_beyond_their_tensors_is_the_clusters() -> None:
+    request = PlanRequest(
+        runtime_gpus=2, plan_gpus=2, tokens_per_step=4096, sequence_length=256, pins={"dense_sharding": "fsdp"}
+    )
+
+    def best(**fields: float):
+        cluster = parse_cluster(document() | fields, "my.toml")
+        result = compile_plan(tiny_config(), cluster, request, with_alternatives=False)
+        assert result.best is not None
+        return result, result.best
+
+    (result, plan), (lean, small) = best(), best(nccl_bytes=0, margin_bytes=0)
+    assert plan.memory.breakdown["NCCL"] == 2**30 and small.memory.breakdown["NCCL"] == 0
+    assert lean.limit_bytes - result.limit_bytes == 2 * 2**30
+    _, quick = best(host_layer_seconds=0.0, host_sharding_seconds=0.0, host_exchange_seconds=0.0)
+    assert quick.time.exposed["host launches"] == 0 < plan.time.exposed["host launches"]
+    _, slow = best(host_sharding_seconds=1.0)
+    steps = slow.candidate.gradient_accumulation_steps
+    assert slow.time.exposed["host launches"] == pytest.approx(steps * tiny_config().num_layers, rel=0.1)

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from moescale.planner import memory, search
 from moescale.planner.cluster import load_cluster
 from moescale.planner.fit import fit_json, fit_text, fit_to_gpus
 from moescale.planner.remedies import find_remedies
@@ -12,20 +11,14 @@ from moescale.planner.request import PlanRequest
 from moescale.planner.search import compile_plan
 from tiny import tiny_config
 
-
-@pytest.fixture(autouse=True)
-def no_fixed_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is far smaller than what several GPUs take and leave free whatever they train."""
-    monkeypatch.setattr(memory, "NCCL_BYTES", 0)
-    monkeypatch.setattr(search, "MARGIN_BYTES", 0)
-
-
 CONFIG = tiny_config(vocab_size=4096, hidden_size=256)
 REQUEST = PlanRequest(runtime_gpus=4, plan_gpus=1, tokens_per_step=1024, sequence_length=256)
 
 
 def cluster_with(memory_bytes: float):
-    return dataclasses.replace(load_cluster("h100-sxm"), memory_bytes=round(memory_bytes), context_bytes=0)
+    """An H100 without what several GPUs take and leave free whatever they train: the model is far smaller."""
+    fixed = dict.fromkeys(("context_bytes", "nccl_bytes", "margin_bytes"), 0)
+    return dataclasses.replace(load_cluster("h100-sxm"), memory_bytes=round(memory_bytes), **fixed)
 
 
 def peak_with(**changes) -> float:

@@ -27,7 +27,7 @@ from moescale.planner.request import (
     PlanRequest,
     decision_text,
 )
-from moescale.planner.search import MARGIN_BYTES, PARTLY_RECOMPUTED_MARGIN, PlanResult, compile_plan, usable_bytes
+from moescale.planner.search import PARTLY_RECOMPUTED_MARGIN, PlanResult, compile_plan, usable_bytes
 from moescale.planner.workload import build_workload
 from tiny import tiny_config
 
@@ -106,7 +106,7 @@ def problems(draw: st.DrawFn) -> Problem:
     if not peaks:
         return problem
     limit = peaks[draw(st.integers(0, len(peaks) - 1))] * draw(st.sampled_from([0.9, 1.0, 1.1]))
-    margin = MARGIN_BYTES if gpus > 1 else 0
+    margin = H100.margin_bytes if gpus > 1 else 0
     memory_bytes = max(1, round(limit)) + margin
     return dataclasses.replace(problem, cluster=dataclasses.replace(cluster, memory_bytes=memory_bytes))
 
