@@ -28,6 +28,7 @@ test: check
 	$(BIN)/python -m pytest -n 2 --durations=20 -m "not slow and not gpu" tests
 
 test-all: check
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt wandb
 	$(BIN)/python -m pytest -n 2 --durations=20 -m "not gpu" tests
 
 test-gpu:

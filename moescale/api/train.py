@@ -233,7 +233,7 @@ class _Rank:
         with ObserverList(self.run.observers if self.ranks.is_first else ()) as observer:
             if self.ranks.is_first:
                 self.request.output.mkdir(parents=True, exist_ok=True)
-                observer.on_start(self._context(total_steps))
+                observer.on_start(self._context(total_steps, is_resumed=checkpoint is not None))
             profiler = self._profiler()
             trainer = self._trainer(placed, total_steps, observer, profiler)
             if checkpoint is not None:
@@ -316,7 +316,7 @@ class _Rank:
         digest = frozen_digest(placed.model, placed.parts, self.ranks)
         return {"adapters": lora.text(), "frozen weights": digest}
 
-    def _context(self, total_steps: int) -> RunContext:
+    def _context(self, total_steps: int, *, is_resumed: bool) -> RunContext:
         device = self.member.device
         device_flops = peak_flops(device)
         return RunContext(
@@ -326,6 +326,7 @@ class _Rank:
             peak_flops=device_flops * self.ranks.size if device_flops else None,
             experts_per_token=self.run.config.top_k,
             device_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+            is_resumed=is_resumed,
             document=self._document(),
         )
 

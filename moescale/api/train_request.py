@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from moescale.errors import ConfigError, nearest
 from moescale.kernels.backends import AttentionBackend, ExpertsBackend
-from moescale.report.observers.registry import OBSERVERS
+from moescale.report.observers.registry import DEFAULT_OBSERVERS, expand_default
 from moescale.runtime.settings import TrainSettings
 
 MAX_HANG_SECONDS = 86_400
@@ -53,8 +53,9 @@ class RunInputs:
     """Backend of the experts' GEMMs; auto: the fastest that can run. MOESCALE_EXPERTS in the environment overrides."""
     attention_backend: AttentionBackend = "auto"
     """Backend of attention; auto: the fastest that can run. MOESCALE_ATTENTION in the environment overrides."""
-    observers: tuple[str, ...] = tuple(OBSERVERS)
-    """What shows the run and keeps its numbers: a name of the default's, or module:class of your own; repeatable."""
+    observers: tuple[str, ...] = DEFAULT_OBSERVERS
+    """What shows the run and keeps its numbers: a name of the default's, wandb (Weights & Biases), or module:class of
+    your own; repeatable. `default` stands for all of the default's, as in --observers default --observers wandb."""
     hang_seconds: float = 600.0
     """On several ranks: seconds without progress after which the run ends, naming the rank that hangs."""
     profile: int = 0
@@ -68,6 +69,7 @@ class RunInputs:
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Path(value))
+        object.__setattr__(self, "observers", expand_default(self.observers))
         for name in ("tokens_per_step", "micro_batch_sequences"):
             value = getattr(self, name)
             if value is not None and value < 1:

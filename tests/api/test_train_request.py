@@ -12,7 +12,7 @@ from moescale.api.train_request import TrainRequest, request_arguments
 from moescale.cli import app, run
 from moescale.errors import ConfigError
 from moescale.report.metrics import TrainSummary
-from moescale.report.observers.registry import OBSERVERS
+from moescale.report.observers.registry import DEFAULT_OBSERVERS
 from moescale.runtime.settings import TrainSettings
 
 LEAST = {"model": "tiny", "data": Path("corpus"), "output": Path("run")}
@@ -85,8 +85,8 @@ def test_the_arguments_of_all_fields_together_ask_for_the_same_run(parsed):
 def test_json_prints_the_summary_and_leaves_the_progress_bar_out(parsed, capsys):
     arguments = request_arguments(TrainRequest(**LEAST))
     request = parsed([*arguments, "--json"])
-    others = tuple(name for name in OBSERVERS if name != "progress_bar")
-    assert len(others) == len(OBSERVERS) - 1
+    others = tuple(name for name in DEFAULT_OBSERVERS if name != "progress_bar")
+    assert len(others) == len(DEFAULT_OBSERVERS) - 1
     assert request == replace(TrainRequest(**LEAST), observers=others)
     assert json.loads(capsys.readouterr().out) == asdict(SUMMARY)
 
@@ -106,3 +106,8 @@ def test_paths_may_be_strings():
 def test_a_value_that_is_none_of_the_choices_is_refused(name, value, message):
     with pytest.raises(ConfigError, match=message):
         TrainRequest(**LEAST, **{name: value})
+
+
+def test_default_stands_for_the_default_observers_so_that_one_can_be_added():
+    request = TrainRequest(**LEAST, observers=("default", "wandb"))
+    assert request.observers == (*DEFAULT_OBSERVERS, "wandb")

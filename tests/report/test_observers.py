@@ -14,7 +14,7 @@ import pytest
 from moescale.errors import ConfigError, MoescaleError
 from moescale.report.metrics import StepMetrics
 from moescale.report.observers.observer import Observer, RunContext
-from moescale.report.observers.registry import OBSERVERS, ObserverList, make_observer
+from moescale.report.observers.registry import DEFAULT_OBSERVERS, ObserverList, make_observer
 
 
 def context(folder: Path) -> RunContext:
@@ -24,7 +24,7 @@ def context(folder: Path) -> RunContext:
 @contextmanager
 def make_log(folder: Path, *names: str) -> Iterator[ObserverList]:
     """The observers ``names``, by default all, of a run in ``folder``."""
-    with ObserverList(make_observer(name) for name in names or OBSERVERS) as observers:
+    with ObserverList(make_observer(name) for name in names or DEFAULT_OBSERVERS) as observers:
         observers.on_start(context(folder))
         yield observers
 
@@ -192,7 +192,10 @@ def test_an_observer_of_the_users_own_is_named_by_module_and_class():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tensor_board", r"run.observers \('tensor_board'\) must be one of json_lines, .*; did you mean 'tensorboard'"),
+        (
+            "tensor_board",
+            r"run.observers \('tensor_board'\) must be one of default, json_lines, .*; did you mean 'tensorboard'",
+        ),
         ("no_such_module:Observer", r"cannot be imported \(No module named 'no_such_module'\)"),
         ("moescale.report.metrics:Nothing", r"cannot be imported \(.*no attribute 'Nothing'\)"),
         ("moescale.report.metrics:StepMetrics", r"must be a class derived from moescale.Observer"),

@@ -12,7 +12,7 @@ import torch
 from moescale.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
 from moescale.models.transformer import build_on_meta, initialize
 from moescale.report.observers.observer import RunContext
-from moescale.report.observers.registry import OBSERVERS, ObserverList, make_observer
+from moescale.report.observers.registry import DEFAULT_OBSERVERS, ObserverList, make_observer
 from moescale.runtime.checkpoint import CheckpointStore
 from moescale.runtime.hooks import TrainerHook
 from moescale.runtime.optimizer import OptimizerFormat
@@ -299,7 +299,7 @@ def test_fewer_steps_than_the_checkpoint_has_is_refused(tmp_path):
 
 def test_metrics_of_steps_done_again_appear_once(tmp_path):
     def run(total: int, resume: bool) -> None:
-        with ObserverList(map(make_observer, OBSERVERS)) as log:
+        with ObserverList(map(make_observer, DEFAULT_OBSERVERS)) as log:
             log.on_start(RunContext(folder=tmp_path, total_steps=total, flops_per_token=1e6, peak_flops=1e12))
             one = trainer(tmp_path / "checkpoints", total_steps=total, checkpoint_every=2)
             one.observer = log

@@ -35,6 +35,8 @@ class RunContext:
     """Routed experts that a token chooses."""
     device_bytes: int | None = None
     """Memory of the device; None on the CPU."""
+    is_resumed: bool = False
+    """The run continues from a checkpoint: :meth:`Observer.on_resume` follows."""
     document: Mapping[str, Any] = field(default_factory=dict)
     """What ``run.json`` holds: model, data, settings, plan and backends, as JSON values."""
     console: Console = field(default_factory=stderr_console)
@@ -93,6 +95,21 @@ def step_record(metrics: StepMetrics, run: RunContext) -> dict[str, Any]:
     record["expert_load_max"] = [max(load) for load in metrics.expert_load]
     record["expert_load_min"] = [min(load) for load in metrics.expert_load]
     return record
+
+
+def step_scalars(metrics: StepMetrics, run: RunContext) -> dict[str, float]:
+    """A step's metrics as scalars under ``train/`` and ``experts/``, as services that draw curves take them."""
+    record = step_record(metrics, run)
+    scalars = {f"train/{key}": value for key, value in record.items() if isinstance(value, (int, float))}
+    for layer, load in enumerate(metrics.expert_load):
+        scalars[f"experts/max_load_layer_{layer}"] = max(load)
+        scalars[f"experts/min_load_layer_{layer}"] = min(load)
+    return scalars
+
+
+def validation_scalars(loss: float) -> dict[str, float]:
+    """A validation's mean loss, in nats per target token, as scalars under ``validation/``."""
+    return {"validation/loss": loss, "validation/perplexity": perplexity(loss)}
 
 
 def perplexity(loss: float) -> float:

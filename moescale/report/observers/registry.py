@@ -14,12 +14,22 @@ from moescale.report.observers.observer import Observer, RunContext
 OBSERVERS = {
     "json_lines": "moescale.report.observers.json_lines:JsonLines",
     "tensorboard": "moescale.report.observers.tensorboard:TensorBoard",
+    "wandb": "moescale.report.observers.wandb:WandB",
     "expert_load": "moescale.report.observers.expert_load:ExpertLoad",
     "warnings": "moescale.report.observers.warnings:Warnings",
     "console": "moescale.report.observers.console:ConsoleLines",
     "progress_bar": "moescale.report.observers.progress_bar:ProgressBar",
 }
 """Where each observer's class is, as ``module:class``; imported when a run asks for it."""
+DEFAULT = "default"
+"""Stands for DEFAULT_OBSERVERS, so that one can be added to them."""
+DEFAULT_OBSERVERS = tuple(name for name in OBSERVERS if name != "wandb")  # which needs an account
+
+
+def expand_default(names: Iterable[str]) -> tuple[str, ...]:
+    """``names`` with those of DEFAULT_OBSERVERS in place of ``default``; none is there twice."""
+    listed = ((name,) if name != DEFAULT else DEFAULT_OBSERVERS for name in names)
+    return tuple(dict.fromkeys(name for part in listed for name in part))
 
 
 def make_observer(name: str) -> Observer:
@@ -32,7 +42,7 @@ def make_observer(name: str) -> Observer:
     module_name, colon, class_name = target.partition(":")
     if not colon:
         raise ConfigError(
-            f"run.observers ('{name}') must be one of {', '.join(OBSERVERS)}, or the class of your own as "
+            f"run.observers ('{name}') must be one of {', '.join((DEFAULT, *OBSERVERS))}, or the class of your own as "
             f"module:class{nearest(name, OBSERVERS)}"
         )
     try:

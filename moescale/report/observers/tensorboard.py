@@ -7,7 +7,7 @@ from typing import Any
 
 from moescale.report.metrics import StepMetrics
 from moescale.report.observers.json_lines import METRICS_FILE, read_records, validation_losses
-from moescale.report.observers.observer import Observer, RunContext, perplexity, step_record, writing
+from moescale.report.observers.observer import Observer, RunContext, step_scalars, validation_scalars, writing
 
 FOLDER = "tensorboard"
 
@@ -31,16 +31,11 @@ class TensorBoard(Observer):
         self._old_validations = validation_losses(read_records(self._run.folder / METRICS_FILE))
 
     def on_step(self, metrics: StepMetrics) -> None:
-        record = step_record(metrics, self._run)
-        scalars = {f"train/{key}": value for key, value in record.items() if isinstance(value, (int, float))}
-        for layer, load in enumerate(metrics.expert_load):
-            scalars[f"experts/max_load_layer_{layer}"] = max(load)
-            scalars[f"experts/min_load_layer_{layer}"] = min(load)
-        self._write(scalars, metrics.step)
+        self._write(step_scalars(metrics, self._run), metrics.step)
 
     def on_validation(self, step: int, loss: float) -> None:
         if self._old_validations.pop(step, None) != loss:
-            self._write({"validation/loss": loss, "validation/perplexity": perplexity(loss)}, step)
+            self._write(validation_scalars(loss), step)
 
     def close(self) -> None:
         if self._writer is not None:

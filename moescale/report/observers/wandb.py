@@ -1,0 +1,100 @@
+"""Sends a run's numbers to Weights & Biases, or keeps them for it in the folder ``wandb`` of the run (offline mode)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moescale.errors import ConfigError, MoescaleError
+from moescale.files import write_atomically
+from moescale.report.metrics import StepMetrics, TrainSummary
+from moescale.report.observers.observer import (
+    Observer,
+    RunContext,
+    step_scalars,
+    validation_scalars,
+    writing,
+)
+
+PROJECT = "moescale"
+"""Unless WANDB_PROJECT names another."""
+FOLDER = "wandb"
+ID_FILE = "run-id"
+
+
+class WandB(Observer):
+    """The scalars of TensorBoard, what ``run.json`` holds as the configuration, and the summary.
+
+    A run that resumes continues the same run there: its identifier is kept in ``wandb/run-id``. Steps that are done
+    again are dropped by the server, which has them. wandb's own variables (WANDB_PROJECT, WANDB_MODE, WANDB_ENTITY)
+    apply.
+
+    Raises:
+        ConfigError: when it is made, where the package is not installed.
+        MoescaleError: from :meth:`on_start`, where the service refuses or the folder cannot be written. What fails
+            later, such as the network, is retried by wandb's own process and does not end the training.
+    """
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                "run.observers ('wandb') needs the package wandb, which is not installed; pip install "
+                "'moescale[wandb]', or leave it out"
+            )
+        self._wandb_run: Any = None
+
+    def on_start(self, run: RunContext) -> None:
+        import wandb
+
+        self._run = run
+        identifier = _identifier(run.folder / FOLDER / ID_FILE, is_resumed=run.is_resumed)
+        try:
+            self._wandb_run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                name=os.environ.get("WANDB_NAME", run.folder.resolve().name),
+                id=identifier,
+                resume="allow",
+                dir=str(run.folder),
+                config=dict(run.document),
+                # The terminal belongs to the other observers; what they print is not captured.
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.errors.Error as error:
+            raise MoescaleError(
+                f"Weights & Biases cannot be used ({error}); `wandb login` once, or set WANDB_MODE=offline and "
+                f"`wandb sync {run.folder / FOLDER}/offline-run-*` later, or leave 'wandb' out of --observers"
+            ) from error
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self._wandb_run.log(step_scalars(metrics, self._run), step=metrics.step)
+
+    def on_validation(self, step: int, loss: float) -> None:
+        self._wandb_run.log(validation_scalars(loss), step=step)
+
+    def on_finish(self, summary: TrainSummary) -> None:
+        self._wandb_run.summary.update({f"run/{name}": value for name, value in asdict(summary).items()})
+        self._finish(exit_code=0)
+
+    def close(self) -> None:
+        # Without on_finish the run was stopped or has failed, and is shown so.
+        self._finish(exit_code=1)
+
+    def _finish(self, *, exit_code: int) -> None:
+        if self._wandb_run is not None:
+            self._wandb_run.finish(exit_code=exit_code)
+            self._wandb_run = None
+
+
+def _identifier(path: Path, *, is_resumed: bool) -> str:
+    """The identifier in ``path`` where the run is resumed, else a new one, which is kept there."""
+    with writing(path):
+        if is_resumed and path.is_file():
+            return path.read_text().strip()
+        identifier = secrets.token_hex(8)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, identifier + "\n")
+        return identifier
