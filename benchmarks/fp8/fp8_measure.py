@@ -42,15 +42,15 @@ CANDIDATES = {
     "128x256": LARGE,
     "128x256, 8 row tiles": dataclasses.replace(LARGE, group_m=8),
     "128x256, 1 row tile": dataclasses.replace(LARGE, group_m=1),
-    "256x128": dataclasses.replace(LARGE, block_m=256, block_n=128),
     "128x128, two": SMALL_FOUR_WARPS,
-    "128x128, two, 1 row tile": dataclasses.replace(SMALL_FOUR_WARPS, group_m=1),
 }
 PROMOTED = {"128x256": LARGE, "128x128, two": SMALL_FOUR_WARPS}
 BLOCKS = {
     "128x128, eight warps": dataclasses.replace(SMALL, programs_per_sm=1, num_stages=4, flatten=False),
     "128x128, two": dataclasses.replace(SMALL_FOUR_WARPS, flatten=False),
 }
+# Weight gradients; scales from bounds; weights quantised in each forward instead of once a step.
+VARIANTS = (("fp8", True, False), ("fp8", True, True), ("fp8", False, False), ("bf16", False, False))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,8 +204,8 @@ def mlp_contenders(inputs: Inputs, weights: fp8.Weights, launches: dict[str, Lau
     leaves = tuple(t.detach().requires_grad_() for t in (inputs.rows, inputs.gate_up, inputs.down))
     baseline = functools.partial(expert_mlp, *leaves, inputs.ends, backend="triton")
 
-    def contender(gradients: str, weights_each_time: bool) -> Contender:
-        settings = fp8.Settings(weight_gradients=gradients, launches=launches)
+    def contender(gradients: str, bounded: bool, weights_each_time: bool) -> Contender:
+        settings = fp8.Settings(weight_gradients=gradients, bounded=bounded, launches=launches)
 
         def forward() -> Any:
             own = inputs.fp8_weights() if weights_each_time else weights
@@ -218,11 +218,11 @@ def mlp_contenders(inputs: Inputs, weights: fp8.Weights, launches: dict[str, Lau
             grad = fp8.Rows(scaled=quantise.quantise_rows(inputs.grad), wide=inputs.grad)
             return fp8.backward(grad, saved, own, groups, None, settings)
 
-        return Contender(backend=variant(gradients, weights_each_time), forward=forward, backward=backward)
+        return Contender(backend=variant(gradients, bounded, weights_each_time), forward=forward, backward=backward)
 
     return [
         differentiated("bf16", baseline, leaves, inputs.grad),
-        *(contender(gradients, each) for gradients in ("fp8", "bf16") for each in (False, True)),
+        *(contender(*choices) for choices in VARIANTS),
     ]
 
 
@@ -237,8 +237,8 @@ def layer_contenders(inputs: Inputs, weights: fp8.Weights, launches: dict[str, L
     def baseline() -> torch.Tensor:
         return experts(leaves[0], ids, *leaves[1:], backend="triton")
 
-    def contender(gradients: str, weights_each_time: bool) -> Contender:
-        settings = fp8.Settings(weight_gradients=gradients, launches=launches)
+    def contender(gradients: str, bounded: bool, weights_each_time: bool) -> Contender:
+        settings = fp8.Settings(weight_gradients=gradients, bounded=bounded, launches=launches)
 
         def forward() -> Any:
             own = inputs.fp8_weights() if weights_each_time else weights
@@ -260,16 +260,35 @@ def layer_contenders(inputs: Inputs, weights: fp8.Weights, launches: dict[str, L
             grad_x = bf16.combine_rows(found["grad_rows"], pair_row, shape.top_k)
             return grad_x, bf16.order_by_pair(found["grad_weights"], pair_row), found
 
-        return Contender(backend=variant(gradients, weights_each_time), forward=forward, backward=backward)
+        return Contender(backend=variant(gradients, bounded, weights_each_time), forward=forward, backward=backward)
 
     return [
         differentiated("bf16", baseline, leaves, grad),
-        *(contender(gradients, each) for gradients in ("fp8", "bf16") for each in (False, True)),
+        *(contender(*choices) for choices in VARIANTS),
     ]
 
 
-def variant(gradients: str, weights_each_time: bool) -> str:
-    name = "fp8" if gradients == "fp8" else "fp8, weight gradients in bf16"
+def layer_differences(baseline: Contender, ours: Contender, shape: ExpertShape) -> dict:
+    """How far fp8's result and gradients are from bf16's, relative to these: what fp8 errs, if all is wired well."""
+    expected = baseline.forward()
+    grads = baseline.backward(expected, False)
+    result = ours.forward()
+    grad_x, grad_routing, found = ours.backward(result, False)
+    pairs = {
+        "out": (result[0], expected),
+        "grad_x": (grad_x, grads[0]),
+        "grad_routing": (grad_routing.view_as(grads[1]), grads[1]),
+        "grad_gate_up": (found["grad_gate_up"][0], grads[2][0]),
+        "grad_down": (found["grad_down"][0], grads[3][0]),
+    }
+    return describe(shape, "layer, difference to bf16", ours.backend) | {
+        name: relative_error(a.detach(), b.detach()) for name, (a, b) in pairs.items()
+    }
+
+
+def variant(gradients: str, bounded: bool, weights_each_time: bool) -> str:
+    name = {"fp8": "fp8", "bf16": "fp8, weight gradients in bf16"}[gradients]
+    name += "" if bounded or gradients == "bf16" else ", transposed in passes"
     return name + (", weights quantised each time" if weights_each_time else "")
 
 
@@ -305,6 +324,7 @@ def measure_parts(inputs: Inputs) -> list[dict]:
     x, pre, grad_act = randn(tokens, hidden), randn(rows, 2 * ffn), randn(rows, ffn)
     scaled, scaled_pre = quantise.quantise_rows(inputs.rows), quantise.quantise_rows(pre)
     padded, row_weights = quantise.pad_ends(ends), torch.rand(rows, device=DEVICE)
+    _, bounds = quantise.swiglu(pre)
     gathered = fp8.Rows.gathered(x, row_pair, pair_row, shape.top_k)
     wide = 3 * shape.num_experts * hidden * ffn
     parts: dict[str, tuple[Callable[[], object], float]] = {
@@ -320,6 +340,16 @@ def measure_parts(inputs: Inputs) -> list[dict]:
         "SwiGLU": (lambda: quantise.swiglu(pre), 5.0 * rows * ffn),
         "SwiGLU backward": (lambda: quantise.swiglu_backward(grad_act, pre, None), 8.0 * rows * ffn),
         "SwiGLU backward, weighted": (lambda: quantise.swiglu_backward(grad_act, pre, row_weights), 9.0 * rows * ffn),
+        "SwiGLU backward, weighted and transposed": (
+            lambda: quantise.swiglu_backward_transposed(grad_act, bounds[0], pre, bounds, row_weights, ends, padded),
+            11.0 * rows * ffn,
+        ),
+        "the same in tiles of 64 columns": (
+            lambda: quantise.swiglu_backward_transposed(
+                grad_act, bounds[0], pre, bounds, row_weights, ends, padded, columns=64
+            ),
+            11.0 * rows * ffn,
+        ),
         "SwiGLU backward, bf16 too": (
             lambda: quantise.swiglu_backward(grad_act, pre, None, wide=True),
             14.0 * rows * ffn,
@@ -372,7 +402,8 @@ def measure_numerics() -> list[dict]:
         for form, settings in {
             "fp8": fp8.Settings(),
             "fp8, promoted": fp8.Settings(imprecise=dict.fromkeys(KERNELS, 128)),
-            variant("bf16", False): fp8.Settings(weight_gradients="bf16"),
+            "fp8, transposed in passes": fp8.Settings(bounded=False),
+            variant("bf16", False, False): fp8.Settings(weight_gradients="bf16"),
         }.items():
             groups = inputs.groups
             x = fp8.Rows(scaled=quantise.quantise_rows(inputs.rows), wide=inputs.rows)
@@ -425,7 +456,9 @@ def measure(sections: set[str]) -> Iterable[dict]:
         if "mlp" in sections:
             yield from measure_contenders(mlp_contenders(inputs, weights, launches), shape, "mlp")
         if large and "layer" in sections:
-            yield from measure_contenders(layer_contenders(inputs, weights, launches), shape, "layer")
+            contenders = layer_contenders(inputs, weights, launches)
+            yield layer_differences(*contenders[:2], shape)
+            yield from measure_contenders(contenders, shape, "layer")
         if large and "parts" in sections:
             yield from measure_parts(inputs)
         torch.cuda.empty_cache()
