@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-all test-gpu check format clean
+.PHONY: help install demo test test-all test-gpu check format docs clean
 
 help:
 	@echo "make demo      train, resume, export and reopen a small model (minutes on 2 CPU cores)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  the same and the slow tests"
 	@echo "make test-gpu  tests that need a CUDA device, with the python that has torch (PYTHON=...)"
 	@echo "make check     format, lint, types, import rules"
+	@echo "make docs      the documentation as a site, in build/site"
 
 install: $(STAMP)
 
@@ -45,5 +46,13 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.docs-installed
+	$(BIN)/python docs/write_reference.py
+	$(BIN)/python docs/build_site.py
+
+$(VENV)/.docs-installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $(VENV)/.docs-installed
+
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output build/site build/site-sources
