@@ -4,6 +4,9 @@ Documents gather in a window of many sequences. When it is full they are placed,
 sequence where it leaves the least room (best-fit decreasing). Sequences that are as good as full are handed out; the
 documents of the others go back into the window, where shorter ones to come may fill them. So what is handed out depends
 on the documents and their order alone.
+
+What padding there is comes from the order: long documents whose short ones come later than the window reaches. A wider
+window helps there, and a finer search for what fits does not (docs/decisions/0020-packing-window.md).
 """
 
 from __future__ import annotations
@@ -14,20 +17,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-_WINDOW_TOKENS = 1 << 22
+_WINDOW_TOKENS = 1 << 24
+_WINDOW_DOCUMENTS = 1 << 17
+"""So short are documents then that they fit everywhere, and cost more memory than their tokens do."""
 _LEAST_WINDOW_SEQUENCES = 128
 _FULL_SHARE = 1 / 512
 """Padding that a sequence may have to be handed out before the end."""
-_MOST_KEPT_SHARE = 0.5
-"""Of the window, in sequences: whatever is kept beyond is handed out, so that the window makes progress."""
+_MOST_KEPT_SHARE = 0.8
+"""Of the window, in sequences and in documents: whatever else there is is handed out, so that it makes progress."""
 
 
 class Document(NamedTuple):
     """One document."""
 
     tokens: np.ndarray
-    targets: np.ndarray
-    """bool, one per token."""
+    target_bits: np.ndarray
+    """uint8: eight tokens to a byte, the first in its lowest bit."""
+
+    @property
+    def targets(self) -> np.ndarray:
+        """bool, one per token."""
+        return np.unpackbits(self.target_bits, count=len(self.tokens), bitorder="little").astype(bool)
 
 
 class BestFitPacking:
@@ -41,17 +51,17 @@ class BestFitPacking:
 
     def add(self, tokens: np.ndarray, targets: np.ndarray) -> list[list[Document]]:
         """Take one document, and return the sequences that are ready."""
-        self._window.append(Document(tokens, targets))
+        self._window.append(Document(tokens, np.packbits(targets, bitorder="little")))
         self._num_tokens += len(tokens)
-        if self._num_tokens < self._window_tokens:
+        if self._num_tokens < self._window_tokens and len(self._window) < _WINDOW_DOCUMENTS:
             return []
         sequences = self._packed()
         is_ready = [padding <= _FULL_SHARE * self._sequence_length for padding, _ in sequences]
         ready = [documents for (_, documents), full in zip(sequences, is_ready, strict=True) if full]
         kept = [documents for (_, documents), full in zip(sequences, is_ready, strict=True) if not full]
-        num_kept = int(_MOST_KEPT_SHARE * self._window_tokens / self._sequence_length)
-        ready += kept[: max(0, len(kept) - num_kept)]  # the fullest of them come first
-        kept = kept[max(0, len(kept) - num_kept) :]
+        first = _first_kept(kept, int(_MOST_KEPT_SHARE * self._window_tokens / self._sequence_length))
+        ready += kept[:first]  # the fullest of them come first
+        kept = kept[first:]
         self._window = [document for documents in kept for document in documents]
         self._num_tokens = sum(len(document.tokens) for document in self._window)
         return ready
@@ -85,3 +95,13 @@ class BestFitPacking:
         return [
             (padding[sequence], [self._window[number] for number in sorted(packed[sequence])]) for sequence in numbered
         ]
+
+
+def _first_kept(sequences: list[list[Document]], most_sequences: int) -> int:
+    """Return from which sequence on the last ones are few enough, and their documents, too."""
+    num_documents = 0
+    for number in range(len(sequences) - 1, -1, -1):
+        num_documents += len(sequences[number])
+        if len(sequences) - number > most_sequences or num_documents > _MOST_KEPT_SHARE * _WINDOW_DOCUMENTS:
+            return number + 1
+    return 0

@@ -17,6 +17,8 @@ _BYTES_PER_CHUNK_BYTE = 16
 """A chunk in flight is bytes, strings and tokens, in two processes and in the pipe between them."""
 _TABLE_READER_BYTES = 150_000_000
 """The process that reads Parquet and Arrow files, with a batch of ordinary rows."""
+_PACKING_BYTES = 140_000_000
+"""The window of conversations that a split is packed from, at its most: of conversations of 128 tokens."""
 _BYTES_PER_DOCUMENT_BYTE = 8
 """A document is bytes, text, and tokens in parts and in one piece; measured 4.5 times its size."""
 _IN_FLIGHT_PER_WORKER = 3
@@ -46,25 +48,27 @@ def resources_for(
     source_bytes: int | None,
     window_bytes: int = 0,
     has_tables: bool = False,
+    packed_splits: int = 0,
 ) -> Resources:
     """Share out ``settings.memory_gigabytes``: first to processes, then to the size of their chunks.
 
     ``window_bytes`` is what any of them may take besides, to decompress what it reads; with ``has_tables`` there is one
-    more process, which reads these.
+    more process, which reads these. ``packed_splits`` of conversations are packed by the calling process.
 
     Raises:
         ConfigError: it is less than one process needs.
     """
     reader_bytes = _TABLE_READER_BYTES if has_tables else 0
-    budget = int(settings.memory_gigabytes * 1e9) - reader_bytes
+    packing_bytes = packed_splits * _PACKING_BYTES
+    budget = int(settings.memory_gigabytes * 1e9) - reader_bytes - packing_bytes
     process_bytes = _PROCESS_BYTES + _VOCABULARY_ENTRY_BYTES * vocabulary_size + window_bytes
     worker_bytes = process_bytes + _IN_FLIGHT_PER_WORKER * _LEAST_CHUNK_BYTES * _BYTES_PER_CHUNK_BYTE
     if budget < worker_bytes:
         window = f", with a window of {window_bytes:,} bytes to decompress a .zst file" if window_bytes else ""
         raise ConfigError(
             f"prepare.memory_gigabytes ({settings.memory_gigabytes}) must be at least "
-            f"{(worker_bytes + reader_bytes) / 1e9:.2f}: one process with this tokenizer's vocabulary of "
-            f"{vocabulary_size:,} needs that{window}"
+            f"{(worker_bytes + reader_bytes + packing_bytes) / 1e9:.2f}: one process with this tokenizer's "
+            f"vocabulary of {vocabulary_size:,} needs that{window}"
         )
     cores = settings.num_workers or len(os.sched_getaffinity(0))
     if settings.num_workers is None and source_bytes is not None and source_bytes < _SMALL_SOURCE_BYTES:

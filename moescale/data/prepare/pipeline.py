@@ -66,6 +66,7 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
         source_bytes=source.num_bytes,
         window_bytes=source.window_bytes,
         has_tables=source.has_tables,
+        packed_splits=0 if chat is None else 1 + bool(settings.validation_fraction),
     )
     with staged(settings.output) as folder:
         manifest = _write(

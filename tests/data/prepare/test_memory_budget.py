@@ -53,6 +53,17 @@ def test_a_small_source_does_not_start_processes_unless_asked_to():
     assert resources_for(make_settings(num_workers=2), vocabulary_size=1000, source_bytes=1000).num_workers == 2
 
 
+def test_the_windows_that_conversations_are_packed_from_count():
+    settings = make_settings(num_workers=4, memory_gigabytes=0.7)
+    numbers = [
+        resources_for(settings, vocabulary_size=1000, source_bytes=None, packed_splits=splits).num_workers
+        for splits in (0, 1, 2)
+    ]
+    assert numbers == [3, 2, 1]
+    with pytest.raises(ConfigError, match=r"must be at least 0.2"):
+        resources_for(make_settings(memory_gigabytes=0.2), vocabulary_size=1000, source_bytes=None, packed_splits=1)
+
+
 def test_less_memory_than_one_process_needs_is_refused():
     with pytest.raises(ConfigError, match=r"memory_gigabytes \(0.1\) must be at least 0.\d\d: one process .* 100,000"):
         resources_for(make_settings(memory_gigabytes=0.1), vocabulary_size=100_000, source_bytes=None)
