@@ -176,7 +176,7 @@ def lock_file(path: Path) -> Iterator[None]:
 def is_locked(path: Path) -> bool:
     """Return whether a process holds the lock ``path``, without changing it; False where there is no such file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
     except OSError:
         return False
     try:

@@ -11,10 +11,10 @@ Layers of an MLP are named to PEFT as parameters: as modules it takes them for r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +36,7 @@ Layout = Literal["peft", "per-expert"]
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_DTYPES = ("F32", "BF16", "F16", "F64")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _FILE = FileKind(
     noun="an adapter's configuration",
@@ -247,6 +248,7 @@ def read_adapter(folder: Path, config: ModelConfig, lora: LoraSettings) -> dict[
     """
     path = folder / WEIGHTS_FILE
     unread, found = set(_names(folder)), {}
+    modules, shapes = adapted_modules(config, lora), _stored_shapes(config, lora)
     with safe_open(path, framework="pt") as file:
 
         def read(key: str) -> torch.Tensor:
@@ -254,10 +256,11 @@ def read_adapter(folder: Path, config: ModelConfig, lora: LoraSettings) -> dict[
             if name not in unread:
                 raise CheckpointError(f"{path}: lacks tensor '{name}', the model's adapters have it")
             taken.add(name)
+            _check_tensor(path, name, file.get_slice(name), shapes[key])
             return file.get_tensor(name).float()
 
         taken: set[str] = set()
-        for module in adapted_modules(config, lora):
+        for module in modules:
             for name, factor in zip(module.factors(), _factors(module, read, unread, lora.rank, path), strict=True):
                 if not torch.isfinite(factor).all():
                     raise CheckpointError(f"{path}: adapter '{name}' has values that are not finite")
@@ -267,8 +270,33 @@ def read_adapter(folder: Path, config: ModelConfig, lora: LoraSettings) -> dict[
             raise CheckpointError(
                 f"{path}: tensor '{min(extra)}' belongs to no module among lora.targets ({'+'.join(lora.targets)})"
             )
-    _check_shapes(found, config, lora, path)
     return found
+
+
+def _stored_shapes(config: ModelConfig, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that either layout has, by its name without prefix and ending."""
+    model = build_on_meta(config, torch.bfloat16)
+    add_adapters(model, lora)
+    return {
+        key: tuple(tensor.shape)
+        for module in adapted_modules(config, lora)
+        for layout in get_args(Layout)
+        for key, tensor in _stored(module, [model.get_parameter(name) for name in module.factors()], layout)
+    }
+
+
+def _check_tensor(path: Path, name: str, stored: Any, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor by what its file's header says, before it is read and joined with others."""
+    if stored.get_dtype() not in _DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor '{name}' has dtype {stored.get_dtype()}; supported are {', '.join(_DTYPES)}"
+        )
+    if tuple(stored.get_shape()) != shape:
+        is_stacked = name.rpartition(".lora_")[0].endswith(("experts", "experts.base_layer"))
+        older = "; if PEFT before 0.19.1 wrote it, save it again with a newer one" if is_stacked else ""
+        raise CheckpointError(
+            f"{path}: tensor '{name}' has shape {tuple(stored.get_shape())}, the model's adapters have {shape}{older}"
+        )
 
 
 def _factors(
@@ -282,13 +310,6 @@ def _factors(
         factors = []
         for wrapper in (f"{key}.base_layer", key):
             a, b = read(f"{wrapper}.lora_A"), read(f"{wrapper}.lora_B")
-            for tensor, dim in ((a, 0), (b, 1)):
-                if tensor.dim() != 2 or tensor.shape[dim] != module.num_experts * rank:
-                    raise CheckpointError(
-                        f"{path}: adapter of '{wrapper}' has shape {tuple(tensor.shape)}, in which the "
-                        f"{module.num_experts} experts of rank {rank} do not lie along dim {dim}: written by PEFT "
-                        "before 0.19.1? Save it again with a newer one"
-                    )
             factors += [a.unflatten(0, (module.num_experts, rank)), b.unflatten(1, (rank, -1)).permute(2, 0, 1)]
         return factors
     gate, up, down = (
@@ -316,15 +337,6 @@ def _names(folder: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or damaged ({error}); fetch it again") from error
-
-
-def _check_shapes(found: Mapping[str, torch.Tensor], config: ModelConfig, lora: LoraSettings, path: Path) -> None:
-    model = build_on_meta(config, torch.bfloat16)
-    add_adapters(model, lora)
-    for name, factor in found.items():
-        wanted = tuple(model.get_parameter(name).shape)
-        if tuple(factor.shape) != wanted:
-            raise CheckpointError(f"{path}: adapter '{name}' has shape {tuple(factor.shape)}, the model wants {wanted}")
 
 
 class MergedWeights:

@@ -185,7 +185,7 @@ def test_what_cannot_be_continued_is_refused_by_name(tmp_path: Path) -> None:
         save_file({name: t.contiguous() for name, t in changed.items()}, folder / "adapter_model.safetensors")
         read_adapter(folder, model.config, LORA)
 
-    with pytest.raises(CheckpointError, match=r"do not lie along dim 0: written by PEFT before 0\.19\.1"):
+    with pytest.raises(CheckpointError, match=r"has shape .*; if PEFT before 0\.19\.1 wrote it"):
         read_with(stored | {key: stored[key].T})
     with pytest.raises(CheckpointError, match=f"lacks tensor '{key}'"):
         read_with({name: tensor for name, tensor in stored.items() if name != key})
@@ -204,3 +204,33 @@ def test_gate_and_up_of_an_expert_with_an_a_each_are_refused(tmp_path: Path) -> 
     save_file(stored, path)
     with pytest.raises(CheckpointError, match="gate_proj and up_proj of 'model.layers.2.mlp.experts' have different"):
         read_adapter(tmp_path / "out", model.config, LORA)
+
+
+DAMAGES = {
+    "no dims": lambda tensor: torch.tensor(1.0),
+    "one dim": lambda tensor: torch.ones(5),
+    "another width": lambda tensor: torch.ones(len(tensor), 3),
+    "three dims": lambda tensor: torch.ones(2, 3, 4),
+    "no rows": lambda tensor: torch.ones(0, 4),
+    "no columns": lambda tensor: torch.ones(2, 0),
+    "integers": lambda tensor: torch.ones(tensor.shape, dtype=torch.int64),
+    "booleans": lambda tensor: torch.ones(tensor.shape, dtype=torch.bool),
+    "8 bits": lambda tensor: torch.ones(tensor.shape).to(torch.float8_e4m3fn),
+    "complex": lambda tensor: torch.ones(tensor.shape, dtype=torch.complex64),
+    "infinite": lambda tensor: torch.full(tensor.shape, 1e300, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("layout", ["peft", "per-expert"])
+def test_a_tensor_of_another_shape_or_dtype_is_refused_by_name_wherever_it_is(tmp_path: Path, layout: Any) -> None:
+    model = adapted_model()
+    export_adapter(model.config, LORA, adapters(model), tmp_path / "out", layout=layout, base_model="base")
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    stored = load_file(path)
+    keys = [key for key in stored if ".layers.2." in key]
+    for number, (name, damage) in enumerate(DAMAGES.items()):
+        key = keys[number % len(keys)]
+        save_file(stored | {key: damage(stored[key])}, path)
+        with pytest.raises(CheckpointError, match="has shape|has dtype|not finite|have different"):
+            read_adapter(tmp_path / "out", model.config, LORA)
+            pytest.fail(f"{key}: {name}")

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -204,6 +205,49 @@ def test_a_folder_without_a_run_is_named(tmp_path, capsys):
     assert f"{tmp_path}/run.json: missing; give the folder that was --output" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+@pytest.mark.parametrize(
+    "load", [[], [[]], [[1, 1], [1, 1, 1]], [[1] * 16], [[1] * 15] * 3, [[-1] + [1] * 15] * 3, [[1e6] * 16] * 3]
+)
+def test_loads_that_no_model_has_are_refused(tmp_path, plan, load, capsys):
+    folder = write_run(tmp_path / "first", plan, steps=3)
+    with (folder / "expert_load.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "load": load}) + "\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["report", str(folder)])
+    assert caught.value.code == 2 and "expert_load.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_numbers_that_no_run_has_are_damage_and_the_largest_others_are_drawn(tmp_path, plan):
+    folder = write_run(tmp_path / "first", plan, steps=12)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for value in (1e308, -1e308, 1e31):
+            file.write(json.dumps({"step": 13, "loss": value}) + "\n")
+        for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "mfu", "peak_bytes"):
+            for value in (1e30, -1e30, 1e-320, 0.0):
+                file.write(json.dumps({"step": 2**62, "loss": 1.0, name: value}) + "\n")
+        file.write('{"step": 14, "validation_loss": 1e30}\n{"step": 15, "validation_loss": -1e30}\n')
+    assert "damaged lines of metrics 3" in str(Text(page_of(folder)))
+
+
+def test_a_folder_of_any_name_has_a_page(tmp_path, plan):
+    first = write_run(tmp_path / os.fsdecode(b"_$\\frac{$\xff\x1b"), plan, steps=2)
+    assert "\\xff\\x1b" in page_of(first, first)
+
+
+def test_what_is_in_the_place_of_a_lock_is_not_waited_for(tmp_path, plan):
+    folder = write_run(tmp_path / "first", plan, steps=2)
+    os.mkfifo(folder / "run.lock")
+    assert read_run(folder).state == "ended"
+
+
+def test_a_line_too_long_for_a_record_is_not_read(tmp_path, plan):
+    folder = write_run(tmp_path / "first", plan, steps=2)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("[" * 2**21 + '\n{"step": 3, "loss": 1.0}\n')
+    assert read_run(folder).last_step == 3
 
 
 def test_long_curves_are_thinned_by_means():

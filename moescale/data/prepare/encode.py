@@ -21,7 +21,7 @@ from moescale.data.prepare.memory_budget import check_document_bytes
 from moescale.data.prepare.readers import BYTE_ORDER_MARK, looks_binary
 from moescale.data.prepare.record_files import value_at
 from moescale.data.prepare.splitting import parts_of
-from moescale.data.prepare.unknown_text import UnknownText
+from moescale.data.prepare.unknown_text import INVALID_UTF8, UnknownText, is_encodable
 from moescale.data.prepare.word_table import word_encoder
 from moescale.data.prepare.work_items import (
     LineRange,
@@ -36,11 +36,8 @@ from moescale.data.prepare.work_items import (
 from moescale.errors import DataError
 
 MALFORMED_JSON = "malformed_json"
-INVALID_UTF8 = "invalid_utf8"
 MISSING_COLUMN = "missing_column"
 EMPTY_DOCUMENT = "empty_document"
-UNKNOWN_CHARACTERS = "unknown_characters"
-UNKNOWN_TOKENS = "unknown_tokens"
 
 _PART_CHARACTERS = 1 << 16
 _HEAD_BYTES = 1 << 16
@@ -129,7 +126,7 @@ class Encoder:
         self._unknown = UnknownText(self.tokenizer, description)
         self._by_words = word_encoder(self.tokenizer, self.dtype, description)
         self._end = np.array([end_token_id], dtype=self.dtype)
-        self._chat = None if chat is None else ChatEncoder(self.tokenizer, self.dtype, chat)
+        self._chat = None if chat is None else ChatEncoder(self.tokenizer, self.dtype, chat, self._unknown)
 
     def __call__(self, chunk: ReadableChunk) -> EncodedChunk:
         if isinstance(chunk, TextRange):
@@ -184,7 +181,7 @@ class Encoder:
             text = value_at(record, self.text_column) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 read.bad.append(Fault(MISSING_COLUMN, number, detail=_fields_of(record)))
-            elif b"\\u" in line and not _is_encodable(text):
+            elif b"\\u" in line and not is_encodable(text):
                 read.bad.append(Fault(INVALID_UTF8, number))
             else:
                 read.add(text, number)
@@ -235,12 +232,8 @@ class Encoder:
         return tokens, lengths, targets
 
     def _unknown_in(self, text: str, tokens: np.ndarray, where: int | str) -> Iterator[Fault]:
-        if self._unknown.is_possible:
-            count, first = self._unknown.count(text, tokens.tolist())
-            if count and first:
-                yield Fault(UNKNOWN_CHARACTERS, where, count, f"such as {first!r}")
-            elif count:
-                yield Fault(UNKNOWN_TOKENS, where, count)
+        for kind, count, detail in self._unknown.faults(text, tokens):
+            yield Fault(kind, where, count, detail)
 
     def tokens_of(self, text: str) -> np.ndarray:
         """Return the tokens of one text; a long one goes in parts, because an Encoding takes 100 bytes a token."""
@@ -269,15 +262,6 @@ def _fields_of(record: object) -> str:
         return f"a line is a {type(record).__name__}, not an object"
     names = [repr(str(name)[:40]) for name in list(record)[:12]]
     return f"a record has the fields {', '.join(names) or 'none'}"
-
-
-def _is_encodable(text: str) -> bool:
-    """Whether ``text`` is free of lone surrogates, which JSON escapes can spell and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _lines_of(chunk: LineRange, most_bytes: int) -> Iterator[bytes]:

@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
 
+UNKNOWN_CHARACTERS = "unknown_characters"
+UNKNOWN_TOKENS = "unknown_tokens"
+INVALID_UTF8 = "invalid_utf8"
 _BYTES = 256
 
 
@@ -37,6 +41,15 @@ class UnknownText:
             return 0, ""
         return sum(1 for token_id in ids if token_id == self._unknown_id), ""
 
+    def faults(self, text: str, ids: Sequence[int] | np.ndarray) -> list[tuple[str, int, str]]:
+        """Return what of ``text`` has no tokens, as kind, amount and detail: one at most."""
+        if not self.is_possible:
+            return []
+        count, first = self.count(text, ids if isinstance(ids, list) else np.asarray(ids).tolist())
+        if not count:
+            return []
+        return [(UNKNOWN_CHARACTERS, count, f"such as {first!r}") if first else (UNKNOWN_TOKENS, count, "")]
+
     def _is_spelt(self, character: str) -> bool:
         known = self._known.get(character)
         if known is None:
@@ -59,6 +72,15 @@ class UnknownText:
             if sum(len(token.value.encode()) for token in tokens) < len(piece.encode()):
                 return False
         return True
+
+
+def is_encodable(text: str) -> bool:
+    """Whether ``text`` is free of lone surrogates, which JSON escapes can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _stands_for_words(model: object) -> bool:

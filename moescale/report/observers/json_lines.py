@@ -9,12 +9,20 @@ from typing import Any
 
 from moescale.errors import MoescaleError
 from moescale.files import write_atomically
-from moescale.records import Count, FileKind, build, parse_json_object
+from moescale.records import Count, FileKind, build, parse_json_object, read_bytes
 from moescale.report.metrics import StepMetrics, to_json
 from moescale.report.observers.observer import Observer, RunContext, perplexity, step_record, writing
 
 METRICS_FILE = "metrics.jsonl"
-_FILE = FileKind(noun="a record of metrics", error=MoescaleError, ignores_unknown=True)
+_FILE = FileKind(
+    noun="a record of metrics",
+    error=MoescaleError,
+    ignores_unknown=True,
+    max_bytes=2**31,
+    remedy="move the file away; a run that goes on begins another",
+)
+_MAX_LINE_BYTES = 2**20
+"""A record has some hundred bytes, and of its loads some ten thousand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +122,11 @@ def _parse(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]
     """The file's records with their lines, and the lines that are damaged; a cut-short last line is neither."""
     records: list[tuple[bytes, dict[str, Any]]] = []
     damaged: list[bytes] = []
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    lines = read_bytes(path, _FILE).split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
+            if len(line) > _MAX_LINE_BYTES:
+                raise MoescaleError(f"{path}:{number}: has {len(line):,} bytes")
             record = parse_json_object(line, f"{path}:{number}", _FILE)
             build(_Record, record, f"{path}:{number}", _FILE)
         except MoescaleError:

@@ -51,6 +51,7 @@ def draw(paint: Callable[[Axes], None], *, height: float = HEIGHT) -> str:
         "svg.fonttype": "none",
         "font.size": 9,
         "font.family": "sans-serif",
+        "text.parse_math": False,  # a folder's name may have dollars
         "text.color": INK,
         "axes.labelcolor": FAINT,
         "axes.edgecolor": LINE,
@@ -100,12 +101,17 @@ def smoothed(values: Sequence[float], share: float = 0.02) -> list[float]:
     return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
+def _label(run: RunData) -> str:
+    """The run's name; matplotlib leaves out what begins with an underscore."""
+    return f"\u200b{run.name}" if run.name.startswith("_") else run.name
+
+
 def loss_figure(runs: Sequence[RunData]) -> str:
     """Training loss, faint and smoothed, and validation losses as points."""
 
     def paint(axes: Axes) -> None:
         for run, color in zip(runs, RUN_COLORS, strict=False):
-            label = run.name if len(runs) > 1 else "training"
+            label = _label(run) if len(runs) > 1 else "training"
             steps, losses = thinned(*run.series("loss"))
             axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
             axes.plot(steps, smoothed(losses), color=color, linewidth=1.4, label=label)
@@ -128,7 +134,7 @@ def curve_figure(runs: Sequence[RunData], name: str, label: str, *, scale: float
     def paint(axes: Axes) -> None:
         for run, color in zip(runs, RUN_COLORS, strict=False):
             steps, values = thinned(*run.series(name))
-            axes.plot(steps, [value * scale for value in values], color=color, linewidth=1.2, label=run.name)
+            axes.plot(steps, [value * scale for value in values], color=color, linewidth=1.2, label=_label(run))
         axes.set_ylabel(label)
         axes.set_xlabel("step")
         if log:

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from moescale.errors import ConfigError, MoescaleError
+from moescale.errors import ConfigError, MoescaleError, printable
 from moescale.files import is_locked
 from moescale.plan import ParallelPlan
-from moescale.records import Count, FileKind, Range, build, parse_json, read_bytes, read_json_object
+from moescale.records import Count, FileKind, Length, Range, build, parse_json, read_bytes, read_json_object
 from moescale.report.observers.expert_load import ExpertLoad
 from moescale.report.observers.json_lines import METRICS_FILE, read_records
 from moescale.report.observers.warnings import Warnings
 
 MAX_LOAD = 1e5
 """The most that an expert's load can be: all rows go to one of so many experts."""
+Value = Annotated[float, Range(-1e30, 1e30)]
+"""A number of metrics: what lies beyond is damage, and sums of it are no numbers any more."""
 State = Literal["finished", "running", "ended"]
 _RUN = FileKind(
     noun="a run's description",
@@ -34,15 +36,15 @@ class Event:
     """What the report reads of a line of ``metrics.jsonl``; null there is None here, and was not finite."""
 
     step: Count
-    loss: float | None = None
-    learning_rate: float | None = None
-    gradient_norm: float | None = None
-    tokens_per_second: float | None = None
-    step_seconds: float | None = None
-    peak_bytes: float | None = None
-    mfu: float | None = None
+    loss: Value | None = None
+    learning_rate: Value | None = None
+    gradient_norm: Value | None = None
+    tokens_per_second: Value | None = None
+    step_seconds: Value | None = None
+    peak_bytes: Value | None = None
+    mfu: Value | None = None
     skipped: bool = False
-    validation_loss: float | None = None
+    validation_loss: Value | None = None
     checkpoint: str | None = None
 
 
@@ -51,8 +53,18 @@ class ExpertLoads:
     """A line of ``expert_load.jsonl``."""
 
     step: Count
-    load: tuple[tuple[Annotated[float, Range(0, MAX_LOAD)], ...], ...]
+    load: Annotated[tuple[tuple[Annotated[float, Range(0, MAX_LOAD)], ...], ...], Length(least=1)]
     """Per MoE layer, each expert's load; 1 is an even share."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of MoE layers, and of experts in each."""
+        return len(self.load), len(self.load[0])
+
+    def __post_init__(self) -> None:
+        sizes = {len(layer) for layer in self.load}
+        if len(sizes) > 1 or 0 in sizes:
+            raise MoescaleError(f"load: layers of {', '.join(map(str, sorted(sizes)))} experts must be of equally many")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +98,7 @@ class RunData:
 
     @property
     def name(self) -> str:
-        return self.folder.name or str(self.folder)
+        return printable(self.folder.name or str(self.folder))
 
     @property
     def last_step(self) -> int:
@@ -118,7 +130,7 @@ def read_run(folder: Path) -> RunData:
         validations=[event for kind, event in events if kind == "validation_loss"],
         checkpoints=[event for kind, event in events if kind == "checkpoint"],
         num_damaged=num_damaged,
-        loads=_lines(folder / ExpertLoad.FILE, ExpertLoads, _LOADS),
+        loads=_loads(folder / ExpertLoad.FILE),
         warnings=_lines(folder / Warnings.FILE, LoggedWarning, _WARNINGS),
     )
 
@@ -142,6 +154,18 @@ def _state(folder: Path, steps: list[Event], total: object) -> State:
         return "running"
     is_done = isinstance(total, int) and bool(steps) and steps[-1].step >= total
     return "finished" if is_done or (folder / "summary.json").is_file() else "ended"
+
+
+def _loads(path: Path) -> list[ExpertLoads]:
+    """The records of expert load, all of one model. Raises MoescaleError."""
+    loads = _lines(path, ExpertLoads, _LOADS)
+    for record in loads:
+        if record.shape != loads[0].shape:
+            raise MoescaleError(
+                f"{path}: the record of step {record.step} has the load of {record.shape} layers and experts, the "
+                f"first one of {loads[0].shape}; they are of two models, so remove those of one"
+            )
+    return loads
 
 
 def _lines(path: Path, record: type[Any], kind: FileKind) -> list[Any]:

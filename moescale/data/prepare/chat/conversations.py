@@ -156,8 +156,15 @@ def _message(message: Any, where: str) -> tuple[Message, bool]:
     if not isinstance(role, str):
         raise RecordFault("malformed_conversation", f"{where} has no role")
     _check_content(message.get("content"), where)
-    exempt = message.pop("weight", 1) == 0 or message.pop("train", True) is False
-    return message, role == "assistant" and not exempt
+    is_learned = all(_flag(message.pop(name, True), f"{where}.{name}") for name in ("weight", "train"))
+    return message, role == "assistant" and is_learned
+
+
+def _flag(value: Any, where: str) -> bool:
+    """Return whether a message may be learned; a share of the loss, which weights are elsewhere, there is not here."""
+    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
+        return bool(value)
+    raise RecordFault("malformed_conversation", f"{where} ({str(value)[:40]!r}) must be 0 or 1, or true or false")
 
 
 def _from_sharegpt(message: Message, where: str) -> Message:
@@ -166,7 +173,7 @@ def _from_sharegpt(message: Message, where: str) -> Message:
     if source == "function_call":
         try:
             call = json.loads(value) if isinstance(value, str) else value
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecordFault("malformed_conversation", f"{where}: a function_call must be JSON: {error}") from error
         calls = call if isinstance(call, list) else [call]
         if not all(isinstance(one, dict) for one in calls):
@@ -190,6 +197,8 @@ def _check_content(content: Any, where: str) -> None:
         if not isinstance(part, str) and (not isinstance(part, dict) or part.get("type") != "text"):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise RecordFault("not_text", f"{where}.content has a part of type {kind!r}; only text can be learned")
+        if isinstance(part, dict) and not isinstance(part.get("text", ""), str):
+            raise RecordFault("malformed_conversation", f"{where}.content has a part whose text is none")
 
 
 def _tools_of(record: Mapping[str, Any]) -> list[Any] | None:
@@ -198,7 +207,7 @@ def _tools_of(record: Mapping[str, Any]) -> list[Any] | None:
     if isinstance(tools, str) and tools:
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecordFault("malformed_conversation", f"tools must be JSON: {error}") from error
     if not tools:
         return None

@@ -11,6 +11,7 @@ import tokenizers
 
 from moescale.data.prepare.chat.conversations import RecordFault
 from moescale.data.prepare.chat.render_process import Renderer, RenderOptions
+from moescale.data.prepare.unknown_text import INVALID_UTF8, UnknownText, is_encodable
 from moescale.errors import DataError
 
 TOO_LONG = "too_long"
@@ -37,12 +38,15 @@ class EncodedConversation(NamedTuple):
 class ChatEncoder:
     """Renders and tokenises conversations; one per process."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, dtype: np.dtype, options: ChatOptions) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, dtype: np.dtype, options: ChatOptions, unknown: UnknownText
+    ) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer.to_str())
         # It adds no tokens here, but may leave the space at a token's beginning out of the token's characters.
         self._tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
         self._dtype = dtype
         self._options = options
+        self._unknown = unknown
         self._renderer = Renderer(options.render)
 
     def __call__(self, record: Any, where: str) -> tuple[list[EncodedConversation], list[tuple[str, int, str]]]:
@@ -61,10 +65,13 @@ class ChatEncoder:
                     "--loss-on last-answer or all"
                 )
             return [], [(rendering.kind, 1, rendering.detail)]
+        if not is_encodable(rendering.text):
+            return [], [(INVALID_UTF8, 1, "")]
         encoding = self._tokenizer.encode(rendering.text, add_special_tokens=False)
         tokens = np.array(encoding.ids, dtype=self._dtype)
         targets = covered(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2), rendering.spans)
         notes = [(kind, 1, detail) for kind, detail in rendering.notes]
+        notes += self._unknown.faults(rendering.text, encoding.ids)
         length = self._options.sequence_length
         if len(tokens) > length:
             if self._options.too_long == "error":

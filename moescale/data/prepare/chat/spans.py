@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 
 from moescale.data.prepare.chat.conversations import Conversation, Message, RecordFault
-from moescale.data.prepare.chat.template import ChatTemplate
+from moescale.data.prepare.chat.template import ChatTemplate, MisplacedMark
 
 LOSS_ON = ("answers", "last-answer", "all")
 TRIMMED = "trimmed_message"
@@ -43,7 +43,10 @@ def render(template: ChatTemplate, conversation: Conversation, loss_on: str) -> 
         RecordFault: the template leaves out a message, there is nothing to learn, or it cannot be told what.
     """
     messages, tools, variables = conversation.messages, conversation.tools, conversation.variables
-    text, marked = template.render_marked(messages, tools, variables)
+    try:
+        text, marked = template.render_marked(messages, tools, variables)
+    except MisplacedMark as error:
+        raise _undecided(str(error)) from error
     notes = _missing(text, messages)
     if loss_on == "all":
         return Rendering(text=text, spans=[(0, len(text))], notes=notes)
@@ -63,12 +66,20 @@ def render(template: ChatTemplate, conversation: Conversation, loss_on: str) -> 
                 f"the template marks {len(marked)} parts of {len(answers)} answers, so which of them belong to those "
                 "to learn is not known"
             )
+        if spans and not any(_is_within(spans, text, messages[number]) for number in learned):
+            raise _undecided("nothing that the template marks holds what an answer to learn says")
     else:
         spans = _by_differences(template, conversation, text, learned)
     spans = [(start, end) for start, end in spans if end > start]
     if not spans:
         raise RecordFault("no_answer", "nothing in its text is the assistant's")
     return Rendering(text=text, spans=spans, notes=notes)
+
+
+def _is_within(spans: list[tuple[int, int]], text: str, message: Message) -> bool:
+    """Whether a message is in the marked text, or has no content that could be."""
+    marked = "\n".join(text[start:end] for start, end in spans)
+    return all(_missing_of(marked, content, message["role"]) != DROPPED for content in _contents(message))
 
 
 def _by_differences(
@@ -166,7 +177,7 @@ def _missing_of(text: str, content: str, role: str) -> str | None:
         return None
     try:
         value = json.loads(content)  # a tool's result, perhaps written with other spaces
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     else:
         if json.dumps(value, ensure_ascii=False) in text:

@@ -21,7 +21,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from moescale.errors import DataError
-from moescale.records import FileKind, read_json_object
+from moescale.records import FileKind, read_bytes, read_json_object
 
 FILES = ("chat_template.jinja",)
 MORE_FILES = "additional_chat_templates"
@@ -29,6 +29,7 @@ _TOKEN_VARIABLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_tok
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CONFIG = FileKind(noun="a tokenizer's configuration", error=DataError, remedy="repair it, or fetch it again")
+_TEMPLATE = FileKind(noun="a chat template", error=DataError, max_bytes=2**22, remedy="give a file of text")
 _LARGEST_POWER = 1 << 20
 
 
@@ -82,8 +83,8 @@ def find_template(files: Mapping[str, Path], given: Path | None) -> TemplateSour
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_bytes(path, _TEMPLATE).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise DataError(f"chat template {path} cannot be read: {error}; give a file of UTF-8 text") from error
 
 
@@ -101,6 +102,10 @@ def _variables(config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str
         if (name in _TOKEN_VARIABLES or name.endswith("_token")) and isinstance(content, str):
             found[name] = content
     return found
+
+
+class MisplacedMark(Exception):
+    """Where the assistant's text has ended up is not known."""
 
 
 class ChatTemplate:
@@ -125,12 +130,15 @@ class ChatTemplate:
         self.marks_answers = bool(_GENERATION.search(text))
         self._variables = variables
         self._spans: list[tuple[int, int]] = []
+        self._marked: list[str] = []
         self._blocks: list[str] = []
         environment.extend(mark_answer=self._mark)
         try:
             self._template = environment.from_string(text)
         except (jinja2.TemplateError, RecursionError, OverflowError, MemoryError) as error:
-            raise DataError(f"{path}: the chat template cannot be compiled: {error}; repair it") from error
+            raise DataError(
+                f"{path}: the chat template cannot be compiled: {error or type(error).__name__}; repair it"
+            ) from error
 
     def render(
         self,
@@ -151,8 +159,13 @@ class ChatTemplate:
         *,
         prompts: bool = False,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text and the ranges of characters that the template marks as the assistant's."""
-        self._spans, self._blocks = [], []
+        """Return the text and the ranges of characters that the template marks as the assistant's.
+
+        Raises:
+            MisplacedMark: what it marks does not become text where it is marked: it is kept in a variable first, made
+                by a macro or changed by a filter.
+        """
+        self._spans, self._marked, self._blocks = [], [], []
         messages = [_with_reasoning(message) for message in messages]
         for block in self._template.generate(
             **(dict(self._variables) | dict(variables)),
@@ -162,11 +175,16 @@ class ChatTemplate:
             add_generation_prompt=prompts,
         ):
             self._blocks.append(block)
-        return "".join(self._blocks), self._spans
+        text = "".join(self._blocks)
+        for (start, end), marked in zip(self._spans, self._marked, strict=True):
+            if text[start:end] != marked:
+                raise MisplacedMark(f"the text marked {marked[:40]!r} is not where the template marks it")
+        return text, self._spans
 
     def _mark(self, text: str) -> None:
         start = sum(map(len, self._blocks))
         self._spans.append((start, start + len(text)))
+        self._marked.append(text)
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -190,6 +190,74 @@ def test_a_template_whose_answers_cannot_be_told_is_refused_with_a_remedy(settin
         prepare(wanted, progress=False)
 
 
+MISPLACED = {
+    "in a variable": "{% set x %}{% generation %}{{ messages[1].content }}{% endgeneration %}{% endset %}"
+    "{{ messages[0].content }}{{ x }}",
+    "by a macro": "{% macro say(m) %}A:{% generation %}{{ m }}{% endgeneration %}{% endmacro %}"
+    "{{ messages[0].content }}{{ say(messages[1].content) }}",
+    "by a filter": "{% filter upper %}{% generation %}{{ messages[1].content }}{% endgeneration %}{% endfilter %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "on the question": "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ messages[1].content }}!",
+}
+
+
+@pytest.mark.parametrize("kind", MISPLACED)
+def test_a_mark_that_is_not_where_the_answer_is_is_refused(settings, tmp_path, chat_tokenizer, kind):
+    source = write(tmp_path / "data.jsonl", [FORMS["messages"]])
+    wanted = settings(source, tokenizer=str(chat_tokenizer(MISPLACED[kind])), sequence_length=128)
+    with pytest.raises(DataError, match="cannot be told from this chat template"):
+        prepare(wanted, progress=False)
+
+
+def test_values_that_conversations_must_not_have_are_counted(settings, tmp_path, chat_tokenizer):
+    question, answer = _MESSAGES
+    wrong = {
+        "malformed_conversation": [
+            *({"messages": [question, answer | {"weight": value}]} for value in (0.5, "0", [0], float("nan"), 2)),
+            {"messages": [question, answer | {"train": "false"}]},
+            {"messages": [question, answer | {"content": [{"type": "text", "text": 5}]}]},
+            {"messages": _MESSAGES, "tools": "[" * 100_000},
+            {"conversations": [{"from": "human", "value": "Say."}, {"from": "function_call", "value": "[" * 100_000}]},
+        ],
+        "invalid_utf8": [{"messages": [question, answer | {"content": "a\ud800b"}]}],
+    }
+    source = write(
+        tmp_path / "data.jsonl", [FORMS["messages"], *(record for kind in wrong.values() for record in kind)]
+    )
+    report = prepare(settings(source, tokenizer=str(chat_tokenizer()), sequence_length=128), progress=False)
+    assert {kind: items.count for kind, items in report.bad.items()} == {
+        kind: len(all_) for kind, all_ in wrong.items()
+    }
+    assert report.documents == 1
+
+
+def test_characters_that_a_tokenizer_drops_from_a_conversation_are_counted(settings, tmp_path, chat_tokenizer):
+    tokenizer = chat_tokenizer()
+    path = tokenizer / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["normalizer"] = {"type": "Replace", "pattern": {"String": "\u00e9"}, "content": ""}
+    alphabet = [token for token in document["model"]["vocab"] if len(token) == 1 and ord(token) > 255]
+    document["model"]["vocab"].pop(alphabet[-1])  # so that not every byte has a token
+    document["model"]["merges"] = []
+    document["model"]["vocab"] = {token: n for n, token in enumerate(document["model"]["vocab"])}
+    path.write_text(json.dumps(document))
+    record = {"messages": [_MESSAGES[0], {"role": "assistant", "content": "Caf\u00e9."}]}
+    source = write(tmp_path / "data.jsonl", [record])
+    report = prepare(settings(source, tokenizer=str(tokenizer), sequence_length=128), progress=False)
+    assert report.bad["unknown_characters"].count == 1
+
+
+def test_a_template_that_is_no_ordinary_file_is_refused_and_not_waited_for(settings, tmp_path, chat_tokenizer):
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    source = write(tmp_path / "data.jsonl", [FORMS["messages"]])
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        wanted = settings(source, tokenizer=str(chat_tokenizer(name=f"for {path.name}")), chat_template=path)
+        with pytest.raises(DataError, match="is not a regular file|cannot be read"):
+            prepare(wanted, progress=False)
+
+
 HOSTILE = {
     "forever": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "within 3 s"),
     "memory": ("{% set s = namespace(t='x') %}{% for a in range(60) %}{% set s.t = s.t ~ s.t %}{% endfor %}", "memory"),
