@@ -21,6 +21,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "experts": ("feed_forward.experts",),
 }
 """Targets that stand for several modules: what their paths within a layer begin with."""
+MAX_RANK = 2**14
+"""A rank beyond a layer's width adapts it no further; the widest models have half of this."""
+MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6
+"""Beyond these an adapter adds nothing, or nothing but overflow."""
 EXPERTS = "feed_forward.experts"
 """The path of a layer's routed experts."""
 
@@ -41,10 +45,10 @@ class LoraSettings:
     """The scale is alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"lora.rank ({self.rank}) must be at least 1")
-        if not 0 < self.alpha < math.inf:
-            raise ConfigError(f"lora.alpha ({self.alpha}) must be positive and finite")
+        if not 1 <= self.rank <= MAX_RANK:
+            raise ConfigError(f"lora.rank ({self.rank}) must be at least 1 and at most {MAX_RANK}")
+        if not MIN_ALPHA <= self.alpha <= MAX_ALPHA:
+            raise ConfigError(f"lora.alpha ({self.alpha:g}) must be at least {MIN_ALPHA:g} and at most {MAX_ALPHA:g}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout ({self.dropout}) must be at least 0 and below 1")
         if not self.targets:

@@ -10,6 +10,7 @@ Layers of an MLP are named to PEFT as parameters: as modules it takes them for r
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -70,6 +71,18 @@ class _Config:
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     modules_to_save: list[str] | None = None
+
+
+_DESCRIPTIVE = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
+"""Fields of PEFT that do not change what stored adapters do: names of tensors say which modules have them, and how
+factors were initialized is past. ``fan_in_fan_out`` is for a kind of layer that these models have none of."""
+_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
+"""Those that leave the weights below as they are. Others, as pissa, change them too, and a folder does not say how."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +225,9 @@ def _document(
 def read_adapter_settings(folder: Path, config: ModelConfig) -> LoraSettings:
     """Say what the adapters in ``folder`` are, by configuration and names of tensors. Raises CheckpointError."""
     path = folder / CONFIG_FILE
-    record = build(_Config, read_json_object(path, _FILE), str(path), _FILE)
+    document = read_json_object(path, _FILE)
+    record = build(_Config, document, str(path), _FILE)
+    _check_other_fields(document, path)
     only = {
         "peft_type": (record.peft_type, "LORA"),
         "use_dora": (record.use_dora, False),
@@ -239,6 +254,23 @@ def read_adapter_settings(folder: Path, config: ModelConfig) -> LoraSettings:
         return LoraSettings(**(vars(whole) | {"targets": tuple(sorted(found)), "dropout": record.lora_dropout}))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _check_other_fields(document: dict[str, Any], path: Path) -> None:
+    """Refuse a field that makes of the adapters something else than is read of them."""
+    known = {field.name for field in dataclasses.fields(_Config)} | _DESCRIPTIVE
+    initialization = document.pop("init_lora_weights", True)
+    if not any(initialization is value or initialization == value != 1 for value in _INITIALIZATIONS):
+        raise CheckpointError(
+            f"{path}: init_lora_weights ({show(initialization)}) changes the weights that the adapters belong to; "
+            "convert it with PEFT, by path_initial_model_for_weight_conversion"
+        )
+    for name, value in document.items():
+        if name not in known and value:
+            raise CheckpointError(
+                f"{path}: {show(name)} ({show(value)}) is not read, and may change what the adapters do; remove it if "
+                "it does not"
+            )
 
 
 def read_adapter(folder: Path, config: ModelConfig, lora: LoraSettings) -> dict[str, torch.Tensor]:

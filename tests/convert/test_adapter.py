@@ -206,6 +206,38 @@ def test_gate_and_up_of_an_expert_with_an_a_each_are_refused(tmp_path: Path) -> 
         read_adapter(tmp_path / "out", model.config, LORA)
 
 
+def test_every_field_of_peft_is_read_or_harmless_or_refused_where_it_is_used(tmp_path: Path) -> None:
+    model, folder = adapted_model(), tmp_path / "out"
+    export_adapter(model.config, LORA, adapters(model), folder, layout="peft", base_model="base")
+    before = json.loads((folder / "adapter_config.json").read_text())
+    peft.LoraConfig(**{name: value for name, value in before.items() if name != "inference_mode"}).save_pretrained(
+        folder
+    )
+    assert read_adapter_settings(folder, model.config).rank == LORA.rank, "as PEFT itself writes it, with every field"
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    for field, value in (
+        ("layer_replication", [[0, 2], [1, 3]]),
+        ("alora_invocation_tokens", [1, 2]),
+        ("use_qalora", True),
+        ("lora_bias", True),
+        ("trainable_token_indices", [3]),
+        ("kasa_config", {"a": 1}),
+        ("what_comes_next", 1),
+        *(
+            ("init_lora_weights", value)
+            for value in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", 1, None, [])
+        ),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(saved | {field: value}))
+        with pytest.raises(CheckpointError, match=rf"{field}'? \(.*\) (is not read|changes the weights)"):
+            read_adapter_settings(folder, model.config)
+            pytest.fail(field)
+    for field, value in (("r", 2**40), ("r", 10**6), ("lora_alpha", 1e300), ("lora_alpha", 1e-300)):
+        (folder / "adapter_config.json").write_text(json.dumps(saved | {field: value}))
+        with pytest.raises(CheckpointError, match="must be at least .* and at most"):
+            read_adapter_settings(folder, model.config)
+
+
 DAMAGES = {
     "no dims": lambda tensor: torch.tensor(1.0),
     "one dim": lambda tensor: torch.ones(5),

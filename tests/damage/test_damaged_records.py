@@ -37,6 +37,7 @@ from moescale.plan import load_plan
 from moescale.planner.cluster import SHIPPED, load_cluster
 from moescale.records import parse_json_object
 from moescale.report.observers.json_lines import METRICS_FILE, keep_records
+from moescale.report.observers.wandb import _identifier
 from moescale.runtime import checkpoint as checkpoints
 from moescale.tools.profile_table import read_profile
 from moescale.tools.report.page import described, summarized
@@ -125,6 +126,8 @@ def readers(tmp_path_factory, adapter_folder, run_folder, stdlib_corpus, model_f
         read_page()
         keep_records(run_folder / METRICS_FILE, lambda record: record["step"] <= 10)
 
+    (folder / "run-id").write_text("0123456789abcdef\n")
+
     def read_splits() -> None:
         for path in splits_of(saved_folder).values():
             open_saved_dataset(path)
@@ -174,6 +177,7 @@ def readers(tmp_path_factory, adapter_folder, run_folder, stdlib_corpus, model_f
         "kernels.json": Reader(
             path=folder / "kernels.json", read=lambda: read_profile(folder / "kernels.json"), free=r"device|.*\.name"
         ),
+        "run-id": Reader(path=folder / "run-id", read=lambda: _identifier(folder / "run-id", is_resumed=True)),
         "metrics.jsonl": Reader(path=run_folder / METRICS_FILE, read=read_metrics, num_values=0),
         "state.json": Reader(
             path=checkpoint.path / "state.json",
@@ -274,7 +278,9 @@ def check_values(reader: Reader, seed: str, most: int | None) -> None:
     assert not accepted
 
 
-WITH_VALUES = tuple(name for name in RECORDS if name not in ("cluster.toml", "settings.toml", "metrics.jsonl"))
+WITH_VALUES = tuple(
+    name for name in RECORDS if name not in ("cluster.toml", "settings.toml", "metrics.jsonl", "run-id")
+)
 
 
 @pytest.mark.parametrize("reader", WITH_VALUES, indirect=True)

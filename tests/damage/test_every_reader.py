@@ -104,6 +104,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "planner/explain.py:explain_html": "the package's own template",
     "planner/explain.py:explain_json": OWN,
     "report/observers/json_lines.py:_parse": ("metrics.jsonl",),
+    "report/observers/wandb.py:_identifier": ("run-id",),
     "report/style.py:": "the package's own style",
     "runtime/checkpoint.py:StoredTensors._open": ("tensors-00000-0000.safetensors",),
     "runtime/checkpoint.py:_problem_of": ("tensors-00000-0000.safetensors",),

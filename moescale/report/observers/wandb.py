@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from moescale.errors import ConfigError, MoescaleError
 from moescale.files import write_atomically
+from moescale.records import FileKind, read_bytes
 from moescale.report.metrics import StepMetrics, TrainSummary
 from moescale.report.observers.observer import (
     Observer,
@@ -24,6 +26,12 @@ PROJECT = "moescale"
 """Unless WANDB_PROJECT names another."""
 FOLDER = "wandb"
 ID_FILE = "run-id"
+_FILE = FileKind(
+    noun="the identifier of a run of Weights & Biases",
+    error=MoescaleError,
+    max_bytes=1000,
+    remedy="remove the file, and what comes becomes another run there",
+)
 
 
 class WandB(Observer):
@@ -93,7 +101,13 @@ def _identifier(path: Path, *, is_resumed: bool) -> str:
     """The identifier in ``path`` where the run is resumed, else a new one, which is kept there."""
     with writing(path):
         if is_resumed and path.is_file():
-            return path.read_text().strip()
+            identifier = read_bytes(path, _FILE).decode(errors="replace").strip()
+            if not re.fullmatch("[0-9a-zA-Z_-]{1,64}", identifier):
+                raise MoescaleError(
+                    f"{path}: ({identifier[:40]!r}) must be 1 to 64 letters, digits, '_' and '-': {_FILE.noun}; "
+                    f"{_FILE.remedy}"
+                )
+            return identifier
         identifier = secrets.token_hex(8)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, identifier + "\n")
