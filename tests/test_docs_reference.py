@@ -51,3 +51,10 @@ def test_api_page_names_every_public_name():
     page = (ROOT / "docs" / "reference" / "api.md").read_text()
     objects = re.findall(r"^\.\. auto\w+:: (\S+)$", page, re.MULTILINE)
     assert [name for name in moescale.__all__ if f"{moescale._MODULES[name]}.{name}" not in objects] == []
+
+
+def test_the_picture_is_what_the_results_say():
+    spec = importlib.util.spec_from_file_location("plot_speed", ROOT / "benchmarks" / "plot_speed.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PICTURE.read_text() == module.draw(), "run `python benchmarks/plot_speed.py`"
