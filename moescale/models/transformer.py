@@ -19,12 +19,13 @@ from moescale.kernels.attention import Documents
 from moescale.kernels.cross_entropy import linear_cross_entropy
 from moescale.models.blocks.moe import DenseFeedForward, FeedForwardOutput, MixtureOfExperts, Router
 from moescale.models.blocks.norm import RMSNorm
+from moescale.models.cache import KeyValueCache, LayerCache
 from moescale.models.registry import family_of
 
 ADAPTER = ".adapter."
 """What the names of parameters of adapters have in them (:mod:`moescale.models.lora`), and no others."""
 AttentionClass = Callable[[Any, int], nn.Module]
-"""(configuration, layer) -> the layer's attention: (x [B, S, H], cos, sin, documents) -> [B, S, H]."""
+"""(configuration, layer) -> the layer's attention: (x [B, S, H], cos, sin, documents, cache) -> [B, S, H]."""
 Positions = Callable[[Any, int, torch.device], tuple[torch.Tensor, torch.Tensor]]
 """(configuration, sequence length, device) -> cosine and sine tables."""
 
@@ -63,8 +64,9 @@ class Block(nn.Module):
         sin: torch.Tensor,
         documents: Documents | None = None,
         counted: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> FeedForwardOutput:
-        attended = self.attention(self.attention_norm(x), cos, sin, documents)
+        attended = self.attention(self.attention_norm(x), cos, sin, documents, cache)
         normed, x = self.feed_forward_norm.after_adding(attended, x)
         output = self.feed_forward(normed, counted)
         return FeedForwardOutput(x + output.hidden, output.aux_loss, output.tokens_per_expert)
@@ -116,12 +118,16 @@ class Transformer(nn.Module):
         tokens: torch.Tensor,
         targets: torch.Tensor | None = None,
         documents: Documents | None = None,
+        cache: KeyValueCache | None = None,
     ) -> ModelOutput:
         """Run ``tokens`` [B, S] int64; with ``targets`` [B, S] (-100: not a target) return the loss, else logits.
 
-        ``documents`` keeps attention within documents.
+        ``documents`` keeps attention within documents. ``cache`` holds the tokens before these, which attention sees
+        as well, and takes these in.
         """
-        cos, sin = self.positions(self.config, tokens.shape[1], tokens.device)
+        read = 0 if cache is None else cache.length
+        cos, sin = self.positions(self.config, read + tokens.shape[1], tokens.device)
+        cos, sin = cos[read:], sin[read:]
         # Padding and tokens that are not trained on must not move the biases of the choice.
         counted = targets >= 0 if targets is not None and self.config.has_choice_bias else None
         x = self.embedding(tokens)
@@ -135,7 +141,7 @@ class Transformer(nn.Module):
                     preserve_rng_state=self.has_dropout,
                 )
             else:
-                output = block(x, cos, sin, documents, counted)
+                output = block(x, cos, sin, documents, counted, None if cache is None else cache.layers[layer])
             x = output.hidden
             if output.aux_loss is not None:
                 aux_loss = aux_loss + output.aux_loss

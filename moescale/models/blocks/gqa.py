@@ -13,6 +13,7 @@ from moescale.kernels.rope import half_rope
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.norm import RMSNorm
 from moescale.models.blocks.rope import tables
+from moescale.models.cache import LayerCache
 from moescale.models.qwen3_moe.config import GroupedQueryConfig, Qwen3MoeConfig
 
 
@@ -31,13 +32,19 @@ class GroupedQueryAttention(nn.Module):
         self.output = Linear(config.num_heads * width, config.hidden_size, bias=False)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: Documents | None = None
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        documents: Documents | None = None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         width = self.config.head_dim
         q = half_rope(self.q_norm(self.q_proj(x).unflatten(-1, (-1, width))), cos, sin)
         k = half_rope(self.k_norm(self.k_proj(x).unflatten(-1, (-1, width))), cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, width))
-        mixed = attention(q, k, v, softmax_scale=width**-0.5, documents=documents)  # [B, S, N, D]
+        attend = attention if cache is None else cache.attention
+        mixed = attend(q, k, v, softmax_scale=width**-0.5, documents=documents)  # [B, S, N, D]
         return self.output(mixed.flatten(-2))
 
 

@@ -15,6 +15,7 @@ from moescale.kernels.rope import mla_rope
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.norm import RMSNorm
 from moescale.models.blocks.rope import softmax_scale
+from moescale.models.cache import LayerCache
 from moescale.models.latent.config import LatentAttentionConfig
 
 LATENT_NORM_EPS = 1e-6
@@ -41,7 +42,12 @@ class LatentAttention(nn.Module):
         self.output = Linear(heads * config.v_head_dim, hidden, bias=bias)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: Documents | None = None
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        documents: Documents | None = None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         heads = self.config.num_heads
         if self.config.q_lora_rank is None:
@@ -51,5 +57,6 @@ class LatentAttention(nn.Module):
         latent, k_rope = self.kv_down(x).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         kv = self.kv_up(self.kv_norm(latent))
         q, k, v = mla_rope(q.unflatten(-1, (heads, -1)), kv.unflatten(-1, (heads, -1)), k_rope, cos, sin)
-        mixed = attention(q, k, v, softmax_scale=self.softmax_scale, documents=documents)  # [B, S, N, Dv]
+        attend = attention if cache is None else cache.attention
+        mixed = attend(q, k, v, softmax_scale=self.softmax_scale, documents=documents)  # [B, S, N, Dv]
         return self.output(mixed.flatten(-2))

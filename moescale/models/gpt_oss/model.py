@@ -9,6 +9,7 @@ from moescale.kernels.attention import Documents, attention
 from moescale.kernels.rope import half_rope
 from moescale.models.blocks.gqa import rope_tables
 from moescale.models.blocks.linear import Linear
+from moescale.models.cache import LayerCache
 from moescale.models.gpt_oss.config import GptOssConfig
 from moescale.models.transformer import Transformer
 
@@ -31,13 +32,19 @@ class SinkAttention(nn.Module):
         self.output = Linear(config.num_heads * width, config.hidden_size, bias=bias)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, documents: Documents | None = None
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        documents: Documents | None = None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         width = self.config.head_dim
         q = half_rope(self.q_proj(x).unflatten(-1, (-1, width)), cos, sin)
         k = half_rope(self.k_proj(x).unflatten(-1, (-1, width)), cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, width))
-        mixed = attention(
+        attend = attention if cache is None else cache.attention
+        mixed = attend(
             q, k, v, softmax_scale=width**-0.5, documents=documents, window=self.window, sinks=self.sinks
         )  # [B, S, N, D]
         return self.output(mixed.flatten(-2))
