@@ -138,17 +138,6 @@ def check_devices(inputs: RunInputs, plan: ParallelPlan, device: torch.device) -
         )
 
 
-def memory_warning(plan: ParallelPlan, device_bytes: int) -> str | None:
-    """Return what to say of a plan that expects more memory than the GPU has, such as one for another cluster."""
-    if plan.prediction is None or plan.prediction.peak_bytes <= device_bytes:
-        return None
-    return (
-        f"the plan predicts {plan.prediction.peak_bytes / 2**30:.1f} GiB on a GPU, this one has "
-        f"{device_bytes / 2**30:.1f} GiB; compile for this cluster, or with --memory-limit "
-        f"{0.95 * device_bytes / 2**30:.0f}"
-    )
-
-
 def out_of_memory(plan: ParallelPlan, device: torch.device, step: int) -> ConfigError:
     """Return the error for a step that ran out of device memory: planned against actual, and what to try."""
     peak = torch.cuda.max_memory_allocated(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from moescale import __version__
-from moescale.api.run_checks import check_corpus, check_devices, choose_plan, memory_warning, out_of_memory
+from moescale.api.run_checks import check_corpus, check_devices, choose_plan, out_of_memory
 from moescale.api.train_request import TrainRequest, request_arguments
 from moescale.config import ModelConfig
 from moescale.convert.adapter import read_adapter
@@ -43,9 +44,11 @@ from moescale.runtime.profiling import KERNELS_FILE, WARM_UP_STEPS, StepProfiler
 from moescale.runtime.ranks import Ranks, place_on_host
 from moescale.runtime.session import PlacedModel, place_model
 from moescale.runtime.train import Trainer
+from moescale.tools.preflight import Job, examine_job
 from moescale.tools.profile_table import read_profile, table
 
 RUN_FILE = "run.json"
+MACHINE_FILE = "machine.json"
 SUMMARY_FILE = "summary.json"
 _SUMMARY = FileKind(noun="a run's summary", error=MoescaleError)
 
@@ -216,11 +219,9 @@ class _Rank:
         """Build, fill or resume the model, and do the run's steps. A collective."""
         plan, device = self.run.plan, self.member.device
         self.member.progress(0, "building the model")
-        if device.type == "cuda":
-            warning = memory_warning(plan, torch.cuda.get_device_properties(device).total_memory)
-            if warning is not None:
-                self._warn(warning)
         checkpoint = self._checkpoint_to_resume()
+        total_steps = self.settings.steps or _steps_of_one_epoch(self.run.corpus, plan, checkpoint)
+        self._examine_machine(total_steps - (checkpoint.step if checkpoint else 0))
         placed = place_model(self.run.config, plan, self.ranks, device)
         if self.request.compile or (self.request.compile is None and device.type == "cuda"):
             compile_layers(placed.model)
@@ -229,7 +230,6 @@ class _Rank:
             if self.request.adapter is not None and checkpoint is None:
                 assert plan.lora is not None
                 placed.import_adapters(read_adapter(self.request.adapter, self.run.config, plan.lora))
-        total_steps = self.settings.steps or _steps_of_one_epoch(self.run.corpus, plan, checkpoint)
         with ObserverList(self.run.observers if self.ranks.is_first else ()) as observer:
             if self.ranks.is_first:
                 self.request.output.mkdir(parents=True, exist_ok=True)
@@ -253,6 +253,35 @@ class _Rank:
             if self.ranks.is_first:
                 write_atomically(self.request.output / SUMMARY_FILE, to_json(asdict(summary), indent=2))
         return summary
+
+    def _examine_machine(self, steps_left: int) -> None:
+        """Warn of what this machine lacks for the run, and refuse what cannot go well. A collective."""
+        started = time.perf_counter()
+        job = Job(
+            config=self.run.config,
+            plan=self.run.plan,
+            settings=self.settings,
+            backends=self.backends,
+            device=self.member.device,
+            checkpoints=self.store.folder,
+            num_checkpoints=len(self.store.list()),
+            steps_left=steps_left,
+        )
+        own = list(examine_job(job, is_first=self.ranks.is_first))
+        findings = list(dict.fromkeys(finding for of_rank in self.ranks.gather(own) for finding in of_rank))
+        if self.ranks.is_first:
+            self.request.output.mkdir(parents=True, exist_ok=True)
+            document = {"seconds": time.perf_counter() - started, "findings": [asdict(finding) for finding in findings]}
+            write_atomically(self.request.output / MACHINE_FILE, to_json(document, indent=2))
+        problems = [finding for finding in findings if finding.status == "problem"]
+        if problems and self.request.check_machine:
+            text = "; also ".join(f"{finding.name}: {finding.detail}; {finding.remedy}" for finding in problems)
+            # A disk without room for one checkpoint ends the run anyway, by the trainer's own check.
+            is_final = any(finding.name == "disk" for finding in problems)
+            raise ConfigError(text if is_final else f"{text} (--no-check-machine starts nevertheless)")
+        for finding in findings:
+            if finding.status in ("warning", "problem"):
+                self._warn(f"{finding.name}: {finding.detail}; {finding.remedy}")
 
     def _profiler(self) -> StepProfiler | None:
         request, device = self.request, self.member.device

@@ -56,6 +56,8 @@ class RunInputs:
     observers: tuple[str, ...] = DEFAULT_OBSERVERS
     """What shows the run and keeps its numbers: a name of the default's, wandb (Weights & Biases), or module:class of
     your own; repeatable. `default` stands for all of the default's, as in --observers default --observers wandb."""
+    check_machine: bool = True
+    """Refuse to start where GPU memory or packages do not suffice for this run; otherwise only warn."""
     hang_seconds: float = 600.0
     """On several ranks: seconds without progress after which the run ends, naming the rank that hangs."""
     profile: int = 0

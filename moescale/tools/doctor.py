@@ -95,7 +95,7 @@ def software() -> Iterator[Finding]:
 def extras() -> Iterator[Finding]:
     """Optional packages: whether they are installed and, if so, whether they load."""
     for part in CUTE_PACKAGES:
-        yield _cute(part)
+        yield examine_cute(part)
     for package, use in (("datasets", "prepare from the hub"), ("transformers", "opening exports")):
         version = _version(package)
         if version is None:
@@ -105,7 +105,8 @@ def extras() -> Iterator[Finding]:
             yield Finding(name=package, status="ok", detail=version)
 
 
-def _cute(part: CutePart) -> Finding:
+def examine_cute(part: CutePart) -> Finding:
+    """Whether a part of the extra ``cute`` is installed and, on the GPUs that it is for, loads."""
     module, package = CUTE_PACKAGES[part]
     name = f"CuTe for {part}"
     version = _version(package)
@@ -166,10 +167,15 @@ def _gpu(index: int) -> Finding:
 
 
 def host(output: Path) -> Iterator[Finding]:
-    """Memory, disk and limits of the host."""
+    """Memory, disk and limits of the host, the last by :func:`limits`."""
     memory = available_host_bytes()
     yield Finding(name="host memory", status="ok", detail=f"{memory / 2**30:.0f} GiB available")
     yield _disk(output)
+    yield from limits()
+
+
+def limits() -> Iterator[Finding]:
+    """Shared memory and open files, which containers and logins limit."""
     shared = Path("/dev/shm")
     if torch.cuda.device_count() > 1 and shared.is_dir():
         size = shutil.disk_usage(shared).free

@@ -25,6 +25,7 @@ OTHER_VALUES = {
     "lora": "rank=4,targets=experts",
     "adapter": Path("adapter"),
     "profile": 3,
+    "check_machine": False,
     "initialize": "random",
     "device": "cuda:1",
     "resume": "last-good",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moescale import __version__
-from moescale.api.run_checks import lower_limit_gib, memory_warning
+from moescale.api.run_checks import lower_limit_gib
 from moescale.cli import main
 from moescale.convert.checkpoint import import_checkpoint
 from moescale.convert.hf_config import read_model_config
@@ -172,16 +172,6 @@ def test_a_plan_of_another_version_is_refused(tmp_path, model_folder, stdlib_cor
     inputs = ("--model", model_folder, "--data", stdlib_corpus, "--output", tmp_path / "run", "--device", "cpu")
     message = error_of(capsys, "run", *inputs, "--plan", path)
     assert f"{path}: plan.moescale_version (0.0.1) must be this version's ({__version__})" in message
-
-
-def test_a_plan_that_needs_more_memory_than_the_gpu_has_is_warned_of(model_folder):
-    prediction = Prediction(
-        step_seconds=1.0, tokens_per_second=64.0, breakdown_seconds={}, peak_bytes=100 * 2**30, breakdown_bytes={}
-    )
-    plan = dataclasses.replace(one_sequence_plan(model_folder), prediction=prediction)
-    assert memory_warning(plan, 100 * 2**30) is None
-    assert "predicts 100.0 GiB on a GPU, this one has 80.0 GiB" in memory_warning(plan, 80 * 2**30)
-    assert memory_warning(one_sequence_plan(model_folder), 1) is None
 
 
 def test_after_out_of_memory_the_advised_limit_rules_out_the_plan_that_failed(model_folder):
