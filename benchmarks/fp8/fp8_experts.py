@@ -73,12 +73,10 @@ class Rows:
 class Settings:
     """How the products are computed: launches and ``imprecise`` by product.
 
-    ``weight_gradients``: "fp8" or "bf16". ``bounded``: SwiGLU's backward writes the transposed copies itself, with
-    scales from bounds, instead of a pass of their own after it.
+    ``weight_gradients``: "fp8", "bf16", or "none" for frozen weights.
     """
 
     weight_gradients: str = "fp8"
-    bounded: bool = True
     launches: dict[str, LaunchConfig] = dataclasses.field(default_factory=dict)
     imprecise: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -93,7 +91,6 @@ class Saved:
 
     rows: Rows
     pre: torch.Tensor
-    bounds: torch.Tensor
     act: Scaled
 
 
@@ -101,9 +98,9 @@ def forward(rows: Rows, weights: Weights, groups: RowGroups, settings: Settings)
     """Return the result [R, H] bf16 and what the backward needs."""
     hidden, ffn2 = rows.scaled.data.shape[1], weights.gate_up.data.shape[1]
     pre = multiply_rows(rows.scaled, weights.gate_up, groups, ffn2, **settings.of("up"))
-    act, bounds = quantise.swiglu(pre)
+    act = quantise.swiglu(pre)
     out = multiply_rows(act, weights.down, groups, hidden, **settings.of("down"))
-    return out, Saved(rows=rows, pre=pre, bounds=bounds, act=act)
+    return out, Saved(rows=rows, pre=pre, act=act)
 
 
 def backward(
@@ -119,36 +116,21 @@ def backward(
     ``grad``: of the unweighted result. Weight gradients in bf16 take the bf16 rows of it and of what was saved.
     """
     hidden, ffn2 = grad.scaled.data.shape[1], saved.pre.shape[1]
-    wide = settings.weight_gradients == "bf16"
-    bounded = settings.bounded and not wide
-    largest = torch.zeros(saved.pre.shape[0], device=saved.pre.device) if bounded else None
     grad_act = multiply_rows(
-        grad.scaled,
-        weights.down_transposed,
-        groups,
-        ffn2 // 2,
-        transposed=True,
-        largest=largest,
-        **settings.of("down_dgrad"),
+        grad.scaled, weights.down_transposed, groups, ffn2 // 2, transposed=True, **settings.of("down_dgrad")
     )
-    padded = quantise.pad_ends(groups.ends)
-    if bounded:
-        grad_pre, pre_transposed, act_transposed, grad_weights = quantise.swiglu_backward_transposed(
-            grad_act, largest, saved.pre, saved.bounds, row_weights, groups.ends, padded
-        )
-    else:
-        grad_pre, act, grad_weights, wide_grad_pre = quantise.swiglu_backward(
-            grad_act, saved.pre, row_weights, wide=wide
-        )
+    wide = settings.weight_gradients == "bf16"
+    grad_down = grad_gate_up = None
+    grad_pre, act, grad_weights, wide_grad_pre = quantise.swiglu_backward(grad_act, saved.pre, row_weights, wide=wide)
     if wide:
         grad_down = bf16.weight_gradient(grad.wide, grad_act, groups, kernel="down_wgrad")
         grad_gate_up = bf16.weight_gradient(wide_grad_pre, saved.rows.wide, groups, kernel="up_wgrad")
-    else:
-        if not bounded:
-            act_transposed = quantise.transpose_rows(act or saved.act, groups.ends, padded)
-            pre_transposed = quantise.transpose_rows(grad_pre, groups.ends, padded)
+    elif settings.weight_gradients == "fp8":
+        padded = quantise.pad_ends(groups.ends)
+        act_transposed = quantise.transpose_rows(act or saved.act, groups.ends, padded)
         grad_transposed = grad.transposed(groups.ends, padded)
         grad_down = weight_gradient(grad_transposed, act_transposed, padded, **settings.of("down_wgrad"))
+        pre_transposed = quantise.transpose_rows(grad_pre, groups.ends, padded)
         rows_transposed = saved.rows.transposed(groups.ends, padded)
         grad_gate_up = weight_gradient(pre_transposed, rows_transposed, padded, **settings.of("up_wgrad"))
     grad_rows = multiply_rows(

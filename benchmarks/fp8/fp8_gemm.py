@@ -34,7 +34,6 @@ def _rows_kernel(
     out,
     row_scales,
     weight_scales,
-    largest,
     tiles,
     num_rows,
     N,
@@ -56,7 +55,6 @@ def _rows_kernel(
     ``weight`` is a matrix in which expert e begins at (e * expert_rows, e * expert_columns). SCALING "row": row_scales
     [R], weight_scales [E]; "block": row_scales [K / 128, R] and weight_scales [E, N / 128, K / 128]. IMPRECISE: how
     many products the tensor cores add up before the sum moves to fp32 registers; 0 leaves the whole sum to them.
-    ``largest`` [R], zero before: becomes the largest absolute element of each row of ``out``, before it is rounded.
     """
     num_columns = tl.cdiv(N, BLOCK_N)
     num_whole, _, _ = split_whole_tiles(tiles, num_columns, NUM_PROGRAMS, False)
@@ -80,8 +78,6 @@ def _rows_kernel(
         if SCALING != "block":
             scale = tl.load(row_scales + first + index, mask=index < size, other=0.0)
             acc *= (scale * tl.load(weight_scales + expert))[:, None]
-        if largest is not None:
-            tl.atomic_max(largest + first + index, tl.max(tl.abs(acc), 1), mask=index < size, sem="relaxed")
         parts = split_tile(acc, STORE_SPLITS)
         for i in tl.static_range(STORE_SPLITS):
             store_rows(out, first, size, row, column + i * (BLOCK_N // STORE_SPLITS), parts[i])
@@ -170,13 +166,12 @@ def multiply_rows(
     transposed: bool = False,
     scaling: str = "row",
     imprecise: int = 0,
-    largest: torch.Tensor | None = None,
     launch: LaunchConfig = LARGE,
 ) -> torch.Tensor:
     """Return rows [R, K] times the weight of their expert as [R, N] bf16; rows of no expert are left unwritten.
 
     Weight: [E, N, K] with scales [E], or ``transposed``, [N, E * K'] with K' >= K. ``scaling`` "block" takes scales of
-    blocks instead, and tiles 128 wide and 128 deep. ``imprecise``, ``largest``: see the kernel.
+    blocks instead, and tiles 128 wide and 128 deep. ``imprecise``: see the kernel.
     """
     num_rows, k = rows.data.shape
     num_experts = groups.num_experts
@@ -191,7 +186,6 @@ def multiply_rows(
         describe_rows(out, [launch.block_m, launch.store_n]),
         rows.scales,
         weight.scales,
-        largest,
         groups.tiles(launch.block_m, False),
         num_rows,
         num_columns,

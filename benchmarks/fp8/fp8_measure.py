@@ -49,8 +49,8 @@ BLOCKS = {
     "128x128, eight warps": dataclasses.replace(SMALL, programs_per_sm=1, num_stages=4, flatten=False),
     "128x128, two": dataclasses.replace(SMALL_FOUR_WARPS, flatten=False),
 }
-# Weight gradients; scales from bounds; weights quantised in each forward instead of once a step.
-VARIANTS = (("fp8", True, False), ("fp8", True, True), ("fp8", False, False), ("bf16", False, False))
+# Weight gradients; whether weights are quantised in each forward instead of once a step.
+VARIANTS = (("fp8", False), ("fp8", True), ("bf16", False), ("none", False))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,9 +203,10 @@ def mlp_contenders(inputs: Inputs, weights: fp8.Weights, launches: dict[str, Lau
     """The MLP on sorted rows: bf16, and fp8 with everything that fp8 adds."""
     leaves = tuple(t.detach().requires_grad_() for t in (inputs.rows, inputs.gate_up, inputs.down))
     baseline = functools.partial(expert_mlp, *leaves, inputs.ends, backend="triton")
+    frozen = functools.partial(expert_mlp, leaves[0], inputs.gate_up, inputs.down, inputs.ends, backend="triton")
 
-    def contender(gradients: str, bounded: bool, weights_each_time: bool) -> Contender:
-        settings = fp8.Settings(weight_gradients=gradients, bounded=bounded, launches=launches)
+    def contender(gradients: str, weights_each_time: bool) -> Contender:
+        settings = fp8.Settings(weight_gradients=gradients, launches=launches)
 
         def forward() -> Any:
             own = inputs.fp8_weights() if weights_each_time else weights
@@ -218,10 +219,11 @@ def mlp_contenders(inputs: Inputs, weights: fp8.Weights, launches: dict[str, Lau
             grad = fp8.Rows(scaled=quantise.quantise_rows(inputs.grad), wide=inputs.grad)
             return fp8.backward(grad, saved, own, groups, None, settings)
 
-        return Contender(backend=variant(gradients, bounded, weights_each_time), forward=forward, backward=backward)
+        return Contender(backend=variant(gradients, weights_each_time), forward=forward, backward=backward)
 
     return [
         differentiated("bf16", baseline, leaves, inputs.grad),
+        differentiated("bf16, frozen weights", frozen, leaves[:1], inputs.grad),
         *(contender(*choices) for choices in VARIANTS),
     ]
 
@@ -237,8 +239,11 @@ def layer_contenders(inputs: Inputs, weights: fp8.Weights, launches: dict[str, L
     def baseline() -> torch.Tensor:
         return experts(leaves[0], ids, *leaves[1:], backend="triton")
 
-    def contender(gradients: str, bounded: bool, weights_each_time: bool) -> Contender:
-        settings = fp8.Settings(weight_gradients=gradients, bounded=bounded, launches=launches)
+    def frozen() -> torch.Tensor:
+        return experts(leaves[0], ids, leaves[1], inputs.gate_up, inputs.down, backend="triton")
+
+    def contender(gradients: str, weights_each_time: bool) -> Contender:
+        settings = fp8.Settings(weight_gradients=gradients, launches=launches)
 
         def forward() -> Any:
             own = inputs.fp8_weights() if weights_each_time else weights
@@ -260,10 +265,11 @@ def layer_contenders(inputs: Inputs, weights: fp8.Weights, launches: dict[str, L
             grad_x = bf16.combine_rows(found["grad_rows"], pair_row, shape.top_k)
             return grad_x, bf16.order_by_pair(found["grad_weights"], pair_row), found
 
-        return Contender(backend=variant(gradients, bounded, weights_each_time), forward=forward, backward=backward)
+        return Contender(backend=variant(gradients, weights_each_time), forward=forward, backward=backward)
 
     return [
         differentiated("bf16", baseline, leaves, grad),
+        differentiated("bf16, frozen weights", frozen, leaves[:2], grad),
         *(contender(*choices) for choices in VARIANTS),
     ]
 
@@ -286,17 +292,19 @@ def layer_differences(baseline: Contender, ours: Contender, shape: ExpertShape) 
     }
 
 
-def variant(gradients: str, bounded: bool, weights_each_time: bool) -> str:
-    name = {"fp8": "fp8", "bf16": "fp8, weight gradients in bf16"}[gradients]
-    name += "" if bounded or gradients == "bf16" else ", transposed in passes"
+def variant(gradients: str, weights_each_time: bool) -> str:
+    name = {"fp8": "fp8", "bf16": "fp8, weight gradients in bf16", "none": "fp8, frozen weights"}[gradients]
     return name + (", weights quantised each time" if weights_each_time else "")
 
 
 def measure_contenders(contenders: list[Contender], shape: ExpertShape, scope: str) -> list[dict]:
-    """Time forward and backward of each in turn; ``speedup``: bf16's sum of both over this one's."""
+    """Time forward and backward of each in turn.
+
+    ``speedup``: bf16's sum of both over this one's, with frozen weights on both sides or on none; ``peak_bytes``:
+    allocated at most above what was there, inputs and copies of weights, with what the forward saves and gradients.
+    """
     samples: dict[str, list[tuple[float, float]]] = {c.backend: [] for c in contenders}
-    for contender in contenders:
-        contender.backward(contender.forward(), False)
+    peaks = {contender.backend: peak_bytes(contender) for contender in contenders}
     for _ in range(ROUNDS):
         for contender in contenders:
             forward_ms = measure_ms(contender.forward, runs=3, sleep_cycles=SLEEP_CYCLES)
@@ -305,15 +313,31 @@ def measure_contenders(contenders: list[Contender], shape: ExpertShape, scope: s
             samples[contender.backend].append((forward_ms, measure_ms(backward, runs=3, sleep_cycles=SLEEP_CYCLES)))
             del out, backward
     medians = {name: [statistics.median(c) for c in zip(*times, strict=True)] for name, times in samples.items()}
-    baseline = sum(medians["bf16"])
-    return [
-        describe(shape, scope, name, forward_ms=round(forward_ms, 4), backward_ms=round(backward_ms, 4))
-        | {
-            "tflops": round(forward_backward_flops(shape) / (forward_ms + backward_ms) / 1e9, 1),
-            "speedup": round(baseline / (forward_ms + backward_ms), 3),
-        }
-        for name, (forward_ms, backward_ms) in medians.items()
-    ]
+    rows = []
+    for name, (forward_ms, backward_ms) in medians.items():
+        frozen = name.endswith("frozen weights")
+        baseline = sum(medians["bf16, frozen weights" if frozen else "bf16"])
+        milliseconds = forward_ms + backward_ms
+        flops = forward_backward_flops(shape) * (2 / 3 if frozen else 1)
+        rows.append(
+            describe(shape, scope, name, forward_ms=round(forward_ms, 4), backward_ms=round(backward_ms, 4))
+            | {
+                "tflops": round(flops / milliseconds / 1e9, 1),
+                "speedup": round(baseline / milliseconds, 3),
+                "peak_bytes": peaks[name],
+            }
+        )
+    return rows
+
+
+def peak_bytes(contender: Contender) -> int:
+    """Return what a forward and backward allocate at most; the first of two also compiles."""
+    for _ in range(2):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        contender.backward(contender.forward(), False)
+        torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def measure_parts(inputs: Inputs) -> list[dict]:
@@ -324,7 +348,6 @@ def measure_parts(inputs: Inputs) -> list[dict]:
     x, pre, grad_act = randn(tokens, hidden), randn(rows, 2 * ffn), randn(rows, ffn)
     scaled, scaled_pre = quantise.quantise_rows(inputs.rows), quantise.quantise_rows(pre)
     padded, row_weights = quantise.pad_ends(ends), torch.rand(rows, device=DEVICE)
-    _, bounds = quantise.swiglu(pre)
     gathered = fp8.Rows.gathered(x, row_pair, pair_row, shape.top_k)
     wide = 3 * shape.num_experts * hidden * ffn
     parts: dict[str, tuple[Callable[[], object], float]] = {
@@ -340,16 +363,6 @@ def measure_parts(inputs: Inputs) -> list[dict]:
         "SwiGLU": (lambda: quantise.swiglu(pre), 5.0 * rows * ffn),
         "SwiGLU backward": (lambda: quantise.swiglu_backward(grad_act, pre, None), 8.0 * rows * ffn),
         "SwiGLU backward, weighted": (lambda: quantise.swiglu_backward(grad_act, pre, row_weights), 9.0 * rows * ffn),
-        "SwiGLU backward, weighted and transposed": (
-            lambda: quantise.swiglu_backward_transposed(grad_act, bounds[0], pre, bounds, row_weights, ends, padded),
-            11.0 * rows * ffn,
-        ),
-        "the same in tiles of 64 columns": (
-            lambda: quantise.swiglu_backward_transposed(
-                grad_act, bounds[0], pre, bounds, row_weights, ends, padded, columns=64
-            ),
-            11.0 * rows * ffn,
-        ),
         "SwiGLU backward, bf16 too": (
             lambda: quantise.swiglu_backward(grad_act, pre, None, wide=True),
             14.0 * rows * ffn,
@@ -402,8 +415,7 @@ def measure_numerics() -> list[dict]:
         for form, settings in {
             "fp8": fp8.Settings(),
             "fp8, promoted": fp8.Settings(imprecise=dict.fromkeys(KERNELS, 128)),
-            "fp8, transposed in passes": fp8.Settings(bounded=False),
-            variant("bf16", False, False): fp8.Settings(weight_gradients="bf16"),
+            variant("bf16", False): fp8.Settings(weight_gradients="bf16"),
         }.items():
             groups = inputs.groups
             x = fp8.Rows(scaled=quantise.quantise_rows(inputs.rows), wide=inputs.rows)
@@ -457,7 +469,7 @@ def measure(sections: set[str]) -> Iterable[dict]:
             yield from measure_contenders(mlp_contenders(inputs, weights, launches), shape, "mlp")
         if large and "layer" in sections:
             contenders = layer_contenders(inputs, weights, launches)
-            yield layer_differences(*contenders[:2], shape)
+            yield layer_differences(contenders[0], contenders[2], shape)
             yield from measure_contenders(contenders, shape, "layer")
         if large and "parts" in sections:
             yield from measure_parts(inputs)

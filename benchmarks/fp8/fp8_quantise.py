@@ -66,17 +66,13 @@ def _quantise_rows_kernel(x, pair_row, tokens, rows, scales, H, TOP_K: tl.conste
 
 
 @triton.jit
-def _swiglu_kernel(pre, act, scales, bounds, num_rows, F, BLOCK: tl.constexpr):
-    """act = silu(gate) * up, quantised; bounds [2, R]: the largest absolute elements of silu(gate) and of up."""
+def _swiglu_kernel(pre, act, scales, F, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < F
     gate = tl.load(pre + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(pre + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
-    silu = gate * tl.sigmoid(gate)
-    value = silu * up
-    tl.store(bounds + row, tl.max(tl.abs(silu), 0))
-    tl.store(bounds + num_rows + row, tl.max(tl.abs(up), 0))
+    value = gate * tl.sigmoid(gate) * up
     scale = _power_of_two_scale(tl.max(tl.abs(value), 0))
     tl.store(act + row * F + column, _to_e4m3(value * _inverse(scale)), mask=inside)
     tl.store(scales + row, scale)
@@ -135,121 +131,6 @@ def _swiglu_backward_kernel(
 
 
 @triton.jit
-def _bounded_scales_kernel(
-    grad_largest,
-    bounds,
-    row_weights,
-    ends,
-    grad_pre_scales,
-    grad_pre_expert_scales,
-    act_expert_scales,
-    num_rows,
-    BLOCK: tl.constexpr,
-):
-    """Scales for SwiGLU's backward from bounds of its factors: of rows and experts, and of experts for the activation.
-
-    |grad_gate| <= |grad| * |up| * 1.1, for silu' stays below 1.1; |grad_up| = |grad * silu|. The gradient may have been
-    rounded up to bf16. A scale too large by some powers of two costs range, of which e4m3 has 17 binades, not digits.
-    """
-    expert = tl.program_id(0)
-    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ends + expert)
-    largest_pre = tl.full((BLOCK,), 7.888609052210118e-31, tl.float32)
-    largest_act = tl.full((BLOCK,), 7.888609052210118e-31, tl.float32)
-    for begin in tl.range(first, end, BLOCK):
-        row = begin + tl.arange(0, BLOCK)
-        inside = row < end
-        silu = tl.load(bounds + row, mask=inside, other=0.0)
-        up = tl.load(bounds + num_rows + row, mask=inside, other=0.0)
-        grad = tl.load(grad_largest + row, mask=inside, other=0.0) * 1.01
-        act = silu * up * 1.01
-        if row_weights is not None:
-            weight = tl.abs(tl.load(row_weights + row, mask=inside, other=0.0))
-            grad *= weight
-            act *= weight
-        scale = _power_of_two_scale(grad * tl.maximum(up * 1.1, silu))
-        tl.store(grad_pre_scales + row, scale, mask=inside)
-        largest_pre = tl.maximum(largest_pre, tl.where(inside, scale, 0.0))
-        largest_act = tl.maximum(largest_act, tl.where(inside, _power_of_two_scale(act), 0.0))
-    tl.store(grad_pre_expert_scales + expert, tl.max(largest_pre, 0))
-    tl.store(act_expert_scales + expert, tl.max(largest_act, 0))
-
-
-@triton.jit
-def _padded_tile(ends, padded, num_experts, begin, EXPERTS: tl.constexpr, TILE: tl.constexpr):
-    """Return the expert of the padded rows from ``begin`` on, their rows [TILE], and which of these exist."""
-    experts = tl.arange(0, EXPERTS)
-    padded_end = tl.load(padded + experts, mask=experts < num_experts, other=2147483647)
-    expert = tl.sum((padded_end <= begin).to(tl.int32), 0)
-    known = expert < num_experts
-    first = tl.load(ends + expert - 1, mask=(expert > 0) & known, other=0)
-    padded_first = tl.load(padded + expert - 1, mask=(expert > 0) & known, other=0)
-    row = begin - padded_first + first + tl.arange(0, TILE)
-    return expert, row, row < tl.load(ends + expert, mask=known, other=0)
-
-
-@triton.jit
-def _swiglu_backward_tile_kernel(
-    grad_act,
-    pre,
-    row_weights,
-    partial_grad_weights,
-    grad_pre,
-    grad_pre_scales,
-    grad_pre_transposed,
-    grad_pre_expert_scales,
-    act_transposed,
-    act_expert_scales,
-    ends,
-    padded,
-    num_experts,
-    num_rows,
-    F,
-    P,
-    TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
-    """SwiGLU's backward on a tile of padded rows: the gradient of pre in both layouts, the activation transposed.
-
-    Scales come from bounds, so nothing is read twice. partial_grad_weights [F / COLUMNS, R]: summed, the gradient of
-    row_weights.
-    """
-    begin = tl.program_id(0) * TILE
-    expert, row, exists = _padded_tile(ends, padded, num_experts, begin, EXPERTS, TILE)
-    if expert >= num_experts:
-        return
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < F
-    mask = exists[:, None] & inside[None, :]
-    row64 = row.to(tl.int64)[:, None]
-    grad = tl.load(grad_act + row64 * F + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(pre + row64 * 2 * F + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(pre + row64 * 2 * F + F + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    value = silu * up
-    if row_weights is not None:
-        partial = tl.sum(grad * value, 1)
-        tl.store(partial_grad_weights + tl.program_id(1) * num_rows + row, partial, mask=exists)
-        weight = tl.load(row_weights + row, mask=exists, other=0.0)[:, None]
-        grad *= weight
-        value *= weight
-    target = column.to(tl.int64)[:, None] * P + begin + tl.arange(0, TILE)[None, :]
-    value = _to_e4m3(value * _inverse(tl.load(act_expert_scales + expert)))
-    tl.store(act_transposed + target, tl.trans(value), mask=inside[:, None])
-    inverse = _inverse(tl.load(grad_pre_scales + row, mask=exists, other=1.0))[:, None]
-    expert_inverse = _inverse(tl.load(grad_pre_expert_scales + expert))
-    grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(grad_pre + row64 * 2 * F + column[None, :], _to_e4m3(grad_gate * inverse), mask=mask)
-    tl.store(grad_pre_transposed + target, tl.trans(_to_e4m3(grad_gate * expert_inverse)), mask=inside[:, None])
-    grad_up = grad * silu
-    tl.store(grad_pre + row64 * 2 * F + F + column[None, :], _to_e4m3(grad_up * inverse), mask=mask)
-    target += F.to(tl.int64) * P
-    tl.store(grad_pre_transposed + target, tl.trans(_to_e4m3(grad_up * expert_inverse)), mask=inside[:, None])
-
-
-@triton.jit
 def _padded_ends_kernel(ends, padded, num_experts, PADDING: tl.constexpr, EXPERTS: tl.constexpr):
     """padded[e] = the sum of the rows of the experts up to e, each rounded up to a multiple of PADDING."""
     expert = tl.arange(0, EXPERTS)
@@ -293,11 +174,18 @@ def _transpose_kernel(
 
     With TOP_K, ``rows`` are those of tokens, and row r is that of the pair row_pair[r].
     """
+    experts = tl.arange(0, EXPERTS)
+    known = experts < num_experts
     begin = tl.program_id(0) * TILE
-    expert, row, exists = _padded_tile(ends, padded, num_experts, begin, EXPERTS, TILE)
+    padded_end = tl.load(padded + experts, mask=known, other=2147483647)
+    expert = tl.sum((padded_end <= begin).to(tl.int32), 0)
     if expert >= num_experts:
         return
+    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    padded_first = tl.load(padded + expert - 1, mask=expert > 0, other=0)
+    row = begin - padded_first + first + tl.arange(0, TILE)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    exists = row < tl.load(ends + expert)
     factor = tl.load(row_scales + row, mask=exists, other=0.0) * _inverse(tl.load(expert_scales + expert))
     mask = exists[:, None] & (column < C)[None, :]
     if TOP_K:
@@ -351,15 +239,14 @@ def _launch_quantise_rows(x, pair_row, tokens, rows, scales, top_k):
         _quantise_rows_kernel[(num_tokens,)](x, pair_row, tokens, rows, scales, hidden, TOP_K=top_k, BLOCK=block)
 
 
-def swiglu(pre: torch.Tensor) -> tuple[Scaled, torch.Tensor]:
-    """Return silu(gate) * up [R, F] in e4m3 with scales [R], of pre [R, 2F], and the bounds [2, R] of its factors."""
+def swiglu(pre: torch.Tensor) -> Scaled:
+    """Return silu(gate) * up [R, F] in e4m3 with scales [R], of the pre-activation [R, 2F]."""
     num_rows, ffn = pre.shape[0], pre.shape[1] // 2
     act = torch.empty((num_rows, ffn), dtype=E4M3, device=pre.device)
     scales = torch.empty(num_rows, dtype=torch.float32, device=pre.device)
-    bounds = torch.empty((2, num_rows), dtype=torch.float32, device=pre.device)
     if num_rows:
-        _swiglu_kernel[(num_rows,)](pre, act, scales, bounds, num_rows, ffn, BLOCK=triton.next_power_of_2(ffn))
-    return Scaled(data=act, scales=scales), bounds
+        _swiglu_kernel[(num_rows,)](pre, act, scales, ffn, BLOCK=triton.next_power_of_2(ffn))
+    return Scaled(data=act, scales=scales)
 
 
 def swiglu_backward(
@@ -399,69 +286,6 @@ def swiglu_backward(
         scales[2] if weighted else None,
         wide_grad_pre,
     )
-
-
-def swiglu_backward_transposed(
-    grad_act: torch.Tensor,
-    grad_largest: torch.Tensor,
-    pre: torch.Tensor,
-    bounds: torch.Tensor,
-    row_weights: torch.Tensor | None,
-    ends: torch.Tensor,
-    padded: torch.Tensor,
-    columns: int = 32,
-) -> tuple[Scaled, Scaled, Scaled, torch.Tensor | None]:
-    """Return the gradient of pre [R, 2F] in e4m3, it and the weighted activation transposed, and that of row_weights.
-
-    ``grad_largest`` [R]: the largest absolute elements of the rows of grad_act [R, F]; ``bounds`` [2, R]: of swiglu.
-    The transposed ones are as :func:`transpose_rows` makes them, [2F, P] and [F, P]. ``columns``: of a tile.
-    """
-    num_rows, ffn = grad_act.shape
-    num_experts, num_tiles, num_columns = ends.numel(), num_rows // BLOCK + ends.numel(), triton.cdiv(ffn, columns)
-
-    def scales(size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.float32, device=pre.device)
-
-    grad_pre = Scaled(data=torch.empty(pre.shape, dtype=E4M3, device=pre.device), scales=scales(num_rows))
-    transposed, act = (
-        Scaled(data=torch.empty((n, num_tiles * BLOCK), dtype=E4M3, device=pre.device), scales=scales(num_experts))
-        for n in (2 * ffn, ffn)
-    )
-    partial = None if row_weights is None else scales(num_columns * num_rows).view(num_columns, num_rows)
-    _bounded_scales_kernel[(num_experts,)](
-        grad_largest,
-        bounds,
-        row_weights,
-        ends,
-        grad_pre.scales,
-        transposed.scales,
-        act.scales,
-        num_rows,
-        BLOCK=1024,
-    )
-    _swiglu_backward_tile_kernel[(num_tiles, num_columns)](
-        grad_act,
-        pre,
-        row_weights,
-        partial,
-        grad_pre.data,
-        grad_pre.scales,
-        transposed.data,
-        transposed.scales,
-        act.data,
-        act.scales,
-        ends,
-        padded,
-        num_experts,
-        num_rows,
-        ffn,
-        transposed.data.shape[1],
-        TILE=BLOCK,
-        COLUMNS=columns,
-        EXPERTS=max(64, triton.next_power_of_2(num_experts)),
-        num_warps=8,
-    )
-    return grad_pre, transposed, act, None if partial is None else partial.sum(0)
 
 
 def pad_ends(ends: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ def rows_kernel(launch: LaunchConfig, scaling: str, imprecise: int) -> dict:
         "rows": blocks("fp8e4nv", 1, 1, m, k),
         "weight": blocks("fp8e4nv", n, k),
         "out": blocks("bf16", 1, 1, m, launch.store_n),
-    } | {"row_scales": FP32, "weight_scales": FP32, "largest": FP32, "tiles": INT32}
+    } | {"row_scales": FP32, "weight_scales": FP32, "tiles": INT32}
     constants = tile_constants(launch) | {"FLATTEN": launch.flatten, "SCALING": scaling, "IMPRECISE": imprecise}
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return compiled(fp8_gemm._rows_kernel, types, constants, **options)
@@ -85,9 +85,7 @@ def quantising_kernels() -> dict[str, dict]:
     tile = {"TILE": 128, "COLUMNS": 128, "EXPERTS": 64}
     quantise = fp8_quantise
     found = {
-        "swiglu": compiled(
-            quantise._swiglu_kernel, {"pre": BF16, "act": FP8, "scales": FP32, "bounds": FP32}, {"BLOCK": 2048}
-        ),
+        "swiglu": compiled(quantise._swiglu_kernel, {"pre": BF16, "act": FP8, "scales": FP32}, {"BLOCK": 2048}),
         "padded ends": compiled(
             quantise._padded_ends_kernel, {"ends": INT32, "padded": INT32}, {"PADDING": 128, "EXPERTS": 64}
         ),
@@ -96,13 +94,6 @@ def quantising_kernels() -> dict[str, dict]:
         ),
         "weight": compiled(quantise._quantise_weight_kernel, weight, {"TILE": 128}),
     }
-    bounds = {"grad_largest": FP32, "bounds": FP32, "row_weights": FP32, "ends": INT32, "grad_pre_scales": FP32}
-    bounds |= {"grad_pre_expert_scales": FP32, "act_expert_scales": FP32}
-    found["bounded scales"] = compiled(quantise._bounded_scales_kernel, bounds, {"BLOCK": 1024})
-    fused = backward | bounds | {"partial_grad_weights": FP32, "grad_pre_transposed": FP8, "act_transposed": FP8}
-    fused |= {"padded": INT32}
-    constants = tile | {"COLUMNS": 32}
-    found["backward transposed"] = compiled(quantise._swiglu_backward_tile_kernel, fused, constants, num_warps=8)
     for top_k in (0, 6):
         found[f"rows {top_k}"] = compiled(quantise._quantise_rows_kernel, rows, {"TOP_K": top_k, "BLOCK": 2048})
         found[f"transpose {top_k}"] = compiled(quantise._transpose_kernel, transpose, tile | {"TOP_K": top_k})

@@ -104,7 +104,7 @@ def test_swiglu_and_its_backward_agree_with_autograd_to_a_rounding(wide):
     act = F.silu(gate) * up
     weighted = act * weights[:, None]
     grad_pre, grad_weights = torch.autograd.grad(weighted, (pre, weights), grad)
-    assert relative_error(dequantised(quantise.swiglu(pre.detach())[0]), act) < 0.03
+    assert relative_error(dequantised(quantise.swiglu(pre.detach())), act) < 0.03
     overwritten = grad.clone()
     found = quantise.swiglu_backward(overwritten, pre.detach(), weights.detach(), wide=wide)
     assert relative_error(dequantised(found[0]), grad_pre) < 0.03
@@ -114,29 +114,6 @@ def test_swiglu_and_its_backward_agree_with_autograd_to_a_rounding(wide):
         torch.testing.assert_close(overwritten, weighted)
     else:
         assert relative_error(dequantised(found[1]), weighted) < 0.03
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_transposed_swiglu_backward_agrees_with_autograd_and_saturates_nowhere(weighted):
-    pre = (randn(9, 2 * 72) * torch.logspace(-2, 1, 9, device=DEVICE)[:, None]).requires_grad_()
-    grad, weights, ends = randn(9, 72, seed=1), randn(9, seed=2).requires_grad_(), ends_of(2, 0, 7)
-    gate, up = pre.chunk(2, -1)
-    act = F.silu(gate) * up * (weights[:, None] if weighted else 1)
-    grad_pre, grad_weights = torch.autograd.grad(act, (pre, weights), grad, allow_unused=True)
-    _, bounds = quantise.swiglu(pre.detach())
-    row_weights, padded = weights.detach() if weighted else None, quantise.pad_ends(ends)
-    rows, transposed, act_transposed, found = quantise.swiglu_backward_transposed(
-        grad, grad.abs().amax(1), pre.detach(), bounds, row_weights, ends, padded
-    )
-    if weighted:
-        torch.testing.assert_close(found, grad_weights)
-    for row in range(9):
-        assert relative_error(dequantised(rows)[row], grad_pre[row]) < 0.04
-    for expert, first, end in ((0, 0, 2), (2, 2, 9)):
-        for columns, exact in ((transposed, grad_pre), (act_transposed, act)):
-            values = columns.data[:, padded[expert] - 128 : padded[expert]].double() * columns.scales[expert].double()
-            assert relative_error(values[:, : end - first], exact[first:end].T) < 0.03
-            assert not values[:, end - first :].any()
 
 
 def test_product_in_the_block_scaling_is_the_recipe():
@@ -149,15 +126,13 @@ def test_product_in_the_block_scaling_is_the_recipe():
     assert relative_error(out, exact) < 0.004  # of bf16
 
 
-def mlp_results(counts: tuple[int, ...], bounded: bool, imprecise: int) -> dict[str, list[torch.Tensor]]:
+def mlp_results(counts: tuple[int, ...], imprecise: int) -> dict[str, list[torch.Tensor]]:
     """Results of the whole MLP by name, each as (ours, the recipe's, exact)."""
     ends, num_rows, hidden, ffn = ends_of(*counts), sum(counts), 128, 80
     rows, grad = randn(num_rows, hidden), randn(num_rows, hidden, seed=1)
     gate_up, down = randn(len(counts), 2 * ffn, hidden, seed=2) / 12, randn(len(counts), hidden, ffn, seed=3) / 9
     weights = fp8.Weights.of(gate_up, down, fp8.largest_elements(gate_up, down))
-    settings = fp8.Settings(
-        bounded=bounded, launches=dict.fromkeys(KERNELS, LAUNCH), imprecise=dict.fromkeys(KERNELS, imprecise)
-    )
+    settings = fp8.Settings(launches=dict.fromkeys(KERNELS, LAUNCH), imprecise=dict.fromkeys(KERNELS, imprecise))
     groups = group_rows(ends, num_rows)
     out, saved = fp8.forward(fp8.Rows(scaled=quantise.quantise_rows(rows)), weights, groups, settings)
     grad_rows = fp8.Rows(scaled=quantise.quantise_rows(grad))
@@ -169,10 +144,10 @@ def mlp_results(counts: tuple[int, ...], bounded: bool, imprecise: int) -> dict[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bounded, imprecise", [(True, 0), (True, 128), (False, 0)])
+@pytest.mark.parametrize("imprecise", [0, 128])
 @pytest.mark.parametrize("counts", [(5, 0, 1, 20), (0, 17, 0)])
-def test_gradients_of_the_mlp_err_little_more_than_the_recipe(counts, bounded, imprecise):
-    for name, (found, recipe, exact) in mlp_results(counts, bounded, imprecise).items():
+def test_gradients_of_the_mlp_err_little_more_than_the_recipe(counts, imprecise):
+    for name, (found, recipe, exact) in mlp_results(counts, imprecise).items():
         assert found.isfinite().all(), name
         assert relative_error(found, exact) < 1.25 * relative_error(recipe, exact), name
     # An expert without rows has a gradient: zero.
@@ -192,7 +167,7 @@ def test_products_compile_for_hopper_to_its_fp8_instructions():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
-    assert len(report) == 27
+    assert len(report) == 25
     for name, kernel in report.items():
         assert kernel["shared"] <= 227 * 1024, name
         assert ("e4m3.e4m3" in kernel["instructions"]) == ("tiles" in name), name
