@@ -41,9 +41,12 @@ class YarnConfig:
         for name in ("mscale", "mscale_all_dim"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"model.yarn.{name} ({getattr(self, name)}) must be finite and not negative")
+        _check_floats(self, "model.yarn")
 
 
 _MOST = {"num_layers": 1024, "num_prediction_layers": 64, "num_experts": 4096, "num_shared_experts": 4096}
+_LEAST_FLOAT, _MOST_FLOAT = 1e-30, 1e30
+"""Of a number that is not 0, either sign: well within fp32, in which models count."""
 _MOST_OF_ANY = 2**31 - 1
 
 
@@ -115,6 +118,7 @@ class ModelConfig:
             raise ConfigError(f"model.num_prediction_layers ({self.num_prediction_layers}) must not be negative")
         if self.num_experts is not None:
             self._check_experts(self.num_experts)
+        _check_floats(self, "model")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
@@ -202,6 +206,17 @@ class ModelConfig:
         mean what every model meant before. So plans and checkpoints made before it stay those of the same model.
         """
         return fingerprint(_counted(self))
+
+
+def _check_floats(record: Any, prefix: str) -> None:
+    """Refuse numbers that fp32 turns into infinity or 0, or may when it counts with them."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, float) and value and not _LEAST_FLOAT <= abs(value) <= _MOST_FLOAT:
+            raise ConfigError(
+                f"{prefix}.{field.name} ({value}) must be between {_LEAST_FLOAT:g} and {_MOST_FLOAT:g}: models "
+                "count in fp32"
+            )
 
 
 def _counted(config: Any) -> dict[str, Any]:

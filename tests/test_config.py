@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from moescale.convert.hf_config import read_model_config
 from moescale.errors import ConfigError, nearest
 from moescale.models.deepseek_v2.config import DeepSeekV2Config
 from tiny import tiny_config
@@ -33,6 +34,19 @@ from tiny import tiny_config
 def test_a_contradictory_model_is_refused_with_field_value_and_rule(overrides, message):
     with pytest.raises(ConfigError, match=message):
         tiny_config(**overrides)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-gpt-oss", "tiny-deepseek-v3", "deepseek-v2-lite"])
+@pytest.mark.parametrize("value", [1e308, 1e39, 1e-320])
+def test_a_number_that_fp32_does_not_hold_is_refused_in_every_field(preset, value):
+    config = read_model_config(preset)
+    records = [config, *(part for part in vars(config).values() if dataclasses.is_dataclass(part))]
+    floats = [(record, name) for record in records for name, old in vars(record).items() if isinstance(old, float)]
+    assert len(floats) >= 5
+    for record, name in floats:
+        with pytest.raises(ConfigError, match=rf"{name} .* must be"):
+            dataclasses.replace(record, **{name: value})
+            pytest.fail(name)
 
 
 def test_moe_layers_follow_the_absolute_index():

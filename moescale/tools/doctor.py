@@ -198,6 +198,9 @@ def _disk(output: Path) -> Finding:
     folder = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     usage = shutil.disk_usage(folder)
     detail = f"{usage.free / 1e9:,.0f} GB free for {output}"
+    if not folder.is_dir():
+        detail = f"{folder} is not a folder"
+        return Finding(name="disk", status="problem", detail=detail, remedy="give another --output")
     if not os.access(folder, os.W_OK):
         return Finding(
             name="disk", status="problem", detail=f"{folder} cannot be written", remedy="give another --output"

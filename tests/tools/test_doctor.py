@@ -54,6 +54,11 @@ def test_a_folder_that_cannot_be_written_is_a_problem_and_ends_with_status_2(tmp
     assert "doctor: disk" in streams.err
 
 
+def test_a_folder_below_a_file_is_a_problem(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert doctor._disk(tmp_path / "file" / "run").status == "problem"
+
+
 @pytest.mark.parametrize(("free", "status"), [(20e9, "note"), (900e9, "ok")])
 def test_a_disk_too_small_for_checkpoints_of_large_models_is_noted(tmp_path, monkeypatch, free, status):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage(1e12, 0, free))
