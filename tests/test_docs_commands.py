@@ -104,11 +104,15 @@ def check_output(expected: str, printed: str) -> None:
     assert missing == [], f"what this prints has changed; paste it again:\n{printed}"
 
 
-@pytest.mark.slow
+FOLLOWED = [path for path in PAGES if re.search("^```(bash|console)$", path.read_text(), re.MULTILINE)]
+
+
 @pytest.mark.parametrize(
     "page",
-    [path for path in PAGES if "```bash" in path.read_text() or "```console" in path.read_text()],
-    ids=lambda page: page.name,
+    [
+        pytest.param(path, marks=[] if path.parent == ROOT else pytest.mark.slow, id=str(path.relative_to(ROOT)))
+        for path in FOLLOWED
+    ],
 )
 def test_a_page_followed_word_for_word_works(page, tmp_path):
     assert follow(page, tmp_path) > 0
