@@ -234,7 +234,10 @@ def test_numbers_that_no_run_has_are_damage_and_the_largest_others_are_drawn(tmp
 
 def test_a_folder_of_any_name_has_a_page(tmp_path, plan):
     first = write_run(tmp_path / os.fsdecode(b"_$\\frac{$\xff\x1b"), plan, steps=2)
+    document = json.loads((first / "run.json").read_text()) | {"data": "/data/\udcff"}
+    (first / "run.json").write_text(json.dumps(document))
     assert "\\xff\\x1b" in page_of(first, first)
+    assert "/data/\\udcff" in page_of(first)
 
 
 def test_what_is_in_the_place_of_a_lock_is_not_waited_for(tmp_path, plan):

@@ -164,4 +164,5 @@ def _render(**fields: Any) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["svg"] = Markup
-    return environment.from_string(PAGE.read_text(encoding="utf-8")).render(style=Markup(STYLE), **fields)
+    page = environment.from_string(PAGE.read_text(encoding="utf-8")).render(style=Markup(STYLE), **fields)
+    return page.encode(errors="backslashreplace").decode()  # names of files may hold what UTF-8 cannot
