@@ -14,6 +14,7 @@ import torch
 
 from moescale import __version__
 from moescale.api.run_checks import check_corpus, check_devices, choose_plan, out_of_memory
+from moescale.api.samples import make_sampler
 from moescale.api.train_request import TrainRequest, request_arguments
 from moescale.config import ModelConfig
 from moescale.convert.adapter import read_adapter
@@ -42,6 +43,7 @@ from moescale.runtime.mapping import compile_layers, optimizer_format
 from moescale.runtime.output_lock import hold_output
 from moescale.runtime.profiling import KERNELS_FILE, WARM_UP_STEPS, StepProfiler
 from moescale.runtime.ranks import Ranks, place_on_host
+from moescale.runtime.samples import Sampler
 from moescale.runtime.session import PlacedModel, place_model
 from moescale.runtime.train import Trainer
 from moescale.tools.preflight import Job, examine_job
@@ -327,6 +329,7 @@ class _Rank:
             hooks=[*run.hooks, *([profiler] if profiler else [])],
             optimizer_format=optimizer_format(plan),
             validation=self._validation(placed.coordinates),
+            sampler=self._sampler(),
             identity={"model": run.config.fingerprint(), "corpus": run.corpus.fingerprint} | self._frozen(placed),
             ranks=self.ranks,
             coordinates=placed.coordinates,
@@ -432,6 +435,11 @@ class _Rank:
             coordinates=coordinates,
             limit=self.settings.validation_sequences,
         )
+
+    def _sampler(self) -> Sampler | None:
+        if not self.settings.sample_every:
+            return None
+        return make_sampler(self.request.data, self.run.folder, self.settings, self._warn)
 
     def _check_verification(self) -> None:
         verification = self.verification

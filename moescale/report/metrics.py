@@ -54,6 +54,19 @@ class StepMetrics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A prompt of the validation split, and how the model continues it; texts, or ids where there is no tokenizer."""
+
+    sequence: int
+    """The sequence of the validation split that the prompt is from."""
+    prompt: str
+    answer: str
+    """The model's."""
+    wanted: str
+    """The corpus's, cut to the tokens that the model was given for its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSummary:
     """How a run ended."""
 

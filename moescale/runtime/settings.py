@@ -44,6 +44,12 @@ class TrainSettings:
     """Steps between validations; 0: only at the end."""
     validation_sequences: int = 256
     """Validation sequences per validation, at most."""
+    sample_every: int = 0
+    """Steps between samples, in which the model continues prompts of the validation split; 0: never."""
+    samples: int = 3
+    """Prompts that are continued each time."""
+    sample_tokens: int = 64
+    """Tokens of a sample, at most."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end and when stopped."""
     checkpoint_minutes: float = 0.0
@@ -80,6 +86,9 @@ class TrainSettings:
             ("seed", -(2**63) <= self.seed < 2**63, "must have 64 bits: from -2^63 to 2^63 - 1"),
             ("validation_every", self.validation_every >= 0, "must not be negative; 0 means at the end only"),
             ("validation_sequences", self.validation_sequences > 0, "must be positive"),
+            ("sample_every", self.sample_every >= 0, "must not be negative; 0 means never"),
+            ("samples", self.samples > 0, "must be positive"),
+            ("sample_tokens", self.sample_tokens > 0, "must be positive"),
             ("checkpoint_every", self.checkpoint_every >= 0, "must not be negative; 0 means at the end only"),
             ("checkpoint_minutes", 0 <= self.checkpoint_minutes < math.inf, "must be finite; 0 turns it off"),
             ("keep_checkpoints", self.keep_checkpoints >= 1, "must be at least 1"),

@@ -36,6 +36,7 @@ from moescale.runtime.mapping import sum_over_replicas_at_the_last
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
 from moescale.runtime.ranks import ONE_RANK, Ranks
+from moescale.runtime.samples import Sampler
 from moescale.runtime.settings import DECIDE_RESULT, TrainSettings, find_differences, learning_rate_at, warmup_problem
 
 
@@ -76,6 +77,7 @@ class Trainer:
         observer: Observer,
         optimizer_format: OptimizerFormat = OptimizerFormat(),  # noqa: B008 - frozen
         validation: Callable[[], Iterable[Batch]] | None = None,
+        sampler: Sampler | None = None,
         identity: dict[str, str] | None = None,
         ranks: Ranks = ONE_RANK,
         coordinates: Coordinates = ONE_DEVICE,
@@ -90,9 +92,10 @@ class Trainer:
 
         On several ranks ``model`` is divided over them (:func:`moescale.runtime.mapping.apply_plan`), ``parts`` says
         how, ``coordinates`` say where this rank stands, and ``source`` and ``validation`` hand out its data rank's
-        share of equally many micro-batches. ``hooks`` take part in the training on every rank. ``plan`` is kept in
-        checkpoints for the reader. ``on_progress`` hears of steps done and of the phase that begins, ``on_notice`` of
-        what the user should know though the run goes on. ``clock`` gives seconds.
+        share of equally many micro-batches. ``sampler`` generates every ``sample_every`` steps. ``hooks`` take part in
+        the training on every rank. ``plan`` is kept in checkpoints for the reader. ``on_progress`` hears of steps done
+        and of the phase that begins, ``on_notice`` of what the user should know though the run goes on. ``clock`` gives
+        seconds.
         """
         assert coordinates.num_ranks == ranks.size, "the coordinates of another number of ranks"
         self.model = model
@@ -109,6 +112,7 @@ class Trainer:
         )
         self.observer = observer
         self.validation = validation
+        self.sampler = sampler
         self.identity = identity or {}
         self.ranks = ranks
         self.coordinates = coordinates
@@ -221,6 +225,8 @@ class Trainer:
                 self.observer.on_step(metrics)
                 if self._due(self.settings.validation_every):
                     self._validate()
+                if self._due(self.settings.sample_every):
+                    self._sample()
                 minutes = (self.clock() - last_saved_time) / 60
                 by_time = 0 < self.settings.checkpoint_minutes <= minutes
                 stop_asked, minutes_over, still_writing = self.ranks.sum_on_host(
@@ -417,6 +423,13 @@ class Trainer:
             self.observer.on_validation(self.step, self._validation_loss)
             for hook in self.hooks:
                 hook.after_validation(self.step, self._validation_loss)
+
+    def _sample(self) -> None:
+        if self.sampler is not None:
+            samples = self.sampler.samples(
+                self.model, self.ranks, lambda: self.on_progress(self.step, "generating samples")
+            )
+            self.observer.on_samples(self.step, samples)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Everything a checkpoint must hold, as ``KIND.NAME``."""

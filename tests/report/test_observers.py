@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moescale.errors import ConfigError, MoescaleError
-from moescale.report.metrics import StepMetrics
+from moescale.report.metrics import Sample, StepMetrics
 from moescale.report.observers.observer import Observer, RunContext
 from moescale.report.observers.registry import DEFAULT_OBSERVERS, ObserverList, make_observer
 
@@ -59,6 +59,20 @@ def test_a_step_is_logged_with_the_extremes_of_the_load(tmp_path):
         log.on_step(metrics(1))
     (record,) = records_in(tmp_path)
     assert (record["expert_load_max"], record["expert_load_min"]) == ([1.5, 1.1], [0.5, 0.9])
+
+
+def test_samples_are_a_record_and_go_with_the_steps_that_are_done_again(tmp_path):
+    sample = Sample(sequence=3, prompt="a ", answer="b", wanted="c")
+    for resumed in (None, 1):
+        with make_log(tmp_path) as log:
+            if resumed is not None:
+                log.on_resume(resumed, tmp_path)
+            for step in range(1 if resumed is None else resumed + 1, 4):
+                log.on_step(metrics(step))
+                log.on_samples(step, [sample])
+    found = [record for record in records_in(tmp_path) if "samples" in record]
+    assert [record["step"] for record in found] == [1, 2, 3]
+    assert found[0]["samples"] == [{"sequence": 3, "prompt": "a ", "answer": "b", "wanted": "c"}]
 
 
 def test_what_is_not_finite_is_null_and_a_validation_that_is_not_is_there_once(tmp_path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from moescale.errors import printable
-from moescale.report.metrics import TrainSummary
+from moescale.report.metrics import Sample, TrainSummary
 from moescale.report.observers.observer import Observer, RunContext, perplexity
 
 
@@ -20,6 +21,12 @@ class ConsoleLines(Observer):
 
     def on_validation(self, step: int, loss: float) -> None:
         self._print(f"step {step}: validation loss {loss:.4f} nats per token, perplexity {perplexity(loss):.2f}")
+
+    def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            self._print(f"step {step}: sample, sequence {sample.sequence}")
+            for name in ("prompt", "answer", "wanted"):
+                self._print(f"  {name}: {getattr(sample, name)}")
 
     def on_finish(self, summary: TrainSummary) -> None:
         rate = summary.tokens / summary.seconds if summary.seconds else 0.0

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moescale.errors import MoescaleError
 from moescale.files import write_atomically
 from moescale.records import Count, FileKind, build, parse_json_object, read_bytes
-from moescale.report.metrics import StepMetrics, to_json
+from moescale.report.metrics import Sample, StepMetrics, to_json
 from moescale.report.observers.observer import Observer, RunContext, perplexity, step_record, writing
 
 METRICS_FILE = "metrics.jsonl"
@@ -59,6 +59,9 @@ class JsonLines(Observer):
     def on_validation(self, step: int, loss: float) -> None:
         self._drop_validation(step)
         self._write({"step": step, "validation_loss": loss, "validation_perplexity": perplexity(loss)})
+
+    def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        self._write({"step": step, "samples": [asdict(sample) for sample in samples]})
 
     def on_checkpoint(self, step: int, path: Path, seconds: float) -> None:
         self._write({"step": step, "checkpoint": str(path), "checkpoint_seconds": seconds})

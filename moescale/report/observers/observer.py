@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from moescale.errors import MoescaleError
-from moescale.report.metrics import StepMetrics, TrainSummary
+from moescale.report.metrics import Sample, StepMetrics, TrainSummary
 
 
 def stderr_console() -> Console:
@@ -61,6 +61,9 @@ class Observer:
 
     def on_validation(self, step: int, loss: float) -> None:
         """The mean loss over the validation split after ``step``, in nats per target token."""
+
+    def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """How the model continues prompts of the validation split after ``step``."""
 
     def on_checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """The checkpoint of ``step`` is whole on disk; the training waited ``seconds`` for it."""

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from moescale.errors import ConfigError, nearest
-from moescale.report.metrics import StepMetrics, TrainSummary
+from moescale.report.metrics import Sample, StepMetrics, TrainSummary
 from moescale.report.observers.observer import Observer, RunContext
 
 OBSERVERS = {
@@ -81,6 +81,10 @@ class ObserverList(Observer, AbstractContextManager):
     def on_validation(self, step: int, loss: float) -> None:
         for observer in self.observers:
             observer.on_validation(step, loss)
+
+    def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        for observer in self.observers:
+            observer.on_samples(step, samples)
 
     def on_checkpoint(self, step: int, path: Path, seconds: float) -> None:
         for observer in self.observers:

@@ -1,0 +1,68 @@
+"""Where a run's samples come from: prompts of its corpus, and the tokenizer that makes text of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from moescale.data.corpus import open_corpus
+from moescale.data.corpus.manifest import MANIFEST, read_manifest
+from moescale.data.prepare.tokenizer import CorpusTokenizer, load_tokenizer
+from moescale.data.prompts import find_prompts
+from moescale.errors import ConfigError, MoescaleError
+from moescale.runtime.samples import Sampler
+from moescale.runtime.settings import TrainSettings
+
+
+def make_sampler(data: Path, model: Path, settings: TrainSettings, warn: Callable[[str], None]) -> Sampler:
+    """Return what continues prompts of the validation split of ``data``, with the tokenizer it was made with.
+
+    That is the one its manifest names, or the one in the folder ``model``. Without either tokens are shown as ids, and
+    an answer ends by its length alone; ``warn`` hears of it.
+
+    Raises:
+        ConfigError: there is no validation split, or nothing in it is a prompt.
+    """
+    corpus = open_corpus(data, split="validation", missing_ok=True)
+    if corpus is None:
+        raise ConfigError(
+            f"run.sample_every ({settings.sample_every}) needs a validation split, which {data} lacks; prepare it with "
+            "--validation-fraction"
+        )
+    prompts = find_prompts(corpus, settings.samples)
+    if not prompts:
+        raise ConfigError(
+            f"run.sample_every ({settings.sample_every}) finds no prompt in {corpus.name}: no document there has a "
+            "target after its first token; prepare another corpus, or give 0"
+        )
+    tokenizer = _tokenizer(data, model)
+    if tokenizer is None:
+        warn(f"the tokenizer of {data} is neither where its manifest says nor in {model}; samples are shown as ids")
+        return Sampler(
+            prompts=prompts,
+            max_tokens=settings.sample_tokens,
+            end_tokens=(),
+            to_text=lambda tokens: " ".join(map(str, tokens)),
+        )
+    return Sampler(
+        prompts=prompts,
+        max_tokens=settings.sample_tokens,
+        end_tokens=(tokenizer.end_token_id,),
+        to_text=lambda tokens: tokenizer.tokenizer.decode(tokens, skip_special_tokens=False),
+    )
+
+
+def _tokenizer(data: Path, model: Path) -> CorpusTokenizer | None:
+    made_from = read_manifest(data).made_from if (data / MANIFEST).is_file() else {}
+    sha256, end_token, name = (made_from.get(key) for key in ("tokenizer_sha256", "end_token", "tokenizer"))
+    for candidate in (name, str(model)):
+        # A name that is no path would be fetched from the hub, by every rank.
+        if not isinstance(candidate, str) or not Path(candidate).exists():
+            continue
+        try:
+            found = load_tokenizer(candidate, end_token if isinstance(end_token, str) else None)
+        except (MoescaleError, OSError):
+            continue
+        if sha256 is None or found.sha256 == sha256:
+            return found
+    return None

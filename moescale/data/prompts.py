@@ -1,0 +1,72 @@
+"""Prompts of a corpus: what precedes the first answer of its conversations, or how its documents begin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moescale.data.batch import NO_TARGET
+from moescale.data.corpus import Corpus, PackedSequence
+
+PLAIN_PROMPT_TOKENS = 32
+"""Of a document that is learned from its beginning so many tokens are the prompt, at most half of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt and what follows it in the corpus."""
+
+    sequence: int
+    """The sequence it is from."""
+    tokens: list[int]
+    wanted: list[int]
+    """The answer in the corpus: the learned tokens right after the prompt, or of plain text the rest of the
+    document."""
+
+
+def find_prompts(corpus: Corpus, number: int) -> list[Prompt]:
+    """Return at most ``number`` prompts, of the first suitable document in each of evenly spaced sequences.
+
+    The same in every call. A sequence that no prompt can be taken from, such as the inside of a long conversation that
+    was split, gives way to the next one.
+    """
+    found: list[Prompt] = []
+    total = corpus.num_sequences
+    for place in range(min(number, total)):
+        first, last = place * total // min(number, total), (place + 1) * total // min(number, total)
+        prompts = (_prompt_of(corpus, index) for index in range(first, last))
+        prompt = next((prompt for prompt in prompts if prompt is not None), None)
+        if prompt is not None:
+            found.append(prompt)
+    return found
+
+
+def _prompt_of(corpus: Corpus, index: int) -> Prompt | None:
+    sequence, padding = corpus.sequence(index), corpus.padding(index)
+    for start, end in _documents(sequence):
+        tokens = sequence.tokens[start:end].astype(np.int64)
+        if padding[start] or len(tokens) < 2:
+            continue
+        if sequence.labels is None:
+            cut = min(PLAIN_PROMPT_TOKENS, len(tokens) // 2)
+            return Prompt(sequence=index, tokens=tokens[:cut].tolist(), wanted=tokens[cut:].tolist())
+        learned = sequence.labels[start:end] != NO_TARGET
+        if not learned[1:].any():
+            continue
+        cut = int(np.argmax(learned[1:])) + 1
+        if learned[0]:  # it begins with what is learned, as plain text does
+            cut = min(PLAIN_PROMPT_TOKENS, len(tokens) // 2)
+        rest = np.flatnonzero(~learned[cut:] | padding[start + cut : end])
+        stop = cut + int(rest[0]) if rest.size else len(tokens)
+        return Prompt(sequence=index, tokens=tokens[:cut].tolist(), wanted=tokens[cut:stop].tolist())
+    return None
+
+
+def _documents(sequence: PackedSequence) -> list[tuple[int, int]]:
+    """First token and last + 1 of each document; all of a sequence where the corpus does not tell."""
+    length = len(sequence.tokens)
+    if sequence.document_starts is None:
+        return [(0, length)]
+    starts = sorted({0, *np.flatnonzero(sequence.document_starts).tolist()})
+    return list(zip(starts, [*starts[1:], length], strict=True))
