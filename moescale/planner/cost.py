@@ -33,7 +33,7 @@ KERNELS_PER_OPERATOR = {"dense_gemm": (1, 2), "grouped_gemm": (5, 8), "attention
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one optimizer step, by what they go to; hidden communication costs nothing."""
+    """Seconds of one optimizer step, by what they go to; of hidden communication what it slows."""
 
     exposed: dict[str, float]
     hidden: dict[str, float]
@@ -148,6 +148,8 @@ class CostModel:
             seconds = self._replicate_seconds(mesh, gradient)
             total["communication dp_replicate"] = max(0.0, seconds - micro_batch.free_backward)
             covered["communication dp_replicate"] = min(seconds, micro_batch.free_backward)
+        if any(covered.values()):
+            total["slowed by communication"] = self.cluster.overlap_cost * sum(covered.values())
         total["step overhead"] = self.cluster.step_overhead_seconds
         return StepTime(exposed=total, hidden=covered)
 

@@ -1,0 +1,56 @@
+"""Predicted times against steps that were measured, where the parts of a step can be told apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from moescale.convert.hf_config import read_model_config
+from moescale.planner.cluster import load_cluster
+from moescale.planner.request import PlanRequest
+from moescale.planner.search import Evaluated, compile_plan
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "h100x2"
+QWEN3 = dataclasses.replace(read_model_config("qwen3-30b-a3b"), num_layers=8)
+
+
+def evaluate(pins: dict[str, str], **changes: float) -> Evaluated:
+    """Eight layers of Qwen3-30B-A3B on two H100 whose memory excludes nothing."""
+    cluster = dataclasses.replace(load_cluster("h100-sxm"), memory_bytes=2**38, **changes)
+    request = PlanRequest(runtime_gpus=2, plan_gpus=2, tokens_per_step=131072, sequence_length=2048, pins=pins)
+    best = compile_plan(QWEN3, cluster, request, with_alternatives=False).best
+    assert best is not None
+    return best
+
+
+def pins_of(row: dict) -> dict[str, str]:
+    pins = {"ep": "1", "moe_recompute": "none", "gradient_dtype": "bf16", "optimizer_state_dtype": "int8"}
+    pins |= {"master_weight_format": "bf16_remainder", "dense_sharding": row["dense_sharding"]}
+    pins |= {"moe_reshard": "false"} if row["dense_sharding"] == "fsdp" else {}
+    return pins | {"micro_batch_sequences": str(row["micro_batch_sequences"])}
+
+
+ROWS = json.loads((RESULTS / "qwen3.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["case"])
+def test_the_peak_of_layers_with_large_micro_batches_is_as_measured(row: dict) -> None:
+    best = evaluate(pins_of(row))
+    assert best.memory.allocated == pytest.approx(row["peak_bytes"], rel=0.005)
+
+
+@pytest.mark.parametrize("row", ROWS[1:], ids=lambda row: row["case"])  # the first thrashed, short of memory
+def test_the_time_of_layers_on_two_gpus_is_as_measured(row: dict) -> None:
+    best = evaluate(pins_of(row))
+    assert best.time.total == pytest.approx(row["measured_seconds"], rel=0.05)
+
+
+def test_hidden_communication_costs_the_part_that_the_cluster_file_says() -> None:
+    pins = pins_of(ROWS[1])
+    free, half = evaluate(pins, overlap_cost=0.0).time, evaluate(pins, overlap_cost=0.5).time
+    assert free.hidden == half.hidden and sum(free.hidden.values()) > 0.1
+    assert half.total - free.total == pytest.approx(0.5 * sum(free.hidden.values()))
+    assert half.exposed["slowed by communication"] == pytest.approx(half.total - free.total)
