@@ -20,7 +20,7 @@ import torch
 from step import RandomSteps, Silent
 
 from moescale.convert.hf_config import read_model_config
-from moescale.plan import LayerPlan, MeshShape, ParallelPlan
+from moescale.plan import MeshShape, ParallelPlan
 from moescale.runtime import session
 from moescale.runtime.checkpoint import CheckpointStore
 from moescale.runtime.launch import join_ranks
@@ -40,7 +40,6 @@ def main() -> None:
     arguments = parser.parse_args()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     config = dataclasses.replace(read_model_config("deepseek-coder-v2-lite"), num_layers=arguments.layers)
-    layers = LayerPlan(recompute="none", reshard_after_forward=False)
     plan = ParallelPlan(
         model_fingerprint=config.fingerprint(),
         cluster_fingerprint="",
@@ -51,8 +50,7 @@ def main() -> None:
         tokens_per_step=2048 * arguments.micro_batch_sequences * MICRO_BATCHES * ranks,
         micro_batch_sequences=arguments.micro_batch_sequences,
         gradient_accumulation_steps=MICRO_BATCHES,
-        dense_layers=layers,
-        moe_layers=layers,
+        layers=(),
         compute_dtype="bf16",
         optimizer_state_dtype="int8",
         master_weight_format="bf16_remainder",

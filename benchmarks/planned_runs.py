@@ -70,7 +70,7 @@ def run_case(folder: Path, model: str, data: Path, cluster: str, steps: int, pin
         "mesh": plan["mesh"],
         "dense_sharding": plan["dense_sharding"],
         "micro_batch_sequences": plan["micro_batch_sequences"],
-        "moe_recompute": plan["moe_layers"]["recompute"],
+        "moe_recompute": next(layer["recompute"] for layer in plan["layers"] if layer["kind"] == "moe"),
         "status": run.returncode,
         "error": None if run.returncode == 0 else run.stderr[-500:],
         "predicted_seconds": prediction["step_seconds"],

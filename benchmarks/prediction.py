@@ -35,7 +35,7 @@ from moescale.models.blocks.moe import Router
 from moescale.models.flops import flops_per_token, peak_flops
 from moescale.plan import ParallelPlan
 from moescale.planner.cluster import load_cluster
-from moescale.planner.request import PlanRequest
+from moescale.planner.request import PlanRequest, recompute_name
 from moescale.planner.search import compile_plan
 from moescale.tools.measurement import describe_measurement, write_result
 
@@ -343,14 +343,10 @@ def predicted_again(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def predict_pins(plan: ParallelPlan) -> dict[str, str]:
     """Every decision of the plan as a pin: the only plan that then can be compiled is this one."""
-    recompute = {
-        kind: layer if isinstance(layer, str) else "+".join(layer)
-        for kind, layer in (("dense", plan.dense_layers.recompute), ("moe", plan.moe_layers.recompute))
-    }
     return _pins(
         micro_batch_sequences=plan.micro_batch_sequences,
-        dense_recompute=recompute["dense"],
-        moe_recompute=recompute["moe"],
+        dense_recompute=recompute_name(plan.layer("dense")),
+        moe_recompute=recompute_name(plan.layer("moe")),
         optimizer_state_dtype=plan.optimizer_state_dtype,
         master_weight_format=plan.master_weight_format,
         gradient_dtype=plan.gradient_dtype,

@@ -203,8 +203,10 @@ def predict(run: PublishedRun, variant: Variant, router_imbalance: float) -> flo
         mesh=variant.mesh,
         micro_batch_sequences=variant.micro_batch_sequences,
         gradient_accumulation_steps=variant.gradient_accumulation_steps,
-        dense_layers=_not_resharded("block" if variant.recompute == "block" else "none"),
-        moe_layers=_not_resharded(variant.recompute),
+        layers=(
+            _not_resharded("dense", "block" if variant.recompute == "block" else "none"),
+            _not_resharded("moe", variant.recompute),
+        ),
         formats=Formats(
             optimizer_state_dtype=variant.moments,
             master_weight_format="fp32",
@@ -216,8 +218,8 @@ def predict(run: PublishedRun, variant: Variant, router_imbalance: float) -> flo
     return time.total + _exchange_correction(time, variant)
 
 
-def _not_resharded(recompute: str) -> LayerPlan:
-    return layer_plan(recompute, reshard=False)
+def _not_resharded(kind: str, recompute: str) -> LayerPlan:
+    return layer_plan(kind, recompute, reshard=False)
 
 
 def _exchange_correction(time: StepTime, variant: Variant) -> float:

@@ -86,8 +86,7 @@ def make_plan(config: ModelConfig, arguments: argparse.Namespace) -> ParallelPla
     )
     return dataclasses.replace(
         plan,
-        moe_layers=LayerPlan(recompute=arguments.recompute),
-        dense_layers=LayerPlan(recompute=arguments.recompute),
+        layers=tuple(LayerPlan(kind=kind, recompute=arguments.recompute) for kind in ("dense", "moe")),
         optimizer_state_dtype=arguments.optimizer_state,
         master_weight_format=arguments.master_weights,
         gradient_dtype=arguments.gradients,

@@ -28,14 +28,15 @@ from moescale.formats import ComputeFormat, GradientFormat, MasterFormat, Moment
 from moescale.lora import LoraSettings
 from moescale.records import FileKind, build, parse_json_object, read_bytes, show
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
+"""2: layer kinds by name. Version 0.1.0 wrote 1, with the two kinds ``dense`` and ``moe``, which is still read."""
 MAX_TOKENS_PER_STEP = 2**30
 """Beyond any training's; 16 GiB of token ids and targets."""
 DenseSharding = Literal["zero1", "fsdp"]
 SAVED_ROWS_FACTOR = 1.125
 """Rows per layer whose pre-activation an expert-parallel rank keeps, over those of even routing; it recomputes more."""
 RECOMPUTABLE_OPERATORS = ("experts",)
-"""Operators of an MoE layer that a plan can name to be run again by themselves."""
+"""Operators that a plan can name to be recomputed by themselves, in layers that have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,10 @@ class MeshShape:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """What is kept and what is done again, the same for all layers of one kind."""
+    """What is kept and what is recomputed, the same for all layers of one kind."""
 
+    kind: str
+    """One of the layer kinds that the model's family names."""
     recompute: Literal["none", "block"] | tuple[str, ...] = "none"
     """Nothing, the whole block, or the operators named."""
     recompute_layers: int | None = None
@@ -61,6 +64,11 @@ class LayerPlan:
     the backward comes to these."""
     reshard_after_forward: bool = True
     """Free the gathered weights after the forward pass, and gather them again in the backward."""
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """The operators that the layers recompute by themselves."""
+        return () if isinstance(self.recompute, str) else self.recompute
 
     def recomputed_share(self, num_layers: float) -> float:
         """Return which part of the kind's ``num_layers`` recomputes what ``recompute`` says."""
@@ -107,8 +115,9 @@ class ParallelPlan:
     micro_batch_sequences: int
     """Sequences one GPU runs forward and backward at once."""
     gradient_accumulation_steps: int
-    dense_layers: LayerPlan
-    moe_layers: LayerPlan
+    layers: tuple[LayerPlan, ...]
+    """One for each layer kind. A kind without one recomputes nothing; its weights are freed after the forward pass
+    where they are sharded."""
     compute_dtype: ComputeFormat
     optimizer_state_dtype: MomentFormat
     """Of both AdamW moments."""
@@ -138,18 +147,17 @@ class ParallelPlan:
     def sequences_per_step(self) -> int:
         return self.tokens_per_step // self.sequence_length
 
+    def layer(self, kind: str) -> LayerPlan:
+        """The plan of the layers of ``kind``."""
+        default = LayerPlan(kind=kind, reshard_after_forward=self.dense_sharding != "zero1")
+        return next((layer for layer in self.layers if layer.kind == kind), default)
+
     def check_model(self, config: ModelConfig) -> None:
         """Raise ConfigError unless the plan was made for this model and can be run with it."""
         if config.fingerprint() != self.model_fingerprint:
             raise ConfigError(
                 f"plan.model_fingerprint ({self.model_fingerprint}) differs from the model's ({config.fingerprint()}); "
                 "compile a plan for this model, or give the model the plan was compiled for"
-            )
-        moe, number = config.num_moe_layers, self.moe_layers.recompute_layers
-        if number is not None and number > moe:
-            raise ConfigError(
-                f"plan.moe_layers.recompute_layers ({number}) must be at most the model's {moe} MoE layers; compile a "
-                "plan for this model"
             )
         if config.num_experts is not None and config.num_experts % self.mesh.ep:
             raise ConfigError(
@@ -164,10 +172,12 @@ class ParallelPlan:
     def from_json(cls, text: str | bytes, path: str = "plan") -> ParallelPlan:
         """Read and validate a plan. ``path`` names it in errors. Raises ConfigError."""
         document = parse_json_object(text, path, _FILE)
-        if document.get("format") != PLAN_FORMAT:
+        written = document.get("format")
+        if written == 1 and not isinstance(written, bool):
+            document = _from_format_1(document, path)
+        elif written != PLAN_FORMAT:
             raise ConfigError(
-                f"{path}: format ({show(document.get('format'))}) must be {PLAN_FORMAT}; compile it again with this "
-                "version"
+                f"{path}: format ({show(written)}) must be 1 or {PLAN_FORMAT}; compile it again with this version"
             )
         return build(cls, document, path, _FILE)
 
@@ -178,6 +188,18 @@ _FILE = FileKind(
     remedy="compile it again",
     missing="missing; write a plan with `moescale compile`",
 )
+
+
+def _from_format_1(document: dict[str, Any], path: str) -> dict[str, Any]:
+    """``document`` as today's format writes it. Raises ConfigError where it lacks one of the two kinds it must have."""
+    found = {name: value for name, value in document.items() if name not in ("dense_layers", "moe_layers")}
+    layers = []
+    for kind in ("dense", "moe"):
+        value = document.get(f"{kind}_layers")
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}: plan.{kind}_layers ({show(value)}) must be an object; compile it again")
+        layers.append(value | {"kind": kind})
+    return found | {"layers": layers, "format": PLAN_FORMAT}
 
 
 def expert_shard_dim(shape: Sequence[int], shards: int) -> int:
@@ -198,7 +220,7 @@ def one_device_plan(
     compute_dtype: ComputeFormat,
     lora: LoraSettings | None = None,
 ) -> ParallelPlan:
-    """The plan of a run without a search: one device, fp32 beside the compute dtype, nothing recomputed."""
+    """The plan of a run without a search: one device, fp32 master weights, nothing recomputed."""
     return ParallelPlan(
         model_fingerprint=config.fingerprint(),
         cluster_fingerprint="",
@@ -209,8 +231,7 @@ def one_device_plan(
         tokens_per_step=sequence_length * micro_batch_sequences * gradient_accumulation_steps,
         micro_batch_sequences=micro_batch_sequences,
         gradient_accumulation_steps=gradient_accumulation_steps,
-        dense_layers=LayerPlan(),
-        moe_layers=LayerPlan(),
+        layers=(),
         compute_dtype=compute_dtype,
         optimizer_state_dtype="fp32",
         master_weight_format="fp32",
@@ -250,6 +271,7 @@ def validate(plan: ParallelPlan) -> None:
             "whole steps are read ahead into memory"
         )
     _check_mesh(plan)
+    _check_kinds(plan)
     _check_dense_sharding(plan)
     _check_recompute(plan)
     if plan.prediction is not None:
@@ -271,19 +293,26 @@ def validate(plan: ParallelPlan) -> None:
                 )
 
 
+def _check_kinds(plan: ParallelPlan) -> None:
+    kinds = [layer.kind for layer in plan.layers]
+    for kind in kinds:
+        if kinds.count(kind) > 1:
+            raise ConfigError(f"plan.layers: kind '{kind}' occurs {kinds.count(kind)} times; keep one of them")
+
+
 def _check_recompute(plan: ParallelPlan) -> None:
-    for kind, known in (("dense_layers", ()), ("moe_layers", RECOMPUTABLE_OPERATORS)):
-        recompute, number = getattr(plan, kind).recompute, getattr(plan, kind).recompute_layers
-        if number is not None and (number < 1 or recompute == "none"):
+    for layer in plan.layers:
+        path = f"plan.layers.{layer.kind}"
+        if layer.recompute_layers is not None and (layer.recompute_layers < 1 or layer.recompute == "none"):
             raise ConfigError(
-                f"plan.{kind}.recompute_layers ({number}) must be at least 1, and absent where recompute is none; "
-                "compile the plan again"
+                f"{path}.recompute_layers ({layer.recompute_layers}) must be at least 1, and absent where recompute is "
+                "none; compile the plan again"
             )
-        for name in () if isinstance(recompute, str) else recompute:
-            if name not in known:
+        for name in layer.operators:
+            if name not in RECOMPUTABLE_OPERATORS:
                 raise ConfigError(
-                    f"plan.{kind}.recompute ('{name}') must be none, block, or of these operators: "
-                    f"{', '.join(known) or 'nothing less'}; compile the plan with this version"
+                    f"{path}.recompute ('{name}') must be none, block, or of these operators: "
+                    f"{', '.join(RECOMPUTABLE_OPERATORS)}; compile the plan with this version"
                 )
 
 
@@ -319,11 +348,11 @@ def _check_mesh(plan: ParallelPlan) -> None:
 def _check_dense_sharding(plan: ParallelPlan) -> None:
     if plan.dense_sharding != "zero1":
         return
-    for kind in ("dense_layers", "moe_layers"):
-        if getattr(plan, kind).reshard_after_forward:
+    for layer in plan.layers:
+        if layer.reshard_after_forward:
             raise ConfigError(
-                f"plan.{kind}.reshard_after_forward (True) must be False where plan.dense_sharding is zero1: weights "
-                "are whole on every rank, so there is nothing to free; compile the plan again"
+                f"plan.layers.{layer.kind}.reshard_after_forward (True) must be False where plan.dense_sharding is "
+                "zero1: weights are whole on every rank, so there is nothing to free; compile the plan again"
             )
     for axis in ("pp", "cp", "tp"):
         size = getattr(plan.mesh, axis)

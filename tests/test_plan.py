@@ -19,8 +19,10 @@ def plan(**overrides) -> ParallelPlan:
         tokens_per_step=128 * 2 * 3 * 8,
         micro_batch_sequences=2,
         gradient_accumulation_steps=3,
-        dense_layers=LayerPlan(recompute="block"),
-        moe_layers=LayerPlan(recompute=("experts",), reshard_after_forward=False),
+        layers=(
+            LayerPlan(kind="dense", recompute="block"),
+            LayerPlan(kind="moe", recompute=("experts",), reshard_after_forward=False),
+        ),
         compute_dtype="bf16",
         optimizer_state_dtype="int8",
         master_weight_format="bf16_remainder",
@@ -58,17 +60,30 @@ def test_a_file_without_dense_sharding_is_one_of_fsdp_and_whole_weights_survive_
     assert ParallelPlan.from_json(json.dumps(old)) == plan(dense_sharding="fsdp")
     whole = plan(
         dense_sharding="zero1",
-        dense_layers=LayerPlan(reshard_after_forward=False),
-        moe_layers=LayerPlan(reshard_after_forward=False),
+        layers=tuple(LayerPlan(kind=kind, reshard_after_forward=False) for kind in ("sliding", "full")),
     )
     assert ParallelPlan.from_json(whole.to_json()) == whole
+
+
+def test_a_file_of_format_1_has_the_kinds_dense_and_moe():
+    old = json.loads(plan().to_json())
+    dense, moe = ({name: value for name, value in layer.items() if name != "kind"} for layer in old.pop("layers"))
+    old |= {"format": 1, "dense_layers": dense, "moe_layers": moe}
+    assert ParallelPlan.from_json(json.dumps(old)) == plan()
+
+
+def test_a_layer_kind_that_a_plan_does_not_name_recomputes_nothing():
+    assert plan().layer("moe").recompute == ("experts",)
+    assert plan().layer("sliding") == LayerPlan(kind="sliding")
+    whole = plan(dense_sharding="zero1", layers=())
+    assert whole.layer("sliding") == LayerPlan(kind="sliding", reshard_after_forward=False)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[" * 100_000, "has more than 32 objects"),
-        ('{"format": "1"}', r"format \('1'\) must be 1"),
+        ('{"format": "1"}', r"format \('1'\) must be 1 or 2"),
         ("[]", "must be a JSON object"),
     ],
 )
@@ -95,18 +110,21 @@ def test_a_plan_that_cannot_be_written_names_its_path(tmp_path):
         ({"mesh": {"dp_replicate": 2, "dp_shards": 4}}, r"plan\.mesh\.dp_shards is not a field.*mean 'dp_shard'"),
         ({"dense_sharding": "zero2"}, r"plan\.dense_sharding \('zero2'\) must be one of zero1, fsdp"),
         (
-            {"dense_sharding": "zero1", "moe_layers": {"reshard_after_forward": True}},
-            r"plan\.dense_layers\.reshard_after_forward \(True\) must be False where plan\.dense_sharding is zero1",
+            {"dense_sharding": "zero1"},
+            r"plan\.layers\.dense\.reshard_after_forward \(True\) must be False where plan\.dense_sharding is zero1",
         ),
         (
-            {"dense_sharding": "zero1", "dense_layers": {"reshard_after_forward": False}, "moe_layers": {}},
-            r"plan\.moe_layers\.reshard_after_forward \(True\) must be False where plan\.dense_sharding is zero1",
+            {
+                "dense_sharding": "zero1",
+                "layers": [{"kind": "dense", "reshard_after_forward": False}, {"kind": "full"}],
+            },
+            r"plan\.layers\.full\.reshard_after_forward \(True\) must be False where plan\.dense_sharding is zero1",
         ),
         *(
             (
                 {
                     "dense_sharding": "zero1",
-                    "dense_layers": {"reshard_after_forward": False},
+                    "layers": [{"kind": "dense", "reshard_after_forward": False}],
                     "mesh": {"dp_replicate": 2, "dp_shard": 2, axis: 2},
                 },
                 rf"plan\.mesh\.{axis} \(2\) must be 1 where plan\.dense_sharding is zero1",
@@ -118,13 +136,21 @@ def test_a_plan_that_cannot_be_written_names_its_path(tmp_path):
         ({"optimizer_state_dtyp": "fp32"}, r"did you mean 'optimizer_state_dtype'"),
         ({"plan_gpus": "4"}, r"plan\.plan_gpus \('4'\) must be of type int"),
         ({"plan_gpus": True}, r"plan\.plan_gpus \(True\) must be of type int"),
-        ({"dense_layers": {"recompute": "some"}}, r"plan\.dense_layers\.recompute"),
-        ({"moe_layers": {"recompute": ["banana"]}}, r"plan\.moe_layers\.recompute \('banana'\) must be .*: experts;"),
+        ({"layers": [{"kind": "dense", "recompute": "some"}]}, r"plan\.layers\[0\]\.recompute"),
+        ({"layers": [{"recompute": "none"}]}, r"plan\.layers\[0\]\.kind is missing"),
+        ({"layers": [{"kind": "full"}, {"kind": "full"}]}, r"plan\.layers: kind 'full' occurs 2 times; keep one"),
+        ({"layers": {"full": {}}}, r"plan\.layers \(a dict\) must be of type tuple"),
+        ({"format": 1}, r"plan\.dense_layers \(None\) must be an object"),
+        ({"format": 1, "dense_layers": {}, "moe_layers": []}, r"plan\.moe_layers \(a list\) must be an object"),
+        ({"format": True, "dense_layers": {}, "moe_layers": {}}, r"format \(True\) must be 1 or 2"),
         (
-            {"dense_layers": {"recompute": ["experts"]}},
-            r"plan\.dense_layers\.recompute \('experts'\) must be none, block",
+            {"layers": [{"kind": "full", "recompute": ["banana"]}]},
+            r"plan\.layers\.full\.recompute \('banana'\) must be .*: experts;",
         ),
-        ({"moe_layers": {"recompute": [1]}}, r"plan\.moe_layers\.recompute\[0\] \(1\) must be of type str"),
+        (
+            {"layers": [{"kind": "moe", "recompute": [1]}]},
+            r"plan\.layers\[0\]\.recompute\[0\] \(1\) must be of type str",
+        ),
         (
             {"prediction": predicted(step_seconds="2")},
             r"^plan\.prediction\.step_seconds \('2'\) must be of type float; compile it again$",
@@ -145,7 +171,7 @@ def test_a_plan_that_cannot_be_written_names_its_path(tmp_path):
         ),
         ({"prediction": predicted(breakdown_seconds={"a": -1})}, r"prediction\.breakdown_seconds\.a \(-1\.0\) must be"),
         ({"prediction": [1]}, r"^plan\.prediction must be an object, not list; compile it again$"),
-        ({"format": 99}, r"format \(99\) must be 1"),
+        ({"format": 99}, r"format \(99\) must be 1 or 2"),
     ],
 )
 def test_a_plan_edited_into_a_contradiction_is_refused(changes, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -177,4 +178,4 @@ def _pair(text: str, option: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
         raise ConfigError(f"--{option} ('{text}') must have the form name=value, for example ep=4")
-    return name.strip().replace("-", "_"), value.strip().lower()
+    return re.sub("[-.]", "_", name.strip()), value.strip().lower()

@@ -15,6 +15,7 @@ from moescale.convert.adapter import read_adapter_settings
 from moescale.data.corpus import Corpus
 from moescale.errors import ConfigError
 from moescale.lora import LoraSettings, parse_lora
+from moescale.models.layer_plans import plan_of_layers
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
 from moescale.runtime.launch import was_launched
 
@@ -46,6 +47,7 @@ def choose_plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: 
                 "compile it again"
             )
         plan.check_model(config)
+        plan_of_layers(plan, config)  # raises where the model has other layers
         _check_lora(inputs.lora, plan, inputs.plan)
         _check_adapter(inputs.adapter, config, plan.lora)
         return plan

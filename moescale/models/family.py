@@ -15,12 +15,17 @@ from moescale.config import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LayerList:
-    """The operators of one kind of layer, in the order of the forward pass, and how many layers are of it."""
+    """The operators of one kind of layer, in the order of the forward pass, and which layers are of it."""
 
     name: str
     operators: tuple[str, ...]
     """Names of registered operators."""
-    count: int
+    indices: tuple[int, ...]
+    """Of the model's layers of this kind, ascending."""
+
+    @property
+    def count(self) -> int:
+        return len(self.indices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +94,12 @@ class Family:
             "b": -(-tokens // max(1, sequence_length)),
             "x": sequence_length,
         }
+
+    def layer_kinds(self, config: ModelConfig) -> tuple[str, ...]:
+        """Return the kind of every layer of a model, by index."""
+        found = {index: kind.name for kind in self.layers(config) for index in kind.indices}
+        assert sorted(found) == list(range(config.num_layers)), "every layer is of one kind"
+        return tuple(found[index] for index in range(config.num_layers))
 
     def build(self, config: ModelConfig) -> Any:
         """Build a model of this family, on the device of the context."""

@@ -24,9 +24,11 @@ def decoder_layers(config: ModelConfig, attention: tuple[str, ...]) -> tuple[Lay
     shared = ("shared_gate_up", "shared_swiglu", "shared_down") if config.num_shared_experts else ()
     dense = (*mixing, "dense_gate_up", "dense_swiglu", "dense_down", "residual")
     moe = (*mixing, "router", "experts", "expert_gather_combine", *shared, "residual")
+    of_moe = tuple(layer for layer in range(config.num_layers) if config.is_moe_layer(layer))
+    others = tuple(layer for layer in range(config.num_layers) if layer not in of_moe)
     return (
-        LayerList(name="dense", operators=dense, count=config.num_layers - config.num_moe_layers),
-        LayerList(name="moe", operators=moe, count=config.num_moe_layers),
+        LayerList(name="dense", operators=dense, indices=others),
+        LayerList(name="moe", operators=moe, indices=of_moe),
     )
 
 

@@ -119,7 +119,7 @@ class CostModel:
         """The whole step of ``candidate``."""
         without = self.without_optimizer(
             candidate.mesh, candidate.micro_batch_sequences, candidate.gradient_accumulation_steps,
-            candidate.dense_layers, candidate.moe_layers, candidate.formats.gradient_dtype,
+            candidate.layers, candidate.formats.gradient_dtype,
             candidate.dense_sharding,
         )  # fmt: skip
         optimizer = self.optimizer_seconds(candidate.mesh, candidate.formats, candidate.dense_sharding)
@@ -130,13 +130,12 @@ class CostModel:
         mesh: MeshShape,
         sequences: int,
         accumulation: int,
-        dense: LayerPlan,
-        moe: LayerPlan,
+        layers: tuple[LayerPlan, ...],
         gradient: str,
         sharding: str = "fsdp",
     ) -> StepTime:
         """Forward, backward and communication of all micro-batches."""
-        micro_batch = self._micro_batch(mesh, sequences, dense, moe, gradient, sharding)
+        micro_batch = self._micro_batch(mesh, sequences, layers, gradient, sharding)
         total = {name: seconds * accumulation for name, seconds in micro_batch.exposed.items()}
         covered = {name: seconds * accumulation for name, seconds in micro_batch.hidden.items()}
         if mesh.pp > 1:
@@ -197,12 +196,14 @@ class CostModel:
         return self._share(mesh)
 
     def _micro_batch_uncached(
-        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str, sharding: str
+        self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], gradient: str, sharding: str
     ) -> _Ledger:
         """Forward and backward of one micro-batch on one rank."""
         ledger = _Ledger()
+        plans = {layer.kind: layer for layer in layers}
+        plans[self.workload.outside.name] = LayerPlan(kind=self.workload.outside.name, reshard_after_forward=False)
         for kind in (*self.workload.layers, self.workload.outside):
-            plan = {"dense": dense, "moe": moe}.get(kind.name, LayerPlan(reshard_after_forward=False))
+            plan = plans[kind.name]
             # A stage has its share of the layers; the loss comes on top of one of them.
             count = kind.count if kind is self.workload.outside else kind.count / mesh.pp
             time = self._layer_time(kind.name, mesh.tp, mesh.cp, mesh.ep, sequences, plan.recompute)
@@ -222,7 +223,7 @@ class CostModel:
             self._add_passes_over_weights(ledger, count, kind, mesh, plan, gradient, sharding)
             ledger.free_backward += count * backward.free
         if not is_recorded(mesh, sharding, self.cluster, self.request.compute_dtype):
-            host = self._host_seconds(mesh, {"dense": dense, "moe": moe}, sharding)
+            host = self._host_seconds(mesh, plans, sharding)
             ledger.exposed["host launches"] = max(0.0, host - sum(ledger.exposed.values()))
         return ledger
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError
 from moescale.planner.cluster import Cluster
-from moescale.planner.request import PlanRequest
+from moescale.planner.request import PlanRequest, recompute_name
 from moescale.planner.search import Evaluated, compile_plan
 from moescale.planner.workload import Workload
 
@@ -155,6 +155,14 @@ def fit_text(result: FitResult) -> str:
         return text.getvalue().rstrip()
 
 
+def _recompute(best: Evaluated) -> str:
+    """Return what is recomputed, by layer kind where the kinds differ."""
+    names = {layer.kind: recompute_name(layer) for layer in best.candidate.layers}
+    if len(set(names.values())) == 1:
+        return next(iter(names.values()))
+    return " and ".join(f"{name} ({kind})" for kind, name in names.items())
+
+
 def _cells(point: FitPoint) -> tuple[str, ...]:
     if point.best is None:
         return "-", "-", "-", "-", "does not fit"
@@ -162,7 +170,7 @@ def _cells(point: FitPoint) -> tuple[str, ...]:
     unit = decisions["pp"] * decisions["dp_shard"] * decisions["cp"] * decisions["tp"]
     plan = (
         f"unit of {unit}, ep {decisions['ep']}, micro-batch {decisions['micro_batch_sequences']}, "
-        f"recompute {decisions['moe_recompute']}, moments {decisions['optimizer_state_dtype']}"
+        f"recompute {_recompute(point.best)}, moments {decisions['optimizer_state_dtype']}"
     )
     if point.unsupported:
         plan += f"; not supported by this version's runtime: {point.unsupported}"

@@ -31,7 +31,7 @@ from moescale.formats import DTYPE_BYTES, MASTER_BYTES, MOMENT_BYTES, logit_chun
 from moescale.plan import LayerPlan, MeshShape
 from moescale.planner.cluster import Cluster
 from moescale.planner.exchange import PeerExchange, reads_peers, row_factor
-from moescale.planner.request import Candidate, Formats, PlanRequest, recompute_name
+from moescale.planner.request import Candidate, Formats, PlanRequest, recompute_name, replace_layer
 from moescale.planner.shares import (
     expert_padding,
     gate_up_padding,
@@ -90,7 +90,7 @@ class MemoryModel:
     def peak(self, candidate: Candidate) -> PeakMemory:
         """The peak of ``candidate``, by class."""
         transient, moment = self.transient(
-            candidate.mesh, candidate.micro_batch_sequences, candidate.dense_layers, candidate.moe_layers,
+            candidate.mesh, candidate.micro_batch_sequences, candidate.layers,
             candidate.formats.gradient_dtype, candidate.dense_sharding,
         )  # fmt: skip
         sharding = candidate.dense_sharding
@@ -155,13 +155,12 @@ class MemoryModel:
         self,
         mesh: MeshShape,
         sequences: int,
-        dense: LayerPlan,
-        moe: LayerPlan,
+        layers: tuple[LayerPlan, ...],
         formats: Formats,
         sharding: str = "fsdp",
     ) -> float:
         """The peak of :meth:`peak`, without its classes."""
-        transient, _ = self.transient(mesh, sequences, dense, moe, formats.gradient_dtype, sharding)
+        transient, _ = self.transient(mesh, sequences, layers, formats.gradient_dtype, sharding)
         at_least, resident = self._around_transient(mesh, sequences, formats, sharding)
         return max(sum(transient.values()), at_least) + resident
 
@@ -174,31 +173,36 @@ class MemoryModel:
         return self.update_bytes(mesh, formats, sharding), resident
 
     def _transient_uncached(
-        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str, sharding: str
+        self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], gradient: str, sharding: str
     ) -> tuple[dict[str, float], str]:
-        moments = self.moments(mesh, sequences, dense, moe, gradient, sharding)
+        moments = self.moments(mesh, sequences, layers, gradient, sharding)
         moment, breakdown = max(moments.items(), key=lambda item: sum(item[1].values()))
         breakdown["allocator slack"] = sum(breakdown.values()) * self.cluster.allocator_slack
         return breakdown, moment
 
     def moments(
-        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str, sharding: str = "fsdp"
+        self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], gradient: str, sharding: str = "fsdp"
     ) -> dict[str, dict[str, float]]:
         """What lives beside weights, gradients and states, at every moment that can be the peak, by class."""
-        if moe.recompute_layers is not None:
-            return self._partly_recomputed_moments(mesh, sequences, dense, moe, gradient, sharding)
+        partly = next((layer for layer in layers if layer.recompute_layers is not None), None)
+        if partly is not None:
+            nowhere, everywhere = (
+                self.moments(mesh, sequences, changed, gradient, sharding) for changed in _both_ends(layers, partly)
+            )
+            assert partly.recompute_layers is not None
+            return self._partly(partly.kind, nowhere, everywhere, partly.recompute_layers)
         if sharding == "zero1":
-            return self._whole_moments(mesh, sequences, {"dense": dense, "moe": moe}, gradient)
+            return self._whole_moments(mesh, sequences, layers, gradient)
         tokens = sequences * self.request.sequence_length // mesh.cp
         dims = self.workload.dims(tokens, self.request.sequence_length)
-        plans = {"dense": dense, "moe": moe}
+        plans = {layer.kind: layer for layer in layers}
         # The first pipeline stage holds the activations of as many micro-batches as there are stages: of pp times
         # 1 / pp of the layers, so of all of them.
         kept = {
             f"activations {kind.name}": kind.count * self._kept_bytes(kind, plans[kind.name], dims, mesh)
             for kind in self.workload.layers
         }
-        first = self.workload.layers[0]
+        first = min(self.workload.layers, key=lambda kind: kind.indices[0])
         if self.workload.lora is not None and recompute_name(plans[first.name]) != "block":
             # Nothing before the first layer is trained, so its norm has no backward.
             kept[f"activations {first.name}"] -= dims["n"] * dims["h"] * self.itemsize
@@ -222,66 +226,89 @@ class MemoryModel:
                 breakdown["sums for replicas"] = share * DTYPE_BYTES[gradient]
         return moments
 
-    def _partly_recomputed_moments(
-        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str, sharding: str
-    ) -> dict[str, dict[str, float]]:
-        """Where only the first MoE layers recompute: the last layer does not, the last of the first ones does."""
-        assert moe.recompute_layers is not None
-        everywhere = dataclasses.replace(moe, recompute_layers=None)
-        nowhere = dataclasses.replace(everywhere, recompute="none")
-        kept = self.moments(mesh, sequences, dense, nowhere, gradient, sharding)
-        again = self.moments(mesh, sequences, dense, everywhere, gradient, sharding)
-        return self._partly(kept, again, moe.recompute_layers)
-
     def _partly(
-        self, kept: dict[str, dict[str, float]], again: dict[str, dict[str, float]], number: int
+        self, name: str, nowhere: dict[str, dict[str, float]], everywhere: dict[str, dict[str, float]], number: int
     ) -> dict[str, dict[str, float]]:
-        """Moments where ``number`` MoE layers recompute, from those where none and where all of them do."""
-        kind = next(kind for kind in self.workload.layers if kind.is_routed)
-        name = f"activations {kind.name}"
-        less = (kept["loss"][name] - again["loss"][name]) / kind.count
+        """Moments where ``number`` layers of a kind recompute, from those where none and where all of them do.
+
+        Where the model's last layer is of the kind, it does not recompute, and the last of the first ones is another
+        moment. Layers of another kind find what all of it keep, and the largest buffers that one of it needs.
+        """
+        kind = next(kind for kind in self.workload.layers if kind.name == name)
+        key = f"activations {name}"
+        less = (nowhere["loss"][key] - everywhere["loss"][key]) / kind.count
+        if kind is not self._last_kind():
+            more = (kind.count - number) * less
+            return {
+                moment: parts | ({key: parts[key] + more} if key in parts else {})
+                for moment, parts in everywhere.items()
+            }
         moments = {  # at some, no activations live
-            moment: parts | ({name: parts[name] - number * less} if name in parts else {})
-            for moment, parts in kept.items()
+            moment: parts | ({key: parts[key] - number * less} if key in parts else {})
+            for moment, parts in nowhere.items()
         }
-        for moment, parts in again.items():
-            if "last" in moment and name in parts:  # by then the backward of the others has freed theirs
-                left = parts[name] - (kind.count - number) * again["loss"][name] / kind.count
-                moments[moment.replace("last", "last recomputed")] = parts | {name: left}
+        for moment, parts in everywhere.items():
+            if "last" in moment and key in parts:  # by then the backward of the others has freed theirs
+                left = {key: parts[key] - (kind.count - number) * everywhere["loss"][key] / kind.count}
+                for other in self.workload.layers:
+                    later = sum(index > kind.indices[number - 1] for index in other.indices)
+                    of_other = f"activations {other.name}"
+                    if other is not kind and later and of_other in parts:
+                        left[of_other] = parts[of_other] - later * everywhere["loss"][of_other] / other.count
+                moments[moment.replace("last", "last recomputed")] = parts | left
         return moments
 
     def _partly_recomputed_bytes_uncached(
-        self, mesh: MeshShape, sequences: int, dense: LayerPlan, moe: LayerPlan, gradient: str, sharding: str
+        self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], name: str, gradient: str, sharding: str
     ) -> tuple[float, ...]:
-        kept = self.moments(mesh, sequences, dense, dataclasses.replace(moe, recompute="none"), gradient, sharding)
-        again = self.moments(mesh, sequences, dense, moe, gradient, sharding)
+        layer = next(layer for layer in layers if layer.kind == name)
+        nowhere, everywhere = (
+            self.moments(mesh, sequences, changed, gradient, sharding) for changed in _both_ends(layers, layer)
+        )
         slack = 1 + self.cluster.allocator_slack
+        count = next(kind.count for kind in self.workload.layers if kind.name == name)
         return tuple(
-            slack * max(sum(parts.values()) for parts in self._partly(kept, again, number).values())
-            for number in range(1, self.workload.config.num_moe_layers)
+            slack * max(sum(parts.values()) for parts in self._partly(name, nowhere, everywhere, number).values())
+            for number in range(1, count)
         )
 
-    def partly_recomputed_bytes(self, candidate: Candidate) -> tuple[float, ...]:
-        """The peak of ``candidate`` if only the first 1, 2, ... of its MoE layers did what all of them do."""
+    def partly_recomputed_bytes(self, candidate: Candidate, kind: str) -> tuple[float, ...]:
+        """The peak of ``candidate`` if only the first 1, 2, ... layers of ``kind`` did what all of them do."""
         mesh, formats, sharding = candidate.mesh, candidate.formats, candidate.dense_sharding
         sequences = candidate.micro_batch_sequences
         transient = self._partly_recomputed_bytes(
-            mesh, sequences, candidate.dense_layers, candidate.moe_layers, formats.gradient_dtype, sharding
+            mesh, sequences, candidate.layers, kind, formats.gradient_dtype, sharding
         )
         at_least, resident = self._around_transient(mesh, sequences, formats, sharding)
         return tuple(max(size, at_least) + resident for size in transient)
 
     def _whole_moments(
-        self, mesh: MeshShape, sequences: int, plans: dict[str, LayerPlan], gradient: str
+        self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], gradient: str
     ) -> dict[str, dict[str, float]]:
         """With whole weights: those of one GPU, whose experts' rows lie in the exchange's workspaces where ep > 1."""
-        moments = self.moments(MeshShape(), sequences, plans["dense"], plans["moe"], gradient)
+        moments = self.moments(MeshShape(), sequences, layers, gradient)
         if mesh.ep == 1:
             return moments
-        name = recompute_name(plans["moe"])
+        plans = {layer.kind: layer for layer in layers}
+        routed = sorted((kind for kind in self.workload.layers if kind.is_routed), key=lambda kind: kind.indices[-1])
+        for kind in routed:
+            self._add_exchanged_rows(moments, kind, plans, mesh, sequences, is_last=kind is routed[-1])
+        return moments
+
+    def _add_exchanged_rows(
+        self,
+        moments: dict[str, dict[str, float]],
+        kind: LayerKind,
+        plans: dict[str, LayerPlan],
+        mesh: MeshShape,
+        sequences: int,
+        *,
+        is_last: bool,
+    ) -> None:
+        """Add what the exchange keeps for the layers of ``kind``, and what its last layer's backward needs at once."""
+        name = recompute_name(plans[kind.name])
         keeps = "experts" not in name.split("+")
         exchange = self._exchange(mesh, sequences)
-        kind = next(kind for kind in self.workload.layers if kind.is_routed)
         dims = self.workload.dims(sequences * self.request.sequence_length, self.request.sequence_length)
         if reads_peers(mesh, "zero1", self.cluster):
             rows = dims["r"] * 2 * dims["f"] * self.itemsize if keeps else 0
@@ -290,19 +317,21 @@ class MemoryModel:
         else:
             more = self._exchange_bytes(dims, mesh) + self._padding_bytes(dims, mesh, keeps)
             inside = self._operator_buffers(plans, dims, mesh)
-        layers = 1 if name == "block" else kind.count
+        layers = int(is_last) if name == "block" else kind.count  # a block recomputes its rows in its own backward
         for moment, breakdown in moments.items():
-            own = layers if moment != "backward of the last layers" or name == "block" else layers - 1
+            given_back = is_last and moment == "backward of the last layers" and name != "block"
+            own = layers - 1 if given_back else layers
             breakdown[f"activations {kind.name}"] += own * more
         last = moments["backward of the last layers"]
         last["inside operators"] = max(last["inside operators"], inside)
+        if not is_last:
+            return
         # The last layer's experts run while every layer's activations are still there.
         hidden: float = 4 * dims["n"] * dims["h"] * self.itemsize
         kept = {key: size for key, size in moments["loss"].items() if key.startswith("activations")}
         if name == "block":
             hidden += self._full_layer_bytes(kind, dims, MeshShape())
         moments["gradient of the last experts"] = kept | {"temporary buffers": hidden, "inside operators": inside}
-        return moments
 
     def _padding_bytes(self, dims: dict[str, int], mesh: MeshShape, keeps_pre_activation: bool) -> float:
         """Pre-activations of slots that hold no row, or of rows beyond an equal share."""
@@ -454,9 +483,7 @@ class MemoryModel:
         return request.tokens_per_step > request.sequence_length * sequences * mesh.dp_replicate * mesh.dp_shard
 
     def _last_kind(self) -> LayerKind:
-        config = self.workload.config
-        name = "moe" if config.is_moe_layer(config.num_layers - 1) else "dense"
-        return next(kind for kind in self.workload.layers if kind.name == name)
+        return max(self.workload.layers, key=lambda kind: kind.indices[-1])
 
     def _loss_bytes(self, dims: dict[str, int], mesh: MeshShape) -> float:
         return saved_bytes(self.workload.outside, dims, self.itemsize) / mesh.tp
@@ -540,3 +567,10 @@ class MemoryModel:
             if not plans[kind.name].reshard_after_forward:
                 gathered += kind.count / mesh.pp * self._layer_gathered_bytes(kind, mesh)
         return gathered
+
+
+def _both_ends(layers: tuple[LayerPlan, ...], partly: LayerPlan) -> tuple[tuple[LayerPlan, ...], tuple[LayerPlan, ...]]:
+    """``layers`` with the recomputation of ``partly`` in none of its kind's layers, and in all of them."""
+    everywhere = dataclasses.replace(partly, recompute_layers=None)
+    nowhere = dataclasses.replace(everywhere, recompute="none")
+    return replace_layer(layers, nowhere), replace_layer(layers, everywhere)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -12,29 +12,44 @@ from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
 from moescale.formats import ComputeFormat, GradientFormat, MasterFormat, MomentFormat
 from moescale.lora import LoraSettings
+from moescale.models.registry import family_of
 from moescale.plan import DenseSharding, LayerPlan, MeshShape
 
 DECISIONS = (
     *("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "dense_sharding", "micro_batch_sequences"),
-    *("dense_recompute", "moe_recompute", "moe_recompute_layers", "dense_reshard", "moe_reshard"),
     *("optimizer_state_dtype", "master_weight_format", "gradient_dtype", "offload_optimizer"),
 )
-"""Names under which a decision can be pinned or forbidden."""
+"""Names under which a decision of the whole plan can be pinned or forbidden."""
 RECOMPUTE_CHOICES = ("none", "experts", "block")
-"""Keep everything; run the experts' up-projection again; run the whole block again."""
+"""Keep everything; recompute the experts' up-projection; recompute the whole block."""
 
 VALUES: Mapping[str, tuple[str, ...]] = {
     "dense_sharding": get_args(DenseSharding),
-    "dense_recompute": ("none", "block"),
-    "moe_recompute": RECOMPUTE_CHOICES,
-    "dense_reshard": ("true", "false"),
-    "moe_reshard": ("true", "false"),
     "optimizer_state_dtype": get_args(MomentFormat),
     "master_weight_format": get_args(MasterFormat),
     "gradient_dtype": get_args(GradientFormat),
     "offload_optimizer": ("true", "false"),
 }
-"""What a decision can be, as it is written in ``--pin name=value``; all others are whole numbers."""
+"""What such a decision can be, as it is written in ``--pin name=value``; all others are whole numbers."""
+
+
+def recompute_choices(operators: Container[str]) -> tuple[str, ...]:
+    """What layers with these operators may recompute."""
+    return tuple(choice for choice in RECOMPUTE_CHOICES if choice in ("none", "block") or choice in operators)
+
+
+def decision_values(config: ModelConfig) -> dict[str, tuple[str, ...] | None]:
+    """Every decision of a plan for ``config``, by name, with the values it can have; None: whole numbers.
+
+    Each layer kind of the model's family has three: ``KIND_recompute``, ``KIND_recompute_layers`` (how many of its
+    layers do, from the first; also ``all``) and ``KIND_reshard``.
+    """
+    found: dict[str, tuple[str, ...] | None] = {name: VALUES.get(name) for name in DECISIONS}
+    for kind in family_of(config).layers(config):
+        found[f"{kind.name}_recompute"] = recompute_choices(kind.operators)
+        found[f"{kind.name}_recompute_layers"] = None
+        found[f"{kind.name}_reshard"] = ("true", "false")
+    return found
 
 
 ADAPTER_FORMATS = {
@@ -100,28 +115,17 @@ class PlanRequest:
             raise ConfigError(
                 f"compile.router_imbalance ({self.router_imbalance}) must be a number of at least 1, which is balanced"
             )
+        decisions = decision_values(config)
         for option, pairs in (("--pin", self.pins.items()), ("--forbid", sorted(self.forbidden))):
             for name, value in pairs:
-                if name not in DECISIONS:
+                if name not in decisions:
                     raise ConfigError(
-                        f"'{name}' is no decision of a plan{nearest(name, DECISIONS)}; known are {', '.join(DECISIONS)}"
+                        f"'{name}' is not a decision of a plan for this model{nearest(name, decisions)}; known are "
+                        f"{', '.join(decisions)}"
                     )
-                self._check_value(option, name, value)
+                _check_value(option, name, value, decisions[name])
         for name, value in self.pins.items():
             self._check_pin(config, name, value)
-
-    def _check_value(self, option: str, name: str, value: str) -> None:
-        """Refuse what is no value of a decision at all, with any model and any number of GPUs."""
-        if name == "moe_recompute_layers" and value == "all":
-            return
-        if name in VALUES:
-            if value not in VALUES[name]:
-                raise ConfigError(f"{option} {name}={value}: {name} must be one of {', '.join(VALUES[name])}")
-        elif not value.isdecimal() or value != str(int(value)) or value == "0":
-            raise ConfigError(
-                f"{option} {name}={value}: {name} must be one whole number of at least 1, for example {name}=2; "
-                "repeat the option for several"
-            )
 
     def _check_pin(self, config: ModelConfig, name: str, value: str) -> None:
         """Refuse a value that the decision has in no plan of this model, these GPUs and tokens."""
@@ -137,12 +141,8 @@ class PlanRequest:
             )
         if name == "master_weight_format" and self.compute_dtype == "fp32" and value != "fp32":
             raise ConfigError(f"--pin {name}={value}: {name} must be fp32 where compile.precision is fp32")
-        if name == "moe_recompute_layers":
-            if value != "all" and int(value) > config.num_moe_layers:
-                raise ConfigError(
-                    f"--pin {name}={value}: {name} must be all, or at most {config.num_moe_layers}, the model's MoE "
-                    "layers"
-                )
+        if name not in DECISIONS:
+            self._check_number_of_layers(config, name, value)
             return
         whole, why = self.runtime_gpus, f"a divisor of compile.runtime_gpus ({self.runtime_gpus})"
         if name == "micro_batch_sequences":
@@ -157,10 +157,31 @@ class PlanRequest:
             allowed = ", ".join(str(size) for size in range(1, whole + 1) if whole % size == 0)
             raise ConfigError(f"--pin {name}={value}: {name} must be {why}: one of {allowed}")
 
+    def _check_number_of_layers(self, config: ModelConfig, name: str, value: str) -> None:
+        for kind in family_of(config).layers(config):
+            if name == f"{kind.name}_recompute_layers" and value != "all" and int(value) > kind.count:
+                raise ConfigError(
+                    f"--pin {name}={value}: {name} must be all, or at most {kind.count}, the model's {kind.name} layers"
+                )
+
     def allows(self, name: str, value: object) -> bool:
         """Whether pins and prohibitions leave ``value`` for the decision ``name``."""
         text = decision_text(value)
         return self.pins.get(name, text) == text and (name, text) not in self.forbidden
+
+
+def _check_value(option: str, name: str, value: str, values: tuple[str, ...] | None) -> None:
+    """Refuse what is not a value of a decision, whatever the number of GPUs."""
+    if value == "all" and name.endswith("_recompute_layers"):
+        return
+    if values is not None:
+        if value not in values:
+            raise ConfigError(f"{option} {name}={value}: {name} must be one of {', '.join(values)}")
+    elif not value.isdecimal() or value != str(int(value)) or value == "0":
+        raise ConfigError(
+            f"{option} {name}={value}: {name} must be one whole number of at least 1, for example {name}=2; "
+            "repeat the option for several"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +201,14 @@ class Candidate:
     mesh: MeshShape
     micro_batch_sequences: int
     gradient_accumulation_steps: int
-    dense_layers: LayerPlan
-    moe_layers: LayerPlan
+    layers: tuple[LayerPlan, ...]
+    """One for each layer kind of the model's family, in its order."""
     formats: Formats
     dense_sharding: DenseSharding = "fsdp"
+
+    def with_layer(self, layer: LayerPlan) -> Candidate:
+        """The same with another plan for one kind of layers."""
+        return dataclasses.replace(self, layers=replace_layer(self.layers, layer))
 
     def decisions(self) -> dict[str, Any]:
         """Every decision by the name under which it can be pinned."""
@@ -191,13 +216,16 @@ class Candidate:
             **{f.name: getattr(self.mesh, f.name) for f in dataclasses.fields(MeshShape)},
             "dense_sharding": self.dense_sharding,
             "micro_batch_sequences": self.micro_batch_sequences,
-            "dense_recompute": recompute_name(self.dense_layers),
-            "moe_recompute": recompute_name(self.moe_layers),
-            "moe_recompute_layers": self.moe_layers.recompute_layers or "all",
-            "dense_reshard": self.dense_layers.reshard_after_forward,
-            "moe_reshard": self.moe_layers.reshard_after_forward,
+            **{f"{layer.kind}_recompute": recompute_name(layer) for layer in self.layers},
+            **{f"{layer.kind}_recompute_layers": layer.recompute_layers or "all" for layer in self.layers},
+            **{f"{layer.kind}_reshard": layer.reshard_after_forward for layer in self.layers},
             **vars(self.formats),
         }
+
+
+def replace_layer(layers: tuple[LayerPlan, ...], layer: LayerPlan) -> tuple[LayerPlan, ...]:
+    """``layers`` with ``layer`` in the place of that of its kind."""
+    return tuple(layer if other.kind == layer.kind else other for other in layers)
 
 
 def decision_text(value: object) -> str:
@@ -206,15 +234,15 @@ def decision_text(value: object) -> str:
 
 
 def recompute_name(layer: LayerPlan) -> str:
-    """``none``, ``block`` or the names of the operators done again."""
+    """``none``, ``block`` or the names of the recomputed operators."""
     return layer.recompute if isinstance(layer.recompute, str) else "+".join(layer.recompute)
 
 
-def layer_plan(recompute: str, reshard: bool) -> LayerPlan:
+def layer_plan(kind: str, recompute: str, reshard: bool) -> LayerPlan:
     """The inverse of :func:`recompute_name`."""
     if recompute in ("none", "block"):
-        return LayerPlan(recompute=recompute, reshard_after_forward=reshard)  # type: ignore[arg-type]
-    return LayerPlan(recompute=tuple(recompute.split("+")), reshard_after_forward=reshard)
+        return LayerPlan(kind=kind, recompute=recompute, reshard_after_forward=reshard)  # type: ignore[arg-type]
+    return LayerPlan(kind=kind, recompute=tuple(recompute.split("+")), reshard_after_forward=reshard)
 
 
 def format_choices(request: PlanRequest) -> list[Formats]:

@@ -13,6 +13,7 @@ more precise formats.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ from typing import Any
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError
+from moescale.models.registry import family_of
 from moescale.plan import LayerPlan, MeshShape, ParallelPlan, Prediction
 from moescale.planner.cluster import Cluster
 from moescale.planner.cost import CostModel, StepTime
 from moescale.planner.memory import MemoryModel, PeakMemory
 from moescale.planner.request import (
-    RECOMPUTE_CHOICES,
     Candidate,
     DenseSharding,
     Formats,
@@ -33,6 +34,7 @@ from moescale.planner.request import (
     decision_text,
     format_choices,
     layer_plan,
+    recompute_choices,
 )
 from moescale.planner.workload import Workload, build_workload, with_adapters
 
@@ -96,8 +98,7 @@ class PlanResult:
             tokens_per_step=request.tokens_per_step,
             micro_batch_sequences=candidate.micro_batch_sequences,
             gradient_accumulation_steps=candidate.gradient_accumulation_steps,
-            dense_layers=candidate.dense_layers,
-            moe_layers=candidate.moe_layers,
+            layers=candidate.layers,
             compute_dtype=request.compute_dtype,
             **vars(candidate.formats),
             dense_sharding=candidate.dense_sharding,
@@ -148,13 +149,18 @@ class Search:
         if request.lora is not None:
             self.workload = with_adapters(self.workload, request.lora)
         # A plan names what is run again by operator, so a layer without that operator has nothing to gain from it.
-        self._moe_operators = frozenset(
-            op.name for kind in self.workload.layers if kind.name == "moe" for op in kind.operators
-        )
+        operators = {kind.name: frozenset(op.name for op in kind.operators) for kind in self.workload.layers}
+        self._kinds = tuple((kind.name, operators.get(kind.name)) for kind in family_of(config).layers(config))
         self.cost = CostModel(self.workload, cluster, request)
         self.memory = MemoryModel(self.workload, cluster, request)
         # Who pins what is recomputed means all layers, unless they say in how many.
-        self._recomputes_partly = "moe_recompute" not in request.pins and "moe_recompute_layers" not in request.pins
+        self._partly_recomputed = tuple(
+            kind.name
+            for kind in self.workload.layers
+            if kind.is_routed
+            and kind.count > 1
+            and not {f"{kind.name}_recompute", f"{kind.name}_recompute_layers"} & request.pins.keys()
+        )
         self.limit = float(min(usable_bytes(cluster, request), request.memory_limit_bytes or cluster.memory_bytes))
 
     def run(self, *, with_alternatives: bool = True) -> PlanResult:
@@ -166,16 +172,16 @@ class Search:
         for bound, order, mesh, sharding, sequences, accumulation in groups:
             if best is not None and bound > best[0]:
                 break
-            for inner, (dense, moe) in enumerate(self.layer_plans(mesh, sharding)):
+            for inner, layers in enumerate(self.layer_plans(mesh, sharding)):
                 for number, choice, time, excess in self._formats(
-                    mesh, sharding, sequences, accumulation, dense, moe, formats
+                    mesh, sharding, sequences, accumulation, layers, formats
                 ):
                     if excess > 0:
                         if best is None and (mesh not in misses or excess < misses[mesh][0]):
-                            missed = _candidate(mesh, sharding, sequences, accumulation, dense, moe, choice)
+                            missed = _candidate(mesh, sharding, sequences, accumulation, layers, choice)
                             misses[mesh] = excess, missed
                         continue
-                    candidate = _candidate(mesh, sharding, sequences, accumulation, dense, moe, choice)
+                    candidate = _candidate(mesh, sharding, sequences, accumulation, layers, choice)
                     partly = self._least_recomputed(candidate, best and best[0])
                     if partly is not None:
                         candidate, time = partly, self.cost.step(partly).total
@@ -196,30 +202,38 @@ class Search:
         )
 
     def _least_recomputed(self, candidate: Candidate, fastest: float | None) -> Candidate | None:
-        """Of the plans that do in the first MoE layers what ``candidate``, which fits, does in all: that with fewest.
+        """Of the plans that do in the first layers of a kind what ``candidate``, which fits, does in all: the fastest.
 
-        With fewer layers a plan is faster. None where no number fits, or none is faster than ``fastest``.
+        That is the one with the fewest such layers; several kinds of layers with routed experts are reduced one after
+        another, in the family's order. None where no number fits, or none is faster than ``fastest``.
         """
-        moe = candidate.moe_layers
-        if moe.recompute == "none" or moe.recompute_layers is not None or not self._recomputes_partly:
+        if candidate.mesh.pp > 1:  # stages have other layers
             return None
-        if candidate.mesh.pp > 1 or self.config.num_moe_layers < 2:  # stages have other layers
-            return None
-        nowhere = dataclasses.replace(candidate, moe_layers=dataclasses.replace(moe, recompute="none"))
-        if fastest is not None and self.cost.step(nowhere).total > fastest:
+        reducible = [
+            layer
+            for layer in candidate.layers
+            if layer.kind in self._partly_recomputed and layer.recompute != "none" and layer.recompute_layers is None
+        ]
+        nowhere = candidate
+        for layer in reducible:
+            nowhere = nowhere.with_layer(dataclasses.replace(layer, recompute="none"))
+        if not reducible or (fastest is not None and self.cost.step(nowhere).total > fastest):
             return None
         limit = self.limit * (1 - PARTLY_RECOMPUTED_MARGIN)
-        sizes = self.memory.partly_recomputed_bytes(candidate)
-        number = next((number for number, size in enumerate(sizes, start=1) if size <= limit), None)
-        if number is None:
+        found = candidate
+        for layer in reducible:
+            sizes = self.memory.partly_recomputed_bytes(found, layer.kind)
+            number = next((number for number, size in enumerate(sizes, start=1) if size <= limit), None)
+            if number is not None:
+                found = found.with_layer(dataclasses.replace(layer, recompute_layers=number))
+        if found is candidate or (fastest is not None and self.cost.step(found).total > fastest):
             return None
-        found = dataclasses.replace(candidate, moe_layers=dataclasses.replace(moe, recompute_layers=number))
-        return found if fastest is None or self.cost.step(found).total <= fastest else None
+        return found
 
     def _bounded_groups(self, formats: list[Formats]) -> list[_Group]:
         """Meshes and micro-batches with a time none of their plans goes below, by that time: (bound, order, ...)."""
         groups: list[_Group] = []
-        free = LayerPlan(reshard_after_forward=False)
+        free = tuple(LayerPlan(kind=name, reshard_after_forward=False) for name, _ in self._kinds)
         for mesh, sharding in ((m, sharding) for m in self.meshes() for sharding in self.shardings(m)):
             if not any(True for _ in self.layer_plans(mesh, sharding)):
                 continue
@@ -227,7 +241,7 @@ class Search:
                 accumulation = self._sequences_per_rank(mesh) // sequences
                 bound = min(
                     (
-                        self.cost.without_optimizer(mesh, sequences, accumulation, free, free, gradient, sharding).total
+                        self.cost.without_optimizer(mesh, sequences, accumulation, free, gradient, sharding).total
                         for gradient in {choice.gradient_dtype for choice in formats}
                     ),
                     default=0.0,
@@ -243,16 +257,15 @@ class Search:
         sharding: DenseSharding,
         sequences: int,
         accumulation: int,
-        dense: LayerPlan,
-        moe: LayerPlan,
+        layers: tuple[LayerPlan, ...],
         formats: list[Formats],
     ) -> Iterator[tuple[int, Formats, float, float]]:
         """Of every format its number, step time, and bytes by which it exceeds the memory (at most 0: it fits)."""
         for number, choice in enumerate(formats):
             gradient = choice.gradient_dtype
-            time = self.cost.without_optimizer(mesh, sequences, accumulation, dense, moe, gradient, sharding).total
+            time = self.cost.without_optimizer(mesh, sequences, accumulation, layers, gradient, sharding).total
             time += sum(self.cost.optimizer_seconds(mesh, choice, sharding).values())
-            memory = self.memory.total_bytes(mesh, sequences, dense, moe, choice, sharding)
+            memory = self.memory.total_bytes(mesh, sequences, layers, choice, sharding)
             host = self.memory.host_bytes(mesh, choice, sharding) - self.cluster.host_memory_bytes
             yield number, choice, time, max(memory - self.limit, host)
 
@@ -266,20 +279,20 @@ class Search:
         if request.allows("dense_sharding", "fsdp"):
             yield "fsdp"
 
-    def layer_plans(self, mesh: MeshShape, sharding: DenseSharding) -> Iterator[tuple[LayerPlan, LayerPlan]]:
-        """What dense and MoE layers may do on ``mesh``: recomputing, and resharding where weights are sharded."""
-        sharded = mesh.dp_shard * mesh.cp > 1
-        has_moe = self.config.num_moe_layers > 0
-        has_dense = self.config.num_moe_layers < self.config.num_layers
-        again = tuple(
-            choice for choice in RECOMPUTE_CHOICES if choice in ("none", "block") or choice in self._moe_operators
-        )
-        whole: tuple[bool, ...] | None = (False,) if sharding == "zero1" else None
-        of_moe = whole or ((True, False) if sharded and has_moe else (True,))
-        of_dense = whole or ((True, False) if sharded and has_dense else (True,))
-        for moe in self._choices("moe", again if has_moe else ("none",), of_moe):
-            for dense in self._choices("dense", ("none", "block") if has_dense else ("none",), of_dense):
-                yield dense, moe
+    def layer_plans(self, mesh: MeshShape, sharding: DenseSharding) -> Iterator[tuple[LayerPlan, ...]]:
+        """What the layers of each kind may do on ``mesh``: recompute, and reshard where weights are sharded.
+
+        The first kind varies fastest. A kind that the model lacks has one plan, which costs nothing.
+        """
+        choices = []
+        for name, operators in reversed(self._kinds):
+            reshards: tuple[bool, ...] = (False,) if sharding == "zero1" else (True,)
+            if sharding == "fsdp" and operators is not None and mesh.dp_shard * mesh.cp > 1:
+                reshards = (True, False)
+            recompute = ("none",) if operators is None else recompute_choices(operators)
+            choices.append(tuple(self._choices(name, recompute, reshards)))
+        for layers in itertools.product(*choices):
+            yield layers[::-1]
 
     def meshes(self) -> Iterator[MeshShape]:
         """Every mesh of the request's GPUs that the model's sizes divide into, in the order of preference."""
@@ -331,13 +344,11 @@ class Search:
         for choice in recompute:
             for reshard in reshards:
                 if self.request.allows(f"{kind}_recompute", choice) and self.request.allows(f"{kind}_reshard", reshard):
-                    found = layer_plan(choice, reshard)
-                    number = self.request.pins.get("moe_recompute_layers", "all")
-                    if kind == "moe" and number != "all":
-                        if choice == "none":
-                            continue
-                        found = dataclasses.replace(found, recompute_layers=int(number))
-                    yield found
+                    number = self.request.pins.get(f"{kind}_recompute_layers", "all")
+                    if number == "all":
+                        yield layer_plan(kind, choice, reshard)
+                    elif choice != "none":
+                        yield dataclasses.replace(layer_plan(kind, choice, reshard), recompute_layers=int(number))
 
     def _alternatives(self, best: Evaluated) -> tuple[Evaluated, ...]:
         """The best plan with one decision changed: its neighbours in the space, pinned or not."""
@@ -359,12 +370,11 @@ class Search:
             found.append(
                 dataclasses.replace(chosen, micro_batch_sequences=sequences, gradient_accumulation_steps=steps)
             )
-        number = chosen.moe_layers.recompute_layers
-        for dense, moe in around.layer_plans(chosen.mesh, chosen.dense_sharding):
-            found.append(dataclasses.replace(chosen, dense_layers=dense, moe_layers=moe))
-            if number is not None and moe.recompute != "none":
-                partly = dataclasses.replace(moe, recompute_layers=number)
-                found.append(dataclasses.replace(chosen, dense_layers=dense, moe_layers=partly))
+        for layers in around.layer_plans(chosen.mesh, chosen.dense_sharding):
+            found.append(dataclasses.replace(chosen, layers=layers))
+            partly = _recomputing_as_often(layers, chosen.layers)
+            if partly != layers:
+                found.append(dataclasses.replace(chosen, layers=partly))
         found += [other for other in (around._other_sharding(chosen),) if other is not None]
         for formats in format_choices(free):
             found.append(dataclasses.replace(chosen, formats=formats))
@@ -380,16 +390,11 @@ class Search:
     def _other_sharding(self, chosen: Candidate) -> Candidate | None:
         """``chosen`` with dense weights kept in the other way: of its plans that fit the fastest, else the fastest."""
         others = [
-            dataclasses.replace(
-                chosen,
-                dense_sharding=sharding,
-                dense_layers=dense,
-                moe_layers=dataclasses.replace(moe, recompute_layers=chosen.moe_layers.recompute_layers),
-            )
+            dataclasses.replace(chosen, dense_sharding=sharding, layers=_recomputing_as_often(layers, chosen.layers))
             for sharding in self.shardings(chosen.mesh)
             if sharding != chosen.dense_sharding
-            for dense, moe in self.layer_plans(chosen.mesh, sharding)
-            if (dense.recompute, moe.recompute) == (chosen.dense_layers.recompute, chosen.moe_layers.recompute)
+            for layers in self.layer_plans(chosen.mesh, sharding)
+            if [layer.recompute for layer in layers] == [layer.recompute for layer in chosen.layers]
         ]
         if not others:
             return None
@@ -470,13 +475,22 @@ def alternative_summary(result: PlanResult, other: Evaluated) -> dict[str, Any]:
 def _changes(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Names of the decisions that differ. Data-parallel sizes follow from the others, unless they alone differ."""
     changed = [name for name in mine if mine[name] != theirs[name]]
-    if "moe_recompute" in changed:  # of nothing there is no number
-        changed = [name for name in changed if name != "moe_recompute_layers"]
+    # Of nothing there is no number.
+    changed = [name for name in changed if name == (what := name.removesuffix("_layers")) or what not in changed]
     if "dense_sharding" in changed:  # whole weights have nothing to reshard, and this version no axis but data's
         changed = [name for name in changed if not name.endswith("_reshard")]
         if set(changed) & {"pp", "cp", "tp"}:
             changed.remove("dense_sharding")
     return [name for name in changed if name not in ("dp_replicate", "dp_shard")] or changed[-1:]
+
+
+def _recomputing_as_often(layers: tuple[LayerPlan, ...], others: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
+    """``layers``, of which those that recompute do so in as many layers of their kind as ``others``."""
+    numbers = {other.kind: other.recompute_layers for other in others}
+    return tuple(
+        layer if layer.recompute == "none" else dataclasses.replace(layer, recompute_layers=numbers[layer.kind])
+        for layer in layers
+    )
 
 
 def _copy_gpus(mesh: MeshShape) -> int:
@@ -488,16 +502,14 @@ def _candidate(
     sharding: DenseSharding,
     sequences: int,
     accumulation: int,
-    dense: LayerPlan,
-    moe: LayerPlan,
+    layers: tuple[LayerPlan, ...],
     formats: Formats,
 ) -> Candidate:
     return Candidate(
         mesh=mesh,
         micro_batch_sequences=sequences,
         gradient_accumulation_steps=accumulation,
-        dense_layers=dense,
-        moe_layers=moe,
+        layers=layers,
         formats=formats,
         dense_sharding=sharding,
     )

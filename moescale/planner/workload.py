@@ -37,8 +37,12 @@ class LayerKind:
 
     name: str
     operators: tuple[Operator, ...]
-    count: int
-    """Layers of this kind in the model."""
+    indices: tuple[int, ...]
+    """Of the model's layers of this kind, ascending; what is in no layer counts once."""
+
+    @property
+    def count(self) -> int:
+        return len(self.indices)
 
     @property
     def is_routed(self) -> bool:
@@ -145,13 +149,13 @@ def build_workload(
     """
     family = family_of(config)
     names = {layers.name: layers.operators for layers in family.layers(config)} | {OUTSIDE: family.outside(config)}
-    counts = {layers.name: layers.count for layers in family.layers(config)} | {OUTSIDE: 1}
+    indices = {layers.name: layers.indices for layers in family.layers(config)} | {OUTSIDE: (0,)}
     _check_names(names, extra or {}, without)
     kinds = {
         kind: LayerKind(
             name=kind,
             operators=tuple(operator(n) for n in (*listed, *(extra or {}).get(kind, ())) if n not in without),
-            count=counts[kind],
+            indices=indices[kind],
         )
         for kind, listed in names.items()
     }

@@ -33,6 +33,7 @@ from moescale.kernels.experts.adapted import adapted_expert_mlp
 from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.router import Routing
 from moescale.models.blocks.moe import Dispatcher, MixtureOfExperts, RoutedExperts
+from moescale.models.registry import family_of
 from moescale.models.transformer import Transformer
 from moescale.plan import ParallelPlan, expert_shard_dim
 
@@ -351,7 +352,7 @@ def shard_experts(
     """
     mesh = meshes.experts
     assert mesh["ep"].size() == plan.mesh.ep, (mesh, plan.mesh)
-    for block in model.layers:
+    for block, kind in zip(model.layers, family_of(model.config).layer_kinds(model.config), strict=True):
         if isinstance(block.feed_forward, MixtureOfExperts):
             experts = block.feed_forward.experts
             for module in experts.modules():
@@ -359,7 +360,7 @@ def shard_experts(
                     setattr(module, name, _local_experts(parameter, mesh["ep"]))
             experts.dispatcher = dispatcher
             if plan.dense_sharding == "fsdp":
-                _share(experts, mesh, plan.moe_layers.reshard_after_forward, precision or MixedPrecisionPolicy())
+                _share(experts, mesh, plan.layer(kind).reshard_after_forward, precision or MixedPrecisionPolicy())
 
 
 class ExpertMeshes(Protocol):

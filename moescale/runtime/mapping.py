@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard
 from moescale.errors import ConfigError
 from moescale.kernels.dispatch.buffers import ExchangeShape
 from moescale.models.blocks.moe import Dispatcher, LocalDispatcher, RoutedExperts
+from moescale.models.layer_plans import plan_of_layers
 from moescale.models.lora import add_adapters
 from moescale.models.transformer import Transformer
 from moescale.plan import LayerPlan, ParallelPlan, expert_shard_dim
@@ -42,7 +43,7 @@ def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = N
     """
     if plan.lora is not None:
         add_adapters(model, plan.lora)
-    layer_plans = _layer_plans(model, plan)
+    layer_plans = plan_of_layers(plan, model.config)
     model.recompute_layers = frozenset(
         layer for layer, layer_plan in enumerate(layer_plans) if layer_plan.recompute == "block"
     )
@@ -58,18 +59,6 @@ def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = N
             for module in block.modules():
                 if isinstance(module, RoutedExperts):
                     module.recompute_up = True
-
-
-def _layer_plans(model: Transformer, plan: ParallelPlan) -> list[LayerPlan]:
-    """What each layer does, in the order of the model."""
-    found: list[LayerPlan] = []
-    numbers = {True: 0, False: 0}
-    for layer in range(model.config.num_layers):
-        is_moe = model.config.is_moe_layer(layer)
-        of_kind = plan.moe_layers if is_moe else plan.dense_layers
-        found.append(of_kind.of_layer(numbers[is_moe]))
-        numbers[is_moe] += 1
-    return found
 
 
 def sum_over_replicas_at_the_last(model: nn.Module, *, last: bool) -> None:

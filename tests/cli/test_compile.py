@@ -73,7 +73,7 @@ def test_where_nothing_fits_the_nearest_misses_and_remedies_are_told(capsys: pyt
         (["--plan-gpus", "3", "--runtime-gpus", "8"], "must be a multiple"),
         (["--pin", "ep"], "must have the form name=value"),
         (["--pin", "ep=4", "--pin", "ep=2"], "--pin ep=4 and --pin ep=2 contradict each other"),
-        (["--pin", "epp=4"], "'epp' is no decision of a plan"),
+        (["--pin", "epp=4"], "'epp' is not a decision of a plan for this model"),
         (["--memory-limit", "-3"], "must be positive"),
         (["--memory-limit", "nan"], "compile.memory_limit (nan) must be a finite number of GiB"),
         (["--memory-limit", "inf"], "compile.memory_limit (inf) must be a finite number of GiB"),

@@ -151,7 +151,7 @@ def readers(tmp_path_factory, adapter_folder, run_folder, stdlib_corpus, model_f
         "plan.json": Reader(
             path=folder / "plan.json",
             read=lambda: load_plan(folder / "plan.json"),
-            free=r"(dense|moe)_layers\.recompute|alternatives\b.*|prediction(\.breakdown_\w+|\.peak_moment)?|(model|cluster)_fingerprint|moescale_version",
+            free=r"layers\[\d\]\.(kind|recompute)|alternatives\b.*|prediction(\.breakdown_\w+|\.peak_moment)?|(model|cluster)_fingerprint|moescale_version",
         ),
         "cluster.toml": Reader(path=cluster, read=lambda: load_cluster(str(cluster))),
         "settings.toml": Reader(path=settings, read=read_settings, num_values=0),

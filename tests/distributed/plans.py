@@ -51,8 +51,10 @@ def make_plan(
         tokens_per_step=SEQUENCES_PER_STEP * SEQUENCE_LENGTH,
         micro_batch_sequences=SEQUENCES_PER_STEP // ranks // accumulation,
         gradient_accumulation_steps=accumulation,
-        dense_layers=LayerPlan(recompute=dense, reshard_after_forward=reshard),
-        moe_layers=LayerPlan(recompute=recompute, recompute_layers=number, reshard_after_forward=reshard),
+        layers=(
+            LayerPlan(kind="dense", recompute=dense, reshard_after_forward=reshard),
+            LayerPlan(kind="moe", recompute=recompute, recompute_layers=number, reshard_after_forward=reshard),
+        ),
         **(formats | fields),
     )
 

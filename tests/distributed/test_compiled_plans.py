@@ -17,7 +17,7 @@ import pytest
 
 from gloo_ranks import GlooRanks
 from moescale.errors import ConfigError
-from moescale.plan import LayerPlan, MeshShape, ParallelPlan
+from moescale.plan import MeshShape, ParallelPlan
 from moescale.planner.cluster import load_cluster
 from moescale.planner.request import RECOMPUTE_CHOICES, PlanRequest
 from moescale.planner.search import compile_plan
@@ -123,8 +123,7 @@ def on_one_device(plan: ParallelPlan, micro_batch_sequences: int) -> ParallelPla
         mesh=MeshShape(),
         micro_batch_sequences=micro_batch_sequences,
         gradient_accumulation_steps=SEQUENCES // micro_batch_sequences,
-        dense_layers=LayerPlan(),
-        moe_layers=LayerPlan(),
+        layers=(),
         dense_sharding="fsdp",
     )
 
@@ -192,9 +191,9 @@ def test_the_compiled_plans_are_of_many_kinds():
     ):
         formats = typing.get_args(typing.get_type_hints(ParallelPlan)[name])
         assert {getattr(plan, name) for plan in plans} == set(formats), name
-    assert {plan.dense_layers.recompute for plan in plans} == {"none", "block"}
-    assert {plan.moe_layers.recompute for plan in plans} == {"none", ("experts",), "block"}
-    assert {plan.moe_layers.reshard_after_forward for plan in plans} == {True, False}
+    assert {plan.layer("dense").recompute for plan in plans} == {"none", "block"}
+    assert {plan.layer("moe").recompute for plan in plans} == {"none", ("experts",), "block"}
+    assert {plan.layer("moe").reshard_after_forward for plan in plans} == {True, False}
     assert {plan.offload_optimizer for plan in plans} == {True, False}
     assert len({plan.gradient_accumulation_steps for plan in plans}) >= 3
 

@@ -11,7 +11,6 @@ import torch
 
 from gloo_ranks import GlooRanks
 from moescale.models.transformer import build_on_meta
-from moescale.plan import LayerPlan
 from moescale.runtime.mapping import apply_plan
 from plans import make_plan
 from recorded_runs import Run, assert_same_run, record_run
@@ -98,7 +97,7 @@ def test_recomputing_in_the_first_layers_only_changes_nothing_and_is_done_there(
     for recompute, expected in (("block", {1}), (("experts",), set())):
         model = build_on_meta(config, torch.float32)
         plan = make_plan(config, recompute=recompute, recompute_layers=1)
-        plan = dataclasses.replace(plan, dense_layers=LayerPlan(reshard_after_forward=False))
+        plan = dataclasses.replace(plan, layers=plan.layers[1:])  # dense layers recompute nothing
         apply_plan(model, plan)
         assert model.recompute_layers == expected
         again = [block.feed_forward.experts.recompute_up for block in list(model.layers)[1:]]

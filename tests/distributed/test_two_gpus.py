@@ -17,7 +17,7 @@ import torch
 
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config
-from moescale.plan import LayerPlan, MeshShape, one_device_plan, save_plan
+from moescale.plan import MeshShape, one_device_plan, save_plan
 
 ROOT = Path(__file__).parents[2]
 STEPS = 14
@@ -78,7 +78,6 @@ def command(folder: Path, model: Path, corpus: Path) -> list[str]:
     )
     fields: dict[str, Any] = dict(plan_gpus=2, runtime_gpus=2, tokens_per_step=8 * 64, gradient_dtype="bf16")
     fields |= dict(optimizer_state_dtype="int8", master_weight_format="bf16_remainder")
-    fields |= dict.fromkeys(("dense_layers", "moe_layers"), LayerPlan(reshard_after_forward=False))
     plan = dataclasses.replace(plan, mesh=MeshShape(dp_shard=2, ep=2), dense_sharding="zero1", **fields)
     save_plan(plan, folder / "plan.json")
     inputs = ("--model", model, "--data", corpus, "--plan", folder / "plan.json", "--initialize", "random", "--json")

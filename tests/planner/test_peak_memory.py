@@ -136,8 +136,7 @@ def predicted_bytes(result: PlanResult) -> float:
     moments = model.moments(
         candidate.mesh,
         candidate.micro_batch_sequences,
-        candidate.dense_layers,
-        candidate.moe_layers,
+        candidate.layers,
         candidate.formats.gradient_dtype,
     )
     visible = (sum(size for name, size in parts.items() if name != "inside operators") for parts in moments.values())

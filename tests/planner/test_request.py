@@ -29,8 +29,8 @@ REQUEST = PlanRequest(runtime_gpus=4, tokens_per_step=4096, sequence_length=256)
         ({"router_imbalance": 0.5}, r"compile.router_imbalance \(0.5\) must be a number of at least 1"),
         ({"router_imbalance": float("nan")}, r"compile.router_imbalance \(nan\) must be a number of at least 1"),
         ({"router_imbalance": float("inf")}, r"compile.router_imbalance \(inf\) must be a number of at least 1"),
-        ({"pins": {"epp": "2"}}, "'epp' is no decision of a plan, did you mean 'ep'|'epp' is no decision of a plan"),
-        ({"forbidden": frozenset({("mesh", "1")})}, "'mesh' is no decision of a plan"),
+        ({"pins": {"epp": "2"}}, "'epp' is not a decision of a plan for this model"),
+        ({"forbidden": frozenset({("mesh", "1")})}, "'mesh' is not a decision of a plan"),
         (
             {"pins": {"ep": "3"}},
             r"--pin ep=3: ep must be a divisor of .*runtime_gpus \(4\) and of model.num_experts \(8\): one of 1, 2, 4$",
@@ -105,4 +105,4 @@ def test_inexact_weights_are_only_used_where_allowed() -> None:
 
 @pytest.mark.parametrize("name", ["none", "block", "experts", "experts+router"])
 def test_recompute_choices_have_one_name(name: str) -> None:
-    assert recompute_name(layer_plan(name, True)) == name
+    assert recompute_name(layer_plan("moe", name, True)) == name

@@ -137,9 +137,11 @@ def every_candidate(problem: Problem) -> list[Candidate]:
         for sharding, reshards in ways:
             if sharding == "zero1" and (pp * cp * tp > 1 or shard * replicate == 1):
                 continue
-            absent = [LayerPlan(reshard_after_forward=reshards[0])]  # of a kind of layer that the model has not
-            denses = layer_plans(("none", "block"), reshards) if has_dense else absent
-            moes = layer_plans(("none", ("experts",), "block"), reshards) if has_moe else absent
+            # Of a kind of layer that the model lacks there is one plan.
+            denses = layer_plans("dense", ("none", "block"), reshards) if has_dense else []
+            moes = layer_plans("moe", ("none", ("experts",), "block"), reshards) if has_moe else []
+            denses = denses or layer_plans("dense", ("none",), reshards[:1])
+            moes = moes or layer_plans("moe", ("none",), reshards[:1])
             if pp == 1 and not {"moe_recompute", "moe_recompute_layers"} & request.pins.keys():
                 moes += [
                     dataclasses.replace(moe, recompute_layers=number)
@@ -156,8 +158,7 @@ def every_candidate(problem: Problem) -> list[Candidate]:
                     mesh=mesh,
                     micro_batch_sequences=micro,
                     gradient_accumulation_steps=sequences // micro,
-                    dense_layers=dense,
-                    moe_layers=moe,
+                    layers=(dense, moe),
                     formats=formats,
                     dense_sharding=sharding,
                 )
@@ -166,8 +167,12 @@ def every_candidate(problem: Problem) -> list[Candidate]:
     return found
 
 
-def layer_plans(recompute: tuple[Any, ...], reshards: tuple[bool, ...]) -> list[LayerPlan]:
-    return [LayerPlan(recompute=again, reshard_after_forward=reshard) for again in recompute for reshard in reshards]
+def layer_plans(kind: str, recompute: tuple[Any, ...], reshards: tuple[bool, ...]) -> list[LayerPlan]:
+    return [
+        LayerPlan(kind=kind, recompute=again, reshard_after_forward=reshard)
+        for again in recompute
+        for reshard in reshards
+    ]
 
 
 def every_format() -> list[Formats]:
@@ -204,7 +209,7 @@ def brute_force(problem: Problem) -> list[Point]:
             - problem.cluster.host_memory_bytes
         )
         limit = float(usable_bytes(problem.cluster, problem.request))
-        if candidate.moe_layers.recompute_layers is not None:
+        if is_partly_recomputed((0.0, 0.0, candidate)):
             limit *= 1 - PARTLY_RECOMPUTED_MARGIN
         excess = max(memory.peak(candidate).total - limit, host)
         points.append((cost.step(candidate).total, excess, candidate))
@@ -213,13 +218,13 @@ def brute_force(problem: Problem) -> list[Point]:
 
 
 def is_partly_recomputed(point: Point) -> bool:
-    return point[2].moe_layers.recompute_layers is not None
+    return any(layer.recompute_layers is not None for layer in point[2].layers)
 
 
 def in_all_layers(candidate: Candidate) -> Candidate:
     """Fewer layers are looked at where all of them would fit."""
-    moe = dataclasses.replace(candidate.moe_layers, recompute_layers=None)
-    return dataclasses.replace(candidate, moe_layers=moe)
+    layers = tuple(dataclasses.replace(layer, recompute_layers=None) for layer in candidate.layers)
+    return dataclasses.replace(candidate, layers=layers)
 
 
 @settings(SLOW, max_examples=20)
