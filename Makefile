@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-all test-gpu check format docs clean
+.PHONY: help install install-gpu demo test test-all test-gpu check format docs clean
 
 help:
 	@echo "make demo      train, resume, export and reopen a small model (minutes on 2 CPU cores)"
+	@echo "make install-gpu  on a machine with a GPU: exact versions with the CuTe kernels, then moescale doctor"
 	@echo "make test      checks and the ordinary tests"
 	@echo "make test-all  the same and the slow tests"
 	@echo "make test-gpu  tests that need a CUDA device, with the python that has torch (PYTHON=...)"
@@ -15,6 +16,12 @@ help:
 	@echo "make docs      the documentation as a site, in build/site"
 
 install: $(STAMP)
+
+# A fresh GPU machine: Linux on x86-64 with an NVIDIA driver for CUDA 13. Exact versions, those of the extra cute included.
+install-gpu:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints-gpu.txt --editable ".[cute,hub,report]"
+	$(BIN)/moescale doctor
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -47,6 +47,8 @@ _SETTINGS = FileKind(
 for _name, _help in _COMMANDS.items():
     app.command(f"moescale.cli.{_name}:{_name}_command", name=_name, help=_help, help_format="markdown")
 
+app.register_install_completion_command(help="Write completion for this shell, and load it in the shell's start file.")
+
 
 @app.meta.default
 def _with_config(
