@@ -71,8 +71,14 @@ class SyntheticSteps:
     """A step's sequences, drawn from its number; this data rank's share of them. Remembers which it handed out."""
 
     def __init__(
-        self, plan: ParallelPlan, vocabulary: int, one_token: bool = False, place: Coordinates | None = None
+        self,
+        plan: ParallelPlan,
+        vocabulary: int,
+        one_token: bool = False,
+        place: Coordinates | None = None,
+        without_targets: tuple[int, ...] = (7,),
     ) -> None:
+        self.without_targets = list(without_targets)
         self.plan, self.vocabulary, self.one_token = plan, vocabulary, one_token
         self.place = place or Coordinates(mesh=plan.mesh, rank=current_ranks().rank)
         self.position = 0
@@ -88,7 +94,7 @@ class SyntheticSteps:
                 tokens = torch.full(shape, self.position % self.vocabulary)
             targets = torch.randint(self.vocabulary, shape, generator=generator)
             targets[3, 5:] = -100  # so that ranks and micro-batches have unequal numbers of targets
-            targets[7] = -100
+            targets[self.without_targets] = -100
             ids = torch.arange(number) + number * self.position
             self.position += 1
             share = number // self.place.num_data_ranks
@@ -134,6 +140,7 @@ def make_trainer(
     model: dict[str, Any] | None = None,
     build_config: Callable[..., ModelConfig] = tiny_config,
     one_token: bool = False,
+    without_targets: tuple[int, ...] = (7,),
     settings: dict[str, Any] | None = None,
     plan: ParallelPlan | None = None,
     round_weights: bool = False,
@@ -156,7 +163,7 @@ def make_trainer(
         model=placed.model,
         settings=TrainSettings(**({"learning_rate": 3e-3, "warmup_steps": 2} | (settings or {}))),
         total_steps=total_steps,
-        source=SyntheticSteps(plan, config.vocab_size, one_token),
+        source=SyntheticSteps(plan, config.vocab_size, one_token, without_targets=without_targets),
         store=CheckpointStore(folder, keep=3),
         observer=Recorder(),
         optimizer_format=optimizer_format(plan),

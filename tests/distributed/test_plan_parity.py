@@ -111,6 +111,16 @@ def test_accumulated_micro_batches_train_as_one(two_ranks, mesh, dense_sharding)
     assert_same_run(runs, on_one_device(5))
 
 
+# Sequences 4 to 7 are the second rank's, 0 and 1 a micro-batch.
+@pytest.mark.parametrize("without", [(4, 5, 6, 7), (0, 1)], ids=["a rank", "a micro-batch"])
+@pytest.mark.parametrize("mesh", [dict(dp_shard=2), dict(dp_shard=2, ep=2)], ids=name)
+def test_a_rank_or_a_micro_batch_without_targets_trains_as_one_big_batch_does(two_ranks, mesh, without):
+    fields = dict(without_targets=without)
+    alone = on_one_device(3, **fields)
+    assert_same_run([record_run(3, fields | dict(accumulation=4))], alone)
+    assert_same_run(two_ranks.run(record_run, 3, fields | mesh | dict(accumulation=2)), alone)
+
+
 @pytest.mark.parametrize("mesh", [dict(dp_shard=2, ep=2), dict(dp_shard=2)], ids=name)
 def test_ranks_whose_experts_nobody_chose_still_train_as_one_device_does(two_ranks, mesh):
     """All tokens of a step are equal, so all go to the same two experts, which for K = 1 is one rank's."""

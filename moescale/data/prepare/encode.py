@@ -75,6 +75,16 @@ class EncodedChunk:
     """The first document here was begun in the chunk before."""
     targets: np.ndarray | None = None
     """bool [tokens]: which tokens are learned; None: all of them."""
+    origins: np.ndarray | None = None
+    """int64 [documents]: the number within the chunk of the conversation that each is, or is a part of; None where no
+    document is a part of another."""
+
+    @property
+    def num_origins(self) -> int:
+        """Documents before those longer than a sequence were cut."""
+        if self.origins is None:
+            return len(self.lengths)
+        return int(self.origins[-1]) + 1 if len(self.origins) else 0
 
 
 @dataclass(kw_only=True)
@@ -148,11 +158,11 @@ class Encoder:
             for line in chunk.lines if isinstance(chunk, Lines) else _lines_of(chunk, self._most_bytes):
                 self._read_line(line, read)
         path = None if isinstance(chunk, WholeFiles | NotText) else chunk.path
-        targets = None
+        targets = origins = None
         if self._chat is None:
             tokens, lengths = self._encode(read)
         else:
-            tokens, lengths, targets = self._encode_conversations(self._chat, read, path)
+            tokens, lengths, targets, origins = self._encode_conversations(self._chat, read, path)
         return EncodedChunk(
             path=path,
             num_items=read.num_items,
@@ -162,6 +172,7 @@ class Encoder:
             bad=read.bad,
             binary=read.binary,
             targets=targets,
+            origins=origins,
         )
 
     def _read_line(self, line: bytes, read: _Texts) -> None:
@@ -218,18 +229,21 @@ class Encoder:
 
     def _encode_conversations(
         self, encode: ChatEncoder, read: _Texts, path: str | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return tokens, lengths and targets of all conversations, or the parts of those longer than a sequence."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens, lengths, targets and origins of all conversations, or the parts of those too long."""
         parts: list[EncodedConversation] = []
+        counts: list[int] = []
         for record, place in zip(read.records, read.places, strict=True):
             conversations, faults = encode(record, f"record {int(place) + 1} of this part of {path}")
             parts += conversations
+            counts += [len(conversations)] if conversations else []
             read.bad += [Fault(kind, place, amount, detail) for kind, amount, detail in faults]
         lengths = np.array([len(part.tokens) for part in parts], dtype=np.int64)
+        origins = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
         if not parts:
-            return np.empty(0, self.dtype), lengths, np.empty(0, dtype=bool)
+            return np.empty(0, self.dtype), lengths, np.empty(0, dtype=bool), origins
         tokens, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return tokens, lengths, targets
+        return tokens, lengths, targets, origins
 
     def _unknown_in(self, text: str, tokens: np.ndarray, where: int | str) -> Iterator[Fault]:
         for kind, count, detail in self._unknown.faults(text, tokens):

@@ -199,6 +199,7 @@ class _Accounts:
         """What helps with a kind of fault, of its first case."""
         self.binary = BadItems(count=0, first=[])
         self.documents = 0
+        self.origins = 0
         self._path: str | None = None
         self._items_before = 0
 
@@ -213,6 +214,7 @@ class _Accounts:
             self.binary = _added(self.binary, 1, path)
         self._items_before += chunk.num_items
         self.documents += len(chunk.lengths) - chunk.continues
+        self.origins += chunk.num_origins - chunk.continues
 
     def _add_fault(self, fault: Fault, path: str | None) -> None:
         where = fault.where
@@ -282,8 +284,9 @@ def _write(
         with progress:
             for chunk in encoded:
                 first_document = accounts.documents - chunk.continues
+                first_origin = accounts.origins - chunk.continues
                 accounts.add(chunk)
-                _deal(chunk, first_document, writers, settings)
+                _deal(chunk, first_origin, writers, settings)
                 progress.advance(
                     num_bytes=chunk.num_bytes, documents=accounts.documents - first_document, tokens=len(chunk.tokens)
                 )
@@ -330,12 +333,14 @@ def _read_without(read: dict[str, BadItems], binary: BadItems) -> dict[str, BadI
     return read | {DOCUMENT: BadItems(count=text.count - binary.count, first=first)}
 
 
-def _deal(chunk: EncodedChunk, first_document: int, writers: dict[str, SplitWriter], settings: PrepareSettings) -> None:
-    """Give each document to its split, whole."""
+def _deal(chunk: EncodedChunk, first_origin: int, writers: dict[str, SplitWriter], settings: PrepareSettings) -> None:
+    """Give each document to its split, whole, and all parts of a conversation to the same one."""
     if "validation" not in writers:
         writers["train"].add(chunk.tokens, chunk.lengths, chunk.continues, chunk.targets)
         return
-    held_out = shuffle.chosen(settings.seed, first_document, len(chunk.lengths), settings.validation_fraction)
+    held_out = shuffle.chosen(settings.seed, first_origin, chunk.num_origins, settings.validation_fraction)
+    if chunk.origins is not None:
+        held_out = held_out[chunk.origins]
     held_out_tokens = np.repeat(held_out, chunk.lengths)
     for split, ours, our_tokens in (
         ("validation", held_out, held_out_tokens),

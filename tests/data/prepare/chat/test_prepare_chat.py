@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -291,6 +292,42 @@ def test_a_date_is_fixed_when_the_corpus_is_made(settings, tmp_path, chat_tokeni
     assert prepare(settings(**wanted), progress=False).unchanged
     with pytest.raises(DataError, match="template_date was '2024-02-01' and is now '2025-02-01'"):
         prepare(settings(**wanted, template_date="2025-02-01"), progress=False)
+
+
+@pytest.mark.parametrize("too_long", ["drop", "split"])
+def test_a_conversation_is_held_out_whole_and_in_one_split_only(settings, tmp_path, chat_tokenizer, too_long):
+    """Also where it is cut into several sequences: every part says which conversation it is of."""
+    records = [{"prompt": f"Say {n}.", "completion": f"<{n:03d}> " * (60 if n % 5 == 0 else 3)} for n in range(100)]
+    source, tokenizer = write(tmp_path / "data.jsonl", records), chat_tokenizer()
+    found = []
+    for seed in (0, 0, 1):
+        output = tmp_path / f"output{len(found)}"
+        wanted = settings(
+            source,
+            tokenizer=str(tokenizer),
+            sequence_length=128,
+            output=output,
+            too_long=too_long,
+            validation_fraction=0.2,
+            seed=seed,
+        )
+        prepare(wanted, progress=False)
+        found.append([mentioned(output, tokenizer, split) for split in ("train", "validation")])
+    train, held_out = found[0]
+    kept = {n for n in range(100) if too_long == "split" or n % 5}
+    assert train | held_out == kept and not train & held_out
+    assert 8 <= len(held_out) <= 32
+    assert found[0] == found[1] and found[0] != found[2]
+
+
+def mentioned(output: Path, tokenizer: Path, split: str) -> set[int]:
+    """The numbers in angle brackets in a split."""
+    from tokenizers import Tokenizer
+
+    decode = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).decode
+    corpus = open_corpus(output, split)
+    texts = [decode(corpus.sequence(index).tokens.tolist()) for index in range(corpus.num_sequences)]
+    return {int(number) for text in texts for number in re.findall(r"<(\d{3})>", text)}
 
 
 def test_workers_and_validation_make_the_same_bytes(settings, tmp_path, chat_tokenizer):
