@@ -29,7 +29,8 @@ SITE = ROOT / "build" / "site"
 
 
 def gather() -> None:
-    """Make the folder that Sphinx reads anew."""
+    """Make the folder that Sphinx reads anew, and drop the last site, whose menus Sphinx would not change."""
+    shutil.rmtree(SITE, ignore_errors=True)
     shutil.rmtree(SOURCES, ignore_errors=True)
     SOURCES.mkdir(parents=True)
     for name in PUBLISHED:

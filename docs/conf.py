@@ -34,10 +34,21 @@ html_show_sourcelink = False
 default_role = "literal"
 
 
-def escape_patterns(app, what, name, item, options, lines: list[str]) -> None:
-    """Keep the asterisks of patterns such as '*.py', which docstrings of settings hold for the command line's help."""
-    lines[:] = [line.replace("*", r"\*") if what == "attribute" else line for line in lines]
+_attributes: dict[str, list[str]] = {}
+
+
+def keep_attribute(app, what, name, item, options, lines: list[str]) -> None:
+    """Remember an attribute's docstring before napoleon takes what stands before a colon in it for a type."""
+    if what == "attribute":
+        _attributes[name] = list(lines)
+
+
+def restore_attribute(app, what, name, item, options, lines: list[str]) -> None:
+    """Put it back; the asterisks of patterns such as '*.py' stay, as in the command line's help."""
+    if what == "attribute":
+        lines[:] = [line.replace("*", r"\*") for line in _attributes.pop(name)]
 
 
 def setup(app) -> None:
-    app.connect("autodoc-process-docstring", escape_patterns)
+    app.connect("autodoc-process-docstring", keep_attribute, priority=400)  # napoleon has 500
+    app.connect("autodoc-process-docstring", restore_attribute, priority=600)
