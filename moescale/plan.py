@@ -51,6 +51,15 @@ class MeshShape:
     ep: int = 1
 
 
+UNSUPPORTED_AXES = ("pp", "cp", "tp")
+"""Mesh axes that the planner prices and that this version's runtime does not have; everything else asks here."""
+
+
+def unsupported_sizes(mesh: MeshShape) -> dict[str, int]:
+    """Return the sizes above 1 of axes that this version cannot run; empty for a mesh that it can."""
+    return {axis: getattr(mesh, axis) for axis in UNSUPPORTED_AXES if getattr(mesh, axis) != 1}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """What is kept and what is recomputed, the same for all layers of one kind."""
@@ -354,10 +363,8 @@ def _check_dense_sharding(plan: ParallelPlan) -> None:
                 f"plan.layers.{layer.kind}.reshard_after_forward (True) must be False where plan.dense_sharding is "
                 "zero1: weights are whole on every rank, so there is nothing to free; compile the plan again"
             )
-    for axis in ("pp", "cp", "tp"):
-        size = getattr(plan.mesh, axis)
-        if size != 1:
-            raise ConfigError(
-                f"plan.mesh.{axis} ({size}) must be 1 where plan.dense_sharding is zero1: this version keeps whole "
-                "weights along data-parallel axes only; use fsdp"
-            )
+    for axis, size in unsupported_sizes(plan.mesh).items():
+        raise ConfigError(
+            f"plan.mesh.{axis} ({size}) must be 1 where plan.dense_sharding is zero1: this version keeps whole "
+            "weights along data-parallel axes only; use fsdp"
+        )

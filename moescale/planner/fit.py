@@ -13,6 +13,7 @@ from rich.table import Table
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError
+from moescale.plan import unsupported_sizes
 from moescale.planner.cluster import Cluster
 from moescale.planner.request import PlanRequest, recompute_name
 from moescale.planner.search import Evaluated, compile_plan
@@ -41,8 +42,7 @@ class FitPoint:
         """The axes that this version's runtime lacks, as ``pp 2, tp 4``; empty for a plan it can run."""
         if self.best is None or self.best.supported:
             return ""
-        mesh = self.best.candidate.mesh
-        return ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in ("pp", "cp", "tp") if getattr(mesh, axis) > 1)
+        return ", ".join(f"{axis} {size}" for axis, size in unsupported_sizes(self.best.candidate.mesh).items())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from moescale.errors import ConfigError, nearest
 from moescale.formats import ComputeFormat, GradientFormat, MasterFormat, MomentFormat
 from moescale.lora import LoraSettings
 from moescale.models.registry import family_of
-from moescale.plan import DenseSharding, LayerPlan, MeshShape
+from moescale.plan import UNSUPPORTED_AXES, DenseSharding, LayerPlan, MeshShape
 
 DECISIONS = (
     *("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "dense_sharding", "micro_batch_sequences"),
@@ -129,7 +129,7 @@ class PlanRequest:
 
     def _check_pin(self, config: ModelConfig, name: str, value: str) -> None:
         """Refuse a value that the decision has in no plan of this model, these GPUs and tokens."""
-        if name in ("pp", "cp", "tp") and value != "1" and not self.allow_unsupported:
+        if name in UNSUPPORTED_AXES and value != "1" and not self.allow_unsupported:
             raise ConfigError(
                 f"--pin {name}={value}: this version's runtime has no {name}, so {name} must be 1; plan it all the "
                 "same with --allow-unsupported"

@@ -22,7 +22,7 @@ from typing import Any
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError
 from moescale.models.registry import family_of
-from moescale.plan import LayerPlan, MeshShape, ParallelPlan, Prediction
+from moescale.plan import UNSUPPORTED_AXES, LayerPlan, MeshShape, ParallelPlan, Prediction, unsupported_sizes
 from moescale.planner.cluster import Cluster
 from moescale.planner.cost import CostModel, StepTime
 from moescale.planner.memory import MemoryModel, PeakMemory
@@ -272,7 +272,7 @@ class Search:
     def shardings(self, mesh: MeshShape) -> Iterator[DenseSharding]:
         """How weights outside the experts may be kept on ``mesh``; on one GPU there is nothing to decide."""
         request = self.request
-        if mesh.pp * mesh.cp * mesh.tp == 1:
+        if not unsupported_sizes(mesh):
             several = mesh.dp_shard * mesh.dp_replicate > 1
             if request.allows("dense_sharding", "zero1") and (several or not request.allows("dense_sharding", "fsdp")):
                 yield "zero1"
@@ -299,13 +299,13 @@ class Search:
         request, config = self.request, self.config
         units = [request.plan_gpus] if request.plan_gpus else _divisors(request.runtime_gpus)
         for unit in units:
-            for pp in _divisors(unit) if request.allow_unsupported else (1,):
+            for pp in self._sizes("pp", unit):
                 if pp > config.num_layers:
                     continue
-                for tp in _divisors(unit // pp) if request.allow_unsupported else (1,):
+                for tp in self._sizes("tp", unit // pp):
                     if config.num_heads % tp or config.expert_intermediate_size % tp or tp > self.cluster.gpus_per_node:
                         continue
-                    for cp in _divisors(unit // pp // tp) if request.allow_unsupported else (1,):
+                    for cp in self._sizes("cp", unit // pp // tp):
                         if request.sequence_length % (2 * cp) and cp > 1:
                             continue
                         shard = unit // pp // tp // cp
@@ -318,6 +318,10 @@ class Search:
                             if all(request.allows(name, size) for name, size in vars(mesh).items()):
                                 yield mesh
 
+    def _sizes(self, axis: str, gpus: int) -> list[int]:
+        """The sizes that ``axis`` may have of ``gpus``: 1 alone for one that this version cannot run, unless asked."""
+        return [1] if axis in UNSUPPORTED_AXES and not self.request.allow_unsupported else _divisors(gpus)
+
     def evaluate(self, candidate: Candidate) -> Evaluated:
         """Time and memory of one candidate, by their parts."""
         mesh = candidate.mesh
@@ -326,7 +330,7 @@ class Search:
             time=self.cost.step(candidate),
             memory=self.memory.peak(candidate),
             host_bytes=self.memory.host_bytes(mesh, candidate.formats, candidate.dense_sharding),
-            supported=mesh.pp == mesh.cp == mesh.tp == 1,
+            supported=not unsupported_sizes(mesh),
         )
 
     def _sequences_per_rank(self, mesh: MeshShape) -> int:
@@ -479,7 +483,7 @@ def _changes(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     changed = [name for name in changed if name == (what := name.removesuffix("_layers")) or what not in changed]
     if "dense_sharding" in changed:  # whole weights have nothing to reshard, and this version no axis but data's
         changed = [name for name in changed if not name.endswith("_reshard")]
-        if set(changed) & {"pp", "cp", "tp"}:
+        if set(changed) & set(UNSUPPORTED_AXES):
             changed.remove("dense_sharding")
     return [name for name in changed if name not in ("dp_replicate", "dp_shard")] or changed[-1:]
 

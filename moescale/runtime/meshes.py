@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moescale.coordinates import Coordinates
 from moescale.errors import ConfigError
-from moescale.plan import ParallelPlan
+from moescale.plan import ParallelPlan, unsupported_sizes
 from moescale.runtime.ranks import Ranks
 
 
@@ -32,13 +32,11 @@ class Meshes:
 
 def check_runnable(plan: ParallelPlan, ranks: Ranks) -> None:
     """Raise ConfigError unless this runtime has every axis of the plan, and ``ranks`` are as many as it wants."""
-    for axis in ("pp", "cp", "tp"):
-        size = getattr(plan.mesh, axis)
-        if size != 1:
-            raise ConfigError(
-                f"plan.mesh.{axis} ({size}) must be 1: this version runs the axes dp_replicate, dp_shard and ep; "
-                f"compile the plan with {axis} 1"
-            )
+    for axis, size in unsupported_sizes(plan.mesh).items():
+        raise ConfigError(
+            f"plan.mesh.{axis} ({size}) must be 1: this version runs the axes dp_replicate, dp_shard and ep; "
+            f"compile the plan with {axis} 1"
+        )
     if plan.runtime_gpus != ranks.size:
         raise ConfigError(
             f"plan.runtime_gpus ({plan.runtime_gpus}) must equal the number of processes ({ranks.size}); "
