@@ -1,7 +1,8 @@
-"""Draws a progress bar with the loss and the rate of the last step."""
+"""Shows progress, the loss, the rate and the experts' balance: as a bar in a terminal, as lines in a log."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -9,11 +10,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moescale.report.metrics import StepMetrics
 from moescale.report.observers.observer import Observer, RunContext
 
+LINE_SECONDS = 30.0
+"""Between two lines, where standard error is not a terminal."""
+
 
 class ProgressBar(Observer):
-    """A bar over the steps of the run, on standard error."""
+    """A bar over the steps of the run, on standard error; where that is a file or a pipe, a line now and then."""
 
     def on_start(self, run: RunContext) -> None:
+        self._run = run
+        self._is_live = run.console.is_terminal
+        self._last_line = float("-inf")
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -21,6 +28,7 @@ class ProgressBar(Observer):
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=run.console,
+            disable=not self._is_live,
         )
         self._task = self._progress.add_task("train", total=run.total_steps, status="starting")
         self._progress.start()
@@ -30,9 +38,16 @@ class ProgressBar(Observer):
 
     def on_step(self, metrics: StepMetrics) -> None:
         status = f"loss {metrics.loss:.4f}  {metrics.tokens_per_second:,.0f} tokens/s"
+        if metrics.expert_load:
+            status += f"  busiest expert {max(max(load) for load in metrics.expert_load):.1f} shares"
         if metrics.skipped:
             status += "  (skipped: not finite)"
         self._progress.update(self._task, completed=metrics.step, status=status)
+        now = time.monotonic()
+        if not self._is_live and (now - self._last_line >= LINE_SECONDS or metrics.step == self._run.total_steps):
+            self._last_line = now
+            line = f"step {metrics.step}/{self._run.total_steps}  {status}"
+            self._run.console.print(line, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()
