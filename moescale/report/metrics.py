@@ -41,6 +41,8 @@ class StepMetrics:
     """Largest device memory allocated so far; 0 on the CPU."""
     expert_load: list[list[float]]
     """Per MoE layer, each expert's share of the routed rows times the number of experts: 1 is balanced."""
+    allocator_retries: int = 0
+    """Times that torch's allocator found no memory in this step, gave back what it kept and asked again."""
     data_seconds: float = 0.0
     """Waiting for the step's batches, in addition to ``step_seconds``."""
     skipped: bool = False

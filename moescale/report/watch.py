@@ -28,6 +28,8 @@ COLLAPSED_FRACTION = 0.5
 STARVED_FRACTION = 0.05
 MEMORY_FRACTION = 0.97
 PLANNED_FACTOR = 1.01
+RETRYING_STEPS = 3
+"""Of the last ``WINDOW``; the first step of a run may find its memory so."""
 SLOW_FACTOR = 1.15
 NAMED = 8
 """Experts that a warning names before it counts the others."""
@@ -167,6 +169,16 @@ def memory_short(recent: Recent, expected: Expectation) -> str | None:
     return f"tensors take {peak / 2**30:.1f} of the {expected.memory_bytes / 2**30:.1f} GiB of the GPU"
 
 
+def memory_asked_for_again(recent: Recent, _: Expectation) -> str | None:
+    """So little memory is free that torch's allocator starts over in step after step."""
+    steps = recent.steps[-WINDOW:]
+    retrying = sum(step.allocator_retries > 0 for step in steps)
+    if retrying < RETRYING_STEPS or not steps[-1].allocator_retries:
+        return None
+    retries = sum(step.allocator_retries for step in steps)
+    return f"in {retrying} of {len(steps)} steps no memory was found at first, {retries} times: each stops the GPU"
+
+
 def slower_than_planned(recent: Recent, expected: Expectation) -> str | None:
     """Steps take longer than the plan says, the first ones left out."""
     times = [step.step_seconds for step in recent.steps[-WINDOW:]]
@@ -201,6 +213,10 @@ RULES: dict[str, tuple[Rule, str]] = {
     "memory nearly full": (
         memory_short,
         "compile the plan again with a --memory-limit 2 GiB below what is used now, before a longer run",
+    ),
+    "memory asked for again": (
+        memory_asked_for_again,
+        "compile the plan again with a --memory-limit 2 GiB below what is used now: steps take up to twice as long so",
     ),
     "slower than planned": (
         slower_than_planned,

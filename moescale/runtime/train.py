@@ -130,6 +130,7 @@ class Trainer:
         self.step = 0
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
+        self._allocator_retries = 0
         self._last_loss: float | None = None
         self._validation_loss: float | None = None
         self._save_seconds = 0.0
@@ -326,10 +327,21 @@ class Trainer:
             step_seconds=self.clock() - started,
             data_seconds=data_seconds,
             peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+            allocator_retries=self._new_allocator_retries(),
             expert_load=_relative_load(sums.expert_rows),
             skipped=skipped,
             extra=extra,
         )
+
+    def _new_allocator_retries(self) -> int:
+        """Those since the last call; each stops the GPU."""
+        if self.device.type != "cuda":
+            return 0
+        before, self._allocator_retries = (
+            self._allocator_retries,
+            torch.cuda.memory_stats(self.device)["num_alloc_retries"],
+        )
+        return self._allocator_retries - before
 
     def _after_update(self, expert_rows: torch.Tensor) -> dict[str, float]:
         """Call the hooks; what they say of the step."""

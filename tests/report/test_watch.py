@@ -45,6 +45,7 @@ CASES = {
     "dead experts": dict(expert_load=with_loads([0.0] * 3 + [16 / 13] * 13)),
     "waiting for data": dict(data_seconds=0.1),
     "memory nearly full": dict(peak_bytes=78 * GIB),
+    "memory asked for again": dict(allocator_retries=4),
     "slower than planned": dict(step_seconds=0.7),
 }
 
@@ -87,6 +88,11 @@ def test_few_experts_that_all_tokens_choose_are_no_collapse():
 def test_memory_that_the_plan_fills_is_no_warning():
     steps = [step(number, peak_bytes=78 * GIB) for number in range(1, 3 * WINDOW)]
     assert warnings_of(steps, Expectation(memory_bytes=80 * GIB, planned_bytes=int(77.9 * GIB))) == []
+
+
+def test_a_first_step_that_looks_for_its_memory_is_no_warning():
+    steps = [step(number, allocator_retries=9 if number < 3 else 0) for number in range(1, 3 * WINDOW)]
+    assert warnings_of(steps) == []
 
 
 def test_nothing_is_said_of_what_is_not_known():

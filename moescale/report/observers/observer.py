@@ -91,6 +91,7 @@ def step_record(metrics: StepMetrics, run: RunContext) -> dict[str, Any]:
         "step_seconds": metrics.step_seconds,
         "data_seconds": metrics.data_seconds,
         "peak_bytes": metrics.peak_bytes,
+        "allocator_retries": metrics.allocator_retries,
         "skipped": metrics.skipped,
     }
     if run.peak_flops:
