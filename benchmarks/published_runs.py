@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config
-from moescale.plan import LayerPlan, MeshShape
+from moescale.plan import MeshShape
 from moescale.planner.cluster import Cluster, Rates, load_cluster
 from moescale.planner.cost import CostModel, StepTime
 from moescale.planner.request import Candidate, Formats, GradientFormat, MomentFormat, PlanRequest, layer_plan
@@ -28,9 +28,10 @@ from moescale.tools.measurement import describe_measurement, write_result
 ROUTER_IMBALANCES = (1.0, 1.1)
 """No source states how even its routing was: balanced, and the planner's default."""
 CODER_V2_LITE = read_model_config("deepseek-coder-v2-lite")
-MOONLIGHT = dataclasses.replace(CODER_V2_LITE, vocab_size=163840, dense_intermediate_size=11264)
-"""Moonlight-16B-A3B: the shape of its published config. Its sigmoid router costs what a softmax router does."""
+MOONLIGHT = read_model_config("moonlight-16b-a3b")
+QWEN3 = read_model_config("qwen3-30b-a3b")
 H100 = load_cluster("h100-sxm")
+Exchange = Literal["beside shared experts", "beside other micro-batches", "by itself"]
 EQUIVALENT_TOKENS_PER_GPU = 131072 // 8
 """The common measure: seconds in which 8 GPUs take 131,072 tokens."""
 
@@ -48,7 +49,7 @@ class Variant:
     recompute: Literal["none", "experts", "block"]
     moments: MomentFormat
     gradients: GradientFormat
-    exchange: Literal["beside shared experts", "beside other micro-batches", "by itself"] = "beside shared experts"
+    exchange: Exchange = "beside shared experts"
     """What the experts' all-to-all runs beside; the first is what the planner assumes of its own runtime."""
 
     @property
@@ -188,11 +189,51 @@ MEGATRON_FINE_TUNING = PublishedRun(
         for length in (512, 8192)
     ),
 )  # fmt: skip
-RUNS = (REFERENCE, TORCHTITAN, MEGATRON_PRETRAINING, MEGATRON_FINE_TUNING)
+QWEN3_CARD = (
+    "https://github.com/NVIDIA-NeMo/Megatron-Bridge/blob/main/examples/model_verification_cards/qwen3-30b-a3b/card.yaml"
+)
+
+
+def _qwen3_pretraining(name: str, seconds: float, exchange: Exchange) -> PublishedRun:
+    """Sixteen ranks in one group of experts, one sequence of 4,096 tokens a micro-batch, 64 of them a step."""
+    return PublishedRun(
+        name=name,
+        source=QWEN3_CARD,
+        config=QWEN3,
+        cluster=H100,
+        published_seconds=seconds,
+        variants=tuple(
+            Variant(
+                assumed=f"recompute {recompute}",
+                mesh=MeshShape(dp_shard=16, ep=16),
+                sequence_length=4096,
+                micro_batch_sequences=1,
+                gradient_accumulation_steps=64,
+                recompute=recompute,
+                moments="fp32",
+                gradients="fp32",
+                exchange=exchange,
+            )
+            for recompute in ("none", "experts")
+        ),
+    )  # fmt: skip
+
+
+RUNS = (
+    REFERENCE,
+    TORCHTITAN,
+    MEGATRON_PRETRAINING,
+    MEGATRON_FINE_TUNING,
+    _qwen3_pretraining("Megatron-Bridge Qwen3-30B-A3B, natural routing, 16 x H100", 30.28955, "by itself"),
+    _qwen3_pretraining(
+        "Megatron-Bridge Qwen3-30B-A3B, tuned, routing forced even, 16 x H100", 20.14729, "beside other micro-batches"
+    ),
+)
 
 
 def predict(run: PublishedRun, variant: Variant, router_imbalance: float) -> float:
     """Seconds of a step of ``run`` with the settings of ``variant``."""
+    workload = build_workload(run.config)
     request = PlanRequest(
         runtime_gpus=variant.gpus,
         tokens_per_step=variant.tokens_per_step,
@@ -203,9 +244,11 @@ def predict(run: PublishedRun, variant: Variant, router_imbalance: float) -> flo
         mesh=variant.mesh,
         micro_batch_sequences=variant.micro_batch_sequences,
         gradient_accumulation_steps=variant.gradient_accumulation_steps,
-        layers=(
-            _not_resharded("dense", "block" if variant.recompute == "block" else "none"),
-            _not_resharded("moe", variant.recompute),
+        layers=tuple(
+            layer_plan(
+                kind.name, "none" if variant.recompute == "experts" and not kind.is_routed else variant.recompute, False
+            )
+            for kind in workload.layers
         ),
         formats=Formats(
             optimizer_state_dtype=variant.moments,
@@ -214,12 +257,8 @@ def predict(run: PublishedRun, variant: Variant, router_imbalance: float) -> flo
             offload_optimizer=False,
         ),
     )
-    time = CostModel(build_workload(run.config), run.cluster, request).step(candidate)
+    time = CostModel(workload, run.cluster, request).step(candidate)
     return time.total + _exchange_correction(time, variant)
-
-
-def _not_resharded(kind: str, recompute: str) -> LayerPlan:
-    return layer_plan(kind, recompute, reshard=False)
 
 
 def _exchange_correction(time: StepTime, variant: Variant) -> float:

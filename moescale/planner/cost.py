@@ -31,6 +31,10 @@ KERNELS_PER_OPERATOR = {"dense_gemm": (1, 2), "grouped_gemm": (5, 8), "attention
 """Launches of an operator's forward and backward."""
 
 
+SLOWED = "slowed by communication"
+"""What computation loses to collectives beside it, a part of the time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
     """Seconds of one optimizer step, by what they go to; of hidden communication what it slows."""
@@ -147,8 +151,8 @@ class CostModel:
             seconds = self._replicate_seconds(mesh, gradient)
             total["communication dp_replicate"] = max(0.0, seconds - micro_batch.free_backward)
             covered["communication dp_replicate"] = min(seconds, micro_batch.free_backward)
-        if any(covered.values()):
-            total["slowed by communication"] = self.cluster.overlap_cost * sum(covered.values())
+            slowed = self.cluster.overlap_cost * covered["communication dp_replicate"]
+            total[SLOWED] = total.get(SLOWED, 0.0) + slowed
         total["step overhead"] = self.cluster.step_overhead_seconds
         return StepTime(exposed=total, hidden=covered)
 
@@ -222,6 +226,8 @@ class CostModel:
                 self._add_sharding(ledger, forward, backward, kind, mesh, plan, gradient)
             self._add_passes_over_weights(ledger, count, kind, mesh, plan, gradient, sharding)
             ledger.free_backward += count * backward.free
+        if any(ledger.hidden.values()):
+            ledger.exposed[SLOWED] = self.cluster.overlap_cost * sum(ledger.hidden.values())
         if not is_recorded(mesh, sharding, self.cluster, self.request.compute_dtype):
             host = self._host_seconds(mesh, plans, sharding)
             ledger.exposed["host launches"] = max(0.0, host - sum(ledger.exposed.values()))
