@@ -33,6 +33,7 @@ from moescale.models.lora import add_adapters
 from moescale.models.transformer import Transformer, build_on_meta
 from moescale.plan import MeshShape, ParallelPlan, one_device_plan
 from moescale.planner.cluster import load_cluster
+from moescale.planner.layer_bytes import LayerBytes
 from moescale.planner.memory import MemoryModel
 from moescale.planner.request import PlanRequest
 from moescale.planner.search import PlanResult, compile_plan
@@ -102,7 +103,7 @@ def fake_runtime(gpu_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_parallel, "_row_operators", lambda backend: operators)
     monkeypatch.setattr(expert_parallel.SplitExchange, "lay_out", lay_out)
     # What is divided here is sent as it is, also between two ranks, whose exchange on GPUs is padded.
-    monkeypatch.setattr(MemoryModel, "row_factor", lambda self, mesh: self.request.router_imbalance)
+    monkeypatch.setattr(LayerBytes, "row_factor", lambda self, mesh: self.request.router_imbalance)
     monkeypatch.setattr(
         mapping,
         "choose_dispatcher",
@@ -133,7 +134,7 @@ def predicted_bytes(result: PlanResult) -> float:
     assert result.best is not None
     candidate = result.best.candidate
     model = MemoryModel(result.workload, result.cluster, result.request)
-    moments = model.moments(
+    moments = model.moments.breakdowns(
         candidate.mesh,
         candidate.micro_batch_sequences,
         candidate.layers,
