@@ -19,7 +19,8 @@ from moescale.planner.cluster import Cluster, load_cluster
 from moescale.planner.explain import explain_html
 from moescale.planner.fit import FitResult, fit_to_gpus
 from moescale.planner.request import PlanRequest
-from moescale.planner.search import PlanResult, compile_plan
+from moescale.planner.result import PlanResult
+from moescale.planner.search import compile_plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moescale.planner.remedies import find_remedies
 from moescale.planner.request import decision_text
-from moescale.planner.search import Evaluated, PlanResult, alternative_summary, excess_bytes, excess_text, limits_text
+from moescale.planner.result import Evaluated, PlanResult, alternative_summary, excess_bytes, excess_text, limits_text
 from moescale.planner.timeline import Span, step_timeline
 from moescale.planner.workload import Workload
 

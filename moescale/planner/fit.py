@@ -16,7 +16,8 @@ from moescale.errors import ConfigError
 from moescale.plan import unsupported_sizes
 from moescale.planner.cluster import Cluster
 from moescale.planner.request import PlanRequest, recompute_name
-from moescale.planner.search import Evaluated, compile_plan
+from moescale.planner.result import Evaluated
+from moescale.planner.search import compile_plan
 from moescale.planner.workload import Workload
 
 LARGEST = 1024

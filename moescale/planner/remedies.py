@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from moescale.errors import ConfigError
 from moescale.planner.request import PlanRequest
-from moescale.planner.search import PlanResult, compile_plan, usable_bytes
+from moescale.planner.result import PlanResult, usable_bytes
+from moescale.planner.search import compile_plan
 
 GIBIBYTE = 2**30
 _MAX_GPUS = 4096

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moescale.planner.cost import CostModel
-from moescale.planner.search import Evaluated, PlanResult
+from moescale.planner.result import Evaluated, PlanResult
 from moescale.planner.workload import LayerKind
 
 

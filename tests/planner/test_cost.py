@@ -11,7 +11,8 @@ import pytest
 from moescale.convert.hf_config import read_model_config
 from moescale.planner.cluster import load_cluster
 from moescale.planner.request import PlanRequest
-from moescale.planner.search import Evaluated, compile_plan
+from moescale.planner.result import Evaluated
+from moescale.planner.search import compile_plan
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "h100x2"
 QWEN3 = dataclasses.replace(read_model_config("qwen3-30b-a3b"), num_layers=8)

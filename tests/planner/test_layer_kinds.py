@@ -13,7 +13,8 @@ from moescale.models.layer_plans import plan_of_layers
 from moescale.plan import LayerPlan, ParallelPlan
 from moescale.planner.cluster import load_cluster
 from moescale.planner.request import PlanRequest
-from moescale.planner.search import PlanResult, compile_plan
+from moescale.planner.result import PlanResult
+from moescale.planner.search import compile_plan
 from tiny import tiny_config
 
 CONFIG = tiny_config(num_layers=6, first_moe_layer=0, num_experts=8)

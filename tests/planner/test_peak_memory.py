@@ -36,7 +36,8 @@ from moescale.planner.cluster import load_cluster
 from moescale.planner.layer_bytes import LayerBytes
 from moescale.planner.memory import MemoryModel
 from moescale.planner.request import PlanRequest
-from moescale.planner.search import PlanResult, compile_plan
+from moescale.planner.result import PlanResult
+from moescale.planner.search import compile_plan
 from moescale.planner.shares import rank_parameters
 from moescale.planner.workload import build_workload
 from moescale.runtime.layout import find_parts

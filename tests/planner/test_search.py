@@ -27,7 +27,8 @@ from moescale.planner.request import (
     PlanRequest,
     decision_text,
 )
-from moescale.planner.search import PARTLY_RECOMPUTED_MARGIN, PlanResult, compile_plan, usable_bytes
+from moescale.planner.result import PlanResult, usable_bytes
+from moescale.planner.search import PARTLY_RECOMPUTED_MARGIN, compile_plan
 from moescale.planner.workload import build_workload
 from tiny import tiny_config
 

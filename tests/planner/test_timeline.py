@@ -10,7 +10,8 @@ from moescale.convert.hf_config import read_model_config
 from moescale.planner.cluster import load_cluster
 from moescale.planner.explain import explain_html
 from moescale.planner.request import PlanRequest
-from moescale.planner.search import PlanResult, compile_plan
+from moescale.planner.result import PlanResult
+from moescale.planner.search import compile_plan
 from moescale.planner.timeline import step_timeline
 
 REQUEST = PlanRequest(runtime_gpus=8, plan_gpus=4, tokens_per_step=131072, sequence_length=2048)
