@@ -19,6 +19,7 @@ TABLE = {
     "run": DURABLE,
     "run/run.json": DURABLE,
     "run/summary.json": DURABLE,
+    "run/machine.json": DURABLE,
     "run/run.lock": LOG,
     "run/metrics.jsonl": LOG,
     "run/expert_load.jsonl": LOG,
