@@ -239,7 +239,7 @@ def test_kinds_layer_kinds_and_operators_that_are_not_known_are_refused(own_oper
 
 def test_every_shipped_annotation_names_known_dims() -> None:
     shipped = {}
-    presets = (read_model_config(name) for name in ("qwen3-30b-a3b", "gpt-oss-20b"))
+    presets = (read_model_config(name) for name in ("qwen3-30b-a3b", "gpt-oss-20b", "olmoe-1b-7b"))
     for config in (tiny_config(), tiny_config(q_lora_rank=8), *presets):
         workload = build_workload(config)
         for kind in (*workload.layers, workload.outside):

@@ -25,7 +25,8 @@ _FILE = FileKind(
 )
 PRESETS = (
     *("deepseek-coder-v2-lite", "deepseek-v2", "deepseek-v2-lite", "glm-4.7-flash", "gpt-oss-20b"),
-    *("moonlight-16b-a3b", "qwen3-30b-a3b", "tiny", "tiny-deepseek-v3", "tiny-glm4-moe-lite", "tiny-gpt-oss"),
+    *("moonlight-16b-a3b", "olmoe-1b-7b", "qwen3-30b-a3b"),
+    *("tiny", "tiny-deepseek-v3", "tiny-glm4-moe-lite", "tiny-gpt-oss", "tiny-olmoe"),
 )
 _HUB_NAMES = {
     "deepseek-ai/DeepSeek-Coder-V2-Base": "deepseek-v2",
@@ -37,6 +38,7 @@ _HUB_NAMES = {
     "deepseek-ai/DeepSeek-V2-Lite": "deepseek-v2-lite",
     "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek-v2-lite",
     "Qwen/Qwen3-30B-A3B-Base": "qwen3-30b-a3b",
+    "allenai/OLMoE-1B-7B-0924": "olmoe-1b-7b",
     "openai/gpt-oss-20b": "gpt-oss-20b",
     "zai-org/GLM-4.7-Flash": "glm-4.7-flash",
     "moonshotai/Moonlight-16B-A3B": "moonlight-16b-a3b",

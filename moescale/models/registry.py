@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
-from moescale.models import deepseek_v2, deepseek_v3, glm4_moe_lite, gpt_oss, qwen3_moe
+from moescale.models import deepseek_v2, deepseek_v3, glm4_moe_lite, gpt_oss, olmoe, qwen3_moe
 from moescale.models.family import Family
 from moescale.records import show
 
 FAMILIES = {
     family.model_type: family
-    for family in (deepseek_v2.FAMILY, deepseek_v3.FAMILY, glm4_moe_lite.FAMILY, gpt_oss.FAMILY, qwen3_moe.FAMILY)
+    for family in (
+        *(deepseek_v2.FAMILY, deepseek_v3.FAMILY, glm4_moe_lite.FAMILY, gpt_oss.FAMILY, olmoe.FAMILY),
+        qwen3_moe.FAMILY,
+    )
 }
 
 

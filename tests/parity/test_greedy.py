@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from moescale.config import ModelConfig
 from moescale.models.cache import KeyValueCache
 from moescale.models.greedy import decode_greedily
 from moescale.models.transformer import Transformer
-from tests.parity import test_deepseek_v3, test_glm4_moe_lite, test_gpt_oss, test_parity, test_qwen3_moe
+from tests.parity import test_deepseek_v3, test_glm4_moe_lite, test_gpt_oss, test_olmoe, test_parity, test_qwen3_moe
 from tests.parity.test_parity import build, error, export, initialized, load
 
 CONFIGS: dict[str, Callable[[], ModelConfig]] = {
@@ -19,6 +20,7 @@ CONFIGS: dict[str, Callable[[], ModelConfig]] = {
     "deepseek_v3": lambda: test_deepseek_v3.TINY,
     "glm4_moe_lite": lambda: test_glm4_moe_lite.TINY,
     "gpt_oss": lambda: test_gpt_oss.TINY,
+    "olmoe": lambda: dataclasses.replace(test_olmoe.TINY, **test_olmoe.CONFIGURATIONS["shared_heads_of_keys"]),
     "qwen3_moe": lambda: test_qwen3_moe.TINY,
 }
 PROMPT = [5, 17, 80, 3, 41, 9, 62, 28, 77, 1, 50]

@@ -127,13 +127,16 @@ def test_the_whole_model_keeps_its_layers_and_what_is_outside(name: str, gpu_ope
     assert expected + saved_bytes(workload.outside, dims, 2) == measured
 
 
-@pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("model", "num_key_value_heads"),
+    [("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 2), ("qwen3-30b-a3b", 4), ("olmoe-1b-7b", 2)],
+)
 def test_a_layer_of_grouped_queries_keeps_exactly_what_its_annotations_say(
-    num_key_value_heads: int, gpu_operators: None
+    model: str, num_key_value_heads: int, gpu_operators: None
 ) -> None:
     config = dataclasses.replace(
-        read_model_config("qwen3-30b-a3b"),
-        hidden_size=64,
+        read_model_config(model),
+        hidden_size=128,
         num_layers=2,
         num_heads=4,
         num_key_value_heads=num_key_value_heads,

@@ -20,6 +20,7 @@ CONFIGS = {
     "moonlight": read_model_config("moonlight-16b-a3b"),
     "glm": read_model_config("glm-4.7-flash"),
     "qwen3": read_model_config("qwen3-30b-a3b"),
+    "olmoe": read_model_config("olmoe-1b-7b"),
     "gpt_oss": read_model_config("gpt-oss-20b"),
     "dense": tiny_config(num_experts=None),
     "biases_and_tied": tiny_config(attention_bias=True, q_lora_rank=8, tie_embeddings=True, num_shared_experts=0),

@@ -1,4 +1,6 @@
-"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with queries and keys normed by head, as in Qwen3.
+"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with normed queries and keys.
+
+The norms take each head alone, as in Qwen3, or all heads at once, as in OLMoE.
 
 Rotary positions rotate the two halves of a head against each other.
 """
@@ -14,21 +16,23 @@ from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.norm import RMSNorm
 from moescale.models.blocks.rope import tables
 from moescale.models.cache import LayerCache
-from moescale.models.qwen3_moe.config import GroupedQueryConfig, Qwen3MoeConfig
+from moescale.models.qwen3_moe.config import GroupedQueryConfig
 
 
 class GroupedQueryAttention(nn.Module):
     """[B, S, H] -> [B, S, H], causal; with ``documents`` tokens see only their own document."""
 
-    def __init__(self, config: Qwen3MoeConfig) -> None:
+    def __init__(self, config: GroupedQueryConfig, *, norms_all_heads_at_once: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.norms_all_heads_at_once = norms_all_heads_at_once
         width = config.head_dim
         self.q_proj = Linear(config.hidden_size, config.num_heads * width, bias=False)
         self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * width, bias=False)
         self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * width, bias=False)
-        self.q_norm = RMSNorm(width, config.rms_norm_eps)
-        self.k_norm = RMSNorm(width, config.rms_norm_eps)
+        q_heads, k_heads = (config.num_heads, config.num_key_value_heads) if norms_all_heads_at_once else (1, 1)
+        self.q_norm = RMSNorm(q_heads * width, config.rms_norm_eps)
+        self.k_norm = RMSNorm(k_heads * width, config.rms_norm_eps)
         self.output = Linear(config.num_heads * width, config.hidden_size, bias=False)
 
     def forward(
@@ -40,12 +44,19 @@ class GroupedQueryAttention(nn.Module):
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
         width = self.config.head_dim
-        q = half_rope(self.q_norm(self.q_proj(x).unflatten(-1, (-1, width))), cos, sin)
-        k = half_rope(self.k_norm(self.k_proj(x).unflatten(-1, (-1, width))), cos, sin)
+        q = half_rope(self._normed_heads(self.q_norm, self.q_proj(x)), cos, sin)
+        k = half_rope(self._normed_heads(self.k_norm, self.k_proj(x)), cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, width))
         attend = attention if cache is None else cache.attention
         mixed = attend(q, k, v, softmax_scale=width**-0.5, documents=documents)  # [B, S, N, D]
         return self.output(mixed.flatten(-2))
+
+    def _normed_heads(self, norm: RMSNorm, projected: torch.Tensor) -> torch.Tensor:
+        """[B, S, N * D] -> [B, S, N, D]."""
+        heads = (-1, self.config.head_dim)
+        if self.norms_all_heads_at_once:
+            return norm(projected).unflatten(-1, heads)
+        return norm(projected.unflatten(-1, heads))
 
 
 def rope_tables(

@@ -1,0 +1,134 @@
+"""An OLMoE model's config.json and the names of its tensors in a Hugging Face folder. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from moescale.errors import ConfigError
+from moescale.models.family import HfNames
+from moescale.models.hf_fields import FieldRules, value_or
+from moescale.models.hf_rope import read_half_split_positions, write_half_split_yarn
+from moescale.models.hf_routing import PLAIN_ROUTING, read_aux_loss
+from moescale.models.olmoe.config import OlmoeConfig
+
+NAMES = HfNames(
+    outside_layers={
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    },
+    layer_prefix="model.layers.{layer}.",
+    whole={
+        "attention_norm": "input_layernorm",
+        "attention.q_proj": "self_attn.q_proj",
+        "attention.k_proj": "self_attn.k_proj",
+        "attention.v_proj": "self_attn.v_proj",
+        "attention.q_norm": "self_attn.q_norm",
+        "attention.k_norm": "self_attn.k_norm",
+        "attention.output": "self_attn.o_proj",
+        "feed_forward_norm": "post_attention_layernorm",
+        "feed_forward.router": "mlp.gate",
+        "feed_forward.down": "mlp.down_proj",
+    },
+    gate_and_up={"feed_forward.gate_up": "mlp"},
+    experts="mlp.experts",
+)
+# Fields with one supported value, each with the values that mean it.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "attention_dropout": (0, 0.0, None),
+    "clip_qkv": (None,),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False, None),
+}
+_REQUIRED = tuple(
+    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size num_experts num_experts_per_tok "
+    "max_position_embeddings".split()
+)
+RULES = FieldRules(
+    only=_ONLY,
+    required=_REQUIRED,
+    integers=frozenset(_REQUIRED) | {"head_dim", "num_key_value_heads", "num_local_experts"},
+    numbers=frozenset({"rms_norm_eps", "rope_theta", "initializer_range", "router_aux_loss_coef"}),
+    flags=frozenset({"norm_topk_prob", "tie_word_embeddings", "output_router_logits"}),
+    others=frozenset({"model_type", "rope_parameters", "rope_scaling"}),
+    aliases={"num_local_experts": "num_experts"},
+)
+
+
+def read_hf(document: Mapping[str, Any], path: str) -> OlmoeConfig:
+    """Translate the fields of a config.json; ``path`` names the file in errors. Raises ConfigError."""
+    RULES.check(document, path)
+
+    field = partial(value_or, document)
+    num_heads = document["num_attention_heads"]
+    try:
+        rope_theta, yarn = read_half_split_positions(document)
+        return OlmoeConfig(
+            vocab_size=document["vocab_size"],
+            hidden_size=document["hidden_size"],
+            num_layers=document["num_hidden_layers"],
+            num_heads=num_heads,
+            num_key_value_heads=field("num_key_value_heads", num_heads),
+            head_dim=field("head_dim", document["hidden_size"] // max(1, num_heads)),
+            dense_intermediate_size=document["intermediate_size"],
+            expert_intermediate_size=document["intermediate_size"],
+            num_experts=document["num_experts"],
+            top_k=document["num_experts_per_tok"],
+            normalize_topk=field("norm_topk_prob", False),
+            aux_loss_alpha=read_aux_loss(document, 0.01),
+            **PLAIN_ROUTING,
+            rms_norm_eps=float(field("rms_norm_eps", 1e-5)),
+            tie_embeddings=field("tie_word_embeddings", False),
+            max_sequence_length=document["max_position_embeddings"],
+            rope_theta=rope_theta,
+            yarn=yarn,
+            initializer_std=float(field("initializer_range", 0.02)),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def write_hf(config: OlmoeConfig, dtype: str) -> dict[str, Any]:
+    """Return the config.json of a model that has none yet; :func:`read_hf` gives ``config`` back."""
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "torch_dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "intermediate_size": config.expert_intermediate_size,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.top_k,
+        "norm_topk_prob": config.normalize_topk,
+        "output_router_logits": config.aux_loss_alpha > 0,
+        "router_aux_loss_coef": config.aux_loss_alpha,
+        "clip_qkv": None,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_std,
+        "max_position_embeddings": config.max_sequence_length,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": write_half_split_yarn(config.yarn),
+        "tie_word_embeddings": config.tie_embeddings,
+        # Without them transformers takes those of the published tokenizer, and gives the row of token 1 no gradient.
+        "pad_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def transformers_differences(config: OlmoeConfig) -> list[str]:
+    """Return where transformers departs from what is trained here."""
+    if config.aux_loss_alpha:
+        return [
+            "the balancing loss is taken layer by layer, and divided by top_k; transformers takes all layers at once"
+        ]
+    return []
