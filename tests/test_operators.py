@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from moescale import operators
-from moescale.convert.hf_config import read_model_config
+from moescale.convert.hf_config import PRESETS, read_model_config
 from moescale.errors import ConfigError
 from moescale.operators import (
     Annotation,
@@ -239,7 +239,7 @@ def test_kinds_layer_kinds_and_operators_that_are_not_known_are_refused(own_oper
 
 def test_every_shipped_annotation_names_known_dims() -> None:
     shipped = {}
-    presets = (read_model_config(name) for name in ("qwen3-30b-a3b", "gpt-oss-20b", "olmoe-1b-7b"))
+    presets = (read_model_config(name) for name in PRESETS)
     for config in (tiny_config(), tiny_config(q_lora_rank=8), *presets):
         workload = build_workload(config)
         for kind in (*workload.layers, workload.outside):

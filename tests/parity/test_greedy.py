@@ -11,6 +11,7 @@ import torch
 from moescale.config import ModelConfig
 from moescale.models.cache import KeyValueCache
 from moescale.models.greedy import decode_greedily
+from moescale.models.registry import FAMILIES
 from moescale.models.transformer import Transformer
 from tests.parity import test_deepseek_v3, test_glm4_moe_lite, test_gpt_oss, test_olmoe, test_parity, test_qwen3_moe
 from tests.parity.test_parity import build, error, export, initialized, load
@@ -34,6 +35,10 @@ def decode_anew(model: Transformer, prompt: list[int], number: int) -> list[int]
         with torch.no_grad():
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
     return tokens[len(prompt) :]
+
+
+def test_every_family_is_decoded_below():
+    assert CONFIGS.keys() == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("family", CONFIGS)

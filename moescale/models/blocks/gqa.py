@@ -16,7 +16,7 @@ from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.norm import RMSNorm
 from moescale.models.blocks.rope import tables
 from moescale.models.cache import LayerCache
-from moescale.models.qwen3_moe.config import GroupedQueryConfig
+from moescale.models.grouped.config import GroupedQueryConfig
 
 
 class GroupedQueryAttention(nn.Module):

@@ -5,13 +5,14 @@
 
 from moescale.models.family import Family
 from moescale.models.gpt_oss import hf, operators
+from moescale.models.grouped import hf as grouped_hf
 
 FAMILY = Family(
     model_type="gpt_oss",
     read_hf=hf.read_hf,
     hf_fields=hf.RULES.known,
     write_hf=hf.write_hf,
-    transformers_differences=hf.transformers_differences,
+    transformers_differences=grouped_hf.transformers_differences,
     names=hf.NAMES,
     layers=operators.layers,
     outside=operators.outside,

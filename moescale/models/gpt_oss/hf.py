@@ -134,15 +134,6 @@ def write_hf(config: GptOssConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def transformers_differences(config: GptOssConfig) -> list[str]:
-    """Return where transformers departs from what is trained here."""
-    if config.aux_loss_alpha:
-        return [
-            "the balancing loss is taken layer by layer, and divided by top_k; transformers takes all layers at once"
-        ]
-    return []
-
-
 def _check_quantization(quantization: Any) -> None:
     """Experts in MXFP4 are read as bf16; of other formats nothing is known."""
     if quantization is None:

@@ -1,6 +1,6 @@
 """The operators of attention with sinks and windows, and the layers of a gpt-oss model. Imports no torch.
 
-Dims beyond those of :mod:`moescale.models.grouped_operators`: o window, p layers with a window, m layers.
+Dims beyond those of :mod:`moescale.models.grouped.operators`: o window, p layers with a window, m layers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from moescale.models.family import LayerList
 from moescale.models.gpt_oss.config import GptOssConfig
-from moescale.models.grouped_operators import grouped_dims
+from moescale.models.grouped.operators import grouped_dims
 from moescale.models.layer_operators import OUTSIDE, causal_attention_flops, decoder_layers
 from moescale.operators import Dims, Operator, operator, register
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moescale.errors import ConfigError
-from moescale.models.qwen3_moe.config import GroupedQueryConfig
+from moescale.models.grouped.config import GroupedQueryConfig
 
 
 @dataclass(frozen=True, kw_only=True)

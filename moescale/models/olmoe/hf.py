@@ -1,4 +1,4 @@
-"""An OLMoE model's config.json and the names of its tensors in a Hugging Face folder. Imports no torch."""
+"""An OLMoE model's config.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,34 +7,11 @@ from functools import partial
 from typing import Any
 
 from moescale.errors import ConfigError
-from moescale.models.family import HfNames
 from moescale.models.hf_fields import FieldRules, value_or
 from moescale.models.hf_rope import read_half_split_positions, write_half_split_yarn
 from moescale.models.hf_routing import PLAIN_ROUTING, read_aux_loss
 from moescale.models.olmoe.config import OlmoeConfig
 
-NAMES = HfNames(
-    outside_layers={
-        "embedding.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    },
-    layer_prefix="model.layers.{layer}.",
-    whole={
-        "attention_norm": "input_layernorm",
-        "attention.q_proj": "self_attn.q_proj",
-        "attention.k_proj": "self_attn.k_proj",
-        "attention.v_proj": "self_attn.v_proj",
-        "attention.q_norm": "self_attn.q_norm",
-        "attention.k_norm": "self_attn.k_norm",
-        "attention.output": "self_attn.o_proj",
-        "feed_forward_norm": "post_attention_layernorm",
-        "feed_forward.router": "mlp.gate",
-        "feed_forward.down": "mlp.down_proj",
-    },
-    gate_and_up={"feed_forward.gate_up": "mlp"},
-    experts="mlp.experts",
-)
 # Fields with one supported value, each with the values that mean it.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -123,12 +100,3 @@ def write_hf(config: OlmoeConfig, dtype: str) -> dict[str, Any]:
         "pad_token_id": None,
         "eos_token_id": None,
     }
-
-
-def transformers_differences(config: OlmoeConfig) -> list[str]:
-    """Return where transformers departs from what is trained here."""
-    if config.aux_loss_alpha:
-        return [
-            "the balancing loss is taken layer by layer, and divided by top_k; transformers takes all layers at once"
-        ]
-    return []

@@ -1,12 +1,12 @@
 """The layers of an OLMoE model, and its norms over all heads at once. Imports no torch.
 
-Dims: those of :mod:`moescale.models.grouped_operators`.
+Dims: those of :mod:`moescale.models.grouped.operators`.
 """
 
 from __future__ import annotations
 
 from moescale.models.family import LayerList
-from moescale.models.grouped_operators import grouped_dims
+from moescale.models.grouped.operators import grouped_dims
 from moescale.models.layer_operators import OUTSIDE, decoder_layers
 from moescale.models.olmoe.config import OlmoeConfig
 from moescale.operators import Operator, Saved, register

@@ -1,9 +1,10 @@
 """Qwen3-MoE (arXiv:2505.09388): grouped-query attention with normed heads, many experts, none shared.
 
-``hf`` is its Hugging Face folder, ``operators`` what the planner sees, ``model`` the module, which alone imports torch.
+``hf`` is its config.json, ``operators`` what the planner sees, ``model`` the module, which alone imports torch.
 """
 
 from moescale.models.family import Family
+from moescale.models.grouped import hf as grouped_hf
 from moescale.models.qwen3_moe import hf, operators
 
 FAMILY = Family(
@@ -11,8 +12,8 @@ FAMILY = Family(
     read_hf=hf.read_hf,
     hf_fields=hf.RULES.known,
     write_hf=hf.write_hf,
-    transformers_differences=hf.transformers_differences,
-    names=hf.NAMES,
+    transformers_differences=grouped_hf.transformers_differences,
+    names=grouped_hf.NAMES,
     layers=operators.layers,
     outside=operators.outside,
     dims=operators.dims,

@@ -1,4 +1,4 @@
-"""A Qwen3-MoE model's config.json and the names of its tensors in a Hugging Face folder. Imports no torch.
+"""A Qwen3-MoE model's config.json. Imports no torch.
 
 Both spellings of the number of experts and of RoPE's base are read.
 """
@@ -10,34 +10,11 @@ from functools import partial
 from typing import Any
 
 from moescale.errors import ConfigError
-from moescale.models.family import HfNames
 from moescale.models.hf_fields import FieldRules, value_or
 from moescale.models.hf_rope import read_half_split_positions, write_half_split_yarn
 from moescale.models.hf_routing import PLAIN_ROUTING, read_aux_loss
 from moescale.models.qwen3_moe.config import Qwen3MoeConfig
 
-NAMES = HfNames(
-    outside_layers={
-        "embedding.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    },
-    layer_prefix="model.layers.{layer}.",
-    whole={
-        "attention_norm": "input_layernorm",
-        "attention.q_proj": "self_attn.q_proj",
-        "attention.k_proj": "self_attn.k_proj",
-        "attention.v_proj": "self_attn.v_proj",
-        "attention.q_norm": "self_attn.q_norm",
-        "attention.k_norm": "self_attn.k_norm",
-        "attention.output": "self_attn.o_proj",
-        "feed_forward_norm": "post_attention_layernorm",
-        "feed_forward.router": "mlp.gate",
-        "feed_forward.down": "mlp.down_proj",
-    },
-    gate_and_up={"feed_forward.gate_up": "mlp"},
-    experts="mlp.experts",
-)
 # Fields with one supported value, each with the values that mean it.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -130,15 +107,6 @@ def write_hf(config: Qwen3MoeConfig, dtype: str) -> dict[str, Any]:
         "sliding_window": None,
         "tie_word_embeddings": config.tie_embeddings,
     }
-
-
-def transformers_differences(config: Qwen3MoeConfig) -> list[str]:
-    """Return where transformers departs from what is trained here."""
-    if config.aux_loss_alpha:
-        return [
-            "the balancing loss is taken layer by layer, and divided by top_k; transformers takes all layers at once"
-        ]
-    return []
 
 
 def _one_of(document: Mapping[str, Any], *names: str) -> Any:

@@ -1,12 +1,12 @@
 """The operators of grouped-query attention with normed heads, and the layers of a Qwen3-MoE model. Imports no torch.
 
-Dims: those of :mod:`moescale.models.grouped_operators`.
+Dims: those of :mod:`moescale.models.grouped.operators`.
 """
 
 from __future__ import annotations
 
 from moescale.models.family import LayerList
-from moescale.models.grouped_operators import grouped_dims
+from moescale.models.grouped.operators import grouped_dims
 from moescale.models.layer_operators import OUTSIDE, decoder_layers
 from moescale.models.qwen3_moe.config import Qwen3MoeConfig
 

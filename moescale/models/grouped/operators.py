@@ -5,8 +5,8 @@ Dims beyond those of :mod:`moescale.models.layer_operators`: g key and value hea
 
 from __future__ import annotations
 
+from moescale.models.grouped.config import GroupedQueryConfig
 from moescale.models.layer_operators import causal_attention_flops, decoder_dims
-from moescale.models.qwen3_moe.config import GroupedQueryConfig
 from moescale.operators import Adaptable, Operator, Saved, register
 
 
