@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,14 +50,21 @@ def forward_flops_of(config: ModelConfig, tokens: int, length: int) -> float:
     return sum(kind.count * forward_flops(op, dims) for kind in kinds for op in kind.operators)
 
 
-@pytest.mark.parametrize("q_lora_rank", [None, 24])
-def test_flops_are_those_that_torch_counts_on_a_dense_model(q_lora_rank: int | None) -> None:
-    config = tiny_config(num_experts=None, q_lora_rank=q_lora_rank)
+DENSE = {
+    "latent": tiny_config(num_experts=None, q_lora_rank=None),
+    "latent_with_compressed_queries": tiny_config(num_experts=None, q_lora_rank=24),
+    "grouped": dataclasses.replace(read_model_config("tiny-olmoe"), num_experts=None, num_key_value_heads=2),
+}
+
+
+@pytest.mark.parametrize("config", DENSE.values(), ids=DENSE)
+def test_flops_are_those_that_torch_counts_on_a_dense_model(config: ModelConfig) -> None:
     model = build_on_meta(config, torch.float32).to_empty(device="cpu")
     initialize(model, seed=0)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 64, dtype=torch.long))
-    half_square = config.num_layers * config.num_heads * 64 * 64 * (config.qk_head_dim + config.v_head_dim)
+    dims = build_workload(config).dims(64, 64)
+    half_square = config.num_layers * config.num_heads * 64 * 64 * (dims["q"] + dims["v"])
     counted = counter.get_total_flops()
     # The counter takes the whole square of attention, or nothing where it has no formula for the CPU's kernel.
     assert forward_flops_of(config, 64, 64) in (counted - half_square, counted + half_square)
