@@ -9,9 +9,10 @@ from typing import Any
 from moescale.errors import ConfigError
 from moescale.models.family import HfNames
 from moescale.models.gpt_oss.config import GptOssConfig
+from moescale.models.grouped.hf import read_shared, write_shared
 from moescale.models.hf_fields import FieldRules, value_or
 from moescale.models.hf_rope import read_half_split_positions, write_half_split_yarn
-from moescale.models.hf_routing import PLAIN_ROUTING, read_aux_loss
+from moescale.models.hf_routing import read_aux_loss
 from moescale.records import show
 
 NAMES = HfNames(
@@ -71,10 +72,6 @@ def read_hf(document: Mapping[str, Any], path: str) -> GptOssConfig:
         rope_theta, yarn = read_half_split_positions(document, 150000.0)
         _check_initial_context(document, None if yarn is None else yarn.original_max_sequence_length)
         return GptOssConfig(
-            vocab_size=document["vocab_size"],
-            hidden_size=document["hidden_size"],
-            num_layers=document["num_hidden_layers"],
-            num_heads=document["num_attention_heads"],
             num_key_value_heads=document["num_key_value_heads"],
             head_dim=document["head_dim"],
             attention_bias=field("attention_bias", True),
@@ -85,16 +82,12 @@ def read_hf(document: Mapping[str, Any], path: str) -> GptOssConfig:
             swiglu_alpha=float(field("swiglu_alpha", 1.702)),
             swiglu_limit=float(field("swiglu_limit", 7.0)),
             num_experts=document["num_local_experts"],
-            top_k=document["num_experts_per_tok"],
             normalize_topk=True,  # which makes the softmax over all experts one over the chosen
             aux_loss_alpha=read_aux_loss(document, 0.001),
-            **PLAIN_ROUTING,
+            **read_shared(document),
             rms_norm_eps=float(field("rms_norm_eps", 1e-5)),
-            tie_embeddings=field("tie_word_embeddings", False),
-            max_sequence_length=document["max_position_embeddings"],
             rope_theta=rope_theta,
             yarn=yarn,
-            initializer_std=float(field("initializer_range", 0.02)),
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -106,31 +99,17 @@ def write_hf(config: GptOssConfig, dtype: str) -> dict[str, Any]:
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
         "torch_dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_key_value_heads,
+        **write_shared(config),
         "head_dim": config.head_dim,
         "attention_bias": config.attention_bias,
-        "attention_dropout": 0.0,
         "sliding_window": config.window,
         "layer_types": [_SLIDING if layer in config.windowed_layers else _FULL for layer in range(config.num_layers)],
         "intermediate_size": config.expert_intermediate_size,
-        "hidden_act": "silu",
         "swiglu_alpha": config.swiglu_alpha,
         "swiglu_limit": config.swiglu_limit,
         "num_local_experts": config.num_experts,
-        "num_experts_per_tok": config.top_k,
-        "output_router_logits": config.aux_loss_alpha > 0,
-        "router_aux_loss_coef": config.aux_loss_alpha,
-        "rms_norm_eps": config.rms_norm_eps,
-        "initializer_range": config.initializer_std,
-        "max_position_embeddings": config.max_sequence_length,
-        "rope_theta": config.rope_theta,
         # Without it, transformers takes the YaRN of the published models.
         "rope_scaling": write_half_split_yarn(config.yarn) or {"rope_type": "default"},
-        "tie_word_embeddings": config.tie_embeddings,
     }
 
 

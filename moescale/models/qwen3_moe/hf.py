@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 from moescale.errors import ConfigError
+from moescale.models.grouped.hf import read_shared, write_shared
 from moescale.models.hf_fields import FieldRules, value_or
-from moescale.models.hf_rope import read_half_split_positions, write_half_split_yarn
-from moescale.models.hf_routing import PLAIN_ROUTING, read_aux_loss
+from moescale.models.hf_rope import read_half_split_positions
+from moescale.models.hf_routing import read_aux_loss
 from moescale.models.qwen3_moe.config import Qwen3MoeConfig
 
 # Fields with one supported value, each with the values that mean it.
@@ -50,25 +51,17 @@ def read_hf(document: Mapping[str, Any], path: str) -> Qwen3MoeConfig:
     try:
         rope_theta, yarn = read_half_split_positions(document)
         return Qwen3MoeConfig(
-            vocab_size=document["vocab_size"],
-            hidden_size=document["hidden_size"],
-            num_layers=document["num_hidden_layers"],
-            num_heads=num_heads,
             num_key_value_heads=document["num_key_value_heads"],
             head_dim=field("head_dim", document["hidden_size"] // max(1, num_heads)),
             dense_intermediate_size=document["intermediate_size"],
             expert_intermediate_size=document["moe_intermediate_size"],
             num_experts=_one_of(document, "num_experts", "num_local_experts"),
-            top_k=document["num_experts_per_tok"],
             normalize_topk=field("norm_topk_prob", False),
             aux_loss_alpha=read_aux_loss(document, 0.001),
-            **PLAIN_ROUTING,
+            **read_shared(document),
             rms_norm_eps=float(field("rms_norm_eps", 1e-6)),
-            tie_embeddings=field("tie_word_embeddings", False),
-            max_sequence_length=document["max_position_embeddings"],
             rope_theta=rope_theta,
             yarn=yarn,
-            initializer_std=float(field("initializer_range", 0.02)),
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -80,32 +73,17 @@ def write_hf(config: Qwen3MoeConfig, dtype: str) -> dict[str, Any]:
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "torch_dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_key_value_heads,
+        **write_shared(config),
         "head_dim": config.head_dim,
         "intermediate_size": config.dense_intermediate_size,
         "moe_intermediate_size": config.expert_intermediate_size,
         "num_experts": config.num_experts,
-        "num_experts_per_tok": config.top_k,
         "norm_topk_prob": config.normalize_topk,
-        "output_router_logits": config.aux_loss_alpha > 0,
-        "router_aux_loss_coef": config.aux_loss_alpha,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "hidden_act": "silu",
         "attention_bias": False,
-        "attention_dropout": 0.0,
-        "rms_norm_eps": config.rms_norm_eps,
-        "initializer_range": config.initializer_std,
-        "max_position_embeddings": config.max_sequence_length,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": write_half_split_yarn(config.yarn),
         "use_sliding_window": False,
         "sliding_window": None,
-        "tie_word_embeddings": config.tie_embeddings,
     }
 
 
