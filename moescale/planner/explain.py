@@ -20,6 +20,7 @@ from moescale.planner.request import decision_text
 from moescale.planner.result import Evaluated, PlanResult, alternative_summary, excess_bytes, excess_text, limits_text
 from moescale.planner.timeline import Span, step_timeline
 from moescale.planner.workload import Workload
+from moescale.report.style import STYLE
 
 GIB = 2**30
 SHOWN_ALTERNATIVES = 16
@@ -68,6 +69,7 @@ def explain_html(result: PlanResult) -> str:
         jinja2.Environment(autoescape=True)
         .from_string(template)
         .render(
+            style=STYLE,
             title=f"{result.request.runtime_gpus} x {result.cluster.gpu}",
             fits=best is not None,
             decisions={name: decision_text(value) for name, value in shown.decisions.items()},

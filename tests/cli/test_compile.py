@@ -9,6 +9,7 @@ import pytest
 
 from moescale.cli import main
 from moescale.plan import load_plan
+from moescale.report.style import STYLE
 
 REFERENCE = (
     "compile --model deepseek-ai/DeepSeek-Coder-V2-Lite-Base --cluster h100-sxm --plan-gpus 4 --runtime-gpus 8 "
@@ -49,6 +50,7 @@ def test_the_page_needs_nothing_from_outside(tmp_path: Path, capsys: pytest.Capt
     page = (tmp_path / "page.html").read_text()
     assert "<html" in page and "micro_batch_sequences" in page
     assert not any(outside in page for outside in ('src="http', 'href="http', "@import", "<link"))
+    assert STYLE in page and 'name="viewport"' in page
 
 
 def test_where_nothing_fits_the_nearest_misses_and_remedies_are_told(capsys: pytest.CaptureFixture[str]) -> None:
