@@ -301,6 +301,7 @@ def _write(
             f"{source.name}: the train split has {counts['train'].tokens_in} tokens of {counts['train'].documents} "
             f"documents, less than one sequence of prepare.sequence_length ({settings.sequence_length})"
             + (f"; left out: {left_out}" if left_out else "")
+            + (f"; the chat template is {chat.render.source.path}" if chat is not None else "")
         )
     if settings.strict and any(count.num_sequences == 0 for count in counts.values()):
         held_out = counts["validation"]
