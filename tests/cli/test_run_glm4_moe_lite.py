@@ -1,4 +1,4 @@
-"""GLM-4.7-Flash's architecture through the whole program: trained on one rank and on two by a plan, exported, opened."""
+"""GLM-4.7-Flash through the whole program: trained on one rank and on two by a plan, exported, opened."""
 
 from __future__ import annotations
 
