@@ -141,7 +141,7 @@ def _print_plan(console: Console, result: PlanResult, best: Evaluated) -> None:
     plan = result.plan()
     rate = request.tokens_per_step / best.time.total
     console.print(
-        f"{plan.plan_gpus} GPU{'s' if plan.plan_gpus > 1 else ''} hold one copy of the weights, "
+        f"{plan.plan_gpus} {'GPUs hold' if plan.plan_gpus > 1 else 'GPU holds'} one copy of the weights, "
         f"{mesh.dp_replicate} cop{'ies' if mesh.dp_replicate > 1 else 'y'} on {request.runtime_gpus} x "
         f"{result.cluster.gpu}"
     )
