@@ -32,16 +32,22 @@ class LayerList:
 class HfNames:
     """Names of a family's tensors in a Hugging Face folder; those of layers behind the layer's prefix."""
 
-    outside_layers: Mapping[str, str]
-    """Parameter -> tensor."""
-    layer_prefix: str
-    """With ``{layer}`` for the layer's number."""
     whole: Mapping[str, str]
     """Module of a layer -> the module whose weight and bias are its own."""
     gate_and_up: Mapping[str, str]
     """Module of a layer that stacks gate and up -> the module that holds ``gate_proj`` and ``up_proj``."""
     experts: str
     """The module that holds the experts by number, each with ``gate_proj``, ``up_proj`` and ``down_proj``."""
+    outside_layers: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "embedding.weight": "model.embed_tokens.weight",
+            "norm.weight": "model.norm.weight",
+            "output.weight": "lm_head.weight",
+        }
+    )
+    """Parameter -> tensor."""
+    layer_prefix: str = "model.layers.{layer}."
+    """With ``{layer}`` for the layer's number."""
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Parameter or buffer of a layer -> tensor, for those whose own name differs too."""
 
@@ -77,11 +83,11 @@ class Family:
     names: HfNames
     layers: Callable[[Any], tuple[LayerList, ...]]
     """The layer kinds that the family has, those that a model lacks with count 0."""
-    outside: Callable[[Any], tuple[str, ...]]
+    outside: tuple[str, ...]
     """Operators outside the layers."""
     dims: Callable[[Any], dict[str, int]]
     """Sizes of the operators' dims that do not depend on the batch."""
-    biases: Callable[[Any], int]
+    biases: Callable[[Any], int] = lambda config: 0
     """Parameters of one layer that annotations leave out for their smallness."""
     builder: str
     """``module:function`` of (configuration) -> Transformer."""

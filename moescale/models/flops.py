@@ -22,7 +22,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int, lora: LoraSetting
     """
     family = family_of(config)
     dims = family.dims_of(config, 1, sequence_length)
-    outside = LayerList(name="outside", operators=family.outside(config), indices=(0,))
+    outside = LayerList(name="outside", operators=family.outside, indices=(0,))
     operators = (
         (layers.count, operator(name)) for layers in (*family.layers(config), outside) for name in layers.operators
     )

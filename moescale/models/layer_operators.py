@@ -16,6 +16,7 @@ from moescale.operators import Adaptable, Dims, Operator, Recompute, Saved, regi
 
 OUTSIDE = ("embedding", "final_norm", "linear_cross_entropy")
 """The operators that are in no layer."""
+"""The operators that are in no layer."""
 
 
 def decoder_layers(config: ModelConfig, attention: tuple[str, ...]) -> tuple[LayerList, ...]:

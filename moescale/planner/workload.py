@@ -148,7 +148,7 @@ def build_workload(
     Raises ConfigError for a layer kind, an operator, a dim of one or a target of adapters that is not known.
     """
     family = family_of(config)
-    names = {layers.name: layers.operators for layers in family.layers(config)} | {OUTSIDE: family.outside(config)}
+    names = {layers.name: layers.operators for layers in family.layers(config)} | {OUTSIDE: family.outside}
     indices = {layers.name: layers.indices for layers in family.layers(config)} | {OUTSIDE: (0,)}
     _check_names(names, extra or {}, without)
     kinds = {

@@ -4,6 +4,7 @@ from moescale.models.deepseek_v2 import hf
 from moescale.models.family import Family
 from moescale.models.latent import operators
 from moescale.models.latent.hf import NAMES
+from moescale.models.layer_operators import OUTSIDE
 
 FAMILY = Family(
     model_type="deepseek_v2",
@@ -13,7 +14,7 @@ FAMILY = Family(
     transformers_differences=hf.transformers_differences,
     names=NAMES,
     layers=operators.layers,
-    outside=operators.outside,
+    outside=OUTSIDE,
     dims=operators.dims,
     biases=operators.biases,
     builder="moescale.models.latent.model:build",

@@ -6,6 +6,7 @@
 from moescale.models.family import Family
 from moescale.models.gpt_oss import hf, operators
 from moescale.models.grouped import hf as grouped_hf
+from moescale.models.layer_operators import OUTSIDE
 
 FAMILY = Family(
     model_type="gpt_oss",
@@ -15,7 +16,7 @@ FAMILY = Family(
     transformers_differences=grouped_hf.transformers_differences,
     names=hf.NAMES,
     layers=operators.layers,
-    outside=operators.outside,
+    outside=OUTSIDE,
     dims=operators.dims,
     biases=operators.biases,
     builder="moescale.models.gpt_oss.model:build",

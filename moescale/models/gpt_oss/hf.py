@@ -16,12 +16,6 @@ from moescale.models.hf_routing import read_aux_loss
 from moescale.records import show
 
 NAMES = HfNames(
-    outside_layers={
-        "embedding.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    },
-    layer_prefix="model.layers.{layer}.",
     whole={
         "attention_norm": "input_layernorm",
         "attention.q_proj": "self_attn.q_proj",

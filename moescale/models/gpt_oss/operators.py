@@ -10,7 +10,7 @@ from dataclasses import replace
 from moescale.models.family import LayerList
 from moescale.models.gpt_oss.config import GptOssConfig
 from moescale.models.grouped.operators import grouped_dims
-from moescale.models.layer_operators import OUTSIDE, causal_attention_flops, decoder_layers
+from moescale.models.layer_operators import causal_attention_flops, decoder_layers
 from moescale.operators import Dims, Operator, operator, register
 
 _ATTENTION = ("q_proj", "gqa_key_value", "gqa_rope", "sink_attention")
@@ -26,11 +26,6 @@ def layers(config: GptOssConfig) -> tuple[LayerList, ...]:
 
 def _with_biases(name: str) -> tuple[str, ...]:
     return (name, "expert_biases") if name == "experts" else (name,)
-
-
-def outside(config: GptOssConfig) -> tuple[str, ...]:
-    """Return the operators that are in no layer."""
-    return OUTSIDE
 
 
 def dims(config: GptOssConfig) -> dict[str, int]:

@@ -17,12 +17,6 @@ from moescale.models.hf_rope import read_positions, write_yarn
 from moescale.models.latent.config import LatentAttentionConfig
 
 NAMES = HfNames(
-    outside_layers={
-        "embedding.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    },
-    layer_prefix="model.layers.{layer}.",
     whole={
         "attention_norm": "input_layernorm",
         "attention.q_proj": "self_attn.q_proj",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from moescale.models.family import LayerList
 from moescale.models.latent.config import LatentAttentionConfig
-from moescale.models.layer_operators import OUTSIDE, causal_attention_flops, decoder_dims, decoder_layers
+from moescale.models.layer_operators import causal_attention_flops, decoder_dims, decoder_layers
 from moescale.operators import Adaptable, Operator, Saved, register
 
 
@@ -16,11 +16,6 @@ def layers(config: LatentAttentionConfig) -> tuple[LayerList, ...]:
     """Return the operators of a dense and of an MoE layer."""
     query = ("q_proj",) if config.q_lora_rank is None else ("q_down", "q_norm", "q_up")
     return decoder_layers(config, (*query, "kv_down", "kv_norm", "kv_up", "mla_rope", "attention"))
-
-
-def outside(config: LatentAttentionConfig) -> tuple[str, ...]:
-    """Return the operators that are in no layer."""
-    return OUTSIDE
 
 
 def dims(config: LatentAttentionConfig) -> dict[str, int]:

@@ -5,6 +5,8 @@
 
 from moescale.models.family import Family
 from moescale.models.grouped import hf as grouped_hf
+from moescale.models.grouped.operators import grouped_dims
+from moescale.models.layer_operators import OUTSIDE
 from moescale.models.olmoe import hf, operators
 
 FAMILY = Family(
@@ -15,8 +17,7 @@ FAMILY = Family(
     transformers_differences=grouped_hf.transformers_differences,
     names=grouped_hf.NAMES,
     layers=operators.layers,
-    outside=operators.outside,
-    dims=operators.dims,
-    biases=operators.biases,
+    outside=OUTSIDE,
+    dims=grouped_dims,
     builder="moescale.models.olmoe.model:build",
 )

@@ -6,8 +6,7 @@ Dims: those of :mod:`moescale.models.grouped.operators`.
 from __future__ import annotations
 
 from moescale.models.family import LayerList
-from moescale.models.grouped.operators import grouped_dims
-from moescale.models.layer_operators import OUTSIDE, decoder_layers
+from moescale.models.layer_operators import decoder_layers
 from moescale.models.olmoe.config import OlmoeConfig
 from moescale.operators import Operator, Saved, register
 
@@ -17,21 +16,6 @@ _ATTENTION = ("q_proj", "gqa_key_value", "whole_q_norm", "whole_k_norm", "gqa_ro
 def layers(config: OlmoeConfig) -> tuple[LayerList, ...]:
     """Return the operators of a dense layer, of which there is none, and of an MoE layer."""
     return decoder_layers(config, _ATTENTION)
-
-
-def outside(config: OlmoeConfig) -> tuple[str, ...]:
-    """Return the operators that are in no layer."""
-    return OUTSIDE
-
-
-def dims(config: OlmoeConfig) -> dict[str, int]:
-    """Return the sizes of the dims that do not depend on the batch."""
-    return grouped_dims(config)
-
-
-def biases(config: OlmoeConfig) -> int:
-    """Return 0: the family has none."""
-    return 0
 
 
 register(
