@@ -50,14 +50,30 @@ class MeshShape:
     tp: int = 1
     ep: int = 1
 
+    @property
+    def copy_gpus(self) -> int:
+        """GPUs that hold one copy of the weights."""
+        return self.pp * self.dp_shard * self.cp * self.tp
+
 
 UNSUPPORTED_AXES = ("pp", "cp", "tp")
 """Mesh axes that the planner prices and that this version's runtime does not have; everything else asks here."""
+FSDP_AXES = ("pp", "cp", "tp")
+"""Mesh axes that only ``dense_sharding`` fsdp knows: zero1 keeps whole weights along data-parallel axes alone."""
 
 
 def unsupported_sizes(mesh: MeshShape) -> dict[str, int]:
     """Return the sizes above 1 of axes that this version cannot run; empty for a mesh that it can."""
-    return {axis: getattr(mesh, axis) for axis in UNSUPPORTED_AXES if getattr(mesh, axis) != 1}
+    return _sizes_above_1(mesh, UNSUPPORTED_AXES)
+
+
+def fsdp_sizes(mesh: MeshShape) -> dict[str, int]:
+    """Return the sizes above 1 of axes along which zero1 cannot keep weights; empty for a mesh on which it can."""
+    return _sizes_above_1(mesh, FSDP_AXES)
+
+
+def _sizes_above_1(mesh: MeshShape, axes: tuple[str, ...]) -> dict[str, int]:
+    return {axis: getattr(mesh, axis) for axis in axes if getattr(mesh, axis) != 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +352,7 @@ def _check_prediction(prediction: Prediction) -> None:
 
 def _check_mesh(plan: ParallelPlan) -> None:
     mesh = plan.mesh
-    product = mesh.pp * mesh.dp_shard * mesh.cp * mesh.tp
+    product = mesh.copy_gpus
     if plan.plan_gpus != product:
         raise ConfigError(
             f"plan.plan_gpus ({plan.plan_gpus}) must be pp * dp_shard * cp * tp "
@@ -363,7 +379,7 @@ def _check_dense_sharding(plan: ParallelPlan) -> None:
                 f"plan.layers.{layer.kind}.reshard_after_forward (True) must be False where plan.dense_sharding is "
                 "zero1: weights are whole on every rank, so there is nothing to free; compile the plan again"
             )
-    for axis, size in unsupported_sizes(plan.mesh).items():
+    for axis, size in fsdp_sizes(plan.mesh).items():
         raise ConfigError(
             f"plan.mesh.{axis} ({size}) must be 1 where plan.dense_sharding is zero1: this version keeps whole "
             "weights along data-parallel axes only; use fsdp"

@@ -168,7 +168,7 @@ def _cells(point: FitPoint) -> tuple[str, ...]:
     if point.best is None:
         return "-", "-", "-", "-", "does not fit"
     decisions = point.best.decisions
-    unit = decisions["pp"] * decisions["dp_shard"] * decisions["cp"] * decisions["tp"]
+    unit = point.best.candidate.mesh.copy_gpus
     plan = (
         f"unit of {unit}, ep {decisions['ep']}, micro-batch {decisions['micro_batch_sequences']}, "
         f"recompute {_recompute(point.best)}, moments {decisions['optimizer_state_dtype']}"

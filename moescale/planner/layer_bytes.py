@@ -17,6 +17,7 @@ class LayerBytes:
         self.workload = workload
         self.request = request
         self.itemsize = DTYPE_BYTES[request.compute_dtype]
+        self._gradient_itemsize = self.itemsize if workload.lora is None else DTYPE_BYTES["fp32"]
         self._layer_parameters = {kind.name: workload.layer_parameters(kind) for kind in workload.layers}
         self._adapters = {kind.name: workload.adapter_parameters(kind) for kind in workload.layers}
         self._trained_parameters = {kind.name: workload.trained_parameters(kind) for kind in workload.layers}
@@ -46,6 +47,10 @@ class LayerBytes:
             kept += self.exchanged_rows(dims, mesh)
             kept += self.padding(dims, mesh, keeps_pre_activation=not dropped)
         return kept
+
+    def recomputed(self, kind: LayerKind, plan: LayerPlan, dims: dict[str, int], mesh: MeshShape) -> float:
+        """What the backward of one layer has there again because its block is recomputed."""
+        return self.full_layer(kind, dims, mesh) if recompute_name(plan) == "block" else 0.0
 
     def exchanged_rows(self, dims: dict[str, int], mesh: MeshShape) -> float:
         """Behind an all-to-all the experts' input rows and their returned results are kept: they exist only as rows."""
@@ -91,8 +96,7 @@ class LayerBytes:
         if own_experts and self.request.compute_dtype == "bf16":
             return 0.0
         _, routed = self._trained_parameters[kind.name]
-        size = self.itemsize if self.workload.lora is None else DTYPE_BYTES["fp32"]
-        return routed * size / (mesh.tp * mesh.ep)
+        return routed * self._gradient_itemsize / (mesh.tp * mesh.ep)
 
     def layer_gathered(self, kind: LayerKind, mesh: MeshShape) -> float:
         """A layer's weights as a rank gathers them; 0 for what no other rank holds.
@@ -102,10 +106,13 @@ class LayerBytes:
         own = self._gathered_layer(self._layer_parameters[kind.name], mesh) * self.itemsize
         return own + self._gathered_layer(self._adapters[kind.name], mesh) * DTYPE_BYTES["fp32"]
 
+    def gathered_again(self, kind: LayerKind, plan: LayerPlan, mesh: MeshShape) -> float:
+        """A layer's weights as the backward gathers them again, where the forward freed them."""
+        return self.layer_gathered(kind, mesh) if plan.reshard_after_forward else 0.0
+
     def layer_gradients(self, kind: LayerKind, mesh: MeshShape) -> float:
         """A layer's gradients as the backward makes them, before they are reduced."""
-        size = self.itemsize if self.workload.lora is None else DTYPE_BYTES["fp32"]
-        return self._gathered_layer(self._trained_parameters[kind.name], mesh) * size
+        return self._gathered_layer(self._trained_parameters[kind.name], mesh) * self._gradient_itemsize
 
     def reduced_layer(self, kind: LayerKind, mesh: MeshShape, gradient: str) -> float:
         """A layer's gradients as they are reduced, whole."""

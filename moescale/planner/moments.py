@@ -167,8 +167,7 @@ class Moments:
         # The last layer's experts run while every layer's activations are still there.
         hidden: float = 4 * dims["n"] * dims["h"] * self.itemsize
         kept = {key: size for key, size in moments["loss"].items() if key.startswith("activations")}
-        if name == "block":
-            hidden += self.bytes.full_layer(kind, dims, MeshShape())
+        hidden += self.bytes.recomputed(kind, plans[kind.name], dims, MeshShape())
         moments["gradient of the last experts"] = kept | {"temporary buffers": hidden, "inside operators": inside}
 
     def _at_loss(self, dims: dict[str, int], mesh: MeshShape) -> dict[str, float]:
@@ -180,7 +179,7 @@ class Moments:
         self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape, gathered: float
     ) -> dict[str, float]:
         last = self._last_kind()
-        ahead = self.bytes.layer_gathered(last, mesh) if plans[last.name].reshard_after_forward else 0.0
+        ahead = self.bytes.gathered_again(last, plans[last.name], mesh)
         undivided = mesh.dp_shard * mesh.cp * mesh.dp_replicate == 1
         in_buffer = undivided and self.request.compute_dtype == "bf16"
         weight = 0.0 if in_buffer else self.bytes.output_gradient(mesh)
@@ -216,7 +215,7 @@ class Moments:
             if recompute_name(plans[kind.name]) == "block":
                 again = self.bytes.full_layer(kind, dims, mesh) - dims["n"] * dims["h"] * self.itemsize
                 gradients += again  # without its input, which the block keeps
-            ahead = self.bytes.layer_gathered(kind, mesh) if plans[kind.name].reshard_after_forward else 0.0
+            ahead = self.bytes.gathered_again(kind, plans[kind.name], mesh)
             moments[f"gradient of the last {kind.name} activation"] = there | {
                 "temporary buffers": gradients,
                 "communication": gathered + ahead,
@@ -235,8 +234,8 @@ class Moments:
         """The backward of the last layer's experts, all of which the rank computes itself."""
         last = self._last_kind()
         plan = plans[last.name]
-        again = self.bytes.full_layer(last, dims, mesh) if recompute_name(plan) == "block" else 0.0
-        ahead = self.bytes.layer_gathered(last, mesh) if plan.reshard_after_forward else 0.0
+        again = self.bytes.recomputed(last, plan, dims, mesh)
+        ahead = self.bytes.gathered_again(last, plan, mesh)
         ranks = mesh.dp_shard * mesh.cp * mesh.dp_replicate
         return {
             # Of the residual stream: what entered the last norm, its gradients, and those of the layer's two branches.
@@ -253,10 +252,10 @@ class Moments:
         """The two moments in the backward of the last layer's experts."""
         last = self._last_kind()
         plan = plans[last.name]
-        again = self.bytes.full_layer(last, dims, mesh) if recompute_name(plan) == "block" else 0.0
+        again = self.bytes.recomputed(last, plan, dims, mesh)
         hidden = dims["n"] * dims["h"] * self.itemsize
         rows = dims["k"] * hidden * (self.bytes.row_factor(mesh) if mesh.ep == 2 else 1.0)
-        ahead = self.bytes.layer_gathered(last, mesh) if plan.reshard_after_forward else 0.0
+        ahead = self.bytes.gathered_again(last, plan, mesh)
         communication = gathered + ahead + self.bytes.output_gradient(mesh)
         in_experts: float = 2 * rows + self.bytes.expert_gradients(last, mesh)
         if "experts" in recompute_name(plan).split("+"):
@@ -286,11 +285,10 @@ class Moments:
         activations = dict(kept)
         if kind.count > 1:
             activations[f"activations {kind.name}"] -= kept[f"activations {kind.name}"] / kind.count
-        again = self.bytes.full_layer(kind, dims, mesh) if recompute_name(plan) == "block" else 0.0
+        again = self.bytes.recomputed(kind, plan, dims, mesh)
         in_flight = 4 * dims["n"] * dims["h"] * self.itemsize
-        layer = self.bytes.layer_gathered(kind, mesh)
-        communication = gathered + (2 * layer if plan.reshard_after_forward else 0.0)
-        if layer:
+        communication = gathered + 2 * self.bytes.gathered_again(kind, plan, mesh)
+        if self.bytes.layer_gathered(kind, mesh):
             reduced = self.bytes.reduced_layer(kind, mesh, gradient)
             communication += self.bytes.layer_gradients(kind, mesh) + reduced + self.bytes.output_gradient(mesh)
         return activations | {

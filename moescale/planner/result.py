@@ -8,15 +8,11 @@ from typing import Any
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError
-from moescale.plan import UNSUPPORTED_AXES, MeshShape, ParallelPlan, Prediction
+from moescale.plan import FSDP_AXES, ParallelPlan, Prediction
 from moescale.planner.cluster import Cluster
 from moescale.planner.cost import StepTime
 from moescale.planner.memory import PeakMemory
-from moescale.planner.request import (
-    Candidate,
-    PlanRequest,
-    decision_text,
-)
+from moescale.planner.request import Candidate, PlanRequest, decision_text
 from moescale.planner.workload import Workload
 
 
@@ -68,7 +64,7 @@ class PlanResult:
         return ParallelPlan(
             model_fingerprint=self.config.fingerprint(),
             cluster_fingerprint=self.cluster.fingerprint(),
-            plan_gpus=copy_gpus(mesh),
+            plan_gpus=mesh.copy_gpus,
             runtime_gpus=request.runtime_gpus,
             mesh=mesh,
             sequence_length=request.sequence_length,
@@ -122,7 +118,7 @@ def limits_text(result: PlanResult) -> str:
 
 def exclusions(request: PlanRequest, other: Evaluated) -> list[str]:
     """What of the request rules a plan out, in the words of the command line."""
-    found = [] if request.plan_gpus in (None, copy_gpus(other.candidate.mesh)) else [f"--plan-gpus {request.plan_gpus}"]
+    found = [] if request.plan_gpus in (None, other.candidate.mesh.copy_gpus) else [f"--plan-gpus {request.plan_gpus}"]
     decisions = {name: decision_text(value) for name, value in other.decisions.items()}
     found += [f"--pin {name}={value}" for name, value in request.pins.items() if decisions[name] != value]
     found += [f"--forbid {name}={value}" for name, value in sorted(request.forbidden) if decisions[name] == value]
@@ -153,12 +149,8 @@ def changes(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     changed = [name for name in mine if mine[name] != theirs[name]]
     # Of nothing there is no number.
     changed = [name for name in changed if name == (what := name.removesuffix("_layers")) or what not in changed]
-    if "dense_sharding" in changed:  # whole weights have nothing to reshard, and this version no axis but data's
+    if "dense_sharding" in changed:  # whole weights have nothing to reshard, and no axis but data's
         changed = [name for name in changed if not name.endswith("_reshard")]
-        if set(changed) & set(UNSUPPORTED_AXES):
+        if set(changed) & set(FSDP_AXES):
             changed.remove("dense_sharding")
     return [name for name in changed if name not in ("dp_replicate", "dp_shard")] or changed[-1:]
-
-
-def copy_gpus(mesh: MeshShape) -> int:
-    return mesh.pp * mesh.dp_shard * mesh.cp * mesh.tp

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError
 from moescale.models.registry import family_of
-from moescale.plan import UNSUPPORTED_AXES, LayerPlan, MeshShape, unsupported_sizes
+from moescale.plan import UNSUPPORTED_AXES, LayerPlan, MeshShape, fsdp_sizes, unsupported_sizes
 from moescale.planner.cluster import Cluster
 from moescale.planner.cost import CostModel
 from moescale.planner.memory import MemoryModel
@@ -32,7 +32,7 @@ from moescale.planner.request import (
     layer_plan,
     recompute_choices,
 )
-from moescale.planner.result import Evaluated, PlanResult, changes, copy_gpus, usable_bytes
+from moescale.planner.result import Evaluated, PlanResult, changes, usable_bytes
 from moescale.planner.workload import Workload, build_workload, with_adapters
 
 PARTLY_RECOMPUTED_MARGIN = 0.004
@@ -196,7 +196,7 @@ class Search:
     def shardings(self, mesh: MeshShape) -> Iterator[DenseSharding]:
         """How weights outside the experts may be kept on ``mesh``; on one GPU there is nothing to decide."""
         request = self.request
-        if not unsupported_sizes(mesh):
+        if not fsdp_sizes(mesh):
             several = mesh.dp_shard * mesh.dp_replicate > 1
             if request.allows("dense_sharding", "zero1") and (several or not request.allows("dense_sharding", "fsdp")):
                 yield "zero1"
@@ -307,11 +307,11 @@ class Search:
         for formats in format_choices(free):
             found.append(dataclasses.replace(chosen, formats=formats))
         mine = best.decisions
-        unit = copy_gpus(chosen.mesh)
+        unit = chosen.mesh.copy_gpus
         neighbours = []
         for other in found:
             changed = changes(mine, other.decisions())
-            if len(changed) == 1 and (copy_gpus(other.mesh) == unit or changed == ["dp_shard"]):
+            if len(changed) == 1 and (other.mesh.copy_gpus == unit or changed == ["dp_shard"]):
                 neighbours.append(around.evaluate(other))
         return tuple(sorted(neighbours, key=lambda item: item.time.total))
 

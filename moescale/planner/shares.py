@@ -9,8 +9,7 @@ from moescale.planner.workload import Weights
 
 def rank_parameters(weights: Weights, mesh: MeshShape) -> float:
     """Weights whose gradient and optimizer state the fullest rank keeps."""
-    equal = mesh.pp * mesh.tp * mesh.dp_shard * mesh.cp
-    return (weights.others + weights.routed * expert_padding(weights.config, mesh)) / equal
+    return (weights.others + weights.routed * expert_padding(weights.config, mesh)) / mesh.copy_gpus
 
 
 def local_parameters(weights: Weights, mesh: MeshShape, sharding: str) -> float:
