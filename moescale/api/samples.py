@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moescale.data.corpus import open_corpus
-from moescale.data.corpus.manifest import MANIFEST, read_manifest
-from moescale.data.prepare.tokenizer import CorpusTokenizer, load_tokenizer
+from moescale.data.corpus.manifest import recorded_origin
+from moescale.data.prepare.tokenizer import CorpusTokenizer, load_recorded_tokenizer
 from moescale.data.prompts import find_prompts
 from moescale.errors import ConfigError, MoescaleError
 from moescale.runtime.samples import Sampler
@@ -53,16 +53,13 @@ def make_sampler(data: Path, model: Path, settings: TrainSettings, warn: Callabl
 
 
 def _tokenizer(data: Path, model: Path) -> CorpusTokenizer | None:
-    made_from = read_manifest(data).made_from if (data / MANIFEST).is_file() else {}
-    sha256, end_token, name = (made_from.get(key) for key in ("tokenizer_sha256", "end_token", "tokenizer"))
-    for candidate in (name, str(model)):
+    made_from = recorded_origin(data)
+    for candidate in (made_from.get("tokenizer"), str(model)):
         # A name that is no path would be fetched from the hub, by every rank.
         if not isinstance(candidate, str) or not Path(candidate).exists():
             continue
         try:
-            found = load_tokenizer(candidate, end_token if isinstance(end_token, str) else None)
+            return load_recorded_tokenizer(candidate, made_from, data)
         except (MoescaleError, OSError):
             continue
-        if sha256 is None or found.sha256 == sha256:
-            return found
     return None

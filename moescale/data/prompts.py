@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moescale.data.batch import NO_TARGET
-from moescale.data.corpus import Corpus, PackedSequence
+from moescale.data.corpus import Corpus
 
 PLAIN_PROMPT_TOKENS = 32
 """Of a document that is learned from its beginning so many tokens are the prompt, at most half of it."""
@@ -44,9 +44,9 @@ def find_prompts(corpus: Corpus, number: int) -> list[Prompt]:
 
 def _prompt_of(corpus: Corpus, index: int) -> Prompt | None:
     sequence, padding = corpus.sequence(index), corpus.padding(index)
-    for start, end in _documents(sequence):
+    for start, end in sequence.documents(padding):
         tokens = sequence.tokens[start:end].astype(np.int64)
-        if padding[start] or len(tokens) < 2:
+        if len(tokens) < 2:
             continue
         if sequence.labels is None:
             cut = min(PLAIN_PROMPT_TOKENS, len(tokens) // 2)
@@ -57,16 +57,7 @@ def _prompt_of(corpus: Corpus, index: int) -> Prompt | None:
         cut = int(np.argmax(learned[1:])) + 1
         if learned[0]:  # it begins with what is learned, as plain text does
             cut = min(PLAIN_PROMPT_TOKENS, len(tokens) // 2)
-        rest = np.flatnonzero(~learned[cut:] | padding[start + cut : end])
+        rest = np.flatnonzero(~learned[cut:])
         stop = cut + int(rest[0]) if rest.size else len(tokens)
         return Prompt(sequence=index, tokens=tokens[:cut].tolist(), wanted=tokens[cut:stop].tolist())
     return None
-
-
-def _documents(sequence: PackedSequence) -> list[tuple[int, int]]:
-    """First token and last + 1 of each document; all of a sequence where the corpus does not tell."""
-    length = len(sequence.tokens)
-    if sequence.document_starts is None:
-        return [(0, length)]
-    starts = sorted({0, *np.flatnonzero(sequence.document_starts).tolist()})
-    return list(zip(starts, [*starts[1:], length], strict=True))

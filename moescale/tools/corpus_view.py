@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from moescale.data.corpus import NO_TARGET, Corpus, PackedSequence, open_corpus
-from moescale.data.corpus.manifest import MANIFEST, read_manifest
-from moescale.data.prepare.tokenizer import CorpusTokenizer, load_tokenizer
+from moescale.data.corpus.manifest import recorded_origin
+from moescale.data.prepare.tokenizer import CorpusTokenizer, load_recorded_tokenizer
 from moescale.errors import ConfigError, DataError, MoescaleError
 
 DEFAULT_FIRST = 3
@@ -84,24 +84,17 @@ class CorpusView:
             DataError: there is no such corpus or split, it is damaged, or was made with another tokenizer.
         """
         self.corpus: Corpus = open_corpus(data, split)
-        made_from = read_manifest(data).made_from if (data / MANIFEST).is_file() else {}
+        made_from = recorded_origin(data)
         self.holds_conversations = made_from.get("format") == "chat"
         self.notice: str | None = None
         """Why ids are shown instead of text."""
         self._tokenizer: CorpusTokenizer | None = None
-        sha256, end_token = made_from.get("tokenizer_sha256"), made_from.get("end_token")
         name = tokenizer or made_from.get("tokenizer")
         if not isinstance(name, str):
             self.notice = "the corpus does not say which tokenizer it was made with; give it as --tokenizer"
             return
         try:
-            found = load_tokenizer(name, end_token if isinstance(end_token, str) else None)
-            if sha256 is not None and found.sha256 != sha256:
-                raise DataError(
-                    f"tokenizer '{name}' is not the one that {data} was prepared with: its SHA-256 is {found.sha256}, "
-                    f"the manifest says {sha256}; give that one as --tokenizer"
-                )
-            self._tokenizer = found
+            self._tokenizer = load_recorded_tokenizer(name, made_from, data)
         # The name in a manifest may be anything: too long for a path, the home folder of nobody.
         except (MoescaleError, OSError, RuntimeError) as error:
             if tokenizer is not None:
@@ -130,7 +123,7 @@ class CorpusView:
                 num_learned=int(learned[start:end].sum()),
                 runs=self._runs(tokens[start:end], learned[start:end]),
             )
-            for start, end in _documents(sequence, padding)
+            for start, end in sequence.documents(padding)
         ]
         relabelled = 0 if sequence.labels is None else int((sequence.labels[learned] != tokens[learned]).sum())
         return SequenceView(
@@ -153,7 +146,7 @@ class CorpusView:
             sequence, padding = corpus.sequence(index), corpus.padding(index)
             learned += int(learned_tokens(sequence).sum())
             padded += int(padding.sum())
-            documents += len(_documents(sequence, padding))
+            documents += len(sequence.documents(padding))
         positions = num_measured * corpus.sequence_length
         return Totals(
             num_sequences=corpus.num_sequences,
@@ -230,13 +223,3 @@ def learned_tokens(sequence: PackedSequence) -> np.ndarray:
     if sequence.document_starts is not None:
         learned[sequence.document_starts] = False
     return learned
-
-
-def _documents(sequence: PackedSequence, padding: np.ndarray) -> list[tuple[int, int]]:
-    """First token and last + 1 of every document, padding left out."""
-    begins = ~padding
-    begins[1:] &= padding[:-1] if sequence.document_starts is None else padding[:-1] | sequence.document_starts[1:]
-    ends = ~padding
-    ends[:-1] &= padding[1:] | begins[1:]
-    starts = np.flatnonzero(begins).tolist()
-    return list(zip(starts, (np.flatnonzero(ends) + 1).tolist(), strict=True))

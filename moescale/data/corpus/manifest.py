@@ -165,6 +165,11 @@ class Manifest:
         (folder / MANIFEST).write_text(json.dumps(value, indent=2) + "\n")
 
 
+def recorded_origin(folder: Path) -> dict[str, Any]:
+    """What a corpus was made from, as its manifest says; empty where it has none, as saved datasets."""
+    return read_manifest(folder).made_from if (folder / MANIFEST).is_file() else {}
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check ``folder``'s manifest.
 

@@ -19,3 +19,12 @@ class PackedSequence(NamedTuple):
     """bool [S]: where documents start; None where the corpus does not tell."""
     labels: np.ndarray | None = None
     """int64 [S]: what each token counts as when it is to be predicted, -100 if it is not; None: every token itself."""
+
+    def documents(self, padding: np.ndarray) -> list[tuple[int, int]]:
+        """First token and last + 1 of every document; all else where the corpus does not tell, ``padding`` left out."""
+        begins = ~padding
+        begins[1:] &= padding[:-1] if self.document_starts is None else padding[:-1] | self.document_starts[1:]
+        ends = ~padding
+        ends[:-1] &= padding[1:] | begins[1:]
+        starts = np.flatnonzero(begins).tolist()
+        return list(zip(starts, (np.flatnonzero(ends) + 1).tolist(), strict=True))

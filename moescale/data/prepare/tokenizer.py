@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -60,6 +61,22 @@ def load_tokenizer(name: str, end_token: str | None = None) -> CorpusTokenizer:
         vocabulary_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         files=files,
     )
+
+
+def load_recorded_tokenizer(name: str, made_from: Mapping[str, Any], corpus: Path) -> CorpusTokenizer:
+    """Read the tokenizer ``name`` as ``corpus`` was prepared with it; ``made_from`` is its ``recorded_origin``.
+
+    Raises:
+        DataError: it cannot be read, or is another one.
+    """
+    sha256, end_token = made_from.get("tokenizer_sha256"), made_from.get("end_token")
+    found = load_tokenizer(name, end_token if isinstance(end_token, str) else None)
+    if sha256 is not None and found.sha256 != sha256:
+        raise DataError(
+            f"tokenizer '{name}' is not the one that {corpus} was prepared with: its SHA-256 is {found.sha256}, the "
+            f"manifest says {sha256}; give that one as --tokenizer"
+        )
+    return found
 
 
 def _find(name: str) -> dict[str, Path]:
