@@ -280,7 +280,8 @@ def read_adapter(folder: Path, config: ModelConfig, lora: LoraSettings) -> dict[
     """
     path = folder / WEIGHTS_FILE
     unread, found = set(_names(folder)), {}
-    modules, shapes = adapted_modules(config, lora), _stored_shapes(config, lora)
+    modules = adapted_modules(config, lora)
+    shapes = _stored_shapes(modules, config, lora)
     with safe_open(path, framework="pt") as file:
 
         def read(key: str) -> torch.Tensor:
@@ -305,13 +306,13 @@ def read_adapter(folder: Path, config: ModelConfig, lora: LoraSettings) -> dict[
     return found
 
 
-def _stored_shapes(config: ModelConfig, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
+def _stored_shapes(modules: Iterable[_Adapted], config: ModelConfig, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that either layout has, by its name without prefix and ending."""
     model = build_on_meta(config, torch.bfloat16)
     add_adapters(model, lora)
     return {
         key: tuple(tensor.shape)
-        for module in adapted_modules(config, lora)
+        for module in modules
         for layout in get_args(Layout)
         for key, tensor in _stored(module, [model.get_parameter(name) for name in module.factors()], layout)
     }

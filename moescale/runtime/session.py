@@ -26,6 +26,9 @@ from moescale.runtime.mapping import apply_plan
 from moescale.runtime.meshes import build_meshes
 from moescale.runtime.ranks import Ranks
 
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Of the weights that are trained on, by a plan's ``compute_dtype``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedModel:
@@ -75,7 +78,7 @@ def place_model(config: ModelConfig, plan: ParallelPlan, ranks: Ranks, device: t
     """
     plan.check_model(config)
     meshes = build_meshes(plan, ranks, device.type)
-    model = build_on_meta(config, torch.bfloat16 if plan.compute_dtype == "bf16" else torch.float32)
+    model = build_on_meta(config, COMPUTE_DTYPES[plan.compute_dtype])
     apply_plan(model, plan, meshes)
     model.to_empty(device=device)
     coordinates = Coordinates(mesh=plan.mesh, rank=ranks.rank)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from moescale.errors import ConfigError
+
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,7 @@ class TrainSettings:
     """Optimizer steps in all, counted from the start of training; default: as many as end with the first epoch."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Schedule = "cosine"
     """Learning rate after the warm-up."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
@@ -71,6 +73,7 @@ class TrainSettings:
         rules: list[tuple[str, bool, str]] = [
             ("steps", self.steps is None or self.steps > 0, "must be positive"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "must be positive and finite"),
+            ("schedule", self.schedule in get_args(Schedule), f"must be one of {', '.join(get_args(Schedule))}"),
             ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
             ("final_learning_rate_ratio", 0 <= self.final_learning_rate_ratio <= 1, "must be between 0 and 1"),
             ("beta1", 0 <= self.beta1 < 1, "must be at least 0 and below 1"),

@@ -337,10 +337,8 @@ class Trainer:
         """Those since the last call; each stops the GPU."""
         if self.device.type != "cuda":
             return 0
-        before, self._allocator_retries = (
-            self._allocator_retries,
-            torch.cuda.memory_stats(self.device)["num_alloc_retries"],
-        )
+        before = self._allocator_retries
+        self._allocator_retries = torch.cuda.memory_stats(self.device)["num_alloc_retries"]
         return self._allocator_retries - before
 
     def _after_update(self, expert_rows: torch.Tensor) -> dict[str, float]:

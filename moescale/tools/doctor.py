@@ -194,8 +194,13 @@ def limits() -> Iterator[Finding]:
         yield Finding(name="open files", status="ok", detail=f"{files} may be open at once")
 
 
+def nearest_existing(path: Path) -> Path:
+    """``path``, or the first of the folders above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
 def _disk(output: Path) -> Finding:
-    folder = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    folder = nearest_existing(output)
     usage = shutil.disk_usage(folder)
     detail = f"{usage.free / 1e9:,.0f} GB free for {output}"
     if not folder.is_dir():

@@ -22,8 +22,9 @@ from moescale.plan import ParallelPlan
 from moescale.planner.cluster import SHIPPED, Cluster, load_cluster
 from moescale.runtime.mapping import optimizer_format
 from moescale.runtime.optimizer import AdamW
+from moescale.runtime.session import COMPUTE_DTYPES
 from moescale.runtime.settings import TrainSettings
-from moescale.tools.doctor import Finding, Status, examine_cute, limits
+from moescale.tools.doctor import Finding, Status, examine_cute, limits, nearest_existing
 
 MIN_MEMORY_FRACTION = 0.9
 """Of the plan's peak. With less of it free the run is refused: predictions of the peak are off by a few percent."""
@@ -63,10 +64,7 @@ def disk(job: Job) -> Iterator[Finding]:
     number = checkpoints_to_come(job.settings, job.steps_left, job.num_checkpoints)
     if number == 0:
         return
-    folder = next(
-        folder for folder in (job.checkpoints.absolute(), *job.checkpoints.absolute().parents) if folder.exists()
-    )
-    usage = shutil.disk_usage(folder)
+    usage = shutil.disk_usage(nearest_existing(job.checkpoints))
     if usage.total == 0:  # a file system that does not know its size
         return
     size = checkpoint_bytes(job.config, job.plan)
@@ -109,7 +107,7 @@ def checkpoint_bytes(config: ModelConfig, plan: ParallelPlan) -> int:
 
     The model and its optimizer are built without memory.
     """
-    model = build_on_meta(config, torch.bfloat16 if plan.compute_dtype == "bf16" else torch.float32)
+    model = build_on_meta(config, COMPUTE_DTYPES[plan.compute_dtype])
     if plan.lora is not None:
         with torch.device("meta"):
             add_adapters(model, plan.lora)

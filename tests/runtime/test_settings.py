@@ -34,7 +34,13 @@ def test_a_run_of_one_step_and_a_warm_up_longer_than_the_run_are_fine():
             ("keep_checkpoints", 0),
         ),
         *((name, float("inf")) for name in ("learning_rate", "eps", "weight_decay", "gradient_clip")),
-        *(("checkpoint_minutes", float("inf")), ("max_skipped_steps", 0), ("seed", 2**63), ("seed", -(2**63) - 1)),
+        *(
+            ("schedule", "wsd"),
+            ("checkpoint_minutes", float("inf")),
+            ("max_skipped_steps", 0),
+            ("seed", 2**63),
+            ("seed", -(2**63) - 1),
+        ),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(field, value):

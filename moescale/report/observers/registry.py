@@ -23,7 +23,8 @@ OBSERVERS = {
 """Where each observer's class is, as ``module:class``; imported when a run asks for it."""
 DEFAULT = "default"
 """Stands for DEFAULT_OBSERVERS, so that one can be added to them."""
-DEFAULT_OBSERVERS = tuple(name for name in OBSERVERS if name != "wandb")  # which needs an account
+DEFAULT_OBSERVERS = ("json_lines", "tensorboard", "expert_load", "warnings", "console", "progress_bar")
+"""Those that need no package and no account beyond moescale's own."""
 
 
 def expand_default(names: Iterable[str]) -> tuple[str, ...]:
