@@ -8,11 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from moescale.convert.hf_config import read_model_config, to_hf_config
-from tests.cli.test_run_qwen3_moe import run, train
+from tests.cli.whole_program import check_whole_program
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +38,4 @@ def olmoe_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -
 
 @pytest.mark.slow
 def test_it_is_planned_trained_in_two_layouts_and_opened_by_transformers(tmp_path, olmoe_folder, stdlib_corpus):
-    one = train(olmoe_folder, stdlib_corpus, tmp_path / "one", "--runtime-gpus", "1")
-    assert len(one) == 4 and one[-1] < one[0]
-    two = train(olmoe_folder, stdlib_corpus, tmp_path / "two", "--runtime-gpus", "2", "--pin", "ep=2")
-    assert two == pytest.approx(one, rel=1e-4)
-    assert not run("export", "--run", tmp_path / "one", "--output", tmp_path / "exported", "--dtype", "fp32")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
-    assert type(model).__name__ == "OlmoeForCausalLM"
-    tokens = torch.arange(64)[None]
-    assert model(tokens, labels=tokens).loss.isfinite()
+    check_whole_program(olmoe_folder, stdlib_corpus, tmp_path, "OlmoeForCausalLM")
