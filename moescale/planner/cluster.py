@@ -112,8 +112,8 @@ class Cluster:
     """What an all-to-all between experts adds to that for each layer."""
     overlap_cost: float = 0.7
     """Seconds that computation loses to a second of a collective beside it: they share multiprocessors and memory. The
-    default was measured with FSDP2 on two H100: 0.66 with nine layers of DeepSeek-Coder-V2-Lite, 0.8 with eight of
-    Qwen3-30B-A3B."""
+    default was measured with FSDP2 on two H100: 0.66 with nine layers of DeepSeek-Coder-V2-Lite, 0.7 with eight of
+    Qwen3-30B-A3B beyond what they miss on one GPU."""
     nccl_bytes: int = 2**30
     """Buffers of a rank's communicators; the default was measured on two H100."""
     margin_bytes: int = 2 * 2**30
