@@ -24,6 +24,7 @@ from moescale.planner.cost import CostModel, StepTime
 from moescale.planner.request import Candidate, Formats, GradientFormat, MomentFormat, PlanRequest, layer_plan
 from moescale.planner.workload import build_workload
 from moescale.tools.measurement import describe_measurement, write_result
+from moescale.tools.reference_table.published import read_published
 
 ROUTER_IMBALANCES = (1.0, 1.1)
 """No source states how even its routing was: balanced, and the planner's default."""
@@ -92,21 +93,17 @@ def rates_of_times(rows: tuple[tuple[int, int, float, float], ...], config: Mode
     )
 
 
-REFERENCE_TIMES = (
-    (4096, 64, 3.190, 6.363),
-    (2048, 32, 1.851, 3.367),
-    (8192, 64, 5.148, 8.964),
-    (2048, 16, 1.613, 2.459),
-    (16384, 64, 8.901, 14.90),
-    (2048, 8, 1.663, 2.329),
+NNSCALER = read_published()
+REFERENCE_TIMES = tuple(
+    (row.tokens, row.num_experts, row.forward_ms, row.backward_ms) for row in NNSCALER.grouped_gemm.rows
 )
 
 REFERENCE = PublishedRun(
     name="nnScaler's example, 8 x H100",
-    source="https://github.com/microsoft/nnscaler/tree/main/examples/deepseek_coder_v2_lite",
+    source=NNSCALER.source,
     config=CODER_V2_LITE,
     cluster=dataclasses.replace(H100, grouped_gemm=rates_of_times(REFERENCE_TIMES, CODER_V2_LITE)),
-    published_seconds=2.0,
+    published_seconds=NNSCALER.step.seconds,
     variants=tuple(
         Variant(
             assumed=f"recompute {recompute}, ep {ep}",

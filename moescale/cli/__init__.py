@@ -34,7 +34,7 @@ _COMMANDS = {
     "calibrate": "Measure this machine and write a cluster file for compile.",
     "export": "Write a run's weights as a Hugging Face checkpoint.",
     "report": "Write a page about a run, or one that compares several.",
-    "bench": "Measure the kernels beside their peers on this GPU, or tune them for it.",
+    "bench": "Measure the kernels next to their peers, or tune them; show the reference's table next to ours.",
 }
 _PATHS_OR_NAMES = frozenset({"model", "tokenizer", "source", "cluster"})
 """Options that take a path among other things."""

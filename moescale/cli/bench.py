@@ -1,4 +1,4 @@
-"""``moescale bench``: the kernels beside their peers, on the GPU at hand."""
+"""``moescale bench``: the kernels next to their peers on the GPU at hand, and the reference's table next to ours."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json as json_module
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from moescale.errors import ConfigError, MoescaleError, say
 from moescale.files import write_atomically
 
 COLUMNS = ("scope", "tokens", "num_experts", "routing", "backend", "forward_ms", "backward_ms", "tflops", "peak_bytes")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+"""The repository's results; an installed package has none."""
 
 
 class BenchError(MoescaleError, RuntimeError):
@@ -19,44 +19,100 @@ class BenchError(MoescaleError, RuntimeError):
 
 
 def bench_command(
-    what: Literal["experts"] = "experts",
+    what: Literal["experts", "reference"] = "experts",
     *,
     json: bool = False,
     tune: bool = False,
     output: Path | None = None,
+    cluster: str | None = None,
+    results: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
-    """Measure the expert kernels beside PyTorch's grouped product, one dense expert and the reference.
+    """Measure the expert kernels next to their peers, or show the reference's performance table next to ours.
 
-    Takes about two minutes on one GPU; nothing else should run there. With --tune, find the launch parameters of this
-    GPU instead; a table for moescale/kernels/experts/tables is the result.
+    experts measures the expert MLP and the layer from router to combined output, next to PyTorch's grouped GEMM, one
+    dense expert and the reference. It takes about two minutes on one GPU; nothing else should run there. With --tune it
+    finds the launch parameters of this GPU instead; a table for moescale/kernels/experts/tables is the result.
+
+    reference needs no GPU: it prints the table of nnScaler's DeepSeek example with the planner's prediction for the
+    same job, results that are there, and the machine's limit.
 
     Parameters
     ----------
     what
-        What to measure: experts, the expert MLP and the layer from router to combined output.
+        What to show: experts or reference.
     json
         Print the result as JSON on standard output.
     tune
-        Search launch parameters instead of measuring.
+        experts: search launch parameters instead of measuring.
     output
         Write the JSON here.
+    cluster
+        reference: whose prediction and limit to show, a name or a cluster file of `moescale calibrate`; default:
+        h100-sxm, the reference's machine.
+    results
+        reference: folder with results named experts.json, of `moescale bench experts --output`; default: those of the
+        repository, in a checkout.
+    plot
+        reference: draw the table here, as .svg, .png or .pdf.
     """
-    _require_gpu()
-    if output is not None and not output.resolve().parent.is_dir():
-        raise ConfigError(f"--output ({output}) lies in a folder that does not exist; create {output.parent} first")
-    document = _tuned_table() if tune else _measured()
+    _check_options(what, tune=tune, cluster=cluster, results=results, plot=plot)
+    for option, path in (("--output", output), ("--plot", plot)):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise ConfigError(f"{option} ({path}) lies in a folder that does not exist; create {path.parent} first")
+    if what == "reference":
+        document = _reference(cluster or "h100-sxm", results, plot)
+    else:
+        _require_gpu()
+        document = _tuned_table() if tune else _measured()
     text = json_module.dumps(document, indent=1)
     if output is not None:
         write_atomically(output, text + "\n")
     if json:
         say(text)
+    elif what == "reference":
+        from moescale.tools.reference_table.text import reference_text
+
+        say(reference_text(document))
     elif tune:
         say(_launch_lines(document))
     else:
         say(_table(document["rows"]))
 
 
+def _check_options(what: str, *, tune: bool, cluster: str | None, results: Path | None, plot: Path | None) -> None:
+    """Refuse options that what is asked for does not have."""
+    given = {"--tune": tune, "--cluster": cluster, "--results": results, "--plot": plot}
+    for option, value in given.items():
+        belongs_to = "experts" if option == "--tune" else "reference"
+        if value and belongs_to != what:
+            raise ConfigError(f"{option} goes with `moescale bench {belongs_to}`, not with {what}; leave it out")
+
+
+def _reference(cluster: str, results: Path | None, plot: Path | None) -> dict[str, Any]:
+    from moescale.planner.cluster import load_cluster
+    from moescale.tools.measurement import describe_measurement
+    from moescale.tools.reference_table.plot import check_plot, draw_reference
+    from moescale.tools.reference_table.rows import reference_rows
+
+    if plot is not None:
+        check_plot(plot)
+    if results is None:
+        results = RESULTS if RESULTS.is_dir() else None
+    elif not any(results.rglob("experts.json")):
+        raise ConfigError(
+            f"--results ({results}) holds no experts.json; write one with `moescale bench experts --output "
+            f"{results / 'experts.json'}` on a machine with a GPU"
+        )
+    document = describe_measurement() | reference_rows(load_cluster(cluster), results)
+    if plot is not None:
+        draw_reference(document, plot)
+    return document
+
+
 def _require_gpu() -> None:
+    import torch
+
     if not torch.cuda.is_available():
         raise BenchError(
             "moescale bench measures kernels on a CUDA GPU, and PyTorch sees none here; run it on a machine with a GPU "

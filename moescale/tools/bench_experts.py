@@ -29,16 +29,12 @@ from moescale.kernels.experts import expert_mlp, experts
 from moescale.kernels.experts.sort import sort_pairs
 from moescale.kernels.router import route, router_logits
 from moescale.tools.measurement import describe_measurement
+from moescale.tools.reference_table.published import read_published
 from moescale.tools.tune_experts import LITE_SHAPES, ExpertShape, measure_ms
 
-# nnScaler's DeepSeek example, grouped GEMM on an H100: (tokens, experts) -> forward, backward in milliseconds.
+# Grouped GEMMs on an H100: (tokens, experts) -> forward, backward in milliseconds.
 REFERENCE_PUBLISHED = {
-    (4096, 64): (3.190, 6.363),
-    (2048, 32): (1.851, 3.367),
-    (8192, 64): (5.148, 8.964),
-    (2048, 16): (1.613, 2.459),
-    (16384, 64): (8.901, 14.90),
-    (2048, 8): (1.663, 2.329),
+    (row.tokens, row.num_experts): (row.forward_ms, row.backward_ms) for row in read_published().grouped_gemm.rows
 }
 LAYER_SHAPES = tuple(s for s in LITE_SHAPES if s.num_experts == 64 and s.tokens >= 8192)
 ROUTINGS = ("uniform", "skewed")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from moescale.kernels.experts.launch_config import KERNELS, LaunchConfig
+from moescale.tools.reference_table.published import read_published
 
 # About 0.5 ms: longer than the host needs to queue one kernel.
 SLEEP_CYCLES = 1_000_000
@@ -44,9 +45,16 @@ class ExpertShape:
 
 
 # DeepSeek-Coder-V2-Lite, at the sizes of the reference's published table.
+_TABLE = read_published().grouped_gemm
 LITE_SHAPES = tuple(
-    ExpertShape(tokens=tokens, num_experts=experts, top_k=6, hidden_size=2048, intermediate_size=1408)
-    for tokens, experts in ((4096, 64), (2048, 32), (8192, 64), (2048, 16), (16384, 64), (2048, 8))
+    ExpertShape(
+        tokens=row.tokens,
+        num_experts=row.num_experts,
+        top_k=_TABLE.top_k,
+        hidden_size=_TABLE.hidden_size,
+        intermediate_size=_TABLE.intermediate_size,
+    )
+    for row in _TABLE.rows
 )
 
 

@@ -63,3 +63,39 @@ def test_an_output_folder_that_does_not_exist_is_refused_before_measuring(capsys
     monkeypatch.setattr(bench, "_measured", lambda: pytest.fail("measured"))
     assert run("--output", str(tmp_path / "missing" / "experts.json")) == 2
     assert "lies in a folder that does not exist" in capsys.readouterr().err
+
+
+def test_the_references_table_goes_to_the_terminal_a_file_and_a_picture_without_a_gpu(capsys, tmp_path):
+    assert not run("reference", "--output", str(tmp_path / "table.json"), "--plot", str(tmp_path / "table.svg"))
+    text = capsys.readouterr().out
+    assert "Grouped GEMMs: the routed experts of one layer" in text and "prediction and limit: cluster h100-sxm" in text
+    document = json.loads((tmp_path / "table.json").read_text())
+    assert document["cluster"] == "h100-sxm" and document["command"].startswith("moescale bench reference")
+    assert (tmp_path / "table.svg").read_text().startswith("<?xml")
+
+
+def test_the_references_table_is_for_the_cluster_and_results_that_are_named(capsys, tmp_path):
+    row = ROW | {"backend": "triton", "top_k": 6}
+    (tmp_path / "experts.json").write_text(json.dumps({"gpu": "NVIDIA H200", "rows": [row]}))
+    assert not run("reference", "--cluster", "h200", "--results", str(tmp_path), "--json")
+    document = json.loads(capsys.readouterr().out)
+    assert document["cluster"] == "h200"
+    assert [row["backend"] for row in document["grouped_gemm"] if row["what"] == "measured"] == ["triton"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reference", "--tune"], "--tune goes with `moescale bench experts`, not with reference"),
+        (["experts", "--cluster", "h200"], "--cluster goes with `moescale bench reference`, not with experts"),
+        (["--plot", "a.svg"], "--plot goes with `moescale bench reference`, not with experts"),
+        (["reference", "--plot", "missing/a.svg"], "--plot (missing/a.svg) lies in a folder that does not exist"),
+        (["reference", "--plot", "a.doc"], "must end in .svg, .png, .pdf"),
+        (["reference", "--results", "nowhere"], "--results (nowhere) holds no experts.json; write one with"),
+        (["reference", "--cluster", "h101"], "cluster 'h101' is not known"),
+    ],
+)
+def test_an_option_that_does_not_go_with_the_table_is_refused(capsys, arguments, message):
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert message in " ".join(captured.err.split()) and captured.out == ""
