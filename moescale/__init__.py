@@ -17,7 +17,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moescale.api.compile import CompileSettings, compile
+    from moescale.api.compile import compile
+    from moescale.api.compile_settings import CompileSettings
     from moescale.api.export import ExportSettings, export
     from moescale.api.train import train
     from moescale.api.train_request import TrainRequest
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "CompileSettings": "moescale.api.compile",
+    "CompileSettings": "moescale.api.compile_settings",
     "compile": "moescale.api.compile",
     "ExportSettings": "moescale.api.export",
     "export": "moescale.api.export",

@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from moescale import cli
-from moescale.api.compile import CompileSettings
+from moescale.api.compile_settings import CompileSettings
 from moescale.api.export import ExportSettings
 from moescale.api.train_request import RunInputs
 from moescale.convert.hf_config import resolve_model

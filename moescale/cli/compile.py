@@ -7,12 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from moescale.api.compile import CompileSettings
-from moescale.api.compile import compile as compile_settings
-from moescale.api.compile import fit as fit_settings
+from moescale.api.compile_settings import CompileSettings
 from moescale.errors import printable, say
-from moescale.planner.explain import explain_json, explain_text
-from moescale.planner.fit import fit_json, fit_text
 
 
 def compile_command(
@@ -27,6 +23,11 @@ def compile_command(
     json
         Print the plan (or with --fit the table) as JSON on standard output.
     """
+    from moescale.api.compile import compile as compile_settings  # here, so that --help does not wait for the planner
+    from moescale.api.compile import fit as fit_settings
+    from moescale.planner.explain import explain_json, explain_text
+    from moescale.planner.fit import fit_json, fit_text
+
     if fit:
         answer = fit_settings(settings)
         say(json_module.dumps(fit_json(answer), indent=2) if json else fit_text(answer))

@@ -85,7 +85,8 @@ def test_measured_rows_are_those_of_the_result_files(document):
 
 
 def test_the_prediction_is_the_planners_for_the_published_job_and_no_faster_than_the_limit(document):
-    from moescale.api.compile import CompileSettings, compile
+    from moescale.api.compile import compile
+    from moescale.api.compile_settings import CompileSettings
 
     settings = CompileSettings(model="deepseek-coder-v2-lite", cluster="h100-sxm", plan_gpus="4", runtime_gpus=8)
     predicted, limit = document["step"][-2:]
