@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,28 @@ def test_the_picture_is_that_of_the_code(drawing, imports):
     page = drawing.PAGE.read_text()
     drawn = drawing.with_picture(page, drawing.draw(drawing.read_layers(), imports))
     assert page == drawn, "run `python docs/draw_layers.py`"
+
+
+def test_contributors_are_told_the_layers_that_are_enforced(drawing):
+    (told,) = re.findall(r"^```\n(cli -> .*?)```", (SCRIPT.parents[1] / "CONTRIBUTING.md").read_text(), re.M | re.S)
+    assert [row.strip(" {}").split(", ") for row in " ".join(told.split()).split("->")] == drawing.read_layers()
+
+
+FILES = re.compile(r"`([\w/{},]+\.py)`")
+
+
+def test_files_that_a_change_is_said_to_touch_are_there(drawing):
+    package = SCRIPT.parents[1] / "moescale"
+    missing = []
+    for line in drawing.PAGE.read_text().splitlines():
+        for pattern in FILES.findall(line) if line.startswith("| ") else ():
+            before, brace, rest = pattern.partition("{")
+            names, _, after = rest.partition("}")
+            for name in names.split(",") if brace else [""]:
+                path = f"{before}{name}{after}"
+                found = (package / path).is_file() or any(package.rglob(path))
+                missing += [] if found else [path]
+    assert missing == []
 
 
 def test_no_module_imports_another_in_a_circle(drawing, imports):
