@@ -142,12 +142,12 @@ def report(arguments: argparse.Namespace, axes: dict[str, int], recorder: plans.
 def refuse_synchronisation(trainer: Trainer) -> None:
     run = trainer.micro_batches.run
 
-    def checked(tokens: torch.Tensor, targets: torch.Tensor, document_starts: torch.Tensor | None = None) -> None:
+    def checked(tokens: torch.Tensor, targets: torch.Tensor, *marks: torch.Tensor | None) -> None:
         if trainer.step < 3:  # compilation and tuning may wait
-            return run(tokens, targets, document_starts)
+            return run(tokens, targets, *marks)
         tokens, targets = tokens.to(trainer.device), targets.to(trainer.device)
         with synchronisation_refused():
-            run(tokens, targets, document_starts)
+            run(tokens, targets, *marks)
 
     trainer.micro_batches.run = checked
 

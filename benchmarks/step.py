@@ -38,6 +38,7 @@ class RandomBatch:
     targets: torch.Tensor
     sequence_ids: torch.Tensor
     document_starts: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
 
 
 class RandomSteps:

@@ -24,6 +24,8 @@ class Batch:
     """[B] int64: indices of the sequences in the corpus; -1 for one that only keeps ranks in step."""
     document_starts: torch.Tensor | None
     """[B, S] bool, or None where the corpus does not tell."""
+    padding: torch.Tensor | None
+    """[B, S] bool: tokens that only fill a sequence; None where no sequence of the corpus has any."""
 
 
 def read_batch(corpus: Corpus, sequence_ids: np.ndarray) -> Batch:
@@ -35,12 +37,15 @@ def read_batch(corpus: Corpus, sequence_ids: np.ndarray) -> Batch:
     tokens = np.empty((len(sequence_ids), corpus.sequence_length), dtype=np.int64)
     labels = np.empty_like(tokens)
     starts = np.empty(tokens.shape, dtype=bool) if corpus.document_boundaries else None
+    padding = np.empty(tokens.shape, dtype=bool) if corpus.has_padding else None
     for row, index in enumerate(sequence_ids):
         sequence = corpus.sequence(int(index))
         tokens[row] = sequence.tokens
         labels[row] = sequence.tokens if sequence.labels is None else sequence.labels
         if starts is not None:
             starts[row] = sequence.document_starts
+        if padding is not None:
+            padding[row] = corpus.padding(int(index))
     _check_ids(corpus, sequence_ids, tokens, least=0)
     _check_ids(corpus, sequence_ids, labels, least=NO_TARGET)
     targets = np.full_like(tokens, NO_TARGET)
@@ -52,6 +57,7 @@ def read_batch(corpus: Corpus, sequence_ids: np.ndarray) -> Batch:
         targets=torch.from_numpy(targets),
         sequence_ids=torch.from_numpy(np.array(sequence_ids, dtype=np.int64)),
         document_starts=None if starts is None else torch.from_numpy(starts),
+        padding=None if padding is None else torch.from_numpy(padding),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -185,9 +185,8 @@ def validation_batches(
             yield read_batch(corpus, ids)
         else:
             filler = read_batch(corpus, np.zeros(1, dtype=np.int64))
-            yield Batch(
-                tokens=filler.tokens,
+            yield replace(
+                filler,
                 targets=torch.full_like(filler.targets, NO_TARGET),
                 sequence_ids=torch.full_like(filler.sequence_ids, -1),
-                document_starts=filler.document_starts,
             )

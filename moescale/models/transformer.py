@@ -40,7 +40,8 @@ class ModelOutput(NamedTuple):
     aux_loss: torch.Tensor
     """Scalar fp32: load-balancing loss summed over MoE layers, not yet times ``aux_loss_alpha``."""
     tokens_per_expert: torch.Tensor | None
-    """[MoE layers, E] int32: routed rows each expert received; of tokens with a target only where biases follow it."""
+    """[MoE layers, E] int32: routed rows each expert received, padding left out; of tokens with a target only where
+    biases follow it."""
 
 
 class Block(nn.Module):
@@ -64,11 +65,12 @@ class Block(nn.Module):
         sin: torch.Tensor,
         documents: Documents | None = None,
         counted: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> FeedForwardOutput:
         attended = self.attention(self.attention_norm(x), cos, sin, documents, cache)
         normed, x = self.feed_forward_norm.after_adding(attended, x)
-        output = self.feed_forward(normed, counted)
+        output = self.feed_forward(normed, counted, padding)
         return FeedForwardOutput(x + output.hidden, output.aux_loss, output.tokens_per_expert)
 
 
@@ -119,16 +121,18 @@ class Transformer(nn.Module):
         targets: torch.Tensor | None = None,
         documents: Documents | None = None,
         cache: KeyValueCache | None = None,
+        padding: torch.Tensor | None = None,
     ) -> ModelOutput:
         """Run ``tokens`` [B, S] int64; with ``targets`` [B, S] (-100: not a target) return the loss, else logits.
 
         ``documents`` keeps attention within documents. ``cache`` holds the tokens before these, which attention sees
-        as well, and takes these in.
+        as well, and takes these in. ``padding`` [B, S] bool: tokens that only fill a sequence; the auxiliary loss and
+        ``tokens_per_expert`` are of the others.
         """
         read = 0 if cache is None else cache.length
         cos, sin = self.positions(self.config, read + tokens.shape[1], tokens.device)
         cos, sin = cos[read:], sin[read:]
-        # Padding and tokens that are not trained on must not move the biases of the choice.
+        # Tokens that are not trained on must not move the biases of the choice.
         counted = targets >= 0 if targets is not None and self.config.has_choice_bias else None
         x = self.embedding(tokens)
         aux_loss = torch.zeros((), dtype=torch.float32, device=tokens.device)
@@ -136,12 +140,13 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.layers):
             if layer in self.recompute_layers and torch.is_grad_enabled():
                 output = checkpoint(
-                    *(block, x, cos, sin, documents, counted),
+                    *(block, x, cos, sin, documents, counted, padding),
                     use_reentrant=False,
                     preserve_rng_state=self.has_dropout,
                 )
             else:
-                output = block(x, cos, sin, documents, counted, None if cache is None else cache.layers[layer])
+                held = None if cache is None else cache.layers[layer]
+                output = block(x, cos, sin, documents, counted, padding, held)
             x = output.hidden
             if output.aux_loss is not None:
                 aux_loss = aux_loss + output.aux_loss

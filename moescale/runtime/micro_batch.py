@@ -2,8 +2,9 @@
 
 On a GPU the work of a micro-batch is the same thousands of kernel launches every time, more than the host can queue in
 the time they run. So the second micro-batch of a shape is recorded as a CUDA graph, and from then on replayed: the host
-copies tokens, targets and document boundaries into the graph's inputs and launches it. On several ranks too, where
-nothing in the model calls the host: weights whole on every rank, and a dispatcher that reads peers' memory.
+copies tokens, targets and, where the corpus has them, document boundaries and padding into the graph's inputs and
+launches it. On several ranks too, where nothing in the model calls the host: weights whole on every rank, and a
+dispatcher that reads peers' memory.
 
 A graph keeps the memory of its activations. So one is dropped before a micro-batch of another shape runs: two sets
 might not fit. Boundaries lie in a buffer with room for at most twice their number, which only ever grows.
@@ -40,9 +41,9 @@ class MicroBatches:
         self._target_weight = scalar.clone()
         self._aux_weight = scalar.clone()
         self._num_offsets = LEAST_OFFSETS
-        self._seen: tuple[torch.Size, ...] | None = None
+        self._seen: dict[str, torch.Size] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._graph_inputs: tuple[torch.Tensor, ...] = ()
+        self._graph_inputs: dict[str, torch.Tensor] = {}
 
     def start_step(self, *, num_targets: int, num_micro_batches: int) -> None:
         """Clear the sums; every token's loss then counts ``1 / num_targets`` and aux losses their mean times alpha."""
@@ -52,14 +53,22 @@ class MicroBatches:
         self._target_weight.fill_(1.0 / max(1, num_targets))
         self._aux_weight.fill_(self.model.config.aux_loss_alpha / num_micro_batches)
 
-    def run(self, tokens: torch.Tensor, targets: torch.Tensor, document_starts: torch.Tensor | None = None) -> None:
+    def run(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        document_starts: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+    ) -> None:
         """Forward and backward of one micro-batch, [B, S] each, on the CPU; adds to the sums and to the gradients."""
-        inputs: tuple[torch.Tensor, ...] = (tokens, targets)
+        inputs = {"tokens": tokens, "targets": targets}
+        if padding is not None:
+            inputs["padding"] = padding
         if document_starts is not None:
             documents = Documents.from_starts(document_starts, self.device, self._num_offsets)
             self._num_offsets = documents.offsets.numel()
-            inputs += documents
-        shapes = tuple(value.shape for value in inputs)
+            inputs |= documents._asdict()
+        shapes = {name: value.shape for name, value in inputs.items()}
         if self._graph is not None and shapes == self._seen:
             self._replay(inputs)
         elif self.capture and shapes == self._seen:
@@ -68,13 +77,13 @@ class MicroBatches:
         else:  # the first time compiles and tunes, which a recording must not
             self.forget()
             self._seen = shapes
-            self._run(*(value.to(self.device, non_blocking=True) for value in inputs))
+            self._run({name: value.to(self.device, non_blocking=True) for name, value in inputs.items()})
 
     def forget(self) -> None:
         """Drop the recorded graph, if any, and the memory it keeps."""
         if self._graph is not None:
             torch.cuda.synchronize(self.device)
-            self._graph, self._graph_inputs = None, ()
+            self._graph, self._graph_inputs = None, {}
             torch.cuda.empty_cache()
 
     def add_up(self, ranks: Ranks, coordinates: Coordinates) -> None:
@@ -92,9 +101,13 @@ class MicroBatches:
         self.aux_loss.copy_(values[1])
         self.expert_rows.copy_(values[2:].view_as(self.expert_rows))
 
-    def _run(self, tokens: torch.Tensor, targets: torch.Tensor, *documents: torch.Tensor) -> None:
+    def _run(self, inputs: dict[str, torch.Tensor]) -> None:
+        documents = [inputs[name] for name in Documents._fields if name in inputs]
         output: ModelOutput = self.model(
-            tokens, targets=targets, documents=Documents(*documents) if documents else None
+            inputs["tokens"],
+            targets=inputs["targets"],
+            documents=Documents(*documents) if documents else None,
+            padding=inputs.get("padding"),
         )
         assert output.loss_sum is not None
         loss = output.loss_sum * self._target_weight
@@ -106,20 +119,20 @@ class MicroBatches:
         if output.tokens_per_expert is not None:
             self.expert_rows += output.tokens_per_expert
 
-    def _record(self, inputs: tuple[torch.Tensor, ...]) -> None:
-        held = tuple(torch.empty_like(value, device=self.device) for value in inputs)
+    def _record(self, inputs: dict[str, torch.Tensor]) -> None:
+        held = {name: torch.empty_like(value, device=self.device) for name, value in inputs.items()}
         # What earlier micro-batches left in the allocator's cache is out of reach for the graph's own memory pool.
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._run(*held)
+            self._run(held)
         self._graph, self._graph_inputs = graph, held
 
-    def _replay(self, inputs: tuple[torch.Tensor, ...]) -> None:
+    def _replay(self, inputs: dict[str, torch.Tensor]) -> None:
         assert self._graph is not None
-        for buffer, value in zip(self._graph_inputs, inputs, strict=True):
-            buffer.copy_(value, non_blocking=True)
+        for name, buffer in self._graph_inputs.items():
+            buffer.copy_(inputs[name], non_blocking=True)
         self._graph.replay()
 
 

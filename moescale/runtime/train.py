@@ -51,6 +51,8 @@ class Batch(Protocol):
     """[B] int64: which sequences of the corpus these are."""
     document_starts: torch.Tensor | None
     """[B, S] bool where attention must not cross documents."""
+    padding: torch.Tensor | None
+    """[B, S] bool: tokens that only fill a sequence."""
 
 
 class StepSource(Protocol):
@@ -296,7 +298,7 @@ class Trainer:
             sum_over_replicas_at_the_last(self.model, last=number == len(batches))
             if self.model.has_dropout:
                 torch.manual_seed(self._dropout_seed(number))
-            sums.run(batch.tokens, batch.targets, batch.document_starts)
+            sums.run(batch.tokens, batch.targets, batch.document_starts, batch.padding)
         self.on_progress(self.step, "gradient sums, norm and update")
         sums.add_up(self.ranks, self.coordinates)
         self.optimizer.sum_gradients(lambda: self.on_progress(self.step, "gradient sums, norm and update"))

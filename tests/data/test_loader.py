@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
@@ -27,10 +28,14 @@ class MemoryCorpus:
     sequence_length = LENGTH
     name = fingerprint = "memory"
 
-    def __init__(self, num_sequences: int, document_boundaries: bool = False) -> None:
+    def __init__(
+        self, num_sequences: int, document_boundaries: bool = False, num_padding: Sequence[int] | None = None
+    ) -> None:
         self.num_sequences = num_sequences
         self.vocabulary_size = num_sequences * LENGTH
         self.document_boundaries = document_boundaries
+        self.num_padding = num_padding
+        self.has_padding = num_padding is not None
         self.reads = 0
         self.fail_from = None
 
@@ -40,6 +45,9 @@ class MemoryCorpus:
             raise DataError("disk is gone")
         tokens = np.arange(index * LENGTH, (index + 1) * LENGTH, dtype=np.uint16)
         return PackedSequence(tokens, tokens % 5 == 0 if self.document_boundaries else None)
+
+    def padding(self, index):
+        return np.arange(LENGTH) >= LENGTH - self.num_padding[index]
 
     notices = ()
     num_bytes = 1 << 40
@@ -77,6 +85,12 @@ def test_targets_stop_at_document_boundaries():
     batch = read_batch(MemoryCorpus(3, document_boundaries=True), np.array([2]))
     assert batch.document_starts[0].tolist() == [False, False, False, False, True, False, False, False]
     assert batch.targets[0].tolist() == [17, 18, 19, -100, 21, 22, 23, -100]
+
+
+def test_padding_is_told_of_every_sequence_of_a_corpus_that_has_any():
+    batch = read_batch(MemoryCorpus(3, num_padding=[0, 3, 8]), np.array([1, 0]))
+    assert batch.padding.tolist() == [[False] * 5 + [True] * 3, [False] * 8]
+    assert read_batch(MemoryCorpus(3), np.array([1, 0])).padding is None
 
 
 def test_steps_consist_of_micro_batches():

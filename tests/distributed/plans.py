@@ -65,6 +65,7 @@ class SyntheticBatch:
     targets: torch.Tensor
     sequence_ids: torch.Tensor
     document_starts: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
 
 
 class SyntheticSteps:
@@ -77,7 +78,9 @@ class SyntheticSteps:
         one_token: bool = False,
         place: Coordinates | None = None,
         without_targets: tuple[int, ...] = (7,),
+        with_padding: bool = False,
     ) -> None:
+        self.with_padding = with_padding
         self.without_targets = list(without_targets)
         self.plan, self.vocabulary, self.one_token = plan, vocabulary, one_token
         self.place = place or Coordinates(mesh=plan.mesh, rank=current_ranks().rank)
@@ -95,13 +98,19 @@ class SyntheticSteps:
             targets = torch.randint(self.vocabulary, shape, generator=generator)
             targets[3, 5:] = -100  # so that ranks and micro-batches have unequal numbers of targets
             targets[self.without_targets] = -100
+            padding = torch.arange(SEQUENCE_LENGTH) >= torch.tensor([16, 9, 16, 12, 3, 16, 14, 5])[:, None]
+            if self.with_padding:
+                targets[padding] = -100
             ids = torch.arange(number) + number * self.position
             self.position += 1
             share = number // self.place.num_data_ranks
             mine = slice(self.place.data_rank * share, (self.place.data_rank + 1) * share)
             self.seen.append(ids[mine].tolist())
-            parts = (part[mine].split(self.plan.micro_batch_sequences) for part in (tokens, targets, ids))
-            yield [SyntheticBatch(*part) for part in zip(*parts, strict=True)]
+            parts = (part[mine].split(self.plan.micro_batch_sequences) for part in (tokens, targets, ids, padding))
+            yield [
+                SyntheticBatch(*part, padding=padding if self.with_padding else None)
+                for *part, padding in zip(*parts, strict=True)
+            ]
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -141,6 +150,7 @@ def make_trainer(
     build_config: Callable[..., ModelConfig] = tiny_config,
     one_token: bool = False,
     without_targets: tuple[int, ...] = (7,),
+    with_padding: bool = False,
     settings: dict[str, Any] | None = None,
     plan: ParallelPlan | None = None,
     round_weights: bool = False,
@@ -163,7 +173,9 @@ def make_trainer(
         model=placed.model,
         settings=TrainSettings(**({"learning_rate": 3e-3, "warmup_steps": 2} | (settings or {}))),
         total_steps=total_steps,
-        source=SyntheticSteps(plan, config.vocab_size, one_token, without_targets=without_targets),
+        source=SyntheticSteps(
+            plan, config.vocab_size, one_token, without_targets=without_targets, with_padding=with_padding
+        ),
         store=CheckpointStore(folder, keep=3),
         observer=Recorder(),
         optimizer_format=optimizer_format(plan),

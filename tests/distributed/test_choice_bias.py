@@ -14,7 +14,7 @@ from moescale.runtime.checkpoint import CheckpointWeights
 from moescale.runtime.train import Trainer
 from plans import make_trainer
 from recorded_runs import assert_same_run, record_run
-from tiny import tiny_glm_config, tiny_v3_config
+from tiny import tiny_config, tiny_glm_config, tiny_v3_config
 
 RATE = 0.02
 MODEL = dict(num_groups=4, top_k_groups=2, initializer_std=0.2)
@@ -148,3 +148,38 @@ def test_the_loss_alone_decides_gradients_and_weights_where_biases_are_equal(tmp
     one = trainer(tmp_path)
     assert one.buffers and not one.buffers.keys() & one.optimizer.parameters.keys()
     assert not any(bias.requires_grad for bias in one.buffers.values())
+
+
+def train_padded(folder: Path, fields: dict[str, Any]) -> tuple[list[float], list[list[list[float]]]]:
+    """Auxiliary losses and experts' load of three steps on padded sequences."""
+    one = make_trainer(folder, total_steps=3, with_padding=True, settings=dict(final_checkpoint=False), **fields)
+    one.train()
+    return [step.aux_loss for step in one.observer.metrics], [step.expert_load for step in one.observer.metrics]
+
+
+@pytest.mark.parametrize("build_config", [tiny_config, tiny_v3_config])
+def test_ranks_leave_padding_out_of_loss_and_load_as_one_device_does(tmp_path, two_ranks, build_config):
+    fields = dict(build_config=build_config, model=dict(initializer_std=0.2, aux_loss_alpha=0.3))
+    aux_losses, loads = train_padded(tmp_path, fields)
+    for layout in (dict(dp_shard=2, accumulation=2), dict(dp_shard=2, ep=2)):
+        for found_losses, found_loads in two_ranks.run(train_padded, tmp_path, fields | layout):
+            assert found_losses == pytest.approx(aux_losses, rel=1e-5)
+            for found, load in zip(found_loads, loads, strict=True):
+                torch.testing.assert_close(torch.tensor(found), torch.tensor(load))
+
+
+@pytest.mark.parametrize("build_config", [tiny_config, tiny_v3_config])
+def test_what_padding_holds_changes_no_bias_no_weight_and_no_load(tmp_path, build_config):
+    found = []
+    for shift in (0, 1):
+        one = make_trainer(tmp_path, build_config=build_config, with_padding=True, model=dict(aux_loss_alpha=0.3))
+        batches = next(iter(one.source))
+        for batch in batches:
+            assert batch.padding.any()
+            batch.tokens[batch.padding] = (batch.tokens[batch.padding] + shift) % 96
+        metrics = one._train_step(batches)
+        found.append((metrics.aux_loss, metrics.expert_load, one.model.state_dict()))
+    (aux_loss, load, weights), (other_loss, other_load, others) = found
+    assert aux_loss == pytest.approx(other_loss, rel=1e-6) and load == other_load
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-5, atol=1e-6, msg=name)

@@ -193,7 +193,7 @@ class NumberedCorpus:
     num_sequences = vocabulary_size = 20
     sequence_length = SEQUENCE_LENGTH
     name = fingerprint = "numbered"
-    document_boundaries = False
+    document_boundaries = has_padding = False
 
     def sequence(self, index: int) -> PackedSequence:
         return PackedSequence(np.full(SEQUENCE_LENGTH, index, dtype=np.uint16), None)

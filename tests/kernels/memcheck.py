@@ -7,6 +7,7 @@ Row counts around the tile edges, empty experts, one token, sizes that fill no t
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
@@ -44,12 +45,15 @@ def check_experts() -> None:
 
 def check_router() -> None:
     for tokens, num_experts, top_k, groups in ((1, 8, 2, 1), (33, 64, 6, 1), (130, 160, 6, 8)):
-        for bias in (None, torch.zeros(num_experts, device="cuda")):
+        marks = torch.ones(tokens, dtype=torch.bool, device="cuda")
+        biases = (None, torch.zeros(num_experts, device="cuda"))
+        for bias, padding in itertools.product(biases, (None, marks, ~marks)):
             logits = router_logits(randn(tokens, 64), randn(num_experts, 64))
             routing = route(
                 logits,
                 bias=bias,
-                counted=None if bias is None else torch.ones(tokens, dtype=torch.bool, device="cuda"),
+                counted=None if bias is None else marks,
+                padding=padding,
                 top_k=top_k,
                 group_limited=groups > 1,
                 num_groups=groups,

@@ -20,8 +20,15 @@ CASES = {
         rope._mla_rope_op,
         lambda: (randn(2, 4, 3, 10), randn(2, 4, 3, 11, seed=1), randn(2, 4, 4, seed=2), TABLE, TABLE),
     ),
-    "route": (router._route_op, lambda: (randn(6, 8), None, None, 3, 4, 2, True, 1.5, 2)),
-    "route_by_sigmoid": (router._route_op, lambda: (randn(6, 8), TABLE.flatten(), TARGETS > 1, 3, 4, 2, True, 1.5, 2)),
+    "route": (router._route_op, lambda: (randn(6, 8), None, None, None, 3, 4, 2, True, 1.5, 2)),
+    "route_of_padded_sequences": (
+        router._route_op,
+        lambda: (randn(6, 8), None, None, TARGETS < 0, 3, 4, 2, True, 1.5, 2),
+    ),
+    "route_by_sigmoid": (
+        router._route_op,
+        lambda: (randn(6, 8), TABLE.flatten(), TARGETS > 1, TARGETS < 0, 3, 4, 2, True, 1.5, 2),
+    ),
     "linear_cross_entropy": (
         cross_entropy._linear_cross_entropy_op,
         lambda: (randn(*X), randn(9, 8, seed=1), TARGETS, -100, None, True, True, True),

@@ -36,6 +36,17 @@ BIASED = [
     GROUPED | {"num_sequences": 3, "bias": BIAS, "num_groups": 12, "top_k_groups": 4},
 ]
 SETTINGS += BIASED
+# Padding in a sequence of seven: at its end, at its start, and nothing but padding in the last one.
+PADDING = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1], device=DEVICE) > 0
+PADDED = [
+    GREEDY | {"num_sequences": None, "padding": PADDING},
+    GREEDY | {"num_sequences": 3, "padding": PADDING, "normalize_topk": True},
+    GROUPED | {"num_sequences": 3, "padding": PADDING, "counted": COUNTED},
+    BIASED[0] | {"padding": PADDING},
+    BIASED[1] | {"padding": PADDING},
+    BIASED[5] | {"padding": PADDING},
+]
+SETTINGS += PADDED
 
 
 def by_definition(logits: torch.Tensor, settings: dict) -> tuple[list[list[int]], list[list[float]], float]:
@@ -70,13 +81,15 @@ def by_definition(logits: torch.Tensor, settings: dict) -> tuple[list[list[int]]
         weights.append([s[e] * factor for e in best])
         balanced.append(best if bias is None else sorted(range(num_experts), key=lambda e: -s[e])[:top_k])
     sequences = settings["num_sequences"] or 1
+    is_padding = settings.get("padding", torch.zeros(len(ids))).tolist()
     length = len(ids) // sequences
     loss = 0.0
     for start in range(0, len(ids), length):
-        for e in range(num_experts):
-            count = sum(row.count(e) for row in balanced[start : start + length])
-            mean = sum(p[e] for p in probabilities[start : start + length]) / length
-            loss += count / (length * top_k / num_experts) * mean / sequences
+        text = [t for t in range(start, start + length) if not is_padding[t]]
+        for e in range(num_experts) if text else ():
+            count = sum(balanced[t].count(e) for t in text)
+            mean = sum(probabilities[t][e] for t in text) / len(text)
+            loss += count / (len(text) * top_k / num_experts) * mean / sequences
     return ids, weights, loss
 
 
@@ -91,8 +104,9 @@ def test_choice_weights_counts_and_loss_are_the_published_definition(settings: d
     torch.testing.assert_close(routing.topk_weights.detach().cpu(), torch.tensor(weights))
     torch.testing.assert_close(routing.aux_loss.item(), loss, rtol=1e-5, atol=0)
     assert routing.tokens_per_expert.tolist() == [sum(row.count(e) for row in ids) for e in range(12)]
-    counted = settings.get("counted", torch.ones(21, dtype=torch.bool)).tolist()
-    counted_ids = [row for row, counts in zip(ids, counted, strict=True) if counts]
+    counted = settings.get("counted", torch.ones(21, dtype=torch.bool, device=DEVICE))
+    counted = counted & ~settings.get("padding", torch.zeros_like(counted))
+    counted_ids = [row for row, counts in zip(ids, counted.tolist(), strict=True) if counts]
     assert routing.load.tolist() == [sum(row.count(e) for row in counted_ids) for e in range(12)]
 
 
@@ -123,6 +137,38 @@ def test_gradients_of_weights_and_loss_agree(settings: dict) -> None:
     assert_accurate(differentiable, [randn(21, 12)])
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["softmax", "sigmoid"])
+def test_padding_has_no_part_in_loss_load_and_gradients(bias: torch.Tensor | None, backend: str) -> None:
+    """Sequences cut to their text give the same, and what logits padding has changes nothing."""
+
+    def run(logits: torch.Tensor, **changes: object) -> tuple[Routing, torch.Tensor]:
+        routing = route(logits, **GREEDY | {"bias": bias, "backend": backend} | changes)
+        return routing, torch.autograd.grad(routing.aux_loss, logits)[0]
+
+    logits = randn(14, 12)
+    padding = PADDING[:14]
+    whole, gradient = run(logits, num_sequences=2, padding=padding)
+    assert not gradient[padding].any() and gradient[~padding].any()
+    parts = [run(logits[part][~padding[part]], num_sequences=1) for part in (slice(0, 7), slice(7, 14))]
+    torch.testing.assert_close(whole.aux_loss, (parts[0][0].aux_loss + parts[1][0].aux_loss) / 2)
+    torch.testing.assert_close(gradient[~padding], torch.cat([part[1] for part in parts]) / 2)
+    assert torch.equal(whole.load, parts[0][0].load + parts[1][0].load)
+    spoilt = logits.detach().masked_fill(padding[:, None], 3.0).requires_grad_()
+    other, other_gradient = run(spoilt, num_sequences=2, padding=padding)
+    assert torch.equal(other.aux_loss, whole.aux_loss) and torch.equal(other.load, whole.load)
+    assert torch.equal(other_gradient, gradient)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["softmax", "sigmoid"])
+def test_a_mask_of_no_padding_changes_nothing(bias: torch.Tensor | None, backend: str) -> None:
+    arguments = GREEDY | {"num_sequences": 3, "bias": bias, "backend": backend}
+    plain = route(randn(21, 12), **arguments)
+    for a, b in zip(route(randn(21, 12), **arguments, padding=torch.zeros_like(PADDING)), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     tokens=st.integers(1, 70),
@@ -130,13 +176,18 @@ def test_gradients_of_weights_and_loss_agree(settings: dict) -> None:
     top_k=st.integers(1, 8),
     normalize=st.booleans(),
     biased=st.booleans(),
+    padded=st.booleans(),
 )
-def test_kernel_agrees_on_any_shape(tokens: int, num_experts: int, top_k: int, normalize: bool, biased: bool) -> None:
+def test_kernel_agrees_on_any_shape(
+    tokens: int, num_experts: int, top_k: int, normalize: bool, biased: bool, padded: bool
+) -> None:
     logits = randn(tokens, num_experts, seed=tokens)
     arguments = GREEDY | {"top_k": min(top_k, num_experts), "normalize_topk": normalize, "num_sequences": None}
     if biased:
         arguments["bias"] = randn(num_experts, seed=1, grad=False)
         arguments["counted"] = randn(tokens, seed=2, grad=False) > 0
+    if padded:
+        arguments["padding"] = randn(tokens, seed=3, grad=False) > 0.5
     ours, plain = (route(logits, **arguments, backend=b) for b in ("triton", "torch"))
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b)
@@ -178,6 +229,8 @@ def test_balanced_routing_has_a_loss_of_one() -> None:
         ({"bias": torch.zeros(11)}, r"bias.*\[E\]"),
         ({"bias": torch.zeros(12, dtype=torch.bfloat16)}, r"bias.*float32"),
         ({"counted": torch.ones(21)}, r"counted.*bool"),
+        ({"padding": torch.ones(21)}, r"padding.*bool"),
+        ({"padding": torch.ones(20, dtype=torch.bool)}, r"padding.*\[T\]"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict, message: str) -> None:
@@ -185,10 +238,11 @@ def test_impossible_settings_are_refused(changes: dict, message: str) -> None:
         route(randn(21, 12), **(GREEDY | {"num_sequences": None} | changes))
 
 
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["whole", "padded"])
 @pytest.mark.parametrize("bias", [None, BIAS], ids=["softmax", "sigmoid"])
-def test_the_operator_compiles_without_a_graph_break(bias: torch.Tensor | None) -> None:
+def test_the_operator_compiles_without_a_graph_break(bias: torch.Tensor | None, padding: torch.Tensor | None) -> None:
     def balanced(logits: torch.Tensor) -> Routing:
-        return route(logits * 2, **GREEDY, num_sequences=3, bias=bias, backend="triton")
+        return route(logits * 2, **GREEDY, num_sequences=3, bias=bias, padding=padding, backend="triton")
 
     logits = randn(21, 12)
     compiled = torch.compile(balanced, fullgraph=True, backend="aot_eager")
@@ -219,7 +273,11 @@ def test_logit_gradients_of_bf16_inputs_match_fp32_products() -> None:
 def test_large_inputs_agree_repeat_exactly_and_never_synchronise(settings: dict) -> None:
     if "bias" in settings:
         settings = settings | {"bias": randn(64, seed=3, grad=False) * 0.1, "num_groups": 4, "top_k_groups": 2}
-        settings["counted"] = randn(8193, seed=4, grad=False) > 0
+        settings["counted"] = COUNTED
+    if "counted" in settings:
+        settings = settings | {"counted": randn(8193, seed=4, grad=False) > 0}
+    if "padding" in settings:
+        settings = settings | {"padding": randn(8193, seed=5, grad=False) > 0.5}
 
     def differentiable(logits: torch.Tensor, *, backend: str) -> tuple[torch.Tensor, ...]:
         routing = route(logits, **settings, backend=backend)

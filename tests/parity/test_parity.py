@@ -108,6 +108,10 @@ def run(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, *, with
     loss = output.loss_sum / (targets >= 0).sum()
     total = loss + model.config.aux_loss_alpha * output.aux_loss if with_aux else loss
     total.backward()
+    return logits, loss.detach(), gradients_by_published_name(model)
+
+
+def gradients_by_published_name(model: Transformer) -> dict[str, torch.Tensor]:
     gradients = {}
     parameters = dict(model.named_parameters())
     for name, pieces in build_key_table(model.config).items():
@@ -116,7 +120,7 @@ def run(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, *, with
         gradient = parameters[name].grad
         for piece in pieces:
             gradients[piece.key] = piece.to_stored(gradient[piece.index]).reshape(piece.shape)
-    return logits, loss.detach(), gradients
+    return gradients
 
 
 def load(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -127,10 +131,10 @@ def run_transformers(model: torch.nn.Module, tokens: torch.Tensor, targets: torc
     model.zero_grad()
     output = model(tokens, labels=tokens)  # shifts labels itself: the same targets
     output.loss.backward()
-    return output.logits.detach(), output.loss.detach(), _by_published_name(model)
+    return output.logits.detach(), output.loss.detach(), transformers_gradients(model)
 
 
-def _by_published_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def transformers_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """transformers stacks experts in memory; its files, like ours, name each."""
     gradients = {}
     for name, parameter in model.named_parameters():

@@ -22,6 +22,11 @@ def documents_of(lengths: int) -> torch.Tensor:
     return (torch.arange(SHAPE[1]) % lengths == 0).repeat(SHAPE[0], 1)
 
 
+def padding_of(number: int) -> torch.Tensor:
+    """Padding at the ends of a micro-batch's sequences: ``number`` tokens in the first, twice as many in the second."""
+    return torch.arange(SHAPE[1]) >= SHAPE[1] - number * torch.tensor([[1], [2]])
+
+
 def batches(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randint(96, SHAPE, generator=generator) for _ in range(number)]
@@ -50,6 +55,14 @@ def test_sums_are_those_of_all_micro_batches_and_start_anew_each_step():
         sums.append([float(runner.loss_sum), float(runner.aux_loss)])
     assert sums[2] == pytest.approx([a + b for a, b in zip(sums[0], sums[1], strict=True)], rel=1e-6)
     assert runner.expert_rows.sum(-1).tolist() == [2 * 64 * 2] * 2  # two micro-batches of 64 tokens, top-2, per layer
+
+
+def test_rows_of_padding_are_not_counted():
+    _, _, runner = build("cpu", torch.float32, capture=False)
+    ((tokens, targets),) = batches(1)
+    runner.start_step(num_targets=62, num_micro_batches=1)
+    runner.run(tokens, targets, documents_of(9), padding_of(4))
+    assert runner.expert_rows.sum(-1).tolist() == [(64 - 12) * 2] * 2
 
 
 CONFIGS = {
@@ -108,20 +121,26 @@ WIDE_HEADS = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Argument aux_data")
 @pytest.mark.parametrize("overrides", [{}, WIDE_HEADS], ids=["narrow", "wide"])
+@pytest.mark.parametrize("with_padding", [False, True])
 @pytest.mark.parametrize("with_documents", [False, True])
-def test_a_recorded_micro_batch_gives_the_losses_and_gradients_of_the_plain_one(with_documents, overrides):
+def test_a_recorded_micro_batch_gives_the_losses_and_gradients_of_the_plain_one(
+    with_documents, with_padding, overrides
+):
     results = []
     for capture in (False, True):
         _, optimizer, runner = build("cuda", torch.bfloat16, capture=capture, **overrides)
         runner.start_step(num_targets=5 * 62, num_micro_batches=5)
         for number, (tokens, targets) in enumerate(batches(5)):
             documents = documents_of(5 + number) if with_documents else None
-            runner.run(tokens.pin_memory(), targets.pin_memory(), documents)
+            padding = padding_of(number) if with_padding else None
+            runner.run(tokens.pin_memory(), targets.pin_memory(), documents, padding)
         torch.cuda.synchronize()
         assert (runner._graph is not None) == capture
         gradients = {name: optimizer.gradient(name).clone() for name in optimizer.parameters}
         results.append((runner.loss_sum.clone(), runner.expert_rows.clone(), gradients))
     (plain_loss, plain_rows, plain), (loss, rows, recorded) = results
+    num_padding = sum(int(padding_of(number).sum()) for number in range(5)) if with_padding else 0
+    assert rows.sum(-1).tolist() == [(5 * 64 - num_padding) * 2] * 2
     torch.testing.assert_close(loss, plain_loss)
     assert torch.equal(rows, plain_rows)
     for name, gradient in plain.items():

@@ -35,6 +35,7 @@ class SyntheticBatch:
     targets: torch.Tensor
     sequence_ids: torch.Tensor
     document_starts: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
 
 
 class SyntheticSource:

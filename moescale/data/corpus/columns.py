@@ -1,8 +1,8 @@
 """Columns of a tokenised dataset, as transformers understands them, and what follows for targets and documents.
 
 - ``labels``: what each token counts as when it is to be predicted; -100: it is not a target.
-- ``attention_mask``: 0 marks padding, which is no target. Padding at the left must not be attended to either: the first
-  token after it starts a document.
+- ``attention_mask``: 0 marks padding, which is no target and no part of experts' load. Padding at the left must not be
+  attended to either: the first token after it starts a document.
 - ``completion_mask``, ``assistant_masks``, ``loss_mask``: tokens with 0 are not targets.
 - ``position_ids``: positions that begin again at 0 start a document.
 """
@@ -55,6 +55,9 @@ class Block:
             for values in self._parts(name):
                 if ((values != 0) & (values != 1)).any():
                     raise self._error(name, "values other than 0 and 1; it must say which tokens count")
+        self.has_padding = ATTENTION_MASK in self.columns and any(
+            not mask.all() for mask in self._parts(ATTENTION_MASK)
+        )
         self.has_documents = self._padded_left() | self._positions_start_again()
 
     def __len__(self) -> int:

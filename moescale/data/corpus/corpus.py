@@ -49,6 +49,11 @@ class Corpus(Protocol):
         ...
 
     @property
+    def has_padding(self) -> bool:
+        """Whether any sequence has tokens that only fill it."""
+        ...
+
+    @property
     def notices(self) -> list[str]:
         """What a user should know of how the corpus is read; empty where nothing is left out."""
         ...
@@ -56,7 +61,7 @@ class Corpus(Protocol):
     def sequence(self, index: int) -> PackedSequence: ...
 
     def padding(self, index: int) -> np.ndarray:
-        """Which tokens only fill a sequence, bool [S]. Training needs no more than that they are no targets."""
+        """Which tokens only fill a sequence, bool [S]: no targets, and no part of what is told of experts' load."""
         ...
 
     @property
@@ -125,6 +130,7 @@ class PreparedCorpus:
         self.sequence_length = manifest.sequence_length
         self.vocabulary_size = manifest.vocabulary_size
         self.document_boundaries = manifest.document_boundaries
+        self.has_padding = manifest.counts[split].tokens_padding > 0
         self.fingerprint = manifest.corpus_fingerprint(split)
         self.name = str(folder)
         self._folder = folder

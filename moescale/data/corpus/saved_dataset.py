@@ -91,6 +91,7 @@ class SavedDataset:
         self.fingerprint = fingerprint
         self.sequence_length = blocks[0].sequence_length
         self.document_boundaries = any(block.has_documents for block in blocks)
+        self.has_padding = any(block.has_padding for block in blocks)
         self.unused_columns = unused_columns
         self._blocks = blocks
         self._ends = np.cumsum([len(block) for block in blocks])

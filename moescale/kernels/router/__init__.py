@@ -36,6 +36,7 @@ def route(
     *,
     bias: torch.Tensor | None = None,
     counted: torch.Tensor | None = None,
+    padding: torch.Tensor | None = None,
     top_k: int,
     group_limited: bool,
     normalize_topk: bool,
@@ -56,6 +57,9 @@ def route(
     the sum of its two best. The weights are the scores, with ``normalize_topk`` divided by their sum, *and* multiplied
     by ``routed_scaling_factor``. The auxiliary loss is of each token's scores, divided by their sum over all experts,
     and of the experts that have its ``top_k`` highest scores. ``counted`` [T] bool: the tokens that ``load`` is of.
+
+    ``padding`` [T] bool: tokens that only fill a sequence. They are routed, but neither ``load`` nor the auxiliary loss
+    knows of them: a sequence is balanced over the tokens of its text, and one without text adds 0 to the mean.
     """
     if not group_limited:
         num_groups = top_k_groups = 1
@@ -64,11 +68,13 @@ def route(
     if bias is not None:
         check_shape("route", "bias", bias, (logits.shape[1],), "[E]")
         check_dtype("route", "bias", bias, (torch.float32,))
-    if counted is not None:
-        check_shape("route", "counted", counted, (logits.shape[0],), "[T]")
-        check_dtype("route", "counted", counted, (torch.bool,))
+    for name, marks in (("counted", counted), ("padding", padding)):
+        if marks is not None:
+            check_shape("route", name, marks, (logits.shape[0],), "[T]")
+            check_dtype("route", name, marks, (torch.bool,))
     normalize = normalize_topk and (top_k > 1 or bias is not None)
-    arguments = (logits, bias, counted, top_k, num_groups, top_k_groups, normalize, routed_scaling_factor, sequences)
+    choice = (top_k, num_groups, top_k_groups, normalize, routed_scaling_factor, sequences)
+    arguments = (logits, bias, counted, padding, *choice)
     if runs_triton(logits.device, logits.dtype, backend):
         ids, weights, rows, loss, _ = _route_op(*arguments)
         return Routing(ids, weights, rows[0], loss, rows[1])
@@ -96,6 +102,7 @@ def _route_op(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
     counted: torch.Tensor | None,
+    padding: torch.Tensor | None,
     top_k: int,
     num_groups: int,
     top_k_groups: int,
@@ -106,12 +113,13 @@ def _route_op(
     from moescale.kernels.router import triton
 
     return triton.forward(
-        logits.contiguous(), bias, counted, top_k, num_groups, top_k_groups, normalize, scaling, num_sequences
-    )
+        logits.contiguous(), bias, counted, padding,
+        top_k, num_groups, top_k_groups, normalize, scaling, num_sequences,
+    )  # fmt: skip
 
 
 @_route_op.register_fake
-def _(logits, bias, counted, top_k, num_groups, top_k_groups, normalize, scaling, num_sequences):
+def _(logits, bias, counted, padding, top_k, num_groups, top_k_groups, normalize, scaling, num_sequences):
     num_tokens, num_experts = logits.shape
     return (
         logits.new_empty((num_tokens, top_k), dtype=torch.int32),
@@ -129,30 +137,33 @@ def _route_backward_op(
     logits: torch.Tensor,
     ids: torch.Tensor,
     counts: torch.Tensor,
+    padding: torch.Tensor | None,
     normalize: bool,
     scaling: float,
     by_sigmoid: bool,
 ) -> torch.Tensor:
     from moescale.kernels.router import triton
 
-    return triton.backward(grad_weights, grad_loss, logits.contiguous(), ids, counts, normalize, scaling, by_sigmoid)
+    return triton.backward(
+        grad_weights, grad_loss, logits.contiguous(), ids, counts, padding, normalize, scaling, by_sigmoid
+    )
 
 
 @_route_backward_op.register_fake
-def _(grad_weights, grad_loss, logits, ids, counts, normalize, scaling, by_sigmoid):
+def _(grad_weights, grad_loss, logits, ids, counts, padding, normalize, scaling, by_sigmoid):
     return logits.new_empty(logits.shape)
 
 
 def _save_route(ctx, inputs, output):
-    logits, bias, _, _, _, _, ctx.normalize, ctx.scaling, _ = inputs
+    logits, bias, _, padding, _, _, _, ctx.normalize, ctx.scaling, _ = inputs
     ctx.by_sigmoid = bias is not None
     ids, _, _, _, counts = output
-    ctx.save_for_backward(logits, ids, counts)
+    ctx.save_for_backward(logits, ids, counts, padding)
 
 
 def _route_backward(ctx, grad_ids, grad_weights, grad_rows, grad_loss, grad_counts):
     grad = _route_backward_op(grad_weights, grad_loss, *ctx.saved_tensors, ctx.normalize, ctx.scaling, ctx.by_sigmoid)
-    return grad, *(None,) * 8
+    return grad, *(None,) * 9
 
 
 _route_op.register_autograd(_route_backward, setup_context=_save_route)

@@ -19,13 +19,14 @@ class Routing(NamedTuple):
     aux_loss: torch.Tensor
     """Scalar fp32: the load-balancing loss, not yet times ``aux_loss_alpha``. Differentiable."""
     load: torch.Tensor
-    """[E] int32: of the rows each expert receives, those of tokens that count."""
+    """[E] int32: of the rows each expert receives, those of tokens that count and are no padding."""
 
 
 def route(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
     counted: torch.Tensor | None,
+    padding: torch.Tensor | None,
     top_k: int,
     num_groups: int,
     top_k_groups: int,
@@ -36,7 +37,7 @@ def route(
     """As :func:`moescale.kernels.router.route`, whose arguments it takes checked."""
     if bias is not None:
         return _route_by_sigmoid(
-            logits, bias, counted, top_k, num_groups, top_k_groups, normalize, scaling, num_sequences
+            logits, bias, counted, padding, top_k, num_groups, top_k_groups, normalize, scaling, num_sequences
         )
     num_experts = logits.shape[1]
     probabilities = logits.softmax(dim=-1)
@@ -50,10 +51,8 @@ def route(
     else:
         topk_weights = topk_weights * scaling
 
-    counts = _count(topk_ids, num_sequences, num_experts)
-    aux_loss = _balance(counts, probabilities, top_k)
-    rows = counts.sum(0).to(torch.int32)
-    load = rows if counted is None else _load(topk_ids, counted, num_experts)
+    aux_loss = _balance(topk_ids, probabilities, padding, num_sequences)
+    rows, load = _rows_and_load(topk_ids, counted, padding, num_experts)
     return Routing(topk_ids.to(torch.int32), topk_weights, rows, aux_loss, load)
 
 
@@ -61,6 +60,7 @@ def _route_by_sigmoid(
     logits: torch.Tensor,
     bias: torch.Tensor,
     counted: torch.Tensor | None,
+    padding: torch.Tensor | None,
     top_k: int,
     num_groups: int,
     top_k_groups: int,
@@ -86,31 +86,50 @@ def _route_by_sigmoid(
     # The loss balances what the scores alone would choose, group limits and bias left out.
     preferred = scores.detach().topk(top_k, dim=-1).indices
     shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-    aux_loss = _balance(_count(preferred, num_sequences, num_experts), shares, top_k)
-    rows = _count(topk_ids, 1, num_experts)[0].to(torch.int32)
-    load = rows if counted is None else _load(topk_ids, counted, num_experts)
+    aux_loss = _balance(preferred, shares, padding, num_sequences)
+    rows, load = _rows_and_load(topk_ids, counted, padding, num_experts)
     return Routing(topk_ids.to(torch.int32), topk_weights, rows, aux_loss, load)
 
 
-def _count(ids: torch.Tensor, num_sequences: int, num_experts: int) -> torch.Tensor:
-    """[T, K] -> [sequences, E] fp32: how often each sequence's tokens chose each expert."""
+def _rows_and_load(
+    ids: torch.Tensor, counted: torch.Tensor | None, padding: torch.Tensor | None, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often tokens chose each expert, [E] int32: all of ``ids`` [T, K], and those that count and are no padding."""
+    rows = _count(ids, 1, num_experts)[0].to(torch.int32)
+    if counted is None and padding is None:
+        return rows, rows
+    counts = torch.ones(len(ids), dtype=torch.bool, device=ids.device) if counted is None else counted
+    if padding is not None:
+        counts = counts & ~padding
+    return rows, _count(ids, 1, num_experts, counts)[0].to(torch.int32)
+
+
+def _count(
+    ids: torch.Tensor, num_sequences: int, num_experts: int, counted: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[T, K] -> [sequences, E] fp32: how often tokens chose each expert, all or those that are ``counted`` [T] bool."""
     counts = torch.zeros(num_sequences, num_experts, dtype=torch.float32, device=ids.device)
     chosen = ids.reshape(num_sequences, -1)
-    return counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float32))
+    ones = torch.ones_like(chosen, dtype=torch.float32)
+    if counted is not None:
+        ones = counted[:, None].expand_as(ids).reshape(num_sequences, -1).float()
+    return counts.scatter_add_(1, chosen, ones)
 
 
-def _load(ids: torch.Tensor, counted: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """[T, K] and [T] bool -> [E] int32."""
-    load = torch.zeros(num_experts, dtype=torch.int32, device=ids.device)
-    return load.scatter_add_(0, ids.flatten(), counted[:, None].expand_as(ids).flatten().to(torch.int32))
-
-
-def _balance(counts: torch.Tensor, shares: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The load-balancing loss of counts [sequences, E] and the tokens' shares [T, E]."""
-    num_sequences, num_experts = counts.shape
+def _balance(ids: torch.Tensor, shares: torch.Tensor, padding: torch.Tensor | None, num_sequences: int) -> torch.Tensor:
+    """The load-balancing loss of the experts that tokens prefer, [T, K], and of their shares [T, E]."""
+    top_k, num_experts = ids.shape[1], shares.shape[1]
+    of_sequences = shares.view(num_sequences, -1, num_experts)
     # Relative load: 1 where an expert gets exactly its share.
-    load = counts * (num_experts * num_sequences / (max(shares.shape[0], 1) * top_k))
-    mean_shares = shares.view(num_sequences, -1, num_experts).mean(1)
+    if padding is None:
+        counts = _count(ids, num_sequences, num_experts)
+        load = counts * (num_experts * num_sequences / (max(shares.shape[0], 1) * top_k))
+        mean_shares = of_sequences.mean(1)
+    else:
+        is_text = ~padding
+        num_tokens = is_text.view(num_sequences, -1, 1).sum(1).clamp(min=1)  # [sequences, 1]
+        load = _count(ids, num_sequences, num_experts, is_text) * num_experts / (num_tokens * top_k)
+        mean_shares = of_sequences.where(is_text.view(num_sequences, -1, 1), 0.0).sum(1) / num_tokens
     return (load * mean_shares).sum(1).mean()
 
 

@@ -87,10 +87,11 @@ def _keep_best_groups(candidates, experts, group_size, GROUPS: tl.constexpr, TOP
 
 @triton.jit
 def _forward_kernel(
-    logits_ptr, bias_ptr, counted_ptr, ids_ptr, weights_ptr, counts_ptr, rows_ptr, partial_ptr,
+    logits_ptr, bias_ptr, counted_ptr, padding_ptr, ids_ptr, weights_ptr, counts_ptr, rows_ptr, partial_ptr,
     num_experts, sequence_length, row_stride, group_size, scaling,
     TOP_K: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMALIZE: tl.constexpr,
-    SIGMOID: tl.constexpr, ALL_COUNT: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+    SIGMOID: tl.constexpr, ALL_COUNT: tl.constexpr, PADDED: tl.constexpr,
+    TOKENS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
@@ -136,29 +137,43 @@ def _forward_kernel(
     tl.store(weights_ptr + rows * TOP_K + slots, weights, mask=slot_mask)
 
     in_tile = tl.sum(chosen, axis=0, keep_dims=True)
+    if SIGMOID or PADDED:
+        tl.atomic_add(rows_ptr + experts, in_tile, mask=is_expert)
+    is_text = is_token
+    if PADDED:
+        is_text = is_token & (tl.load(padding_ptr + rows, mask=is_token, other=1) == 0)
+        chosen = tl.where(is_text, chosen, 0)
+        in_tile = tl.sum(chosen, axis=0, keep_dims=True)
     if ALL_COUNT:
         load = in_tile
     else:
         is_counted = tl.load(counted_ptr + rows, mask=is_token, other=0) != 0
         load = tl.sum(tl.where(is_counted, chosen, 0), axis=0, keep_dims=True)
     if SIGMOID:
-        tl.atomic_add(rows_ptr + experts, in_tile, mask=is_expert)
         # The balance is of what the scores alone would choose.
-        in_tile = _count_best(scores, experts, num_experts, is_token, TOP_K)
+        in_tile = _count_best(scores, experts, num_experts, is_text, TOP_K)
         scores = scores / (tl.sum(tl.where(mask, scores, 0.0), axis=1, keep_dims=True) + 1e-20)
     if SIGMOID or not ALL_COUNT:
         tl.atomic_add(rows_ptr + num_experts + experts, load, mask=is_expert)
     tl.atomic_add(counts_ptr + sequence * num_experts + experts, in_tile, mask=is_expert)
     tile = sequence * tl.num_programs(1) + tl.program_id(1)
-    sums = tl.sum(tl.where(is_token, scores, 0.0), axis=0, keep_dims=True)
+    sums = tl.sum(tl.where(is_text, scores, 0.0), axis=0, keep_dims=True)
     tl.store(partial_ptr + tile.to(tl.int64) * num_experts + experts, sums, mask=is_expert)
+
+
+@triton.jit
+def _weighted_counts(counts, num_tokens):
+    """Counts [1, E] over the square of a sequence's ``num_tokens`` [1, 1] of text; zeros where it has none."""
+    divisor = tl.maximum(num_tokens, 1).to(tl.float32)
+    return counts.to(tl.float32) / (divisor * divisor)
 
 
 @triton.jit
 def _balance_kernel(
     counts_ptr, partial_ptr, rows_ptr, loss_ptr,
     num_experts, num_sequences, num_tiles, scale,
-    STORE_ROWS: tl.constexpr, STORE_LOAD: tl.constexpr, TILES: tl.constexpr, EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr, PADDED: tl.constexpr, STORE_ROWS: tl.constexpr, STORE_LOAD: tl.constexpr,
+    TILES: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """One program: counts over all sequences, and the auxiliary loss from the tiles' sums in a fixed order."""
     experts = tl.arange(0, EXPERTS)[None, :]
@@ -173,7 +188,11 @@ def _balance_kernel(
             sums += tl.load(partial_ptr + row * num_experts + experts, mask=(tiles < num_tiles) & is_expert, other=0.0)
         counts = tl.load(counts_ptr + sequence * num_experts + experts, mask=is_expert, other=0)
         total += counts
-        loss += counts.to(tl.float32) * tl.sum(sums, axis=0, keep_dims=True)
+        if PADDED:  # every token of text is counted TOP_K times
+            weights = _weighted_counts(counts, tl.sum(counts, axis=1, keep_dims=True) // TOP_K)
+        else:
+            weights = counts.to(tl.float32)
+        loss += weights * tl.sum(sums, axis=0, keep_dims=True)
     if STORE_ROWS:
         tl.store(rows_ptr + experts, total, mask=is_expert)
     if STORE_LOAD:
@@ -183,9 +202,9 @@ def _balance_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_weights_ptr, grad_loss_ptr, logits_ptr, ids_ptr, counts_ptr, grad_logits_ptr,
+    grad_weights_ptr, grad_loss_ptr, logits_ptr, ids_ptr, counts_ptr, padding_ptr, grad_logits_ptr,
     num_experts, sequence_length, row_stride, scaling, loss_scale,
-    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SIGMOID: tl.constexpr,
+    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, PADDED: tl.constexpr,
     TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
@@ -200,12 +219,19 @@ def _backward_kernel(
         scores = _softmax(logits_ptr, rows, experts, mask, row_stride)
 
     counts = tl.load(counts_ptr + sequence * num_experts + experts, mask=experts < num_experts, other=0)
-    load = counts.to(tl.float32) * (tl.load(grad_loss_ptr) * loss_scale)
+    if PADDED:
+        weights = _weighted_counts(counts, tl.sum(counts, axis=1, keep_dims=True) // TOP_K)
+    else:
+        weights = counts.to(tl.float32)
+    load = weights * (tl.load(grad_loss_ptr) * loss_scale)
     if SIGMOID:  # the loss is of the scores divided by their sum
         total = tl.sum(scores, axis=1, keep_dims=True) + 1e-20
         grad = (load - tl.sum(load * scores, axis=1, keep_dims=True) / total) / total
     else:
         grad = tl.broadcast_to(load, (TOKENS, EXPERTS))
+    if PADDED:
+        is_text = tl.load(padding_ptr + rows, mask=is_token, other=1) == 0
+        grad = tl.where(is_text, grad, 0.0)
     projection = tl.zeros((TOKENS, 1), dtype=tl.float32)
     chosen_sum = tl.zeros((TOKENS, 1), dtype=tl.float32) + 1e-20
     if NORMALIZE:
@@ -243,6 +269,7 @@ def forward(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
     counted: torch.Tensor | None,
+    padding: torch.Tensor | None,
     top_k: int,
     num_groups: int,
     top_k_groups: int,
@@ -260,34 +287,40 @@ def forward(
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     counts = torch.zeros(num_sequences, num_experts, dtype=torch.int32, device=device)
     partial = torch.empty(num_sequences * num_tiles, num_experts, dtype=torch.float32, device=device)
-    by_sigmoid, all_count = bias is not None, counted is None
-    rows = (torch.zeros if by_sigmoid or not all_count else torch.empty)(
-        2, num_experts, dtype=torch.int32, device=device
-    )
+    by_sigmoid, all_count, padded = bias is not None, counted is None, padding is not None
+    adds_rows, adds_load = by_sigmoid or padded, by_sigmoid or not all_count
+    rows = (torch.zeros if adds_rows or adds_load else torch.empty)(2, num_experts, dtype=torch.int32, device=device)
     loss = torch.empty((), dtype=torch.float32, device=device)
     if num_tokens:
         _forward_kernel[(num_sequences, num_tiles)](
-            logits, bias, None if counted is None else counted.view(torch.uint8), ids, weights, counts, rows, partial,
+            logits, bias, _as_bytes(counted), _as_bytes(padding), ids, weights, counts, rows, partial,
             num_experts, length, logits.stride(0), num_experts // num_groups, scaling,
             TOP_K=top_k, GROUPS=num_groups, TOP_GROUPS=top_k_groups, NORMALIZE=normalize,
-            SIGMOID=by_sigmoid, ALL_COUNT=all_count,
+            SIGMOID=by_sigmoid, ALL_COUNT=all_count, PADDED=padded,
             TOKENS=tokens, EXPERTS=experts, SLOTS=triton.next_power_of_2(top_k), num_warps=4,
         )  # fmt: skip
     _balance_kernel[(1,)](
         counts, partial, rows, loss,
-        num_experts, num_sequences, num_tiles, loss_scale(num_tokens, num_experts, top_k, num_sequences),
-        STORE_ROWS=not by_sigmoid, STORE_LOAD=not by_sigmoid and all_count,
+        num_experts, num_sequences, num_tiles, loss_scale(num_tokens, num_experts, top_k, num_sequences, padded),
+        TOP_K=top_k, PADDED=padded, STORE_ROWS=not adds_rows, STORE_LOAD=not adds_load,
         TILES=max(1, 4096 // experts), EXPERTS=experts, num_warps=8,
     )  # fmt: skip
     return ids, weights, rows, loss, counts
 
 
-def loss_scale(num_tokens: int, num_experts: int, top_k: int, num_sequences: int) -> float:
+def _as_bytes(marks: torch.Tensor | None) -> torch.Tensor | None:
+    return None if marks is None else marks.contiguous().view(torch.uint8)
+
+
+def loss_scale(num_tokens: int, num_experts: int, top_k: int, num_sequences: int, padded: bool) -> float:
     """What ``counts * sum of probabilities``, summed over experts and sequences, is multiplied by.
 
     The relative load is ``counts * E * sequences / (T * K)``, the mean probability the sum times ``sequences / T``, and
-    the loss the mean over sequences.
+    the loss the mean over sequences. Where they are padded, the kernels divide by the square of each one's own length
+    in the place of ``T / sequences``.
     """
+    if padded:
+        return num_experts / (num_sequences * top_k)
     return num_experts * num_sequences / (max(num_tokens, 1) ** 2 * top_k)
 
 
@@ -297,6 +330,7 @@ def backward(
     logits: torch.Tensor,
     ids: torch.Tensor,
     counts: torch.Tensor,
+    padding: torch.Tensor | None,
     normalize: bool,
     scaling: float,
     by_sigmoid: bool,
@@ -309,9 +343,10 @@ def backward(
     grad_logits = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=logits.device)
     if num_tokens:
         _backward_kernel[(num_sequences, triton.cdiv(length, tokens))](
-            grad_weights.contiguous(), grad_loss, logits, ids, counts, grad_logits,
+            grad_weights.contiguous(), grad_loss, logits, ids, counts, _as_bytes(padding), grad_logits,
             num_experts, length, logits.stride(0), scaling,
-            loss_scale(num_tokens, num_experts, top_k, num_sequences),
-            TOP_K=top_k, NORMALIZE=normalize, SIGMOID=by_sigmoid, TOKENS=tokens, EXPERTS=experts, num_warps=4,
+            loss_scale(num_tokens, num_experts, top_k, num_sequences, padding is not None),
+            TOP_K=top_k, NORMALIZE=normalize, SIGMOID=by_sigmoid, PADDED=padding is not None,
+            TOKENS=tokens, EXPERTS=experts, num_warps=4,
         )  # fmt: skip
     return grad_logits

@@ -31,7 +31,8 @@ class FeedForwardOutput(NamedTuple):
     aux_loss: torch.Tensor | None
     """Scalar fp32: the load-balancing loss by its published definition, not yet times ``aux_loss_alpha``."""
     tokens_per_expert: torch.Tensor | None
-    """[E] int32: routed rows each expert received; where the caller said which tokens count, rows of these."""
+    """[E] int32: routed rows each expert received; where the caller said which tokens count, or are padding, of those
+    that count and are none."""
 
 
 class GatedMLP(nn.Module):
@@ -49,7 +50,9 @@ class GatedMLP(nn.Module):
 class DenseFeedForward(GatedMLP):
     """The feed-forward of a layer without experts, with the interface of :class:`MixtureOfExperts`."""
 
-    def forward(self, x: torch.Tensor, counted: torch.Tensor | None = None) -> FeedForwardOutput:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, counted: torch.Tensor | None = None, padding: torch.Tensor | None = None
+    ) -> FeedForwardOutput:
         return FeedForwardOutput(super().forward(x), None, None)
 
 
@@ -77,14 +80,24 @@ class Router(nn.Module):
             self.choice_bias = before.to(self.choice_bias.device)
         return self
 
-    def forward(self, x: torch.Tensor, num_sequences: int, counted: torch.Tensor | None = None) -> Routing:
-        """Route x [T, H] of ``num_sequences`` equal sequences; ``counted`` [T] bool: the tokens that ``load`` is of."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        num_sequences: int,
+        counted: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+    ) -> Routing:
+        """Route x [T, H] of ``num_sequences`` equal sequences.
+
+        ``counted`` [T] bool: the tokens that ``load`` is of; ``padding`` [T] bool: those that no statistic is of.
+        """
         config = self.config
         logits = router_logits(x, self.weight)
         return route(
             logits if self.bias is None else logits + self.bias.float(),
             bias=self.choice_bias,
             counted=counted,
+            padding=padding,
             top_k=config.top_k,
             group_limited=config.limits_groups,
             num_groups=config.num_groups,
@@ -219,6 +232,10 @@ class RoutedExperts(nn.Module):
         return f"local_experts={self.gate_up.shape[0]}, ranks={self.dispatcher.num_ranks}"
 
 
+def _flattened(marks: torch.Tensor | None) -> torch.Tensor | None:
+    return None if marks is None else marks.flatten()
+
+
 class MixtureOfExperts(nn.Module):
     """Router, routed experts and shared experts of one layer."""
 
@@ -231,10 +248,16 @@ class MixtureOfExperts(nn.Module):
             width = config.num_shared_experts * config.expert_intermediate_size
             self.shared_experts = GatedMLP(config.hidden_size, width)
 
-    def forward(self, x: torch.Tensor, counted: torch.Tensor | None = None) -> FeedForwardOutput:
-        """[B, S, H] -> [B, S, H]; ``counted`` [B, S] bool: the tokens that ``tokens_per_expert`` counts, or all."""
+    def forward(
+        self, x: torch.Tensor, counted: torch.Tensor | None = None, padding: torch.Tensor | None = None
+    ) -> FeedForwardOutput:
+        """[B, S, H] -> [B, S, H].
+
+        ``counted`` [B, S] bool: the tokens that ``tokens_per_expert`` counts, or all; ``padding`` [B, S] bool: those
+        that neither it nor the auxiliary loss counts.
+        """
         flat = x.flatten(0, 1)  # [T, H]
-        routing = self.router(flat, x.shape[0], None if counted is None else counted.flatten())
+        routing = self.router(flat, x.shape[0], _flattened(counted), _flattened(padding))
         # A dispatcher between ranks computes the shared experts while it waits for the others.
         overlapped = None if self.shared_experts is None else partial(self.shared_experts, flat)
         hidden = self.experts(flat, routing, overlapped).view_as(x)

@@ -61,6 +61,20 @@ def test_padding_at_the_left_is_not_attended_to(tmp_path):
     assert batch.targets[1].tolist() == [-100, -100, 10, 11, 12, -100]
 
 
+def test_padding_is_what_the_attention_mask_leaves_out(tmp_path):
+    mask = np.ones_like(ROWS)
+    mask[1, :2] = mask[2, 3:] = 0
+    assert batch_of(opened(tmp_path, attention_mask=mask)).padding.tolist() == (mask == 0).tolist()
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "loss_mask"])
+def test_without_padding_batches_do_not_tell_of_any(tmp_path, name):
+    mask = np.ones_like(ROWS)
+    mask[2, 3:] = name == "attention_mask"  # what is not learned is text all the same
+    corpus = opened(tmp_path, **{name: mask})
+    assert not corpus.has_padding and batch_of(corpus).padding is None
+
+
 def test_positions_that_begin_again_start_a_document(tmp_path):
     positions = [[0, 1, 2, 3, 4, 5]] * 3 + [[0, 1, 0, 1, 2, 0]]
     batch = batch_of(opened(tmp_path, position_ids=positions))

@@ -85,7 +85,7 @@ class SlowCorpus:
 
     name = fingerprint = "slow"
     num_sequences, sequence_length, vocabulary_size, num_bytes = 4, 4, 10, 1 << 40
-    document_boundaries, notices = False, ()
+    document_boundaries, has_padding, notices = False, False, ()
     released = False
 
     def sequence(self, index):

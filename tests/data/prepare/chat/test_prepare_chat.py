@@ -13,6 +13,7 @@ import pytest
 from chat_templates import CONVERSATIONS, MARKED
 from moescale.data.batch import read_batch
 from moescale.data.corpus import NO_TARGET, open_corpus, verify
+from moescale.data.corpus.manifest import read_manifest
 from moescale.data.prepare import prepare
 from moescale.errors import DataError
 
@@ -110,6 +111,8 @@ def test_targets_are_the_answers_and_no_conversation_sees_another(settings, tmp_
     batch = read_batch(corpus, np.arange(corpus.num_sequences))
     starts, targets = batch.document_starts.numpy(), batch.targets.numpy()
     assert (targets[:, :-1][starts[:, 1:]] == NO_TARGET).all()
+    assert corpus.has_padding and (targets[batch.padding.numpy()] == NO_TARGET).all()
+    assert int(batch.padding.sum()) == read_manifest(tmp_path / "output").counts["train"].tokens_padding
     is_learned = targets[:, :-1] != NO_TARGET
     assert 0.2 < is_learned.mean() < 0.8
     assert (targets[:, :-1][is_learned] == batch.tokens.numpy()[:, 1:][is_learned]).all()
