@@ -14,6 +14,14 @@ MasterFormat = Literal["fp32", "bf16_remainder", "stochastic_bf16"]
 """What is kept of a bf16 weight's fp32 master: all of it, the 16 bits that bf16 rounds away, or nothing."""
 GradientFormat = Literal["fp32", "bf16"]
 
+PLANNED_MOMENTS: tuple[MomentFormat, ...] = ("fp32", "bf16", "int8")
+PLANNED_MASTERS: tuple[MasterFormat, ...] = ("fp32", "bf16_remainder", "stochastic_bf16")
+PLANNED_GRADIENTS: tuple[GradientFormat, ...] = ("fp32", "bf16")
+"""What the planner may choose, the most precise first: the formats that ``kernels.adamw`` can update, which a test
+compares with these. A format that is only declared above is not planned yet."""
+EXACT_MASTERS: tuple[MasterFormat, ...] = ("fp32", "bf16_remainder")
+"""Those that together with the bf16 weight are the fp32 master."""
+
 MOMENT_BLOCK = 128
 """Values of a row that share one fp32 scale in 8-bit moments."""
 

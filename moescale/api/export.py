@@ -28,6 +28,7 @@ from moescale.runtime.checkpoint import (
     verify,
 )
 from moescale.runtime.frozen import source_digest
+from moescale.runtime.session import COMPUTE_DTYPES
 
 _ADAPTERS = FileKind(noun="a checkpoint's adapters", error=CheckpointError, root="plan.lora")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -160,7 +161,7 @@ def _merged(
             "Export the adapters alone with --adapter"
         )
     state = read_training_state(checkpoint)
-    dtype = torch.bfloat16 if state["plan"]["compute_dtype"] == "bf16" else torch.float32
+    dtype = COMPUTE_DTYPES[state["plan"]["compute_dtype"]]
     base = FolderWeights(reference, config, dtype)
     digest, trained = source_digest(base), state["identity"].get("frozen weights")
     if digest != trained:

@@ -10,7 +10,16 @@ from typing import Any, get_args
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
-from moescale.formats import ComputeFormat, GradientFormat, MasterFormat, MomentFormat
+from moescale.formats import (
+    EXACT_MASTERS,
+    PLANNED_GRADIENTS,
+    PLANNED_MASTERS,
+    PLANNED_MOMENTS,
+    ComputeFormat,
+    GradientFormat,
+    MasterFormat,
+    MomentFormat,
+)
 from moescale.lora import LoraSettings
 from moescale.models.registry import family_of
 from moescale.plan import UNSUPPORTED_AXES, DenseSharding, LayerPlan, MeshShape
@@ -25,9 +34,9 @@ RECOMPUTE_CHOICES = ("none", "experts", "block")
 
 VALUES: Mapping[str, tuple[str, ...]] = {
     "dense_sharding": get_args(DenseSharding),
-    "optimizer_state_dtype": get_args(MomentFormat),
-    "master_weight_format": get_args(MasterFormat),
-    "gradient_dtype": get_args(GradientFormat),
+    "optimizer_state_dtype": PLANNED_MOMENTS,
+    "master_weight_format": PLANNED_MASTERS,
+    "gradient_dtype": PLANNED_GRADIENTS,
     "offload_optimizer": ("true", "false"),
 }
 """What such a decision can be, as it is written in ``--pin name=value``; all others are whole numbers."""
@@ -247,15 +256,15 @@ def layer_plan(kind: str, recompute: str, reshard: bool) -> LayerPlan:
 
 def format_choices(request: PlanRequest) -> list[Formats]:
     """Every combination of formats the request allows; exact ones first."""
-    masters: tuple[MasterFormat, ...] = get_args(MasterFormat)
-    gradients: tuple[GradientFormat, ...] = get_args(GradientFormat)
-    moment_formats: tuple[MomentFormat, ...] = get_args(MomentFormat)
+    masters: tuple[MasterFormat, ...] = PLANNED_MASTERS
+    gradients: tuple[GradientFormat, ...] = PLANNED_GRADIENTS
+    moment_formats: tuple[MomentFormat, ...] = PLANNED_MOMENTS
     if request.lora is not None:
         masters, gradients, moment_formats = ("fp32",), ("fp32",), ("fp32",)
     elif request.compute_dtype == "fp32":
         masters, gradients = ("fp32",), ("fp32",)
     elif request.exact_weights and "master_weight_format" not in request.pins:
-        masters = ("fp32", "bf16_remainder")
+        masters = EXACT_MASTERS
     return [
         Formats(
             optimizer_state_dtype=moments,

@@ -83,7 +83,7 @@ READERS: dict[str, tuple[str, ...] | str] = {
     "data/prepare/table_process.py:serve": OWN,
     "data/prepare/file_kinds.py:columns_of": ("chat.parquet", "chat.arrow"),
     "data/prepare/sources.py:_columns_of": ("chat.jsonl",),
-    "data/prepare/table_records.py:_batches": ("chat.parquet",),
+    "data/prepare/table_records.py:_parquet_batches": ("chat.parquet",),
     "data/prepare/table_records.py:_opened": ("chat.arrow",),
     "data/prepare/tables.py:arrow_texts": ("a.arrow",),
     "data/prepare/tables.py:parquet_texts": ("a.parquet",),

@@ -17,6 +17,7 @@ import pytest
 
 from gloo_ranks import GlooRanks
 from moescale.errors import ConfigError
+from moescale.formats import PLANNED_GRADIENTS, PLANNED_MASTERS, PLANNED_MOMENTS
 from moescale.plan import MeshShape, ParallelPlan
 from moescale.planner.cluster import load_cluster
 from moescale.planner.request import RECOMPUTE_CHOICES, PlanRequest
@@ -36,9 +37,9 @@ WISHES: dict[str, tuple[object, ...]] = {
     "moe_recompute": RECOMPUTE_CHOICES,
     "dense_reshard": ("true", "false"),
     "moe_reshard": ("true", "false"),
-    "optimizer_state_dtype": ("fp32", "bf16", "int8"),
-    "gradient_dtype": ("fp32", "bf16"),
-    "master_weight_format": ("fp32", "bf16_remainder", "stochastic_bf16"),
+    "optimizer_state_dtype": PLANNED_MOMENTS,
+    "gradient_dtype": PLANNED_GRADIENTS,
+    "master_weight_format": PLANNED_MASTERS,
     "micro_batch_sequences": (1, 2, 4),
     "ep": (1, 2, 4, 8),
     "dp_replicate": (1, 2, 4),
@@ -185,11 +186,11 @@ def test_the_compiled_plans_are_of_many_kinds():
     assert sum(plan.mesh.ep > 1 for plan in plans) >= 5
     assert sum(plan.mesh.dp_replicate > 1 for plan in plans) >= 5
     assert any(mesh.ep > 1 and mesh.dp_shard > mesh.ep and mesh.dp_replicate > 1 for mesh in meshes)
-    for name in (
-        *("compute_dtype", "optimizer_state_dtype", "master_weight_format", "gradient_dtype"),
-        "dense_sharding",
-    ):
+    for name in ("compute_dtype", "dense_sharding"):
         formats = typing.get_args(typing.get_type_hints(ParallelPlan)[name])
+        assert {getattr(plan, name) for plan in plans} == set(formats), name
+    for name in ("optimizer_state_dtype", "master_weight_format", "gradient_dtype"):
+        formats = WISHES[name]
         assert {getattr(plan, name) for plan in plans} == set(formats), name
     assert {plan.layer("dense").recompute for plan in plans} == {"none", "block"}
     assert {plan.layer("moe").recompute for plan in plans} == {"none", ("experts",), "block"}

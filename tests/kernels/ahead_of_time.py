@@ -62,7 +62,7 @@ def record_launches(call: Callable[[], object]) -> list[Launch]:
 
 def call_every_operator() -> None:
     """Each operator's kernels at the shapes of DeepSeek-Coder-V2-Lite in bf16, and its variants."""
-    from moescale.kernels.adamw import AdamWHyperparameters, init_adamw_state
+    from moescale.kernels.adamw import MASTERS, MOMENT_DTYPES, AdamWHyperparameters, init_adamw_state
     from moescale.kernels.adamw import triton as adamw
     from moescale.kernels.cross_entropy import triton as cross_entropy
     from moescale.kernels.experts import triton as experts
@@ -116,8 +116,8 @@ def call_every_operator() -> None:
     hyperparameters = AdamWHyperparameters(
         learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, num_updates=2
     )
-    for moments in ("fp32", "bf16", "int8"):
-        for master in ("fp32", "bf16_remainder", "stochastic_bf16"):
+    for moments in MOMENT_DTYPES:
+        for master in MASTERS:
             for shape in ((8, 256), (6, 200)):
                 parameter = empty(*shape)
                 state = init_adamw_state(parameter, moments, master)

@@ -15,7 +15,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor its own alloc
 
 import torch
 
-from moescale.kernels.adamw import AdamWHyperparameters, adamw_update, init_adamw_state
+from moescale.kernels.adamw import MASTERS, MOMENT_DTYPES, AdamWHyperparameters, adamw_update, init_adamw_state
 from moescale.kernels.attention import Documents, attention
 from moescale.kernels.cross_entropy import linear_cross_entropy
 from moescale.kernels.experts import experts
@@ -104,8 +104,8 @@ def check_cross_entropy() -> None:
 
 
 def check_adamw() -> None:
-    for moments in ("fp32", "bf16", "int8"):
-        for master in ("fp32", "bf16_remainder", "stochastic_bf16"):
+    for moments in MOMENT_DTYPES:
+        for master in MASTERS:
             for shape in ((1,), (3, 72), (5, 130, 129)):
                 weight, gradient = (torch.randn(shape, device="cuda").bfloat16() for _ in range(2))
                 state = init_adamw_state(weight, moments, master)

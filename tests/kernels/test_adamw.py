@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from moescale.kernels.adamw import (
+    MASTERS,
+    MOMENT_DTYPES,
     AdamWHyperparameters,
     adamw_update,
     init_adamw_state,
@@ -17,8 +19,7 @@ from moescale.kernels.adamw.reference import random_bits
 from moescale.kernels.backends import KernelInputError
 
 ONE = torch.ones(())
-MOMENTS = ("fp32", "bf16", "int8")
-MASTERS = ("fp32", "bf16_remainder", "stochastic_bf16")
+MOMENTS = tuple(MOMENT_DTYPES)
 
 
 def hyperparameters(num_updates: int = 1, **overrides) -> AdamWHyperparameters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError
+from moescale.formats import EXACT_MASTERS, PLANNED_GRADIENTS, PLANNED_MASTERS, PLANNED_MOMENTS
 from moescale.plan import LayerPlan, MeshShape, ParallelPlan
 from moescale.planner.cluster import Cluster, Link, load_cluster
 from moescale.planner.cost import CostModel
@@ -21,9 +22,6 @@ from moescale.planner.request import (
     Candidate,
     DenseSharding,
     Formats,
-    GradientFormat,
-    MasterFormat,
-    MomentFormat,
     PlanRequest,
     decision_text,
 )
@@ -67,9 +65,9 @@ def problems(draw: st.DrawFn) -> Problem:
     length = draw(st.sampled_from([32, 128]))
     # Two decisions at least are pinned, or the naive enumeration takes minutes.
     choices = {
-        "gradient_dtype": get_args(GradientFormat),
-        "optimizer_state_dtype": get_args(MomentFormat),
-        "master_weight_format": get_args(MasterFormat)[:2],
+        "gradient_dtype": PLANNED_GRADIENTS,
+        "optimizer_state_dtype": PLANNED_MOMENTS,
+        "master_weight_format": EXACT_MASTERS,
         "moe_recompute": ("none", "block"),
         "micro_batch_sequences": ("1", "2"),
     }
@@ -185,7 +183,7 @@ def every_format() -> list[Formats]:
             offload_optimizer=offload,
         )
         for moments, master, gradient, offload in itertools.product(
-            get_args(MomentFormat), get_args(MasterFormat), get_args(GradientFormat), (False, True)
+            PLANNED_MOMENTS, PLANNED_MASTERS, PLANNED_GRADIENTS, (False, True)
         )
     ]
 

@@ -15,6 +15,8 @@ from moescale.errors import DataError
 DOCUMENT, LINES, ARRAY, CSV, TSV, PARQUET, ARROW = "text", "JSON Lines", "JSON array", "CSV", "TSV", "Parquet", "Arrow"
 RECORDS = frozenset({LINES, ARRAY, CSV, TSV, PARQUET, ARROW})
 """Kinds of which a field or column holds the documents."""
+TABLES = frozenset({PARQUET, ARROW})
+"""Those of them that a process of its own reads (``table_process``)."""
 _KINDS = {
     ".jsonl": LINES,
     ".ndjson": LINES,

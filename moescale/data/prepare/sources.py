@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,18 @@ from moescale.data.prepare.discovery import (
     find_files,
     is_pattern,
 )
-from moescale.data.prepare.file_kinds import ARRAY, ARROW, CSV, DOCUMENT, LINES, PARQUET, RECORDS, TSV, columns_of
+from moescale.data.prepare.file_kinds import (
+    ARRAY,
+    ARROW,
+    CSV,
+    DOCUMENT,
+    LINES,
+    PARQUET,
+    RECORDS,
+    TABLES,
+    TSV,
+    columns_of,
+)
 from moescale.data.prepare.readers import line_chunks, long_document, record_chunks, row_chunks
 from moescale.data.prepare.record_files import array_elements, csv_records, csv_texts
 from moescale.data.prepare.settings import DEFAULT_TEXT_COLUMN, PrepareSettings
@@ -110,13 +121,13 @@ class LocalSource:
 
     @property
     def num_bytes(self) -> int | None:
-        if any(file.kind in (PARQUET, ARROW) or compression_of(file.path) for file in self.files):
+        if any(file.kind in TABLES or compression_of(file.path) for file in self.files):
             return None
         return sum(file.num_bytes for file in self.files)
 
     @property
     def has_tables(self) -> bool:
-        return any(file.kind in (PARQUET, ARROW) for file in self.files)
+        return any(file.kind in TABLES for file in self.files)
 
     @property
     def window_bytes(self) -> int:
@@ -145,7 +156,7 @@ class LocalSource:
             if pending:
                 yield WholeFiles(paths=pending)
                 pending, pending_bytes = [], 0
-            if file.kind in RECORDS:
+            if file.kind != DOCUMENT:
                 yield from self._records(file, chunk_bytes, most_bytes, tables)
             elif is_long:
                 yield long_document(str(file.path), file.num_bytes)
@@ -153,26 +164,62 @@ class LocalSource:
             yield WholeFiles(paths=pending)
 
     def _records(self, file: SourceFile, chunk_bytes: int, most_bytes: int, tables: TableReader) -> Iterator[Chunk]:
-        path = str(file.path)
-        if file.kind == LINES:
-            yield from line_chunks(path, file.num_bytes, chunk_bytes, most_bytes)
-        elif file.kind == ARRAY:
-            yield from record_chunks(path, array_elements(path, most_bytes), chunk_bytes)
-        elif file.kind in (CSV, TSV):
-            column = self.text_column
-            texts = csv_records(path, most_bytes) if column is None else csv_texts(path, column, most_bytes)
-            yield from row_chunks(path, texts, chunk_bytes, most_bytes)
-        else:
-            request = TableRequest(
-                path=path,
-                is_parquet=file.kind == PARQUET,
-                column=self.text_column,
-                chunk_bytes=chunk_bytes,
-                memory_bytes=self.memory_bytes,
-                most_bytes=most_bytes,
+        reader = _RECORD_READERS.get(file.kind)
+        if reader is None:
+            raise DataError(
+                f"{file.path}: files of kind {file.kind} have no reader; known are {', '.join(_RECORD_READERS)}"
             )
-            for content in tables.read(request):
-                yield PickledRows(path=path, content=content)
+        limits = _Limits(chunk_bytes=chunk_bytes, most_bytes=most_bytes, memory_bytes=self.memory_bytes)
+        yield from reader(file, self.text_column, limits, tables)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Limits:
+    """Of a chunk's texts, of one text, and of the memory that reading may take."""
+
+    chunk_bytes: int
+    most_bytes: int
+    memory_bytes: int
+
+
+def _line_records(file: SourceFile, column: str | None, limits: _Limits, tables: TableReader) -> Iterator[Chunk]:
+    return line_chunks(str(file.path), file.num_bytes, limits.chunk_bytes, limits.most_bytes)
+
+
+def _array_records(file: SourceFile, column: str | None, limits: _Limits, tables: TableReader) -> Iterator[Chunk]:
+    path = str(file.path)
+    return record_chunks(path, array_elements(path, limits.most_bytes), limits.chunk_bytes)
+
+
+def _csv_records(file: SourceFile, column: str | None, limits: _Limits, tables: TableReader) -> Iterator[Chunk]:
+    path = str(file.path)
+    texts = csv_records(path, limits.most_bytes) if column is None else csv_texts(path, column, limits.most_bytes)
+    return row_chunks(path, texts, limits.chunk_bytes, limits.most_bytes)
+
+
+def _table_records(file: SourceFile, column: str | None, limits: _Limits, tables: TableReader) -> Iterator[Chunk]:
+    path = str(file.path)
+    request = TableRequest(
+        path=path,
+        kind=file.kind,
+        column=column,
+        chunk_bytes=limits.chunk_bytes,
+        memory_bytes=limits.memory_bytes,
+        most_bytes=limits.most_bytes,
+    )
+    for content in tables.read(request):
+        yield PickledRows(path=path, content=content)
+
+
+_RECORD_READERS: dict[str, Callable[[SourceFile, str | None, _Limits, TableReader], Iterator[Chunk]]] = {
+    LINES: _line_records,
+    ARRAY: _array_records,
+    CSV: _csv_records,
+    TSV: _csv_records,
+    PARQUET: _table_records,
+    ARROW: _table_records,
+}
+"""By kind of file: the text column's values, or whole records where there is none (conversations)."""
 
 
 @dataclass(kw_only=True)
@@ -296,11 +343,11 @@ def _are_conversations(names: Sequence[str], settings: PrepareSettings) -> bool:
 
 
 def _columns_of(file: SourceFile, tables: TableReader, settings: PrepareSettings) -> list[str]:
-    if file.kind not in (PARQUET, ARROW):
+    if file.kind not in TABLES:
         return columns_of(file.path, file.kind)
     request = TableRequest(
         path=str(file.path),
-        is_parquet=file.kind == PARQUET,
+        kind=file.kind,
         column=COLUMN_NAMES,
         chunk_bytes=1 << 16,
         memory_bytes=int(settings.memory_gigabytes * 1e9),

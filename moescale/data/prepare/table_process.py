@@ -27,7 +27,8 @@ _START = "import sys; sys.path[:] = {path!r}; from moescale.data.prepare.table_p
 
 class TableRequest(NamedTuple):
     path: str
-    is_parquet: bool
+    kind: str
+    """One of ``file_kinds.TABLES``."""
     column: str | None
     """None: the columns of conversations, as JSON objects."""
     chunk_bytes: int
@@ -90,7 +91,7 @@ class TableReader:
         except (BrokenPipeError, EOFError):
             status = self._end()
             raise DataError(
-                f"{request.path} cannot be read as {'Parquet' if request.is_parquet else 'Arrow'}: it ended the "
+                f"{request.path} cannot be read as {request.kind}: it ended the "
                 f"process that read it ({_ending(status)}); it is damaged, or takes more memory than "
                 "there is"
             ) from None
@@ -141,8 +142,7 @@ def serve() -> None:
         except BrokenPipeError:
             return
         except Exception as error:  # whatever the library raises for what it did not expect, such as SystemError
-            kind = "Parquet" if request.is_parquet else "Arrow"
-            text = f"{request.path} cannot be read as {kind}: {error}; it is damaged"
+            text = f"{request.path} cannot be read as {request.kind}: {error}; it is damaged"
             _send(answers, _ERROR, text.encode(errors="surrogatepass"))
 
 
@@ -160,18 +160,15 @@ def _limit_memory(num_bytes: int) -> None:
 
 
 def _answer(request: TableRequest, answers: IO[bytes]) -> None:
-    from moescale.data.prepare.table_records import table_columns, table_records
-    from moescale.data.prepare.tables import arrow_texts, parquet_texts
+    from moescale.data.prepare.table_records import table_columns, table_records, table_texts
 
     texts: Iterable[str | bytes | None]
     if request.column == COLUMN_NAMES:
-        texts = table_columns(request.path, is_parquet=request.is_parquet)
+        texts = table_columns(request.path, request.kind)
     elif request.column is None:
-        texts = table_records(request.path, is_parquet=request.is_parquet, memory_bytes=request.memory_bytes // 4)
-    elif request.is_parquet:
-        texts = parquet_texts(request.path, request.column, request.memory_bytes // 4)
+        texts = table_records(request.path, request.kind, memory_bytes=request.memory_bytes // 4)
     else:
-        texts = arrow_texts(request.path, request.column)
+        texts = table_texts(request.path, request.kind, request.column, memory_bytes=request.memory_bytes // 4)
     pending: list[str | bytes | None] = []
     size = 0
     for text in _bounded(texts, request):

@@ -20,6 +20,8 @@ import torch
 from moescale.kernels.adamw import reference
 from moescale.kernels.adamw.state import (
     BLOCK,
+    MASTERS,
+    MOMENT_DTYPES,
     AdamWHyperparameters,
     AdamWState,
     init_adamw_state,
@@ -31,6 +33,8 @@ from moescale.kernels.backends import KernelInputError, choose_backend
 
 __all__ = [
     "BLOCK",
+    "MASTERS",
+    "MOMENT_DTYPES",
     "AdamWHyperparameters",
     "AdamWState",
     "adamw_update",

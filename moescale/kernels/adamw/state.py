@@ -10,6 +10,14 @@ from moescale.formats import MOMENT_BLOCK, MasterFormat, MomentFormat
 from moescale.kernels.backends import KernelInputError
 
 BLOCK = MOMENT_BLOCK
+MOMENT_DTYPES: dict[MomentFormat, tuple[torch.dtype, torch.dtype]] = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "int8": (torch.int8, torch.uint8),
+}
+"""First and second moment in each format that there is an update for."""
+MASTERS: tuple[MasterFormat, ...] = ("fp32", "bf16_remainder", "stochastic_bf16")
+"""Formats of master weights that there is an update for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +64,10 @@ def init_adamw_state(parameter: torch.Tensor, moments: MomentFormat, master: Mas
         raise KernelInputError(f"adamw: parameter has dtype {parameter.dtype}; it must be float32 or bfloat16")
     if parameter.dim() < 2:
         moments = "fp32"
-    dtypes = {
-        "fp32": (torch.float32, torch.float32),
-        "bf16": (torch.bfloat16, torch.bfloat16),
-        "int8": (torch.int8, torch.uint8),
-    }
-    first, second = dtypes[moments]
+    for name, value, known in (("moments", moments, MOMENT_DTYPES), ("master", master, MASTERS)):
+        if value not in known:
+            raise KernelInputError(f"adamw: {name} ('{value}') must be one of {', '.join(known)}")
+    first, second = MOMENT_DTYPES[moments]
     scales: list[torch.Tensor | None] = [None, None]
     if moments == "int8":
         shape = (*parameter.shape[:-1], -(-parameter.shape[-1] // BLOCK))

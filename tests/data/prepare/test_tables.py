@@ -48,7 +48,7 @@ def written(path: Path, kind: str) -> Path:
 
 
 def read_in_process(reader: TableReader, path: Path, kind: str, column: str = "text", memory_bytes=1 << 30) -> list:
-    request = TableRequest(str(path), kind == "parquet", column, 1 << 16, memory_bytes, 1 << 30)
+    request = TableRequest(str(path), kind.capitalize(), column, 1 << 16, memory_bytes, 1 << 30)
     return [text for content in reader.read(request) for text in pickle.loads(content)]
 
 
@@ -78,7 +78,7 @@ def test_a_reader_that_dies_is_an_error_that_names_the_file_and_the_next_table_i
     long_texts = ["x" * 20_000] * 200  # more than a pipe holds
     path = write(tmp_path / "x.parquet", "parquet", long_texts)
     with TableReader() as reader:
-        texts = reader.read(TableRequest(str(path), True, "text", 100, 1 << 30, 1 << 30))
+        texts = reader.read(TableRequest(str(path), "Parquet", "text", 100, 1 << 30, 1 << 30))
         next(texts)
         os.kill(reader._process.pid, signal.SIGSEGV)
         with pytest.raises(DataError, match=r"x.parquet cannot be read as Parquet: it ended the process .*SIGSEGV"):
