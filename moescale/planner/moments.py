@@ -157,6 +157,8 @@ class Moments:
             inside = self.bytes.operator_buffers(plans, dims, mesh)
         layers = int(is_last) if name == "block" else kind.count  # a block recomputes its rows in its own backward
         for moment, breakdown in moments.items():
+            if f"activations {kind.name}" not in breakdown:  # the backward has passed these layers
+                continue
             given_back = is_last and moment == "backward of the last layers" and name != "block"
             own = layers - 1 if given_back else layers
             breakdown[f"activations {kind.name}"] += own * more

@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moescale.config import ModelConfig
+from moescale.convert.hf_config import read_model_config
 from moescale.errors import ConfigError
 from moescale.formats import EXACT_MASTERS, PLANNED_GRADIENTS, PLANNED_MASTERS, PLANNED_MOMENTS
-from moescale.plan import LayerPlan, MeshShape, ParallelPlan
+from moescale.lora import parse_lora
+from moescale.plan import UNSUPPORTED_AXES, LayerPlan, MeshShape, ParallelPlan
 from moescale.planner.cluster import Cluster, Link, load_cluster
 from moescale.planner.cost import CostModel
 from moescale.planner.explain import alternative_text, explain_html, explain_json, explain_text
@@ -406,3 +408,30 @@ def test_where_nothing_fits_the_plan_is_refused_and_the_nearest_miss_named() -> 
         ConfigError, match=r"no plan fits 59\.6 GiB per GPU .*the nearest exceeds GPU memory by \d+\.\d GiB"
     ):
         result.plan()
+
+
+def test_adapters_are_planned_where_experts_lie_on_several_ranks_and_dense_blocks_are_recomputed():
+    """Then memory has a moment at which the routed layers' activations are gone."""
+    request = PlanRequest(
+        runtime_gpus=8,
+        tokens_per_step=1024,
+        sequence_length=64,
+        lora=parse_lora("rank=4,alpha=8,targets=attention+experts"),
+        pins={"ep": "8", "dense_sharding": "zero1", "dense_recompute": "block"},
+    )
+    found = compile_plan(read_model_config("tiny"), H100, request).best
+    assert found is not None and found.candidate.mesh.ep == 8
+
+
+@pytest.mark.parametrize("axis", ["pp", "cp", "tp"])
+def test_an_axis_that_this_version_runs_is_searched_without_asking(monkeypatch, axis):
+    others = tuple(other for other in UNSUPPORTED_AXES if other != axis)
+    for module in ("moescale.plan", "moescale.planner.search", "moescale.planner.request"):
+        monkeypatch.setattr(f"{module}.UNSUPPORTED_AXES", others)
+    request = PlanRequest(runtime_gpus=4, tokens_per_step=512, sequence_length=64, pins={axis: "2"})
+    result = compile_plan(read_model_config("tiny"), H100, request)
+    assert result.best is not None and result.best.supported
+    assert getattr(result.best.candidate.mesh, axis) == 2 and result.best.candidate.dense_sharding == "fsdp"
+    free = compile_plan(read_model_config("tiny"), H100, dataclasses.replace(request, pins={}))
+    without = dataclasses.replace(request, pins={}, forbidden=frozenset({(axis, "2"), (axis, "4")}))
+    assert free.num_candidates > compile_plan(read_model_config("tiny"), H100, without).num_candidates
