@@ -49,6 +49,7 @@ def prepare_corpus(folder: Path, sequence_length: int) -> Path:
     (folder / "tokenizer").mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     options = ("--sequence-length", sequence_length, "--end-token", "<|end|>", "--json")
+    options += ("--exclude", "site-packages", "--exclude", "dist-packages")  # whatever else is installed
     where = ("--source", sources, "--tokenizer", folder / "tokenizer", "--output", folder / "corpus")
     subprocess.run(moescale("prepare", *where, *options), check=True, stdout=subprocess.DEVNULL)
     return folder / "corpus"

@@ -19,7 +19,7 @@ RECORDS = (
     *("run.json", "metrics.jsonl", "state.json", "dataset_dict.json", "saved state.json", "listed dataset.json"),
     *("tokenizer_config.json", "added_tokens.json", "launch table"),
     *("adapter_config.json", "reported run.json", "expert_load.jsonl", "warnings.jsonl", "kernels.json"),
-    "run-id",
+    *("run-id", "experts.json", "step.json"),
 )
 """Files of records, damaged in test_damaged_records.py."""
 SOURCES = (

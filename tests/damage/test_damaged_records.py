@@ -40,6 +40,7 @@ from moescale.report.observers.json_lines import METRICS_FILE, keep_records
 from moescale.report.observers.wandb import _identifier
 from moescale.runtime import checkpoint as checkpoints
 from moescale.tools.profile_table import read_profile
+from moescale.tools.reference_table.rows import _measured_experts, _measured_steps
 from moescale.tools.report.page import described, summarized
 from moescale.tools.report.run_data import read_run
 
@@ -132,6 +133,16 @@ def readers(tmp_path_factory, adapter_folder, run_folder, stdlib_corpus, model_f
         for path in splits_of(saved_folder).values():
             open_saved_dataset(path)
 
+    results_folder = folder / "results"
+    (results_folder / "h200").mkdir(parents=True)
+    experts_row = {"scope": "mlp", "routing": "uniform", "backend": "triton", "tokens": 8192, "num_experts": 64}
+    experts_row |= {"top_k": 6, "forward_ms": 1.5, "backward_ms": 3.0}
+    (results_folder / "experts.json").write_text(json.dumps({"gpu": "NVIDIA H200", "rows": [experts_row]}))
+    (results_folder / "h200" / "step.json").write_text('{"tokens_per_second": 31000.0, "gpu": "NVIDIA H200"}')
+
+    def read_steps() -> None:
+        list(_measured_steps(results_folder))
+
     wanted = Wanted(text_column="text", split=None, include=(), exclude=(), output=folder / "out")
     added_tokens_folder = folder / "tokenizer"
     added_tokens_folder.mkdir()
@@ -177,6 +188,12 @@ def readers(tmp_path_factory, adapter_folder, run_folder, stdlib_corpus, model_f
         "kernels.json": Reader(
             path=folder / "kernels.json", read=lambda: read_profile(folder / "kernels.json"), free=r"device|.*\.name"
         ),
+        "experts.json": Reader(
+            path=results_folder / "experts.json",
+            read=lambda: _measured_experts(results_folder / "experts.json", results_folder),
+            free=r"gpu|rows\[0\]\.(scope|routing|backend)",
+        ),
+        "step.json": Reader(path=results_folder / "h200" / "step.json", read=read_steps, free="gpu"),
         "run-id": Reader(path=folder / "run-id", read=lambda: _identifier(folder / "run-id", is_resumed=True)),
         "metrics.jsonl": Reader(path=run_folder / METRICS_FILE, read=read_metrics, num_values=0),
         "state.json": Reader(
