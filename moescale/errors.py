@@ -48,8 +48,13 @@ class Preempted(MoescaleError):
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string.
+
+    The first known name that continues ``name`` after a hyphen counts as the closest: ``h100-sxm`` for ``h100``.
+    """
+    known = list(known)
+    continuations = [other for other in known if name and other.startswith(f"{name}-")]
+    matches = continuations or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 

@@ -55,6 +55,11 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
         load_cluster("h100-smx")
 
 
+def test_the_beginning_of_a_name_leads_to_the_name_and_not_to_one_spelt_alike() -> None:
+    with pytest.raises(ConfigError, match=r"cluster 'h100' is not known; .*did you mean 'h100-sxm'"):
+        load_cluster("h100")
+
+
 def test_a_file_that_is_not_there_or_no_toml_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none.toml: missing"):
         load_cluster(str(tmp_path / "none.toml"))
