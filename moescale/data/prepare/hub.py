@@ -71,8 +71,8 @@ def open_hub_dataset(name: str, *, text_column: str, split: str, format: str | N
         import datasets
     except ImportError as error:
         raise DataError(
-            f"source '{name}' is not a local path, and reading it from the hub needs the `datasets` library; "
-            "install it with `pip install 'moescale[hub]'`"
+            f"source '{name}' is not a local path; check its spelling. If it is a dataset on the hub, reading it needs "
+            "the `datasets` library: `pip install 'moescale[hub]'`"
         ) from error
     try:
         revision, dataset = _load(datasets.load_dataset, name, split)

@@ -88,9 +88,9 @@ def test_a_missing_column_is_named(hub, settings):
         prepare(settings("someone/stories", text_column="txt"), progress=False)
 
 
-def test_without_the_library_the_extra_is_named(settings, monkeypatch):
+def test_without_the_library_the_spelling_and_the_extra_are_named(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'moescale\[hub\]'"):
+    with pytest.raises(DataError, match=r"check its spelling.*pip install 'moescale\[hub\]'"):
         prepare(settings("someone/stories"), progress=False)
 
 
