@@ -14,7 +14,10 @@ import torch
 if not torch.cuda.is_available():
     # Kernels then run in Triton's interpreter. It is asked for when a kernel is defined, so before any test runs.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.set_num_threads(1)  # tests run in parallel processes; bit-equality must not depend on the thread count
+# Tests run in parallel processes: two threads of each on a busy core wait for each other, and a run that takes 6 s takes
+# 70. Nor may bit-equality depend on the number of threads.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send and must survive.
 signal.signal(signal.SIGINT, signal.default_int_handler)

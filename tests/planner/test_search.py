@@ -255,6 +255,7 @@ def test_the_plan_is_that_of_trying_every_combination(problem: Problem) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(SLOW)
 @given(problems())
 def test_the_plan_is_that_of_trying_every_combination_of_many_problems(problem: Problem) -> None:
@@ -275,6 +276,7 @@ def test_more_memory_faster_links_and_kernels_never_give_a_slower_plan(problem: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(SLOW)
 @given(problems(), st.sampled_from(BETTER))
 def test_of_many_problems_none_has_a_slower_plan_where_the_machine_is_better(problem: Problem, what: str) -> None:
