@@ -14,8 +14,8 @@ import torch
 if not torch.cuda.is_available():
     # Kernels then run in Triton's interpreter. It is asked for when a kernel is defined, so before any test runs.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Tests run in parallel processes: two threads of each on a busy core wait for each other, and a run that takes 6 s takes
-# 70. Nor may bit-equality depend on the number of threads.
+# Tests run in parallel processes: two threads of each on a busy core wait for each other, and a run of 6 s takes 70.
+# Nor may bit-equality depend on the number of threads.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
