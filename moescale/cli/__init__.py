@@ -16,7 +16,8 @@ from moescale import __version__
 from moescale.environment import prefer_expandable_segments
 from moescale.errors import ConfigError, MoescaleError, Preempted, nearest, printable
 from moescale.files import remedy
-from moescale.records import FileKind, read_toml, show
+from moescale.records import FileKind, read_toml
+from moescale.records import show as show_value  # `show` is a module of this package, too
 from moescale.user_values import parse_size
 
 app = App(
@@ -76,10 +77,10 @@ def _check_tables(document: dict[str, Any], path: Path) -> None:
     tables = ", ".join(f"[{name}]" for name in _COMMANDS)
     for name, value in document.items():
         if not isinstance(value, dict) and name in _COMMANDS:
-            raise ConfigError(f"{path}: '{name}' ({show(value)}) must be a table, written [{name}]")
+            raise ConfigError(f"{path}: '{name}' ({show_value(value)}) must be a table, written [{name}]")
         if not isinstance(value, dict):
             raise ConfigError(
-                f"{path}: key '{name}' ({show(value)}) is outside the tables; put it under one of {tables}"
+                f"{path}: key '{name}' ({show_value(value)}) is outside the tables; put it under one of {tables}"
             )
         if name not in _COMMANDS:
             raise ConfigError(

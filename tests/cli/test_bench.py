@@ -70,7 +70,7 @@ def test_the_references_table_goes_to_the_terminal_a_file_and_a_picture_without_
     text = capsys.readouterr().out
     assert "Grouped GEMMs: the routed experts of one layer" in text and "prediction and limit: cluster h100-sxm" in text
     document = json.loads((tmp_path / "table.json").read_text())
-    assert document["cluster"] == "h100-sxm" and document["command"].startswith("moescale bench reference")
+    assert document["cluster"] == "h100-sxm" and " bench reference --output" in document["command"]
     assert (tmp_path / "table.svg").read_text().startswith("<?xml")
 
 
