@@ -11,7 +11,6 @@ of warming up, optimizer included.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import random
@@ -23,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from one_gpu import WARM_UP_STEPS, moescale, prepare_corpus, run_until
+from one_gpu import WARM_UP_STEPS, compile_plan, moescale, parser_of_job, prepare_corpus, run_until
 
 from moescale.tools.measurement import describe_measurement, write_result
 
@@ -94,16 +93,10 @@ def measure(steps: int, tokens_per_step: int, output: Path, *options: object) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="deepseek-coder-v2-lite")
-    parser.add_argument("--cluster", default="h200")
+    parser = parser_of_job(__doc__, steps=12)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--sequence-length", type=int, default=2048)
-    parser.add_argument("--tokens-per-step", type=int, default=131072)
-    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--corpora", type=Path, help="a folder in which to keep the corpora, or that has them")
     parser.add_argument("--prepare-only", action="store_true")
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -115,9 +108,7 @@ def main() -> None:
         if arguments.prepare_only:
             return
         plan_file = folder / "plan.json"
-        shape = ("--sequence-length", arguments.sequence_length, "--tokens-per-step", arguments.tokens_per_step)
-        where = ("--model", arguments.model, "--cluster", arguments.cluster, "--plan-gpus", 1)
-        subprocess.run(moescale("compile", *where, *shape, "--output", plan_file), check=True)
+        compile_plan(plan_file, arguments)
         options = ("--model", arguments.model, "--plan", plan_file, "--initialize", "random")
         rows = {
             kind: measure(

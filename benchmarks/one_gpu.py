@@ -77,27 +77,37 @@ def run_until(step: int, output: Path, *options: object) -> tuple[list[dict[str,
     return records[:step], to_first
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of_job(description: str | None, *, steps: int) -> argparse.ArgumentParser:
+    """What to train, for which machine, and where the result goes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deepseek-coder-v2-lite")
     parser.add_argument("--cluster", default="h200")
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--tokens-per-step", type=int, default=131072)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--output", type=Path)
+    return parser
+
+
+def compile_plan(plan_file: Path, job: argparse.Namespace, *options: object) -> None:
+    """The plan of a job of :func:`parser_of_job` for one GPU."""
+    shape = ("--sequence-length", job.sequence_length, "--tokens-per-step", job.tokens_per_step)
+    where = ("--model", job.model, "--cluster", job.cluster, "--plan-gpus", 1)
+    subprocess.run(moescale("compile", *where, *shape, *options, "--output", plan_file), check=True)
+
+
+def main() -> None:
+    parser = parser_of_job(__doc__, steps=10)
     parser.add_argument("--data", type=Path, help="a corpus prepared before; default: the standard library's sources")
     parser.add_argument("--pin", action="append", default=[], help="a decision of the plan to fix, as name=value")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--no-second-start", action="store_true")
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = arguments.data or prepare_corpus(folder, arguments.sequence_length)
         plan_file = folder / "plan.json"
-        shape = ("--sequence-length", arguments.sequence_length, "--tokens-per-step", arguments.tokens_per_step)
-        pins = [word for pin in arguments.pin for word in ("--pin", pin)]
-        compile_command = ("compile", "--model", arguments.model, "--cluster", arguments.cluster, "--plan-gpus", 1)
-        subprocess.run(moescale(*compile_command, *shape, *pins, "--output", plan_file), check=True)
+        compile_plan(plan_file, arguments, *(word for pin in arguments.pin for word in ("--pin", pin)))
         options = ("--model", arguments.model, "--data", corpus, "--plan", plan_file, "--initialize", "random")
         records, first_start = run_until(arguments.steps + WARM_UP_STEPS, folder / "first", *options)
         second_start = None

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 # Tests run in parallel processes: two threads of each on a busy core wait for each other, and a run of 6 s takes 70.
 # Nor may bit-equality depend on the number of threads.
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send and must survive.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -37,15 +37,15 @@ def read_batch(corpus: Corpus, sequence_ids: np.ndarray) -> Batch:
     tokens = np.empty((len(sequence_ids), corpus.sequence_length), dtype=np.int64)
     labels = np.empty_like(tokens)
     starts = np.empty(tokens.shape, dtype=bool) if corpus.document_boundaries else None
-    padding = np.empty(tokens.shape, dtype=bool) if corpus.has_padding else None
+    padding = np.zeros(tokens.shape, dtype=bool) if corpus.has_padding else None
     for row, index in enumerate(sequence_ids):
         sequence = corpus.sequence(int(index))
         tokens[row] = sequence.tokens
         labels[row] = sequence.tokens if sequence.labels is None else sequence.labels
         if starts is not None:
             starts[row] = sequence.document_starts
-        if padding is not None:
-            padding[row] = corpus.padding(int(index))
+        if padding is not None and sequence.padding is not None:
+            padding[row] = sequence.padding
     _check_ids(corpus, sequence_ids, tokens, least=0)
     _check_ids(corpus, sequence_ids, labels, least=NO_TARGET)
     targets = np.full_like(tokens, NO_TARGET)

@@ -43,8 +43,8 @@ def find_prompts(corpus: Corpus, number: int) -> list[Prompt]:
 
 
 def _prompt_of(corpus: Corpus, index: int) -> Prompt | None:
-    sequence, padding = corpus.sequence(index), corpus.padding(index)
-    for start, end in sequence.documents(padding):
+    sequence = corpus.sequence(index)
+    for start, end in sequence.documents():
         tokens = sequence.tokens[start:end].astype(np.int64)
         if len(tokens) < 2:
             continue

@@ -115,7 +115,7 @@ class CorpusView:
                 f"{self.corpus.name}: sequence {index} has id {tokens[wrong[0]]} at token {wrong[0]}, outside the "
                 f"corpus's vocabulary of {self.corpus.vocabulary_size:,}: it is damaged; prepare the corpus again"
             )
-        learned, padding = learned_tokens(sequence), self.corpus.padding(index)
+        learned = learned_tokens(sequence)
         documents = [
             DocumentView(
                 start=start,
@@ -123,7 +123,7 @@ class CorpusView:
                 num_learned=int(learned[start:end].sum()),
                 runs=self._runs(tokens[start:end], learned[start:end]),
             )
-            for start, end in sequence.documents(padding)
+            for start, end in sequence.documents()
         ]
         relabelled = 0 if sequence.labels is None else int((sequence.labels[learned] != tokens[learned]).sum())
         return SequenceView(
@@ -133,7 +133,7 @@ class CorpusView:
             chooses_targets=sequence.labels is not None,
             num_learned=int(learned.sum()),
             num_relabelled=relabelled,
-            num_padding=int(padding.sum()),
+            num_padding=_num_padding(sequence),
         )
 
     def totals(self) -> Totals:
@@ -143,10 +143,10 @@ class CorpusView:
         learned = padded = documents = 0
         for number in range(num_measured):
             index = number * corpus.num_sequences // num_measured
-            sequence, padding = corpus.sequence(index), corpus.padding(index)
+            sequence = corpus.sequence(index)
             learned += int(learned_tokens(sequence).sum())
-            padded += int(padding.sum())
-            documents += len(sequence.documents(padding))
+            padded += _num_padding(sequence)
+            documents += len(sequence.documents())
         positions = num_measured * corpus.sequence_length
         return Totals(
             num_sequences=corpus.num_sequences,
@@ -223,3 +223,7 @@ def learned_tokens(sequence: PackedSequence) -> np.ndarray:
     if sequence.document_starts is not None:
         learned[sequence.document_starts] = False
     return learned
+
+
+def _num_padding(sequence: PackedSequence) -> int:
+    return 0 if sequence.padding is None else int(sequence.padding.sum())

@@ -140,9 +140,8 @@ def write_plan(path: Path, model_folder: Path) -> Path:
 
 
 def test_a_plan_for_several_devices_starts_its_processes_and_returns_their_summary(
-    tmp_path, model_folder, stdlib_corpus, monkeypatch
+    tmp_path, model_folder, stdlib_corpus
 ):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     plan = write_plan(tmp_path / "plan.json", model_folder)
     one = moescale.train(request(model_folder, stdlib_corpus, tmp_path / "one", observers=()))
     two = moescale.train(request(model_folder, stdlib_corpus, tmp_path / "two", plan=plan, observers=("json_lines",)))

@@ -72,7 +72,7 @@ def test_killed_before_any_file_operation_and_started_again_the_result_is_bit_eq
     arguments = (library, tmp_path, model_folder, stdlib_corpus, command, plan, size, every)
     done = subprocess.run(
         [sys.executable, HERE / "kill_points.py", *map(str, arguments)],
-        env=os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"LD_PRELOAD": str(library)},
         capture_output=True,
         text=True,
     )

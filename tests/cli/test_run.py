@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -237,9 +236,8 @@ def test_the_export_computes_the_same_in_transformers(tmp_path, model_folder, st
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "moescale", *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:

@@ -55,8 +55,7 @@ def command(model: Path, corpus: Path, plan: Path, output: Path, *more: object) 
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
 
 
 def losses(output: Path) -> list[float]:
@@ -87,7 +86,6 @@ def test_a_stopped_run_of_two_ranks_continues_on_one(tmp_path, model_folder, std
     output = tmp_path / "run"
     process = subprocess.Popen(
         command(model_folder, stdlib_corpus, two, output, "--steps", STEPS),
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -105,7 +103,6 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path, model_folder, stdlib_
     output = tmp_path / "run"
     process = subprocess.Popen(
         command(model_folder, stdlib_corpus, plan, output, "--steps", 100_000),
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -121,7 +118,6 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path, model_folder, stdlib_
 def start_and_terminate(arguments: list[str], ready: Callable[[subprocess.Popen], bool]) -> tuple[int, str]:
     process = subprocess.Popen(
         arguments,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -202,7 +198,6 @@ def test_ranks_save_and_leave_when_their_launcher_is_killed(tmp_path, model_fold
     with (tmp_path / "errors").open("w") as errors:
         process = subprocess.Popen(
             command(model_folder, stdlib_corpus, plan, output, "--steps", 100_000),
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )

@@ -44,10 +44,8 @@ class MemoryCorpus:
         if self.fail_from is not None and self.reads > self.fail_from:
             raise DataError("disk is gone")
         tokens = np.arange(index * LENGTH, (index + 1) * LENGTH, dtype=np.uint16)
-        return PackedSequence(tokens, tokens % 5 == 0 if self.document_boundaries else None)
-
-    def padding(self, index):
-        return np.arange(LENGTH) >= LENGTH - self.num_padding[index]
+        padding = np.arange(LENGTH) >= LENGTH - self.num_padding[index] if self.has_padding else None
+        return PackedSequence(tokens, tokens % 5 == 0 if self.document_boundaries else None, padding=padding)
 
     notices = ()
     num_bytes = 1 << 40

@@ -21,11 +21,8 @@ class FakeCorpus:
         starts = np.zeros(len(tokens), dtype=bool)
         starts[np.cumsum([0, *map(len, self.sequences[index])])[:-1]] = True
         labels = np.array([token if learned else NO_TARGET for token, learned in pairs])
-        return PackedSequence(tokens, starts if self.tells else None, labels if self.chooses else None)
-
-    def padding(self, index):
-        length = sum(map(len, self.sequences[index]))
-        return np.arange(length) >= length - self.num_padding
+        padding = np.arange(len(tokens)) >= len(tokens) - self.num_padding
+        return PackedSequence(tokens, starts if self.tells else None, labels if self.chooses else None, padding)
 
 
 def turns(first: int, *learned: int):

@@ -51,13 +51,12 @@ class Block:
                 )
             self.columns[name] = values
         self._masks = [name for name in _MASKS if name in self.columns]
+        self.has_padding = False
         for name in self._masks:
             for values in self._parts(name):
+                self.has_padding |= name == ATTENTION_MASK and not values.all()
                 if ((values != 0) & (values != 1)).any():
                     raise self._error(name, "values other than 0 and 1; it must say which tokens count")
-        self.has_padding = ATTENTION_MASK in self.columns and any(
-            not mask.all() for mask in self._parts(ATTENTION_MASK)
-        )
         self.has_documents = self._padded_left() | self._positions_start_again()
 
     def __len__(self) -> int:
@@ -89,10 +88,10 @@ class Block:
             starts |= self._rows(POSITIONS, row, row + 1)[0] == 0
         return starts
 
-    def padding(self, row: int) -> np.ndarray:
-        """Return which tokens ``attention_mask`` leaves out, bool [S]."""
+    def padding(self, row: int) -> np.ndarray | None:
+        """Return which tokens ``attention_mask`` leaves out, bool [S]; None without it."""
         if ATTENTION_MASK not in self.columns:
-            return np.zeros(self.sequence_length, dtype=bool)
+            return None
         return self._rows(ATTENTION_MASK, row, row + 1)[0] == 0
 
     def largest_id(self) -> int:

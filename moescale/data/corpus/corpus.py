@@ -60,10 +60,6 @@ class Corpus(Protocol):
 
     def sequence(self, index: int) -> PackedSequence: ...
 
-    def padding(self, index: int) -> np.ndarray:
-        """Which tokens only fill a sequence, bool [S]: no targets, and no part of what is told of experts' load."""
-        ...
-
     @property
     def num_bytes(self) -> int:
         """Size of the files."""
@@ -177,16 +173,12 @@ class PreparedCorpus:
         if not self._targets:
             return PackedSequence(tokens, starts)
         targets = self._bits(self._targets[number], row)
-        return PackedSequence(tokens, starts, np.where(targets, tokens.astype(np.int64), NO_TARGET))
-
-    def padding(self, index: int) -> np.ndarray:
-        """What follows the last conversation: it begins as one does, and alone has nothing to learn."""
-        found = np.zeros(self.sequence_length, dtype=bool)
-        starts, labels = self.sequence(index)[1:]
-        if starts is not None and labels is not None:
-            last = int(np.flatnonzero(starts)[-1])
-            found[last:] = (labels[last:] == NO_TARGET).all()
-        return found
+        # Padding follows the last conversation: it begins as one does, and alone has nothing to learn.
+        last = int(np.flatnonzero(starts)[-1])
+        padding = None
+        if not targets[last:].any():
+            padding = np.arange(self.sequence_length) >= last
+        return PackedSequence(tokens, starts, np.where(targets, tokens.astype(np.int64), NO_TARGET), padding)
 
     def _bits(self, packed: np.ndarray, row: int) -> np.ndarray:
         """Return a sequence's bits, bool [S], of a file that has one for each token of a shard."""

@@ -114,11 +114,7 @@ class SavedDataset:
     def sequence(self, index: int) -> PackedSequence:
         block, row = self._place(index)
         starts = block.document_starts(row) if self.document_boundaries else None
-        return PackedSequence(block.tokens(row), starts, block.labels(row))
-
-    def padding(self, index: int) -> np.ndarray:
-        block, row = self._place(index)
-        return block.padding(row)
+        return PackedSequence(block.tokens(row), starts, block.labels(row), block.padding(row))
 
     def _place(self, index: int) -> tuple[Block, int]:
         """The block that holds a sequence, and its row there."""

@@ -19,9 +19,13 @@ class PackedSequence(NamedTuple):
     """bool [S]: where documents start; None where the corpus does not tell."""
     labels: np.ndarray | None = None
     """int64 [S]: what each token counts as when it is to be predicted, -100 if it is not; None: every token itself."""
+    padding: np.ndarray | None = None
+    """bool [S]: tokens that only fill it, no targets and no part of what is told of experts' load; None: there are
+    none."""
 
-    def documents(self, padding: np.ndarray) -> list[tuple[int, int]]:
-        """First token and last + 1 of every document; all else where the corpus does not tell, ``padding`` left out."""
+    def documents(self) -> list[tuple[int, int]]:
+        """First token and last + 1 of every document; all else where the corpus does not tell, padding left out."""
+        padding = np.zeros(len(self.tokens), dtype=bool) if self.padding is None else self.padding
         begins = ~padding
         begins[1:] &= padding[:-1] if self.document_starts is None else padding[:-1] | self.document_starts[1:]
         ends = ~padding

@@ -162,10 +162,13 @@ def _forward_kernel(
 
 
 @triton.jit
-def _weighted_counts(counts, num_tokens):
-    """Counts [1, E] over the square of a sequence's ``num_tokens`` [1, 1] of text; zeros where it has none."""
-    divisor = tl.maximum(num_tokens, 1).to(tl.float32)
-    return counts.to(tl.float32) / (divisor * divisor)
+def _loss_weights(counts, TOP_K: tl.constexpr, PADDED: tl.constexpr):
+    """What a sequence's sums of scores count: its counts [1, E]; PADDED: over the square of its tokens of text."""
+    weights = counts.to(tl.float32)
+    if PADDED:  # every token of text is counted TOP_K times
+        num_tokens = tl.maximum(tl.sum(counts, axis=1, keep_dims=True) // TOP_K, 1).to(tl.float32)
+        weights = weights / (num_tokens * num_tokens)
+    return weights
 
 
 @triton.jit
@@ -188,11 +191,7 @@ def _balance_kernel(
             sums += tl.load(partial_ptr + row * num_experts + experts, mask=(tiles < num_tiles) & is_expert, other=0.0)
         counts = tl.load(counts_ptr + sequence * num_experts + experts, mask=is_expert, other=0)
         total += counts
-        if PADDED:  # every token of text is counted TOP_K times
-            weights = _weighted_counts(counts, tl.sum(counts, axis=1, keep_dims=True) // TOP_K)
-        else:
-            weights = counts.to(tl.float32)
-        loss += weights * tl.sum(sums, axis=0, keep_dims=True)
+        loss += _loss_weights(counts, TOP_K, PADDED) * tl.sum(sums, axis=0, keep_dims=True)
     if STORE_ROWS:
         tl.store(rows_ptr + experts, total, mask=is_expert)
     if STORE_LOAD:
@@ -219,11 +218,7 @@ def _backward_kernel(
         scores = _softmax(logits_ptr, rows, experts, mask, row_stride)
 
     counts = tl.load(counts_ptr + sequence * num_experts + experts, mask=experts < num_experts, other=0)
-    if PADDED:
-        weights = _weighted_counts(counts, tl.sum(counts, axis=1, keep_dims=True) // TOP_K)
-    else:
-        weights = counts.to(tl.float32)
-    load = weights * (tl.load(grad_loss_ptr) * loss_scale)
+    load = _loss_weights(counts, TOP_K, PADDED) * (tl.load(grad_loss_ptr) * loss_scale)
     if SIGMOID:  # the loss is of the scores divided by their sum
         total = tl.sum(scores, axis=1, keep_dims=True) + 1e-20
         grad = (load - tl.sum(load * scores, axis=1, keep_dims=True) / total) / total

@@ -80,8 +80,9 @@ def reference_rows(cluster: Cluster, results: Path | None) -> dict[str, Any]:
     Raises:
         ConfigError: a result cannot be read, or a field of it breaks its rule.
     """
-    files = sorted(results.rglob("experts.json")) if results is not None else []
-    measured = [row for path in files for row in _measured_experts(path, results or path.parent)]
+    measured = []
+    if results is not None:
+        measured = [row for path in sorted(results.rglob("experts.json")) for row in _measured_experts(path, results)]
     return {
         "source": read_published().source,
         "cluster": cluster.name,

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moescale.tools.reference_table.published import read_published
 from moescale.tools.reference_table.rows import BACKENDS
 
 _NOTES = """\
@@ -23,7 +24,12 @@ def reference_text(document: dict[str, Any]) -> str:
     console = Console(file=buffer, width=110, highlight=False, markup=False, emoji=False)
     console.print(f"reference: {document['source']}", soft_wrap=True)
     console.print(f"prediction and limit: cluster {document['cluster']}")
-    steps = _table("A step of 131,072 tokens", ("", "GPUs", "step / s", "tokens/s per GPU", "MFU", "from"), 1, 5)
+    steps = _table(
+        f"A step of {read_published().step.tokens:,} tokens",
+        ("", "GPUs", "step / s", "tokens/s per GPU", "MFU", "from"),
+        2,
+        5,
+    )
     for row in document["step"]:
         cells = (_number(row["step_seconds"], ".3f"), _number(row["tokens_per_second_per_gpu"], ",.0f"))
         where = "the reference" if row["what"] == "published" else row["from"]
@@ -68,7 +74,7 @@ def _table(title: str, columns: tuple[str, ...], first_number: int, first_text: 
     """A table whose columns from ``first_number`` up to ``first_text`` are numbers."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(columns):
-        is_number = first_number <= index < first_text and name != "GPUs"
+        is_number = first_number <= index < first_text
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     return table
 

@@ -23,8 +23,8 @@ def prepared(settings, lines_file):
 def test_a_corpus_knows_its_measures(prepared):
     corpus = open_corpus(prepared)
     assert (corpus.sequence_length, corpus.vocabulary_size, corpus.document_boundaries) == (16, 512, True)
-    tokens, starts, labels = corpus.sequence(corpus.num_sequences - 1)
-    assert tokens.shape == starts.shape == (16,) and labels is None
+    tokens, starts, labels, padding = corpus.sequence(corpus.num_sequences - 1)
+    assert tokens.shape == starts.shape == (16,) and labels is None and padding is None
     assert np.issubdtype(tokens.dtype, np.integer) and starts.dtype == bool
     with pytest.raises(IndexError, match=f"sequence {corpus.num_sequences} of {corpus.num_sequences}"):
         corpus.sequence(corpus.num_sequences)
