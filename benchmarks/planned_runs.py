@@ -66,11 +66,13 @@ def run_case(folder: Path, model: str, data: Path, cluster: str, steps: int, pin
     rows = [row for row in map(json.loads, lines) if "step_seconds" in row]
     seconds = statistics.median(row["step_seconds"] for row in rows[2:]) if len(rows) > 2 else None
     prediction = plan["prediction"]
+    moe = next(layer for layer in plan["layers"] if layer["kind"] == "moe")
     return {
         "mesh": plan["mesh"],
         "dense_sharding": plan["dense_sharding"],
         "micro_batch_sequences": plan["micro_batch_sequences"],
-        "moe_recompute": next(layer["recompute"] for layer in plan["layers"] if layer["kind"] == "moe"),
+        "moe_recompute": moe["recompute"],
+        "moe_recompute_layers": moe["recompute_layers"],
         "status": run.returncode,
         "error": None if run.returncode == 0 else run.stderr[-500:],
         "predicted_seconds": prediction["step_seconds"],

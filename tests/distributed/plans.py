@@ -98,7 +98,8 @@ class SyntheticSteps:
             targets = torch.randint(self.vocabulary, shape, generator=generator)
             targets[3, 5:] = -100  # so that ranks and micro-batches have unequal numbers of targets
             targets[self.without_targets] = -100
-            padding = torch.arange(SEQUENCE_LENGTH) >= torch.tensor([16, 9, 16, 12, 3, 16, 14, 5])[:, None]
+            lengths = torch.tensor([16, 9, 16, 12, 3, 16, 14, 5])[torch.arange(number) % 8]
+            padding = torch.arange(SEQUENCE_LENGTH) >= lengths[:, None]
             if self.with_padding:
                 targets[padding] = -100
             ids = torch.arange(number) + number * self.position

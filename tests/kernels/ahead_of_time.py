@@ -89,8 +89,11 @@ def call_every_operator() -> None:
         logits, weights = empty(64, num_experts, dtype=fp32), empty(64, top_k, dtype=fp32)
         ids, counts = empty(64, top_k, dtype=int32), empty(4, num_experts, dtype=int32)
         for bias, mask in ((None, None), (empty(num_experts, dtype=fp32), empty(64, dtype=torch.bool))):
-            router.forward(logits, bias, mask, top_k, groups, top_groups, normalize, 1.5, 4)
-            router.backward(weights, empty(dtype=fp32), logits, ids, counts, normalize, 1.5, bias is not None)
+            for padding in (None, empty(64, dtype=torch.bool)):
+                router.forward(logits, bias, mask, padding, top_k, groups, top_groups, normalize, 1.5, 4)
+                router.backward(
+                    weights, empty(dtype=fp32), logits, ids, counts, padding, normalize, 1.5, bias is not None
+                )
     targets = torch.zeros(4, dtype=torch.int64)
     for write_gradient in (False, True):
         cross_entropy.softmax_losses(empty(4, 102400), targets, -100, write_gradient)
