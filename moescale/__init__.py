@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moescale.api.train import train
     from moescale.api.train_request import TrainRequest
     from moescale.data.prepare import PrepareSettings, prepare
-    from moescale.report.observers.observer import Observer, RunContext
+    from moescale.report.observer import Observer, RunContext
     from moescale.runtime.hooks import TrainerHook
     from moescale.runtime.settings import TrainSettings
 
@@ -34,10 +34,10 @@ _MODULES = {
     "compile": "moescale.api.compile",
     "ExportSettings": "moescale.api.export",
     "export": "moescale.api.export",
-    "Observer": "moescale.report.observers.observer",
+    "Observer": "moescale.report.observer",
     "PrepareSettings": "moescale.data.prepare",
     "prepare": "moescale.data.prepare",
-    "RunContext": "moescale.report.observers.observer",
+    "RunContext": "moescale.report.observer",
     "TrainerHook": "moescale.runtime.hooks",
     "TrainRequest": "moescale.api.train_request",
     "TrainSettings": "moescale.runtime.settings",

@@ -31,8 +31,8 @@ from moescale.models.flops import flops_per_token, peak_flops
 from moescale.plan import ParallelPlan
 from moescale.records import FileKind, build, read_json_object
 from moescale.report.metrics import TrainSummary, to_json
-from moescale.report.observers.observer import Observer, RunContext
-from moescale.report.observers.registry import ObserverList, make_observer
+from moescale.report.observer import Observer, RunContext
+from moescale.report.registry import ObserverList, make_observer
 from moescale.runtime.checkpoint import Checkpoint, CheckpointStore, DamagedCheckpointError, read_training_state
 from moescale.runtime.device import choose_device, make_deterministic
 from moescale.runtime.frozen import frozen_digest

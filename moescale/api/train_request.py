@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from moescale.errors import ConfigError, nearest
 from moescale.kernels.backends import AttentionBackend, ExpertsBackend
-from moescale.report.observers.registry import DEFAULT_OBSERVERS, expand_default
+from moescale.report.registry import DEFAULT, DEFAULT_OBSERVERS, OBSERVERS, expand_default
 from moescale.runtime.settings import TrainSettings
 
 MAX_HANG_SECONDS = 86_400
@@ -53,9 +53,15 @@ class RunInputs:
     """Backend of the experts' GEMMs; auto: the fastest that can run. MOESCALE_EXPERTS in the environment overrides."""
     attention_backend: AttentionBackend = "auto"
     """Backend of attention; auto: the fastest that can run. MOESCALE_ATTENTION in the environment overrides."""
-    observers: tuple[str, ...] = DEFAULT_OBSERVERS
-    """What shows the run and keeps its numbers: a name of the default's, wandb (Weights & Biases), or module:class of
-    your own; repeatable. `default` stands for all of the default's, as in --observers default --observers wandb."""
+    observers: tuple[str, ...] = field(
+        default=DEFAULT_OBSERVERS,
+        metadata={
+            "help": f"What shows the run and keeps its numbers: {', '.join(OBSERVERS)}, or module:class of your own; "
+            f"repeatable. `{DEFAULT}` stands for all that are used by default, as in --observers default --observers "
+            "wandb."
+        },
+    )
+    """Names of :data:`moescale.report.registry.OBSERVERS`, or ``module:class``."""
     check_machine: bool = True
     """Refuse to start where GPU memory or packages do not suffice for this run; otherwise only warn."""
     hang_seconds: float = 600.0

@@ -26,7 +26,7 @@ from moescale.errors import CheckpointError, ConfigError, MoescaleError, NonFini
 from moescale.kernels.attention import Documents
 from moescale.models.transformer import Transformer
 from moescale.report.metrics import StepMetrics, TrainSummary
-from moescale.report.observers.observer import Observer
+from moescale.report.observer import Observer
 from moescale.runtime import checkpoint as checkpoints
 from moescale.runtime.checkpoint import CheckpointStore
 from moescale.runtime.checkpoint_writer import CheckpointWriter

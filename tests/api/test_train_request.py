@@ -12,7 +12,7 @@ from moescale.api.train_request import TrainRequest, request_arguments
 from moescale.cli import app, run
 from moescale.errors import ConfigError
 from moescale.report.metrics import TrainSummary
-from moescale.report.observers.registry import DEFAULT_OBSERVERS
+from moescale.report.registry import DEFAULT_OBSERVERS
 from moescale.runtime.settings import TrainSettings
 
 LEAST = {"model": "tiny", "data": Path("corpus"), "output": Path("run")}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,8 +15,8 @@ import pytest
 
 from moescale.errors import ConfigError, MoescaleError
 from moescale.report.metrics import Sample, StepMetrics
-from moescale.report.observers.observer import Observer, RunContext
-from moescale.report.observers.registry import DEFAULT_OBSERVERS, ObserverList, make_observer
+from moescale.report.observer import Observer, RunContext
+from moescale.report.registry import DEFAULT_OBSERVERS, OBSERVERS, ObserverList, make_observer
 
 
 def context(folder: Path) -> RunContext:
@@ -145,7 +147,7 @@ def test_an_error_on_its_way_is_not_replaced_by_one_of_closing(tmp_path, monkeyp
 
 
 def test_records_are_kept_where_dropping_the_later_ones_fails(tmp_path, monkeypatch):
-    with make_log(tmp_path) as log:
+    with make_log(tmp_path, "json_lines") as log:
         for step in (1, 2, 3):
             log.on_step(metrics(step))
 
@@ -153,7 +155,7 @@ def test_records_are_kept_where_dropping_the_later_ones_fails(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(MoescaleError, match="metrics.jsonl cannot be written"), make_log(tmp_path) as log:
+    with pytest.raises(MoescaleError, match="metrics.jsonl cannot be written"), make_log(tmp_path, "json_lines") as log:
         log.on_resume(2, tmp_path / "checkpoints")
         log.on_step(metrics(3))
     assert [record["step"] for record in records_in(tmp_path)] == [1, 2, 3]
@@ -199,8 +201,37 @@ def test_an_observer_that_fails_to_close_is_an_error_where_nothing_else_is(tmp_p
     assert first.is_closed
 
 
+NEW_OBSERVER = """
+from moescale.report.observer import Observer
+
+class Diary(Observer):
+    is_default = True
+"""
+PROGRAM = """
+import sys
+from moescale.report import observers
+observers.__path__.append(sys.argv[1])
+from moescale.report.registry import DEFAULT_OBSERVERS, OBSERVERS
+slow = sorted({"torch", "tensorboard", "wandb"} & set(sys.modules))
+from moescale.api.train_request import TrainRequest
+print(OBSERVERS["diary"].__name__, "diary" in DEFAULT_OBSERVERS)
+print("diary, " in TrainRequest.__dataclass_fields__["observers"].metadata["help"], slow)
+"""
+
+
+def test_a_file_among_the_observers_is_all_that_a_new_one_needs(tmp_path):
+    (tmp_path / "diary.py").write_text(NEW_OBSERVER)
+    words = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines() == ["Diary True", "True []"]
+
+
+def test_only_observers_that_need_no_other_package_are_used_by_default():
+    assert set(OBSERVERS) - set(DEFAULT_OBSERVERS) == {"wandb"}
+
+
 def test_an_observer_of_the_users_own_is_named_by_module_and_class():
-    assert isinstance(make_observer("moescale.report.observers.observer:Observer"), Observer)
+    assert isinstance(make_observer("moescale.report.observer:Observer"), Observer)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +239,7 @@ def test_an_observer_of_the_users_own_is_named_by_module_and_class():
     [
         (
             "tensor_board",
-            r"run.observers \('tensor_board'\) must be one of default, json_lines, .*; did you mean 'tensorboard'",
+            r"run.observers \('tensor_board'\) must be one of default, console, .*; did you mean 'tensorboard'",
         ),
         ("no_such_module:Observer", r"cannot be imported \(No module named 'no_such_module'\)"),
         ("moescale.report.metrics:Nothing", r"cannot be imported \(.*no attribute 'Nothing'\)"),

@@ -11,8 +11,8 @@ import torch
 
 from moescale.errors import CheckpointError, ConfigError, NonFiniteLossError, Preempted
 from moescale.models.transformer import build_on_meta, initialize
-from moescale.report.observers.observer import RunContext
-from moescale.report.observers.registry import DEFAULT_OBSERVERS, ObserverList, make_observer
+from moescale.report.observer import RunContext
+from moescale.report.registry import DEFAULT_OBSERVERS, ObserverList, make_observer
 from moescale.runtime.checkpoint import CheckpointStore
 from moescale.runtime.hooks import TrainerHook
 from moescale.runtime.optimizer import OptimizerFormat

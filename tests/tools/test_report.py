@@ -26,11 +26,11 @@ from moescale.planner.cluster import load_cluster
 from moescale.planner.request import PlanRequest
 from moescale.planner.search import compile_plan
 from moescale.report.metrics import StepMetrics
+from moescale.report.observer import RunContext
 from moescale.report.observers.expert_load import ExpertLoad
 from moescale.report.observers.json_lines import JsonLines
-from moescale.report.observers.observer import RunContext
-from moescale.report.observers.registry import ObserverList
 from moescale.report.observers.warnings import Warnings
+from moescale.report.registry import ObserverList
 from moescale.runtime.settings import TrainSettings
 from moescale.tools.report import figures
 from moescale.tools.report.run_data import read_run

@@ -1,4 +1,5 @@
-"""Observers of a training run: each shows it or keeps its numbers in one way, and one file holds one of them.
+"""Observers of a training run. Every module here defines one, and a run asks for it by the module's name.
 
-``observer`` has the interface, ``registry`` the names under which a run asks for observers.
+A new one needs its file and nothing else: :mod:`moescale.report.registry` finds it. Importing a module here must be
+cheap, because every run imports them all; import a service's package in ``on_start``.
 """

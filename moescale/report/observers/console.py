@@ -7,11 +7,13 @@ from pathlib import Path
 
 from moescale.errors import printable
 from moescale.report.metrics import Sample, TrainSummary
-from moescale.report.observers.observer import Observer, RunContext, perplexity
+from moescale.report.observer import Observer, RunContext, perplexity
 
 
 class ConsoleLines(Observer):
     """One line on standard error for each event that is not a step."""
+
+    is_default = True
 
     def on_start(self, run: RunContext) -> None:
         self._console = run.console

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moescale.report.metrics import StepMetrics
-from moescale.report.observers.observer import RunContext
-from moescale.report.observers.step_file import StepFile
+from moescale.report.observer import RunContext
+from moescale.report.step_file import StepFile
 
 RECORDS = 200
 """In a whole run, about: 26 layers of 64 experts are 10 kB each."""
@@ -13,6 +13,7 @@ RECORDS = 200
 class ExpertLoad(StepFile):
     """Writes the load of every expert of every MoE layer, evenly over the run; 1 is an even share."""
 
+    is_default = True
     FILE = "expert_load.jsonl"
 
     def on_start(self, run: RunContext) -> None:

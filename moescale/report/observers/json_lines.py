@@ -11,7 +11,7 @@ from moescale.errors import MoescaleError
 from moescale.files import write_atomically
 from moescale.records import Count, FileKind, build, parse_json_object, read_bytes
 from moescale.report.metrics import Sample, StepMetrics, to_json
-from moescale.report.observers.observer import Observer, RunContext, perplexity, step_record, writing
+from moescale.report.observer import Observer, RunContext, perplexity, step_record, writing
 
 METRICS_FILE = "metrics.jsonl"
 _FILE = FileKind(
@@ -42,6 +42,8 @@ class JsonLines(Observer):
     Raises:
         MoescaleError: from any method, where the file cannot be written. No state of the training is lost by it.
     """
+
+    is_default = True
 
     def on_start(self, run: RunContext) -> None:
         self._run = run

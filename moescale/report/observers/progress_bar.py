@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moescale.report.metrics import StepMetrics
-from moescale.report.observers.observer import Observer, RunContext
+from moescale.report.observer import Observer, RunContext
 
 LINE_SECONDS = 30.0
 """Between two lines, where standard error is not a terminal."""
@@ -16,6 +16,8 @@ LINE_SECONDS = 30.0
 
 class ProgressBar(Observer):
     """A bar over the steps of the run, on standard error; where that is a file or a pipe, a line now and then."""
+
+    is_default = True
 
     def on_start(self, run: RunContext) -> None:
         self._run = run

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from moescale.report.metrics import StepMetrics
+from moescale.report.observer import Observer, RunContext, step_scalars, validation_scalars, writing
 from moescale.report.observers.json_lines import METRICS_FILE, read_records, validation_losses
-from moescale.report.observers.observer import Observer, RunContext, step_scalars, validation_scalars, writing
 
 FOLDER = "tensorboard"
 
@@ -18,6 +18,8 @@ class TensorBoard(Observer):
     Raises:
         MoescaleError: from any method, where the folder cannot be written. No state of the training is lost by it.
     """
+
+    is_default = True
 
     def on_start(self, run: RunContext) -> None:
         self._run = run

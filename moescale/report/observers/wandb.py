@@ -14,7 +14,7 @@ from moescale.errors import ConfigError, MoescaleError
 from moescale.files import write_atomically
 from moescale.records import FileKind, read_bytes
 from moescale.report.metrics import StepMetrics, TrainSummary
-from moescale.report.observers.observer import (
+from moescale.report.observer import (
     Observer,
     RunContext,
     step_scalars,

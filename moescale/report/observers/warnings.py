@@ -6,14 +6,15 @@ from dataclasses import asdict
 
 from moescale.errors import printable
 from moescale.report.metrics import StepMetrics
-from moescale.report.observers.observer import RunContext
-from moescale.report.observers.step_file import StepFile
+from moescale.report.observer import RunContext
+from moescale.report.step_file import StepFile
 from moescale.report.watch import Expectation, Watcher
 
 
 class Warnings(StepFile):
     """Watches a run by the rules of :mod:`moescale.report.watch`."""
 
+    is_default = True
     FILE = "warnings.jsonl"
 
     def on_start(self, run: RunContext) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from moescale.report.observers import progress_bar
-from moescale.report.observers.registry import make_observer
+from moescale.report.registry import make_observer
 from tests.report.test_observers import context, metrics
 
 

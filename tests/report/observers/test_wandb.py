@@ -13,8 +13,8 @@ import pytest
 
 from moescale.errors import ConfigError
 from moescale.report.metrics import TrainSummary
-from moescale.report.observers.observer import RunContext, step_scalars
-from moescale.report.observers.registry import make_observer
+from moescale.report.observer import RunContext, step_scalars
+from moescale.report.registry import make_observer
 from tests.report.test_observers import metrics
 
 BLOCK_BYTES = 2**15

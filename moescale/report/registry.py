@@ -1,30 +1,36 @@
-"""Observers by name. To add one: its file in this folder, and a line in OBSERVERS; a user's own needs no line."""
+"""Observers by name: those of :mod:`moescale.report.observers`, and a user's own as ``module:class``."""
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from moescale.errors import ConfigError, nearest
+from moescale.report import observers
 from moescale.report.metrics import Sample, StepMetrics, TrainSummary
-from moescale.report.observers.observer import Observer, RunContext
+from moescale.report.observer import Observer, RunContext
 
-OBSERVERS = {
-    "json_lines": "moescale.report.observers.json_lines:JsonLines",
-    "tensorboard": "moescale.report.observers.tensorboard:TensorBoard",
-    "wandb": "moescale.report.observers.wandb:WandB",
-    "expert_load": "moescale.report.observers.expert_load:ExpertLoad",
-    "warnings": "moescale.report.observers.warnings:Warnings",
-    "console": "moescale.report.observers.console:ConsoleLines",
-    "progress_bar": "moescale.report.observers.progress_bar:ProgressBar",
+
+def _class_in(name: str) -> type[Observer]:
+    """Return the one observer that the module ``name`` defines."""
+    (found,) = (
+        value
+        for value in vars(importlib.import_module(name)).values()
+        if isinstance(value, type) and issubclass(value, Observer) and value.__module__ == name
+    )
+    return found
+
+
+OBSERVERS: dict[str, type[Observer]] = {
+    module.name: _class_in(f"{observers.__name__}.{module.name}") for module in pkgutil.iter_modules(observers.__path__)
 }
-"""Where each observer's class is, as ``module:class``; imported when a run asks for it."""
+"""The observers of :mod:`moescale.report.observers`, by the names of their modules."""
 DEFAULT = "default"
 """Stands for DEFAULT_OBSERVERS, so that one can be added to them."""
-DEFAULT_OBSERVERS = ("json_lines", "tensorboard", "expert_load", "warnings", "console", "progress_bar")
-"""Those that need no package and no account beyond moescale's own."""
+DEFAULT_OBSERVERS = tuple(name for name, observer in OBSERVERS.items() if observer.is_default)
 
 
 def expand_default(names: Iterable[str]) -> tuple[str, ...]:
@@ -39,8 +45,9 @@ def make_observer(name: str) -> Observer:
     Raises:
         ConfigError: there is no such name, module or class, or the class is not an :class:`Observer`.
     """
-    target = OBSERVERS.get(name, name)
-    module_name, colon, class_name = target.partition(":")
+    if name in OBSERVERS:
+        return OBSERVERS[name]()
+    module_name, colon, class_name = name.partition(":")
     if not colon:
         raise ConfigError(
             f"run.observers ('{name}') must be one of {', '.join((DEFAULT, *OBSERVERS))}, or the class of your own as "

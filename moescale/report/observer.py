@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
@@ -50,6 +50,9 @@ class Observer:
     ends the run. Values are Python numbers that the trainer has read anyway, so no method waits for the device.
     """
 
+    is_default: ClassVar[bool] = False
+    """Used by every run that does not say which observers it wants; read of moescale's own observers only."""
+
     def on_start(self, run: RunContext) -> None:
         """Before the first step, and before :meth:`on_resume`."""
 
@@ -76,23 +79,16 @@ class Observer:
 
 
 def step_record(metrics: StepMetrics, run: RunContext) -> dict[str, Any]:
-    """A step's metrics as one flat record of numbers, booleans and, per MoE layer, lists of numbers.
+    """Return a step's metrics as one flat record: numbers, booleans, and lists with a number per MoE layer.
 
-    Extra metrics come first; one that has the name of another is lost.
+    Every number of :class:`StepMetrics` is in it by its name. An extra metric of the same name is dropped.
     """
-    record: dict[str, Any] = dict(metrics.extra) | {
-        "step": metrics.step,
-        "loss": metrics.loss,
+    numbers = {name: value for name, value in vars(metrics).items() if isinstance(value, (int, float))}
+    record: dict[str, Any] = {
+        **metrics.extra,
+        **numbers,
         "perplexity": perplexity(metrics.loss),
-        "aux_loss": metrics.aux_loss,
-        "learning_rate": metrics.learning_rate,
-        "gradient_norm": metrics.gradient_norm,
         "tokens_per_second": metrics.tokens_per_second,
-        "step_seconds": metrics.step_seconds,
-        "data_seconds": metrics.data_seconds,
-        "peak_bytes": metrics.peak_bytes,
-        "allocator_retries": metrics.allocator_retries,
-        "skipped": metrics.skipped,
     }
     if run.peak_flops:
         record["mfu"] = metrics.tokens_per_second * run.flops_per_token / run.peak_flops

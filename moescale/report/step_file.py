@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from moescale.report.metrics import StepMetrics, to_json
+from moescale.report.observer import Observer, RunContext, writing
 from moescale.report.observers.json_lines import keep_records
-from moescale.report.observers.observer import Observer, RunContext, writing
 
 
 class StepFile(Observer):
