@@ -15,7 +15,7 @@ from moescale.kernels.adamw import (
     master_weight,
     set_master_weight,
 )
-from moescale.kernels.adamw.reference import random_bits
+from moescale.kernels.adamw.rounding import random_bits
 from moescale.kernels.backends import KernelInputError
 
 ONE = torch.ones(())

@@ -1,12 +1,18 @@
-"""The state that AdamW keeps of a parameter, in several formats, and the master weight that it stands for."""
+"""The state that AdamW keeps of a parameter: its formats, and how each is read and written.
+
+A format of moments is a pair of dtypes with :func:`read_moments` and :func:`write_moments`; one of master weights is a
+field of :class:`AdamWState` with :func:`master_weight` and :func:`write_master_weight`. The Triton kernel repeats them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from moescale.formats import MOMENT_BLOCK, MasterFormat, MomentFormat
+from moescale.kernels.adamw.rounding import mix, round_stochastically
 from moescale.kernels.backends import KernelInputError
 
 BLOCK = MOMENT_BLOCK
@@ -90,6 +96,59 @@ def init_adamw_state(parameter: torch.Tensor, moments: MomentFormat, master: Mas
     )
 
 
+def read_moments(state: AdamWState) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both moments in fp32, in the parameter's shape."""
+    first = _read_moment(state.first_moment, state.first_scale, 3, 127)
+    second = _read_moment(state.second_moment, state.second_scale, 4, 255)
+    return first, second
+
+
+def write_moments(state: AdamWState, first: torch.Tensor, second: torch.Tensor, random: torch.Tensor) -> None:
+    """Store both moments (fp32); ``random`` (int64 below 2^32, the parameter's shape) decides the rounding."""
+    random_first, random_second = random & 0xFFFF, random >> 16
+    # Codes are drawn with all the bits there are for them, of which the second moment's are the whole number.
+    draw_first, draw_second = random_first.float() / 2**16, random.float() / 2**32
+    _write_moment(first, state.first_moment, state.first_scale, 3, 127, 0, random_first, draw_first)
+    _write_moment(second, state.second_moment, state.second_scale, 4, 255, 1, random_second, draw_second)
+
+
+def _read_moment(stored: torch.Tensor, scale: torch.Tensor | None, power: int, levels: int) -> torch.Tensor:
+    if scale is None:
+        return stored.float()
+    codes = _blocks(stored.float()) / levels
+    values = (codes if power == 3 else codes.abs()).pow(power) * scale.unsqueeze(-1)
+    return values.flatten(-2)[..., : stored.shape[-1]]
+
+
+def _write_moment(
+    value: torch.Tensor,
+    stored: torch.Tensor,
+    scale: torch.Tensor | None,
+    power: int,
+    levels: int,
+    smallest: int,
+    random16: torch.Tensor,
+    draw: torch.Tensor,
+) -> None:
+    if scale is None:
+        stored.copy_(value if stored.dtype == torch.float32 else round_stochastically(value, random16))
+        return
+    magnitude = _blocks(value.abs())
+    scale.copy_(magnitude.amax(-1))
+    relative = magnitude / scale.clamp(min=1e-38).unsqueeze(-1) * float(levels) ** power
+    below = relative.pow(1 / power).floor().clamp(max=levels - 1)
+    # The chance to round up makes the value, not the code, right on average.
+    chance = (relative - below.pow(power)) / ((below + 1).pow(power) - below.pow(power))
+    codes = below + (_blocks(draw) < chance)
+    codes = codes.clamp(min=smallest).flatten(-2)[..., : value.shape[-1]]
+    stored.copy_(codes * value.sign() if power == 3 else codes)
+
+
+def _blocks(x: torch.Tensor) -> torch.Tensor:
+    """[..., C] -> [..., ceil(C / 128), 128], padded with zeros."""
+    return F.pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+
+
 def master_weight(parameter: torch.Tensor, state: AdamWState) -> torch.Tensor:
     """The fp32 weight that updates act on: exact, or the bf16 weight itself where nothing more is kept."""
     if state.master is not None:
@@ -115,6 +174,14 @@ def set_master_weight(parameter: torch.Tensor, state: AdamWState, weight: torch.
             _split_master(weight, parameter, state.remainder)
         else:
             parameter.copy_(weight)
+
+
+def write_master_weight(parameter: torch.Tensor, state: AdamWState, weight: torch.Tensor, random: torch.Tensor) -> None:
+    """Set the updated master weight; where none is kept, round it stochastically to ``parameter`` by ``random``."""
+    if state.master is None and state.remainder is None:
+        parameter.copy_(round_stochastically(weight, mix(random ^ 0x9E3779B9) & 0xFFFF))
+    else:
+        set_master_weight(parameter, state, weight)
 
 
 def _split_master(weight: torch.Tensor, parameter: torch.Tensor, remainder: torch.Tensor) -> None:
