@@ -5,7 +5,8 @@
 
 Both have the same weights in bf16, and the results are compared before anything is timed. Of transformers every way of
 attention that runs is timed, the fastest is what counts. Both are timed as the host launches them and as a CUDA graph,
-where one can be recorded, and the faster counts. Layers with and without a window are rows of their own.
+where one can be recorded, and the faster counts; a sample is four calls in a row, as layers and micro-batches follow
+each other in a step. Layers with and without a window are rows of their own.
 ``--device cpu --tokens 64 --divide 16`` checks the program on a small layer.
 """
 
@@ -30,6 +31,7 @@ from moescale.models.flops import flops_per_token
 from moescale.models.transformer import Transformer, build_on_meta, initialize, named_weights
 from moescale.tools.measurement import describe_measurement, write_result
 
+CALLS_OF_A_SAMPLE = 4
 WAYS_OF_ATTENTION = ("sdpa", "flex_attention", "eager")
 
 
@@ -103,16 +105,17 @@ def recorded(step: Callable[[], object]) -> Callable[[], object] | None:
 
 
 def median_milliseconds(step: Callable[[], object], repeats: int, on_gpu: bool) -> float:
-    """Median time of a call, every one waited for, after three that are not counted."""
+    """Median time of a call in samples of ``CALLS_OF_A_SAMPLE``, after three samples that are not counted."""
     times = []
     for _ in range(3 + repeats):
         if on_gpu:
             torch.cuda.synchronize()
         begin = time.perf_counter()
-        step()
+        for _ in range(CALLS_OF_A_SAMPLE):
+            step()
         if on_gpu:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
+        times.append((time.perf_counter() - begin) / CALLS_OF_A_SAMPLE)
     return statistics.median(times[3:]) * 1e3
 
 

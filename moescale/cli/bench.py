@@ -23,6 +23,7 @@ def bench_command(
     *,
     json: bool = False,
     tune: bool = False,
+    model: str | None = None,
     output: Path | None = None,
     cluster: str | None = None,
     results: Path | None = None,
@@ -45,6 +46,9 @@ def bench_command(
         Print the result as JSON on standard output.
     tune
         experts: search launch parameters instead of measuring.
+    model
+        experts --tune: for the experts of this model, a folder, preset or name on the hub; default:
+        deepseek-coder-v2-lite at the sizes of the reference's table.
     output
         Write the JSON here.
     cluster
@@ -56,7 +60,7 @@ def bench_command(
     plot
         reference: draw the table here, as .svg, .png or .pdf.
     """
-    _check_options(what, tune=tune, cluster=cluster, results=results, plot=plot)
+    _check_options(what, tune=tune, model=model, cluster=cluster, results=results, plot=plot)
     for option, path in (("--output", output), ("--plot", plot)):
         if path is not None and not path.resolve().parent.is_dir():
             raise ConfigError(f"{option} ({path}) lies in a folder that does not exist; create {path.parent} first")
@@ -64,7 +68,7 @@ def bench_command(
         document = _reference(cluster or "h100-sxm", results, plot)
     else:
         _require_gpu()
-        document = _tuned_table() if tune else _measured()
+        document = _tuned_table(model) if tune else _measured()
     text = json_module.dumps(document, indent=1)
     if output is not None:
         write_atomically(output, text + "\n")
@@ -80,13 +84,17 @@ def bench_command(
         say(_table(document["rows"]))
 
 
-def _check_options(what: str, *, tune: bool, cluster: str | None, results: Path | None, plot: Path | None) -> None:
+def _check_options(
+    what: str, *, tune: bool, model: str | None, cluster: str | None, results: Path | None, plot: Path | None
+) -> None:
     """Refuse options that what is asked for does not have."""
-    given = {"--tune": tune, "--cluster": cluster, "--results": results, "--plot": plot}
+    given = {"--tune": tune, "--model": model, "--cluster": cluster, "--results": results, "--plot": plot}
     for option, value in given.items():
-        belongs_to = "experts" if option == "--tune" else "reference"
+        belongs_to = "experts" if option in ("--tune", "--model") else "reference"
         if value and belongs_to != what:
             raise ConfigError(f"{option} goes with `moescale bench {belongs_to}`, not with {what}; leave it out")
+    if model is not None and not tune:
+        raise ConfigError("--model goes with `moescale bench experts --tune`; leave it out, or add --tune")
 
 
 def _reference(cluster: str, results: Path | None, plot: Path | None) -> dict[str, Any]:
@@ -132,10 +140,17 @@ def _measured() -> dict[str, Any]:
     return bench_experts()
 
 
-def _tuned_table() -> dict[str, Any]:
-    from moescale.tools.tune_experts import tune
+def _tuned_table(model: str | None) -> dict[str, Any]:
+    from moescale.convert.hf_config import read_model_config
+    from moescale.tools.tune_experts import LITE_SHAPES, shapes_of_model, tune
 
-    document = tune()
+    shapes = LITE_SHAPES
+    if model is not None:
+        config = read_model_config(model)
+        if config.num_experts is None:
+            raise ConfigError(f"--model ({model}) has no routed experts to tune; take a mixture of experts")
+        shapes = shapes_of_model(config)
+    document = tune(shapes)
     return {name: document[name] for name in ("gpu", "entries")}  # without the times of all the losers
 
 

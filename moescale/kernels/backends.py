@@ -40,8 +40,10 @@ CUTE_PACKAGES: dict[CutePart, tuple[str, str]] = {
     "experts": ("quack", "quack-kernels"),
     "attention": ("flash_attn.cute", "flash-attn-4"),
 }
-# Widths of key and value, both of DeepSeek-V2's whole family, at which attention in CuTe has been tested.
-CUTE_ATTENTION_WIDTHS = (192, 128)
+# Widths of key and value at which attention in CuTe is tested: of gpt-oss, Qwen3 and OLMoE, DeepSeek, GLM-4.7-Flash.
+CUTE_ATTENTION_WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
+# Of these, where cuDNN's backward is faster for plain causal attention (benchmarks/results/h100/family_attention.json).
+CUDNN_FASTER_WIDTHS = ((256, 256),)
 MAX_ATTENTION_WIDTH = 256
 
 
@@ -185,19 +187,16 @@ def choose_experts_backend(
 ) -> str:
     """As :func:`choose_backend` for the experts' products: ``auto`` takes ``cute`` where it is installed and can run.
 
-    ``features`` are what is asked for beyond the weights' products, of which ``cute`` has none.
-    :func:`default_backends`, or MOESCALE_EXPERTS in the environment, says what ``auto`` is instead.
+    ``features`` are what is asked for beyond the weights' products. ``cute`` has none of them, so with them it is
+    ``triton+cute``: CuTe for the gradients' products alone. :func:`default_backends`, or MOESCALE_EXPERTS in the
+    environment, says what ``auto`` is instead.
     """
-    if features and requested != "cute":
-        return choose_backend(device, dtype, _without_cute(requested))
-    if features:
-        raise KernelInputError(f"kernels.backend ('cute') has no experts with {' or '.join(features)}; use 'auto'")
     if requested == "auto":
         requested = _asked_for("experts")
     if requested not in ("auto", "cute"):
         return choose_backend(device, dtype, requested)
     if _takes_cute("experts", requested, objection_to_cute("experts", device, dtype)):
-        return "cute"
+        return "triton+cute" if features else "cute"
     return choose_backend(device, dtype)
 
 
@@ -213,8 +212,9 @@ def choose_attention_backend(
 ) -> str:
     """Return the backend of attention with ``widths`` of key and value: ``cute``, ``triton`` or ``torch``.
 
-    ``features`` are what is asked for beyond causality and ``documents``. ``auto`` takes ``cute`` where it is installed
-    and can run; then, for anything but plain causality, ``triton``; otherwise the best kernel that PyTorch has.
+    ``features`` are what is asked for beyond causality and ``documents``. ``auto`` takes ``cute`` where it is
+    installed, can run and is not slower than cuDNN; then, for documents, windows and sinks, and for grouped queries in
+    fp32, ``triton``; otherwise the best kernel that PyTorch has.
     :func:`default_backends`, or MOESCALE_ATTENTION in the environment, says what ``auto`` is instead.
     """
     if requested == "auto":
@@ -231,15 +231,19 @@ def choose_attention_backend(
             raise KernelInputError(f"kernels.backend ('triton') {objection}, or use 'auto'")
         return "triton"
     objection = objection_to_cute("attention", device, dtype)
-    if objection is None and widths != CUTE_ATTENTION_WIDTHS:
-        objection = f"takes keys and values {CUTE_ATTENTION_WIDTHS} wide, not {widths}; take a model with such"
-    if objection is None and features:
-        objection = f"takes no {' or '.join(features)}; take a model without"
-    if _takes_cute("attention", requested, objection):
-        return "cute"
-    is_plain = not documents and not features
+    if objection is None and widths not in CUTE_ATTENTION_WIDTHS:
+        known = ", ".join(map(str, CUTE_ATTENTION_WIDTHS))
+        objection = f"takes keys and values of widths {known}, not {widths}; take a model with such"
+    # PyTorch's kernels for half precision share heads of the keys; its fp32 kernel repeats them, and builds [S, S].
+    takes_torch = not documents and (not features or features == ("grouped queries",) and dtype.itemsize == 2)
+    is_slower = takes_torch and widths in CUDNN_FASTER_WIDTHS
+    if requested == "cute" or not is_slower:
+        if _takes_cute("attention", requested, objection):
+            return "cute"
+    if takes_torch:
+        return "torch"
     runs = choose_backend(device, dtype) == "triton" and objection_to_triton_attention(dtype, widths) is None
-    return "triton" if runs and not is_plain else "torch"
+    return "triton" if runs else "torch"
 
 
 def objection_to_triton_attention(dtype: torch.dtype, widths: tuple[int, int]) -> str | None:
@@ -265,12 +269,6 @@ def attention_parts(width: int) -> tuple[int, int] | None:
     if width < 16 or width > MAX_ATTENTION_WIDTH or rest & (rest - 1) or 0 < rest < 16:
         return None
     return large, rest
-
-
-def _without_cute(requested: str) -> str:
-    """What is asked for where ``cute`` has no form of the operator: a default of ``cute`` then means ``auto``."""
-    asked = _asked_for("experts") if requested == "auto" else requested
-    return "auto" if asked == "cute" else asked
 
 
 def _takes_cute(part: CutePart, requested: str, objection: str | None) -> bool:

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from moescale.kernels.experts.launch_config import KERNELS, LaunchConfig
+from moescale.config import ModelConfig
+from moescale.kernels.experts.launch_config import KERNELS, LaunchConfig, load_tables
 from moescale.tools.reference_table.published import read_published
 
 # About 0.5 ms: longer than the host needs to queue one kernel.
@@ -56,6 +57,25 @@ LITE_SHAPES = tuple(
     )
     for row in _TABLE.rows
 )
+
+
+# Tokens of the micro-batches for which a model's experts are tuned; a lookup takes the nearest in rows per expert.
+TUNED_TOKENS = (4096, 8192, 16384)
+
+
+def shapes_of_model(config: ModelConfig) -> tuple[ExpertShape, ...]:
+    """Return what to tune for a model with routed experts, of ``TUNED_TOKENS`` each."""
+    assert config.num_experts is not None
+    return tuple(
+        ExpertShape(
+            tokens=tokens,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.expert_intermediate_size,
+        )
+        for tokens in TUNED_TOKENS
+    )
 
 
 def product_shape(kernel: str, shape: ExpertShape) -> tuple[int, int]:
@@ -182,7 +202,8 @@ def tune(
 ) -> dict[str, Any]:
     """Return the launch table of this GPU as a JSON document, with the milliseconds of every candidate under "timings".
 
-    Takes some minutes; the candidates of one kernel are the same for all shapes, so they are compiled once.
+    The shipped table's entries for other shapes are kept. Takes some minutes; the candidates of one kernel are the same
+    for all shapes, so they are compiled once.
     """
     shapes, kernels = tuple(shapes), tuple(kernels)
     jobs = [(kernel, shapes[0], launch) for kernel in kernels for launch in candidates(kernel)]
@@ -203,7 +224,20 @@ def tune(
                 entries.append({**entry, "launch": dataclasses.asdict(best)})
     failures = [f"{kernel} {launch}: {error}" for (kernel, _, launch), error in zip(jobs, errors, strict=True) if error]
     gpu = torch.cuda.get_device_name()
+    entries = _kept_entries(gpu, entries) + entries
     return {"gpu": gpu, "entries": entries, "timings": timings, "failures": failures}
+
+
+def _kept_entries(gpu: str, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the shipped entries of ``gpu`` that none of ``entries`` replaces."""
+    table = load_tables().get(gpu)
+    found = [] if table is None else [dataclasses.asdict(entry) for entry in table.entries]
+
+    def shape(entry: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in entry.items() if name != "launch"}
+
+    replaced = [shape(entry) for entry in entries]
+    return [entry for entry in found if shape(entry) not in replaced]
 
 
 def _measure_rounds(call: Callable[[LaunchConfig], Any], launches: Sequence[LaunchConfig]) -> dict[LaunchConfig, float]:

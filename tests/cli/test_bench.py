@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from moescale.cli import bench, main
+from moescale.kernels.experts.launch_config import load_tables, parse_table
+from moescale.tools import tune_experts
 
 ROW = {
     "scope": "mlp",
@@ -59,6 +61,26 @@ def test_the_table_has_every_field_and_a_dash_for_what_is_unknown(capsys):
 
 
 @pytest.mark.usefixtures("with_gpu")
+def test_the_experts_of_any_model_are_tuned_and_other_shapes_of_the_table_kept(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(tune_experts, "compile_all", lambda jobs, processes: [""] * len(jobs))
+    monkeypatch.setattr(tune_experts, "random_ends", lambda shape: None)
+    monkeypatch.setattr(tune_experts, "make_call", lambda *arguments: None)
+    monkeypatch.setattr(tune_experts, "_measure_rounds", lambda call, launches: {launches[-1]: 1.0, launches[0]: 2.0})
+    path = tmp_path / "table.json"
+    assert not run("experts", "--tune", "--model", "gpt-oss-20b", "--output", str(path))
+    assert "32768 rows   32 experts" in capsys.readouterr().out
+    written, shipped = parse_table(json.loads(path.read_text())), load_tables()["NVIDIA H200"]
+    assert len(written.entries) == len(shipped.entries)
+    for old in shipped.entries:
+        if (old.num_experts, old.n, old.k) in ((32, 5760, 2880), (32, 2880, 5760), (32, 2880, 2880)):
+            expected = tune_experts.candidate_launches(old.kernel)[-1]
+        else:
+            expected = old.launch
+        assert written.nearest(old.kernel, old.rows, old.num_experts, old.n, old.k) == expected
+
+
+@pytest.mark.usefixtures("with_gpu")
 def test_an_output_folder_that_does_not_exist_is_refused_before_measuring(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "_measured", lambda: pytest.fail("measured"))
     assert run("--output", str(tmp_path / "missing" / "experts.json")) == 2
@@ -87,6 +109,7 @@ def test_the_references_table_is_for_the_cluster_and_results_that_are_named(caps
     ("arguments", "message"),
     [
         (["reference", "--tune"], "--tune goes with `moescale bench experts`, not with reference"),
+        (["experts", "--model", "gpt-oss-20b"], "--model goes with `moescale bench experts --tune`; leave it out"),
         (["experts", "--cluster", "h200"], "--cluster goes with `moescale bench reference`, not with experts"),
         (["--plot", "a.svg"], "--plot goes with `moescale bench reference`, not with experts"),
         (["reference", "--plot", "missing/a.svg"], "--plot (missing/a.svg) lies in a folder that does not exist"),

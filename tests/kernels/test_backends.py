@@ -173,22 +173,40 @@ def test_operators_without_cute_kernels_run_triton_in_any_dtype(monkeypatch):
 WIDTHS = (192, 128)
 
 
+GROUPED = ("grouped queries",)
+WINDOWED = ("windows", "sinks", "grouped queries")
+
+
 @pytest.mark.parametrize(
-    "installed, usable, capability, dtype, widths, chosen",
+    "installed, usable, capability, dtype, widths, documents, features, chosen",
     [
-        (True, True, (9, 0), torch.bfloat16, WIDTHS, "cute"),
-        (False, True, (9, 0), torch.bfloat16, WIDTHS, "torch"),
-        (True, False, (9, 0), torch.bfloat16, WIDTHS, "torch"),
-        (True, True, (10, 0), torch.bfloat16, WIDTHS, "torch"),
-        (True, True, (9, 0), torch.float32, WIDTHS, "torch"),
-        (True, True, (9, 0), torch.bfloat16, (128, 128), "torch"),
+        (True, True, (9, 0), torch.bfloat16, WIDTHS, False, (), "cute"),
+        (True, True, (9, 0), torch.bfloat16, WIDTHS, True, (), "cute"),
+        (True, True, (9, 0), torch.bfloat16, (128, 128), False, GROUPED, "cute"),
+        (True, True, (9, 0), torch.bfloat16, (64, 64), True, WINDOWED, "cute"),
+        (True, True, (9, 0), torch.bfloat16, (256, 256), False, (), "torch"),  # cuDNN is faster
+        (True, True, (9, 0), torch.bfloat16, (256, 256), True, (), "cute"),
+        (True, True, (9, 0), torch.bfloat16, (96, 96), False, (), "torch"),  # not tested
+        (False, True, (9, 0), torch.bfloat16, WIDTHS, False, (), "torch"),
+        (False, True, (9, 0), torch.bfloat16, WIDTHS, True, (), "triton"),
+        (False, True, (9, 0), torch.bfloat16, (128, 128), False, GROUPED, "torch"),
+        (False, True, (9, 0), torch.float32, (128, 128), False, GROUPED, "triton"),  # PyTorch's would repeat the keys
+        (False, True, (9, 0), torch.bfloat16, (64, 64), False, WINDOWED, "triton"),
+        (True, False, (9, 0), torch.bfloat16, WIDTHS, False, (), "torch"),
+        (True, True, (10, 0), torch.bfloat16, WIDTHS, False, (), "torch"),
+        (True, True, (9, 0), torch.float32, WIDTHS, False, (), "torch"),
     ],
 )
-def test_attention_runs_in_cute_where_it_can(monkeypatch, installed, usable, capability, dtype, widths, chosen):
+def test_attention_runs_in_cute_where_it_can(
+    monkeypatch, installed, usable, capability, dtype, widths, documents, features, chosen
+):
     monkeypatch.setattr(backends, "cute_available", lambda part: installed)
     monkeypatch.setattr(backends, "cute_usable", lambda part: usable)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert choose_attention_backend(CUDA, dtype, widths) == chosen
+    assert choose_attention_backend(CUDA, dtype, widths, documents=documents, features=features) == chosen
+    if (installed, usable, capability, dtype) == (True, True, (9, 0), torch.bfloat16) and widths != (96, 96):
+        by_name = choose_attention_backend(CUDA, dtype, widths, "cute", documents=documents, features=features)
+        assert by_name == "cute"
 
 
 def test_attentions_back_end_can_be_set_from_outside(monkeypatch):
@@ -197,7 +215,7 @@ def test_attentions_back_end_can_be_set_from_outside(monkeypatch):
     monkeypatch.setenv("MOESCALE_ATTENTION", "torch")
     assert choose_attention_backend(CUDA, torch.bfloat16, WIDTHS) == "torch"
     assert choose_attention_backend(CUDA, torch.bfloat16, WIDTHS, "cute") == "cute"
-    with pytest.raises(KernelInputError, match=r"takes keys and values \(192, 128\) wide, not \(96, 64\)"):
+    with pytest.raises(KernelInputError, match=r"of widths \(64, 64\), .*\(192, 128\), .*, not \(96, 64\)"):
         choose_attention_backend(CUDA, torch.bfloat16, (96, 64), "cute")
     monkeypatch.setenv("MOESCALE_ATTENTION", "flash")
     with pytest.raises(KernelInputError, match=r"back end \('flash'\) must be one of auto, torch, triton, cute"):

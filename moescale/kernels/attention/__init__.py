@@ -1,11 +1,10 @@
 """Attention in which a query sees an interval of keys that ends with its own: causal, kept within documents, windowed.
 
 Keys and values may have widths of their own and fewer heads than the queries, and heads may have sinks. On CUDA cuDNN
-comes first where nothing but causality is asked for: of the kernels that PyTorch has for a key wider than the value it
-is the fastest by a factor of two to three, and needs no padding of the value. Where it refuses (fp32, odd widths),
-PyTorch's next kernel runs. Anything beyond causality runs in Triton, without a mask
-(:mod:`moescale.kernels.attention.triton`). On Hopper the optional package flash-attn-4 is faster still
-(:mod:`moescale.kernels.attention.cute`).
+comes first where nothing but causality is asked for: of the kernels that PyTorch has it is the fastest by a factor of
+two to three, and needs no padding of the value. Where it refuses (fp32, odd widths), PyTorch's next kernel runs.
+Documents, windows and sinks run in Triton, without a mask (:mod:`moescale.kernels.attention.triton`). On Hopper the
+optional package flash-attn-4 is faster still in all of this (:mod:`moescale.kernels.attention.cute`).
 """
 
 from __future__ import annotations
@@ -57,7 +56,8 @@ def attention(
         q.device, q.dtype, (q.shape[-1], v.shape[-1]), backend, documents=documents is not None, features=features
     )
     if chosen == "cute":
-        return _cute_attention(q, k, v, None if documents is None else documents.offsets, softmax_scale)[0]
+        offsets = None if documents is None else documents.offsets
+        return _cute_attention(q, k, v, offsets, window, sinks, softmax_scale)[0]
     if chosen == "triton":
         first, last = (None, None) if documents is None else (documents.first, documents.last)
         return interval_attention(q, k, v, first, last, window, sinks, softmax_scale)[0]
@@ -137,17 +137,23 @@ def _cute() -> ModuleType:
 
 @torch.library.custom_op("moescale::cute_attention", mutates_args=())
 def _cute_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor | None, softmax_scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor | None,
+    window: int | None,
+    sinks: torch.Tensor | None,
+    softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (result, fp32 logarithms of the sums of exponentials, in the package's layout)."""
-    return _cute().forward(q, k, v, offsets, softmax_scale)
+    return _cute().forward(q, k, v, offsets, window, sinks, softmax_scale)
 
 
 @_cute_attention.register_fake
-def _(q, k, v, offsets, softmax_scale):
+def _(q, k, v, offsets, window, sinks, softmax_scale):
     batch, length, heads, _ = q.shape
     sums = (batch, heads, length) if offsets is None else (heads, batch * length)
-    return v.new_empty(v.shape), q.new_empty(sums, dtype=torch.float32)
+    return v.new_empty((batch, length, heads, v.shape[-1])), q.new_empty(sums, dtype=torch.float32)
 
 
 @torch.library.custom_op("moescale::cute_attention_backward", mutates_args=())
@@ -159,24 +165,32 @@ def _cute_attention_backward(
     out: torch.Tensor,
     sums: torch.Tensor,
     offsets: torch.Tensor | None,
+    window: int | None,
+    sinks: torch.Tensor | None,
     softmax_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _cute().backward(grad, q, k, v, out, sums, offsets, softmax_scale)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of q, k, v and the sinks, the last one empty without them."""
+    return _cute().backward(grad, q, k, v, out, sums, offsets, window, sinks, softmax_scale)
 
 
 @_cute_attention_backward.register_fake
-def _(grad, q, k, v, out, sums, offsets, softmax_scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(grad, q, k, v, out, sums, offsets, window, sinks, softmax_scale):
+    grad_sinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_sinks
 
 
 def _cute_setup(ctx, inputs, output) -> None:
-    q, k, v, offsets, ctx.softmax_scale = inputs
+    q, k, v, offsets, ctx.window, sinks, ctx.softmax_scale = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, offsets)
+    ctx.save_for_backward(q, k, v, *output, offsets, sinks)
 
 
 def _cute_autograd(ctx, grad, _):
-    return *_cute_attention_backward(grad, *ctx.saved_tensors, ctx.softmax_scale), None, None
+    *operands, offsets, sinks = ctx.saved_tensors
+    grad_q, grad_k, grad_v, grad_sinks = _cute_attention_backward(
+        grad, *operands, offsets, ctx.window, sinks, ctx.softmax_scale
+    )
+    return grad_q, grad_k, grad_v, None, None, grad_sinks if sinks is not None else None, None
 
 
 _cute_attention.register_autograd(_cute_autograd, setup_context=_cute_setup)

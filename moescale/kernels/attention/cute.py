@@ -40,14 +40,19 @@ warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be conver
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor | None, softmax_scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor | None,
+    window: int | None,
+    sinks: torch.Tensor | None,
+    softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (result [B, S, N, Dv], fp32 logarithms of the sums: [B, N, S], with documents [N, B * S])."""
     operands = [_by_documents(x, offsets) for x in (q, k, v)]
-    result = _flash_attn_fwd(
-        *operands, **_bounds(offsets, q.shape[1]), softmax_scale=softmax_scale, causal=True, return_lse=True
-    )
-    return result[0].view(v.shape), result[1]
+    options = _mask(offsets, q.shape[1], window) | {"learnable_sink": sinks}
+    result = _flash_attn_fwd(*operands, **options, softmax_scale=softmax_scale, return_lse=True)
+    return result[0].view(*q.shape[:3], v.shape[-1]), result[1]
 
 
 def backward(
@@ -58,15 +63,16 @@ def backward(
     out: torch.Tensor,
     sums: torch.Tensor,
     offsets: torch.Tensor | None,
+    window: int | None,
+    sinks: torch.Tensor | None,
     softmax_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of q, k and v."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of q, k, v and the sinks, the last one empty without them."""
     operands = [_by_documents(x, offsets) for x in (q, k, v, out, grad)]
-    gradients = _flash_attn_bwd(
-        *operands, sums, **_bounds(offsets, q.shape[1]), softmax_scale=softmax_scale, causal=True
-    )
-    grad_q, grad_k, grad_v = (g.view(x.shape) for g, x in zip(gradients, (q, k, v), strict=True))
-    return grad_q, grad_k, grad_v
+    options = _mask(offsets, q.shape[1], window) | {"learnable_sink": sinks}
+    gradients = _flash_attn_bwd(*operands, sums, **options, softmax_scale=softmax_scale)
+    grad_q, grad_k, grad_v = (g.view(x.shape) for g, x in zip(gradients[:3], (q, k, v), strict=True))
+    return grad_q, grad_k, grad_v, q.new_empty(0) if sinks is None else gradients[3]
 
 
 def _by_documents(x: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
@@ -74,8 +80,10 @@ def _by_documents(x: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor
     return x.contiguous() if offsets is None else x.contiguous().flatten(0, 1)
 
 
-def _bounds(offsets: torch.Tensor | None, length: int) -> dict:
-    """Where documents begin and end, and the longest that one can be."""
+def _mask(offsets: torch.Tensor | None, length: int, window: int | None) -> dict:
+    """Which keys a query sees: those before it, ``window`` with its own; and where documents begin and end."""
+    mask = {"causal": True} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     if offsets is None:
-        return {}
-    return {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": length, "max_seqlen_k": length}
+        return mask
+    bounds = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": length, "max_seqlen_k": length}
+    return mask | bounds

@@ -58,6 +58,21 @@ TILES = {
     "up_wgrad": Tile(m=128, n=192, cluster_m=2, pingpong=True),
     "down_wgrad": Tile(m=128, n=128, cluster_m=2, pingpong=True),
 }
+# Where another tile is at least 4% faster, by kernel and (n, k) as of the launch table: the experts of Qwen3-30B-A3B,
+# GLM-4.7-Flash and gpt-oss-20b at 8,192 tokens (benchmarks/results/h200/family_tiles.json).
+TILES_BY_WEIGHT = {
+    ("up_dgrad", 2048, 1536): Tile(m=192, n=128, cluster_n=2, pingpong=True),
+    ("up_dgrad", 2048, 3072): Tile(m=192, n=128, cluster_n=2, pingpong=True),
+    ("up_dgrad", 2880, 5760): Tile(m=128, n=192, cluster_m=2, pingpong=True),
+    ("down_wgrad", 2048, 768): Tile(m=128, n=192, cluster_m=2, pingpong=True),
+    ("down_wgrad", 2048, 1536): Tile(m=128, n=192, cluster_m=2, pingpong=True),
+    ("down_wgrad", 2880, 2880): Tile(m=128, n=192, cluster_m=2, pingpong=True),
+}
+
+
+def find_tile(kernel: str, n: int, k: int) -> Tile:
+    """Return the tile of a product with a weight [n, k]; of weight gradients these are rows and columns."""
+    return TILES_BY_WEIGHT.get((kernel, n, k), TILES[kernel])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,21 +106,23 @@ def multiply_rows(
     transposed: bool = False,
     zero_tail: bool = False,
     kernel: str = "down",
+    by_pairs: bool = True,
     out: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N].
 
     Rows that belong to no expert are left unwritten, or zeroed with ``zero_tail``. ``kernel`` names the entry of
-    ``TILES``; the columns of ``rows`` alternate between gate and up in ``up_dgrad``. ``out``: where to write it.
+    ``TILES``; the columns of ``rows`` alternate between gate and up in ``up_dgrad`` if they are ``by_pairs``. ``out``:
+    where to write it.
     """
     num_rows, n = rows.shape[0], weight.shape[2 if transposed else 1]
+    tile = tile or find_tile(kernel, n, rows.shape[1])
     out = rows.new_empty((num_rows, n)) if out is None else out
     if num_rows == 0:
         return out
-    _multiply(
-        rows, weight.mT if transposed else weight, out, groups, tile or TILES[kernel], by_pairs=kernel == "up_dgrad"
-    )
+    weight = weight.mT if transposed else weight
+    _multiply(rows, weight, out, groups, tile, by_pairs=by_pairs and kernel == "up_dgrad")
     if zero_tail:
         grid = (num_multiprocessors(out.device),)
         _zero_tail_kernel[grid](out, groups.ends[-1:], num_rows, COLUMNS=n, BLOCK=1024)
@@ -199,12 +216,14 @@ def weight_gradient(
     *,
     buffer: torch.Tensor | None = None,
     kernel: str = "down_wgrad",
+    by_pairs: bool = True,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Return left[rows of e].T @ right[rows of e] for every expert, [E, M, N], or add it to ``buffer`` in place.
 
-    Shapes: left [R, M], right [R, N]; the columns of ``left`` alternate between gate and up in ``up_wgrad``. The sum
-    runs in fp32 and is rounded to the dtype of what it is stored in or added to; a sum in bf16 is rounded again.
+    Shapes: left [R, M], right [R, N]; the columns of ``left`` alternate between gate and up in ``up_wgrad`` if they are
+    ``by_pairs``. The sum runs in fp32 and is rounded to the dtype of what it is stored in or added to; a sum in bf16 is
+    rounded again.
     """
     out = left.new_empty((groups.num_experts, left.shape[1], right.shape[1])) if buffer is None else buffer
     if left.shape[0] == 0:
@@ -217,8 +236,8 @@ def weight_gradient(
         None,
         cu_seqlens_k=groups.offsets,
         add_to_output=buffer is not None,
-        concat_layout=("out",) if kernel == "up_wgrad" else None,
-        **(tile or TILES[kernel]).arguments(),
+        concat_layout=("out",) if by_pairs and kernel == "up_wgrad" else None,
+        **(tile or find_tile(kernel, left.shape[1], right.shape[1])).arguments(),
     )
     return out
 

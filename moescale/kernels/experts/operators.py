@@ -12,8 +12,9 @@ from moescale.kernels.experts import reference
 def operators_of(backend: str) -> SimpleNamespace:
     """Return the functions that make up the operator in a back end, with one signature."""
     if backend in ("triton", "cute"):
-        module = importlib.import_module(f"moescale.kernels.experts.{backend}")
-        return SimpleNamespace(**{name: getattr(module, name) for name in module.__all__})
+        return _exported_by(backend)
+    if backend == "triton+cute":
+        return _triton_with_gradients_in_cute()
     bind = functools.partial
     return SimpleNamespace(
         add_bias_products=reference.add_bias_products,
@@ -28,3 +29,25 @@ def operators_of(backend: str) -> SimpleNamespace:
         sort_weights=reference.sort_weights,
         weight_gradient=bind(reference.weight_gradient, backend=backend),
     )
+
+
+def _exported_by(backend: str) -> SimpleNamespace:
+    module = importlib.import_module(f"moescale.kernels.experts.{backend}")
+    return SimpleNamespace(**{name: getattr(module, name) for name in module.__all__})
+
+
+def _triton_with_gradients_in_cute() -> SimpleNamespace:
+    """Triton's functions, but CuTe's products that no bias and no activation takes part in, in Triton's layout."""
+    ops, cute = _exported_by("triton"), _exported_by("cute")
+
+    def multiply_rows(rows, weight, groups, *, kernel="down", **options):
+        if kernel == "up_dgrad":
+            return cute.multiply_rows(rows, weight, groups, kernel=kernel, by_pairs=False, **options)
+        return ops.multiply_rows(rows, weight, groups, kernel=kernel, **options)
+
+    replaced = {
+        "group_rows": cute.group_rows,
+        "multiply_rows": multiply_rows,
+        "weight_gradient": functools.partial(cute.weight_gradient, by_pairs=False),
+    }
+    return SimpleNamespace(**(vars(ops) | replaced))

@@ -256,16 +256,20 @@ def test_a_compiled_layer_takes_any_number_of_documents(backend: str) -> None:
         ((20, 20), (256, 256), None, False),
     ],
 )
-@pytest.mark.parametrize("length", [1000, 2048])
-def test_the_shapes_of_the_families_are_as_exact_as_rounding_allows(heads, widths, window, with_sinks, length) -> None:
+@pytest.mark.parametrize(("length", "with_documents"), [(1000, True), (2048, True), (2048, False)])
+@pytest.mark.parametrize("backend", GPU_BACKENDS[1:])
+@pytest.mark.filterwarnings("ignore:Argument aux_data")
+def test_the_shapes_of_the_families_are_as_exact_as_rounding_allows(
+    heads, widths, window, with_sinks, length, with_documents, backend
+) -> None:
     dtype = torch.bfloat16
     q = randn(1, length, heads[0], widths[0], dtype=dtype)
     k, v = (randn(1, length, heads[1], width, dtype=dtype, seed=seed) for seed, width in enumerate(widths, start=1))
     sinks = randn(heads[0], dtype=dtype, seed=4) if with_sinks else None
     inputs = [q, k, v, *([sinks] if with_sinks else [])]
-    documents = documents_at((3, 250, 251, 640), length=length)
+    documents = documents_at((3, 250, 251, 640), length=length) if with_documents else None
     scale = widths[0] ** -0.5
-    ours = attention(q, k, v, softmax_scale=scale, documents=documents, window=window, sinks=sinks, backend="triton")
+    ours = attention(q, k, v, softmax_scale=scale, documents=documents, window=window, sinks=sinks, backend=backend)
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
     expected = by_definition(*exact_inputs[:3], scale, documents, window, exact_inputs[3] if with_sinks else None)
     direction = randn(*ours.shape, dtype=dtype, seed=5, grad=False)
@@ -302,3 +306,30 @@ def test_the_triton_kernels_give_the_same_bits_every_time_and_in_a_graph_with_ot
         graph.replay()
         for a, b in zip(recorded, expected[id(documents)], strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not RUNS_CUTE, reason="needs a Hopper GPU and moescale[cute]")
+@pytest.mark.filterwarnings("ignore:Argument aux_data")
+def test_attention_in_cute_is_recorded_with_windows_sinks_and_documents_that_change() -> None:
+    dtype = torch.bfloat16
+    q, k, v = (randn(2, 512, heads, 64, dtype=dtype, seed=seed) for seed, heads in enumerate((8, 2, 2)))
+    sinks = randn(8, seed=3)
+    some, others = documents_at((100, 300), (), length=512), documents_at((5,), (64, 65, 400), length=512)
+    held = Documents(*(x.clone() for x in some))
+    direction = randn(2, 512, 8, 64, dtype=dtype, seed=4, grad=False)
+
+    def results(documents: Documents) -> list[torch.Tensor]:
+        out = attention(q, k, v, softmax_scale=0.1, documents=documents, window=60, sinks=sinks, backend="cute")
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v, sinks), direction)]
+
+    expected = {id(documents): results(documents) for documents in (some, others)}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = results(held)
+    for documents in (some, others, some):
+        for target, source in zip(held, documents, strict=True):
+            target.copy_(source)
+        graph.replay()
+        for a, b in zip(recorded, expected[id(documents)], strict=True):  # sums over blocks come in any order
+            assert (a.float() - b.float()).norm() <= 1e-3 * b.float().norm()

@@ -10,7 +10,7 @@ from moescale.kernels.backends import KernelInputError
 from moescale.kernels.experts import ExpertBiases, SwigluClamp, expert_mlp, experts
 from moescale.kernels.experts.reference import experts_reference
 from moescale.kernels.swiglu.reference import clamped_swiglu
-from tests.kernels.experts.test_experts import make_inputs
+from tests.kernels.experts.test_experts import NEEDS_CUTE, make_inputs
 
 BACKENDS = ["torch", "grouped_mm", "triton"]  # on the CPU, Triton runs in its interpreter (conftest.py)
 CLAMP = SwigluClamp(1.702, 1.0)  # low enough that many values are clamped
@@ -153,13 +153,35 @@ def test_compiles_without_graph_break_and_gives_the_same_gradients():
         torch.testing.assert_close(a, b)
 
 
-def test_cute_is_refused_by_name_and_never_chosen(monkeypatch):
+def test_cute_takes_the_gradients_products_where_it_can_run(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "cute_available", lambda part: True)
+    monkeypatch.setattr(backends, "cute_usable", lambda part: True)
+    for requested in ("auto", "cute"):
+        chosen = backends.choose_experts_backend(device, torch.bfloat16, requested, features=("biases",))
+        assert chosen == "triton+cute"
+    assert backends.choose_experts_backend(device, torch.bfloat16, "triton", features=("biases",)) == "triton"
+    assert backends.choose_experts_backend(device, torch.float32, features=("biases",)) == "triton"
     ids, (x, weights, gate_up, down, *biases) = make_biased(4, 1, 2, 16, 8)
-    options = dict(biases=ExpertBiases(*biases), clamp=CLAMP)
-    with pytest.raises(KernelInputError, match="'cute'. has no experts with biases or a clamped activation; use 'auto"):
-        experts(x, ids, weights, gate_up, down, backend="cute", **options)
-    monkeypatch.setenv("MOESCALE_EXPERTS", "cute")
-    assert backends.choose_experts_backend(x.device, x.dtype, features=("biases",)) == "torch"
+    with pytest.raises(KernelInputError, match="'cute'. needs a Hopper GPU"):
+        experts(x, ids, weights, gate_up, down, backend="cute", biases=ExpertBiases(*biases))
+
+
+@pytest.mark.gpu
+@NEEDS_CUTE
+@pytest.mark.parametrize("save_pre", [True, False])
+def test_gradients_products_in_cute_equal_tritons(save_pre):
+    ids, inputs = make_biased(300, 4, 7, 512, 176)
+    scaled = [t.detach() * (0.05 if t.dim() == 3 else 1) for t in inputs]
+    inputs = [t.cuda().to(torch.float32 if n == 1 else torch.bfloat16) for n, t in enumerate(scaled)]
+    inputs, ids = [t.requires_grad_() for t in inputs], ids.cuda()
+    grad = torch.randn_like(inputs[0])
+    options = {"recompute_up": not save_pre}
+    mixed, triton = (run(experts, ids, inputs, grad, backend=backend, **options) for backend in ("cute", "triton"))
+    for name, a, b in zip(("y", "x", "weights", "gate_up", "down"), mixed, triton, strict=False):
+        assert (a - b).norm() <= 0.01 * b.norm(), name
+    assert all(torch.equal(a, b) for a, b in zip(mixed[5:], triton[5:], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from moescale.kernels import experts as experts_module
+from moescale.kernels.experts import SwigluClamp
+from tests.kernels.experts.test_experts import make_inputs
 
 
 def by_pairs(matrix):
@@ -116,6 +118,33 @@ def test_forward_and_backward_match_plain_torch(cute, weighted, save_pre, with_b
     expected = run(experts_module.operators_of("torch"))
     for name, result in run(cute).items():
         torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.usefixtures("cute")
+@pytest.mark.parametrize("with_buffers", [True, False])
+def test_biased_experts_with_the_gradients_products_in_cute_match_plain_torch(with_buffers):
+    ids, (x, weights, gate_up, down) = make_inputs(14, 2, 4, 32, 16)
+    ids[ids == 2] = 1  # an expert without rows
+    inputs = [x, weights, gate_up, down, torch.randn(4, 32).requires_grad_(), torch.randn(4, 32).requires_grad_()]
+    grad = torch.randn(14, 32)
+
+    def run(backend):
+        buffers = [torch.full_like(t, 0.5) if with_buffers else None for t in inputs[2:]]
+        y = experts_module._experts(
+            x, ids, *inputs[1:], *buffers, SwigluClamp(1.702, 1.0), backend, True
+        )[0]  # fmt: skip
+        found = torch.autograd.grad(y, inputs, grad, allow_unused=True)
+        return [y.detach(), *(f if b is None else b for f, b in zip(found, [None, None, *buffers], strict=True))]
+
+    for mixed, plain in zip(run("triton+cute"), run("torch"), strict=True):
+        torch.testing.assert_close(mixed, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("cute")
+def test_every_exception_of_the_tiles_is_of_a_products_own_and_differs_from_the_rule(cute):
+    for (kernel, n, k), tile in cute.TILES_BY_WEIGHT.items():
+        assert tile != cute.TILES[kernel] and cute.find_tile(kernel, n, k) == tile
+        assert cute.find_tile(kernel, n + 8, k) == cute.TILES[kernel]
 
 
 def test_no_rows_leave_buffers_alone_and_give_zero_gradients(cute):
