@@ -1,4 +1,4 @@
-"""Attention over documents, windows and sinks in Triton, beside PyTorch's kernels, at the shapes of the families.
+"""Attention in Triton and, where it is installed, in CuTe, beside PyTorch's kernels, at the shapes of the families.
 
     python benchmarks/attention.py --output interval_attention.json
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from moescale.kernels.attention import Documents, attention
+from moescale.kernels.backends import runs_cute
 from moescale.runtime.gpu_clock import seconds_of
 from moescale.tools.measurement import describe_measurement, write_result
 
@@ -69,10 +70,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    has_cute = runs_cute("attention", torch.device("cuda"), torch.bfloat16)
+    backends = ("torch", "triton", "cute") if has_cute else ("torch", "triton")
     rows = []
     for name, shape in SHAPES.items():
         for mean in MEAN_DOCUMENTS:
-            for backend in ("torch", "triton"):
+            for backend in backends:
                 if backend == "torch" and shape.get("sinks"):
                     continue
                 row = {"shape": name, "mean_document": mean, "backend": backend} | measure(shape, mean, backend)

@@ -42,7 +42,7 @@ CUTE_PACKAGES: dict[CutePart, tuple[str, str]] = {
 }
 # Widths of key and value at which attention in CuTe is tested: of gpt-oss, Qwen3 and OLMoE, DeepSeek, GLM-4.7-Flash.
 CUTE_ATTENTION_WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
-# Of these, where cuDNN's backward is faster for plain causal attention (benchmarks/results/h100/family_attention.json).
+# Of these, where cuDNN's backward is faster for plain causal attention (benchmarks/results/h200/interval_attention.json).
 CUDNN_FASTER_WIDTHS = ((256, 256),)
 MAX_ATTENTION_WIDTH = 256
 

@@ -59,7 +59,7 @@ TILES = {
     "down_wgrad": Tile(m=128, n=128, cluster_m=2, pingpong=True),
 }
 # Where another tile is at least 4% faster, by kernel and (n, k) as of the launch table: the experts of Qwen3-30B-A3B,
-# GLM-4.7-Flash and gpt-oss-20b at 8,192 tokens (benchmarks/results/h200/family_tiles.json).
+# GLM-4.7-Flash and gpt-oss-20b at 8,192 tokens (benchmarks/results/h200/expert_tiles.json).
 TILES_BY_WEIGHT = {
     ("up_dgrad", 2048, 1536): Tile(m=192, n=128, cluster_n=2, pingpong=True),
     ("up_dgrad", 2048, 3072): Tile(m=192, n=128, cluster_n=2, pingpong=True),
