@@ -46,11 +46,14 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= MAX_RANK:
-            raise ConfigError(f"lora.rank ({self.rank}) must be at least 1 and at most {MAX_RANK}")
+            raise ConfigError(f"lora.rank ({self.rank}) must be at least 1 and at most {MAX_RANK}; 16 is common")
         if not MIN_ALPHA <= self.alpha <= MAX_ALPHA:
-            raise ConfigError(f"lora.alpha ({self.alpha:g}) must be at least {MIN_ALPHA:g} and at most {MAX_ALPHA:g}")
+            raise ConfigError(
+                f"lora.alpha ({self.alpha:g}) must be at least {MIN_ALPHA:g} and at most {MAX_ALPHA:g}; leave it out "
+                "for twice the rank"
+            )
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora.dropout ({self.dropout}) must be at least 0 and below 1")
+            raise ConfigError(f"lora.dropout ({self.dropout}) must be at least 0 and below 1; 0 drops nothing")
         if not self.targets:
             raise ConfigError(f"lora.targets must name at least one of {', '.join(GROUPS)}, or a module of a layer")
 

@@ -11,7 +11,13 @@ import torch
 
 from moescale.config import ModelConfig
 from moescale.convert.adapter import AdapterReport, MergedWeights, export_adapter
-from moescale.convert.checkpoint import ExportReport, TensorSource, export_checkpoint, folder_dtype
+from moescale.convert.checkpoint import (
+    ExportReport,
+    TensorSource,
+    check_output,
+    export_checkpoint,
+    folder_dtype,
+)
 from moescale.convert.folder_weights import FolderWeights
 from moescale.convert.hf_config import CONFIG_FILE, read_model_config
 from moescale.convert.weight_files import has_weights
@@ -62,7 +68,10 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         if not 1e-9 <= self.max_shard_gigabytes < math.inf:
-            raise ConfigError(f"export.max_shard_gigabytes ({self.max_shard_gigabytes}) must be positive and finite")
+            raise ConfigError(
+                f"export.max_shard_gigabytes ({self.max_shard_gigabytes}) must be positive and finite; "
+                "leave it out for 5"
+            )
         if self.merge and self.adapter is not None:
             raise ConfigError(f"export.merge and export.adapter ({self.adapter}) exclude each other; drop one of them")
         if self.adapter not in (None, "peft", "per-expert"):
@@ -99,6 +108,7 @@ def export(settings: ExportSettings, *, progress: bool = True) -> ExportSummary:
         CheckpointError: the run has no whole checkpoint of that step, or it is damaged; the output exists.
         ConfigError: the folder to take configuration and tokenizer from does not belong to the weights.
     """
+    check_output(settings.output)
     reference, ignored_fields = _reference(settings)
     ignored_fields = settings.ignore_config_field or ignored_fields
     config = read_model_config(reference, ignored_fields)

@@ -12,6 +12,8 @@ from moescale import __version__
 from moescale.api.train_request import RunInputs
 from moescale.config import ModelConfig
 from moescale.convert.adapter import read_adapter_settings
+from moescale.convert.hf_config import PRESETS
+from moescale.convert.weight_files import has_weights
 from moescale.data.corpus import Corpus
 from moescale.errors import ConfigError
 from moescale.lora import LoraSettings, parse_lora
@@ -115,6 +117,27 @@ def check_corpus(config: ModelConfig, corpus: Corpus, plan: ParallelPlan) -> Non
         raise ConfigError(
             f"plan.sequence_length ({plan.sequence_length}) must not exceed model.max_sequence_length "
             f"({config.max_sequence_length})"
+        )
+
+
+def is_pretrained(inputs: RunInputs, folder: Path) -> bool:
+    """Whether a run starts from the weights in ``folder``, its model's, and not from random ones.
+
+    Random by itself only where nothing hints at weights: a download cut short or a folder of .bin files is an error.
+    """
+    if inputs.initialize != "auto":
+        return inputs.initialize == "pretrained"
+    is_fetched = inputs.model not in PRESETS and not Path(inputs.model).exists()
+    return is_fetched or has_weights(folder)
+
+
+def check_weights(inputs: RunInputs, folder: Path, plan: ParallelPlan) -> None:
+    """Raise ConfigError where adapters would be trained on random weights that nobody has asked for."""
+    if plan.lora is not None and inputs.initialize == "auto" and not is_pretrained(inputs, folder):
+        raise ConfigError(
+            f"run.model ({inputs.model}) has no weights ({folder} holds no *.safetensors), and run.lora "
+            f"({plan.lora.text()}) trains adapters on frozen ones, which would be random; give a model with weights, "
+            "or --initialize random if that is meant"
         )
 
 

@@ -13,14 +13,20 @@ from typing import Any
 import torch
 
 from moescale import __version__
-from moescale.api.run_checks import check_corpus, check_devices, choose_plan, out_of_memory
+from moescale.api.run_checks import (
+    check_corpus,
+    check_devices,
+    check_weights,
+    choose_plan,
+    is_pretrained,
+    out_of_memory,
+)
 from moescale.api.samples import make_sampler
 from moescale.api.train_request import TrainRequest, request_arguments
 from moescale.config import ModelConfig
 from moescale.convert.adapter import read_adapter
 from moescale.convert.checkpoint import kept_tensors
-from moescale.convert.hf_config import PRESETS, read_model_config, resolve_model
-from moescale.convert.weight_files import has_weights
+from moescale.convert.hf_config import read_model_config, resolve_model
 from moescale.coordinates import Coordinates
 from moescale.data.corpus import Corpus, Verification, open_corpus
 from moescale.data.loader import Loader, validation_batches
@@ -122,6 +128,7 @@ def _prepare(request: TrainRequest, observers: Sequence[Observer], hooks: Sequen
     device = choose_device(request.device)
     plan = choose_plan(request, config, corpus, device)
     check_corpus(config, corpus, plan)
+    check_weights(request, folder, plan)
     check_devices(request, plan, device)
     named = [make_observer(name) for name in request.observers]
     return _Run(
@@ -393,17 +400,9 @@ class _Rank:
             self._warn(f"a checkpoint after step {trainer.step} was moved to {path}; delete it when it is not needed")
 
     def _fill(self, placed: PlacedModel) -> None:
-        """Give the model the weights a run starts from, and print a line that says which.
-
-        Random by itself only where nothing hints at weights: a download cut short or a folder of .bin files is an
-        error.
-        """
-        request, folder = self.request, self.run.folder
-        fetched = request.model not in PRESETS and not Path(request.model).exists()
-        if request.initialize == "auto":
-            pretrained = fetched or has_weights(folder)
-        else:
-            pretrained = request.initialize == "pretrained"
+        """Give the model the weights a run starts from, and print a line that says which."""
+        folder = self.run.folder
+        pretrained = is_pretrained(self.request, folder)
         if self.ranks.is_first:
             source = f"from {folder}" if pretrained else f"random, seed {self.settings.seed}"
             say(printable(f"weights: {source}"), sys.stderr)

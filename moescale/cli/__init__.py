@@ -13,6 +13,7 @@ from cyclopts.config import Dict
 from rich.console import Console
 
 from moescale import __version__
+from moescale.cli.missing import RequireOptions, usage_text
 from moescale.environment import prefer_expandable_segments
 from moescale.errors import ConfigError, MoescaleError, Preempted, nearest, printable
 from moescale.files import remedy
@@ -63,12 +64,13 @@ def _with_config(
     config
         TOML file with one table per command ([prepare], [compile], [run], [export]); the command line overrides it.
     """
+    rules = (RequireOptions(tokens), *_RULES)
     if config is not None:
         document = read_toml(config.expanduser(), _SETTINGS)
         _check_tables(document, config)
-        app.config = (Dict(document, source=str(config), use_commands_as_keys=True), *_RULES)
+        app.config = (Dict(document, source=str(config), use_commands_as_keys=True), *rules)
     else:
-        app.config = _RULES
+        app.config = rules
     app(tokens, exit_on_error=False, print_error=False)
 
 
@@ -160,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app.meta(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:  # Printed here, not by its library: it may show what a settings file holds.
-        _print_error(str(error))
+        _print_error(usage_text(error))
         sys.exit(MoescaleError.exit_status)
     except Preempted as stop:  # As asked.
         _print(str(stop), "bold yellow")

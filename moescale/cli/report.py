@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moescale.cli.missing import advice
 from moescale.errors import ConfigError, printable, say
 from moescale.files import write_atomically
 
@@ -24,7 +25,7 @@ def report_command(*run: Path, output: Path | None = None) -> None:
     from moescale.tools.report.run_data import read_run
 
     if not run:
-        raise ConfigError("report needs the folder of a run, or of several to compare")
+        raise ConfigError(f"report needs the folder of a run, or of several to compare; {advice('report')}")
     runs = [read_run(folder) for folder in run]
     now = datetime.now()
     page = run_page(runs[0], now) if len(runs) == 1 else comparison_page(runs, now)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moescale.config import ModelConfig
-from moescale.convert.checkpoint import TensorSource
+from moescale.convert.checkpoint import TensorSource, check_output
 from moescale.convert.folder_weights import FolderWeights
 from moescale.convert.key_table import build_key_table
 from moescale.errors import CheckpointError, ConfigError
@@ -129,8 +129,7 @@ def export_adapter(
 
     Raises CheckpointError where ``output`` exists or cannot be written, or a factor is missing or not finite.
     """
-    if not output.resolve().name or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise CheckpointError(f"{output}: already exists; give another --output, or remove it")
+    check_output(output)
     modules = adapted_modules(config, lora)
     known = set(source.names())
     tensors: dict[str, torch.Tensor] = {}

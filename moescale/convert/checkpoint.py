@@ -138,6 +138,13 @@ def import_checkpoint(
 
 
 @torch.no_grad()
+def check_output(output: Path) -> None:
+    """Raise CheckpointError unless ``output`` can become the folder of an export: absent or empty."""
+    # A folder such as "." has a name once it is resolved; "/" has none.
+    if not output.resolve().name or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise CheckpointError(f"{output}: already exists; give another --output, or remove it")
+
+
 def export_checkpoint(
     config: ModelConfig,
     source: TensorSource,
@@ -176,9 +183,7 @@ def export_checkpoint(
             f"{reference / CONFIG_FILE}: describes another model than the weights; give the right --model"
         )
     companions = _find_companions(reference)
-    # A folder such as "." has a name once it is resolved; "/" has none.
-    if not output.resolve().name or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise CheckpointError(f"{output}: already exists; give another --output, or remove it")
+    check_output(output)
     kept = kept_tensors(reference, config)
     for key, stored in kept.items():
         table[key] = (Piece(key=key, shape=stored.shape, index=whole_box(stored.shape), dtype=stored.dtype),)

@@ -70,6 +70,12 @@ ADAPTER_FORMATS = {
 """Of adapters, which are too small to save memory on."""
 
 
+def _nearest_multiples(number: int, unit: int) -> str:
+    """Name the multiples of ``unit`` next to ``number``, to choose from."""
+    below = number // unit * unit
+    return f"{below} and {below + unit} are" if below else f"{unit} is the least"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
     """What to plan for."""
@@ -97,12 +103,20 @@ class PlanRequest:
 
     def validate(self, config: ModelConfig) -> None:
         """Raise ConfigError for what no plan could satisfy."""
-        for name in ("runtime_gpus", "tokens_per_step", "sequence_length"):
+        for name, default in (
+            ("runtime_gpus", "as many as plan_gpus"),
+            ("tokens_per_step", "131072"),
+            ("sequence_length", "2048"),
+        ):
             if getattr(self, name) < 1:
-                raise ConfigError(f"compile.{name} ({getattr(self, name)}) must be at least 1")
+                raise ConfigError(
+                    f"compile.{name} ({getattr(self, name)}) must be at least 1; leave it out for {default}"
+                )
         if self.plan_gpus is not None:
             if self.plan_gpus < 1:
-                raise ConfigError(f"compile.plan_gpus ({self.plan_gpus}) must be at least 1, or auto")
+                raise ConfigError(
+                    f"compile.plan_gpus ({self.plan_gpus}) must be at least 1, or auto for the fastest number"
+                )
             if self.runtime_gpus % self.plan_gpus:
                 raise ConfigError(
                     f"compile.runtime_gpus ({self.runtime_gpus}) must be a multiple of compile.plan_gpus "
@@ -111,18 +125,22 @@ class PlanRequest:
         if self.sequence_length > config.max_sequence_length:
             raise ConfigError(
                 f"compile.sequence_length ({self.sequence_length}) must not exceed model.max_sequence_length "
-                f"({config.max_sequence_length})"
+                f"({config.max_sequence_length}); give a shorter one"
             )
         if self.tokens_per_step % self.sequence_length:
             raise ConfigError(
                 f"compile.tokens_per_step ({self.tokens_per_step}) must be a multiple of compile.sequence_length "
-                f"({self.sequence_length})"
+                f"({self.sequence_length}); {_nearest_multiples(self.tokens_per_step, self.sequence_length)}"
             )
         if self.memory_limit_bytes is not None and self.memory_limit_bytes <= 0:
-            raise ConfigError(f"compile.memory_limit ({self.memory_limit_bytes} bytes) must be positive")
+            raise ConfigError(
+                f"compile.memory_limit ({self.memory_limit_bytes} bytes) must be positive; leave it out for all of the "
+                "GPU's memory"
+            )
         if not 1 <= self.router_imbalance < math.inf:
             raise ConfigError(
-                f"compile.router_imbalance ({self.router_imbalance}) must be a number of at least 1, which is balanced"
+                f"compile.router_imbalance ({self.router_imbalance}) must be a number of at least 1, which is "
+                "balanced; leave it out for 1.1"
             )
         decisions = decision_values(config)
         for option, pairs in (("--pin", self.pins.items()), ("--forbid", sorted(self.forbidden))):

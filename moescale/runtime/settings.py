@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from moescale.errors import ConfigError
@@ -71,15 +71,15 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         rules: list[tuple[str, bool, str]] = [
-            ("steps", self.steps is None or self.steps > 0, "must be positive"),
+            ("steps", self.steps is None or self.steps > 0, "must be positive; leave it out for one epoch"),
             ("learning_rate", 0 < self.learning_rate < math.inf, "must be positive and finite"),
             ("schedule", self.schedule in get_args(Schedule), f"must be one of {', '.join(get_args(Schedule))}"),
-            ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
+            ("warmup_steps", self.warmup_steps >= 0, "must not be negative; 0 begins at the peak learning rate"),
             ("final_learning_rate_ratio", 0 <= self.final_learning_rate_ratio <= 1, "must be between 0 and 1"),
             ("beta1", 0 <= self.beta1 < 1, "must be at least 0 and below 1"),
             ("beta2", 0 <= self.beta2 < 1, "must be at least 0 and below 1"),
             ("eps", 0 < self.eps < math.inf, "must be positive and finite"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "must be finite and not negative"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "must be finite and not negative; 0 turns it off"),
             (
                 "router_bias_update_rate",
                 0 <= self.router_bias_update_rate < math.inf,
@@ -88,18 +88,32 @@ class TrainSettings:
             ("gradient_clip", 0 <= self.gradient_clip < math.inf, "must be finite; 0 turns clipping off"),
             ("seed", -(2**63) <= self.seed < 2**63, "must have 64 bits: from -2^63 to 2^63 - 1"),
             ("validation_every", self.validation_every >= 0, "must not be negative; 0 means at the end only"),
-            ("validation_sequences", self.validation_sequences > 0, "must be positive"),
+            (
+                "validation_sequences",
+                self.validation_sequences > 0,
+                "must be positive; a corpus without a validation split is not validated",
+            ),
             ("sample_every", self.sample_every >= 0, "must not be negative; 0 means never"),
-            ("samples", self.samples > 0, "must be positive"),
-            ("sample_tokens", self.sample_tokens > 0, "must be positive"),
+            ("samples", self.samples > 0, "must be positive; run.sample_every 0 turns samples off"),
+            ("sample_tokens", self.sample_tokens > 0, "must be positive; run.sample_every 0 turns samples off"),
             ("checkpoint_every", self.checkpoint_every >= 0, "must not be negative; 0 means at the end only"),
             ("checkpoint_minutes", 0 <= self.checkpoint_minutes < math.inf, "must be finite; 0 turns it off"),
-            ("keep_checkpoints", self.keep_checkpoints >= 1, "must be at least 1"),
-            ("max_skipped_steps", self.max_skipped_steps >= 1, "must be at least 1"),
+            (
+                "keep_checkpoints",
+                self.keep_checkpoints >= 1,
+                "must be at least 1; run.final_checkpoint false and no checkpoint_every write none",
+            ),
+            (
+                "max_skipped_steps",
+                self.max_skipped_steps >= 1,
+                "must be at least 1; without run.skip_nonfinite none is skipped",
+            ),
         ]
+        defaults = {item.name: item.default for item in fields(self)}
         for name, holds, rule in rules:
             if not holds:
-                raise ConfigError(f"run.{name} ({getattr(self, name)}) {rule}")
+                remedy = "" if ";" in rule else f"; leave it out for {defaults[name]}"
+                raise ConfigError(f"run.{name} ({getattr(self, name)}) {rule}{remedy}")
 
     @property
     def writes_checkpoints(self) -> bool:

@@ -205,7 +205,7 @@ def chosen(view: CorpusView, first: int | None, sequences: tuple[int, ...]) -> l
     if first is not None and sequences:
         raise ConfigError(f"show.first ({first}) and show.sequence ({sequences[0]}) exclude each other; drop one")
     if first is not None and first < 1:
-        raise ConfigError(f"show.first ({first}) must be at least 1")
+        raise ConfigError(f"show.first ({first}) must be at least 1; leave it out for {DEFAULT_FIRST}")
     for index in sequences:
         if not 0 <= index < most:
             raise ConfigError(

@@ -121,6 +121,7 @@ def test_a_folder_without_a_name_of_its_own_is_an_output_that_exists(
     monkeypatch.chdir(tmp_path)
     status, errors = export(capsys, "--run", finished_run, "--output", output)
     assert status == 2 and f"{output}: already exists" in errors
+    assert "exporting" not in errors, "no progress is drawn of what was refused"
 
 
 @pytest.mark.parametrize("size", ["nan", "inf", "-1", "0"])

@@ -81,10 +81,27 @@ def test_random_weights_are_drawn_again_for_their_adapters(
     tmp_path: Path, model_folder: Path, stdlib_corpus: Path
 ) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    run(*batch(model_folder, stdlib_corpus, straight), "--lora", LORA, "--steps", 2)
+    options = ("--lora", LORA, "--initialize", "random", "--steps")
+    run(*batch(model_folder, stdlib_corpus, straight), *options, 2)
     for steps in (1, 2):
-        run(*batch(model_folder, stdlib_corpus, stopped), "--lora", LORA, "--steps", steps)
+        run(*batch(model_folder, stdlib_corpus, stopped), *options, steps)
     assert losses(stopped) == losses(straight)
+
+
+@pytest.mark.parametrize("by_plan", [True, False], ids=["plan", "option"])
+def test_adapters_are_not_trained_on_random_weights_unless_asked_for(
+    tmp_path: Path, model_folder: Path, stdlib_corpus: Path, by_plan: bool, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [*batch(model_folder, stdlib_corpus, tmp_path / "run"), "--lora", LORA]
+    if by_plan:
+        shape = dict(sequence_length=64, micro_batch_sequences=4, gradient_accumulation_steps=1)
+        plan = one_device_plan(read_model_config(model_folder), **shape, compute_dtype="fp32", lora=parse_lora(LORA))
+        save_plan(plan, tmp_path / "plan.json")
+        arguments = [*arguments[:6], "--plan", tmp_path / "plan.json"]
+    message = error_of(capsys, *arguments)
+    assert f"run.model ({model_folder}) has no weights" in message
+    assert "give a model with weights, or --initialize random" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_is_refused_on_other_weights_and_with_other_adapters(
@@ -221,6 +238,6 @@ def test_an_export_of_adapters_says_what_it_wants(
     whole, drawn = tmp_path / "whole", tmp_path / "drawn"
     run(*batch(pretrained, stdlib_corpus, whole), "--steps", 1)
     assert "holds whole weights and no adapters; drop --merge" in export_error(capsys, "--run", whole, *out, "--merge")
-    run(*batch(model_folder, stdlib_corpus, drawn), "--lora", LORA, "--steps", 1)
+    run(*batch(model_folder, stdlib_corpus, drawn), "--lora", LORA, "--steps", 1, "--initialize", "random")
     message = export_error(capsys, "--run", drawn, *out, "--merge")
     assert "has no weights to merge with: the run started from random ones" in message

@@ -80,6 +80,8 @@ class BadItems:
     count: Count
     first: list[str]
     """Positions of the first ones, as ``path:line`` (counted from 1) or ``path``."""
+    detail: str = ""
+    """What is wrong with the first of them, and what to do about it, where that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
+from moescale.data.prepare.chat.conversations import form_of
 from moescale.data.prepare.chat.encode import ChatEncoder, ChatOptions, EncodedConversation
 from moescale.data.prepare.compression import open_bytes
 from moescale.data.prepare.file_kinds import problem_of
@@ -105,14 +106,14 @@ class _Texts:
             self.texts.append(text)
             self.places.append(where)
         else:
-            self.bad.append(Fault(EMPTY_DOCUMENT, where))
+            self.bad.append(Fault(EMPTY_DOCUMENT, where, detail="it has no text"))
 
     def add_record(self, record: object, where: int) -> None:
         if isinstance(record, dict):
             self.records.append(record)
             self.places.append(where)
         else:
-            self.bad.append(Fault(MISSING_COLUMN, where, detail=_fields_of(record)))
+            self.bad.append(Fault(MISSING_COLUMN, where, detail=_without_text(record)))
 
 
 class Encoder:
@@ -191,7 +192,7 @@ class Encoder:
                 return
             text = value_at(record, self.text_column) if isinstance(record, dict) else None
             if not isinstance(text, str):
-                read.bad.append(Fault(MISSING_COLUMN, number, detail=_fields_of(record)))
+                read.bad.append(Fault(MISSING_COLUMN, number, detail=_without_text(record)))
             elif b"\\u" in line and not is_encodable(text):
                 read.bad.append(Fault(INVALID_UTF8, number))
             else:
@@ -270,12 +271,15 @@ def token_dtype(vocabulary_size: int) -> np.dtype:
     return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
 
 
-def _fields_of(record: object) -> str:
-    """Describe a record without the text column."""
+def _without_text(record: object) -> str:
+    """Describe a record without the text column, and what to do about it."""
     if not isinstance(record, dict):
         return f"a line is a {type(record).__name__}, not an object"
     names = [repr(str(name)[:40]) for name in list(record)[:12]]
-    return f"a record has the fields {', '.join(names) or 'none'}"
+    fields = f"a record has the fields {', '.join(names) or 'none'}"
+    if form_of(record) is not None:
+        return f"{fields}: a conversation; --format chat reads it as one"
+    return f"{fields}; name the one with the text in text_column"
 
 
 def _lines_of(chunk: LineRange, most_bytes: int) -> Iterator[bytes]:
@@ -303,7 +307,7 @@ def _read_rows(texts: Sequence[str | bytes | None], read: _Texts) -> None:
             read.num_bytes += len(text)
             read.bad.append(Fault(INVALID_UTF8, number))
         else:
-            read.bad.append(Fault(MISSING_COLUMN, number))
+            read.bad.append(Fault(MISSING_COLUMN, number, detail="its text is null, or of another type"))
 
 
 def _read_files(paths: Sequence[str], read: _Texts, most_bytes: int) -> None:

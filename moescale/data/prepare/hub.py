@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moescale.data.corpus.manifest import BadItems
-from moescale.data.prepare.chat.conversations import COLUMNS, form_of
+from moescale.data.prepare.chat.conversations import COLUMNS, documents_line, form_of
 from moescale.data.prepare.readers import row_chunks
 from moescale.data.prepare.record_files import value_at
 from moescale.data.prepare.work_items import Chunk
@@ -35,6 +35,10 @@ class HubSource:
     has_tables: bool = False
     skipped: dict[str, BadItems] = field(default_factory=dict)
     read: dict[str, BadItems] = field(default_factory=dict)
+
+    @property
+    def notices(self) -> list[str]:
+        return [documents_line(self.text_column)]
 
     @property
     def holds_conversations(self) -> bool:

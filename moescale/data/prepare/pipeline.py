@@ -30,7 +30,7 @@ from moescale.data.prepare.atomic_folder import staged, writing
 from moescale.data.prepare.chat.encode import ChatOptions
 from moescale.data.prepare.chat.render_process import RenderOptions
 from moescale.data.prepare.chat.template import find_template
-from moescale.data.prepare.encode import MISSING_COLUMN, EncodedChunk, Fault, token_dtype
+from moescale.data.prepare.encode import EncodedChunk, Fault, token_dtype
 from moescale.data.prepare.file_kinds import DOCUMENT
 from moescale.data.prepare.memory_budget import Resources, resources_for
 from moescale.data.prepare.progress import Progress
@@ -58,7 +58,9 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
     made_from = _made_from(settings, source, tokenizer, chat)
     if settings.output.is_dir() and any(settings.output.iterdir()):
         manifest = _check_same_input(settings, source, made_from)
-        return PrepareReport.of(manifest, output=settings.output, unchanged=True, seconds=0.0, num_workers=0)
+        return PrepareReport.of(
+            manifest, output=settings.output, unchanged=True, seconds=0.0, num_workers=0, notices=source.notices
+        )
 
     resources = resources_for(
         settings,
@@ -83,6 +85,7 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
         seconds=time.monotonic() - began,
         num_workers=resources.num_workers,
         memory_limited=resources.memory_limited,
+        notices=source.notices,
     )
 
 
@@ -195,8 +198,6 @@ class _Accounts:
     def __init__(self, strict: bool) -> None:
         self.strict = strict
         self.bad: dict[str, BadItems] = {}
-        self.hints: dict[str, str] = {}
-        """What helps with a kind of fault, of its first case."""
         self.binary = BadItems(count=0, first=[])
         self.documents = 0
         self.origins = 0
@@ -223,27 +224,23 @@ class _Accounts:
         if self.strict:
             raise DataError(f"{position}: {fault.kind.replace('_', ' ')} (strict){detail}")
         known = self.bad.get(fault.kind, BadItems(count=0, first=[]))
-        self.bad[fault.kind] = _added(known, fault.amount, position)
-        if fault.detail:
-            self.hints.setdefault(fault.kind, fault.detail)
+        self.bad[fault.kind] = _added(known, fault.amount, position, fault.detail)
 
     def to_text(self) -> str:
         """What was left out, for the error of a corpus with nothing in it."""
         lines = [
             f"{items.count:,} {kind.replace('_', ' ')} ({', '.join(items.first[:3])})"
-            + (f": {self.hints[kind]}" if kind in self.hints else "")
+            + (f": {items.detail}" if items.detail else "")
             for kind, items in sorted(self.bad.items())
         ]
-        if MISSING_COLUMN in self.bad:
-            lines.append("name the one with the text in text_column")
         if self.binary.count:
             lines.append(f"{self.binary.count:,} binary ({', '.join(self.binary.first[:3])})")
         return "; ".join(lines)
 
 
-def _added(known: BadItems, count: int, position: str) -> BadItems:
+def _added(known: BadItems, count: int, position: str, detail: str = "") -> BadItems:
     first = [*known.first, position] if len(known.first) < FIRST_POSITIONS else known.first
-    return BadItems(count=known.count + count, first=first)
+    return BadItems(count=known.count + count, first=first, detail=known.detail or detail)
 
 
 def _write(

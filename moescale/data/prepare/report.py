@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class PrepareReport:
     num_workers: int
     memory_limited: bool = False
     """Fewer processes than cores were used, for want of memory."""
+    notices: tuple[str, ...] = ()
+    """What the records were taken for."""
 
     @staticmethod
     def of(
@@ -36,6 +39,7 @@ class PrepareReport:
         seconds: float,
         num_workers: int,
         memory_limited: bool = False,
+        notices: Sequence[str] = (),
     ) -> PrepareReport:
         return PrepareReport(
             output=output,
@@ -48,6 +52,7 @@ class PrepareReport:
             seconds=seconds,
             num_workers=num_workers,
             memory_limited=memory_limited,
+            notices=tuple(notices),
         )
 
     @property
@@ -94,11 +99,14 @@ class PrepareReport:
                 lines[-1] += f"; too few for one sequence, so there is no {split} split"
                 if self.tokens_in and self.documents:
                     lines[-1] += f": prepare.validation_fraction {self._least_fraction():.2g} would make one"
+        lines += [f"  {notice}" for notice in self.notices]
         if len(self.read) > 1 or "text" not in self.read:
             for kind, items in self.read.items():
                 lines.append(f"  read as {kind}: {items.count:,} ({_listed(items)})")
         for kind, items in self.bad.items():
             lines.append(f"  left out, {kind.replace('_', ' ')}: {items.count:,} ({_listed(items)})")
+            if items.detail:
+                lines[-1] += f": {items.detail}"
         for reason, items in self.skipped.items():
             lines.append(f"  skipped, {reason}: {items.count:,}" + (f" ({_listed(items)})" if items.first else ""))
         return "\n".join(map(printable, lines))

@@ -70,7 +70,10 @@ class PrepareSettings:
         if not self.source:
             raise ConfigError("prepare.source is empty; name a file, a folder or a dataset")
         if self.sequence_length < 2:
-            raise ConfigError(f"prepare.sequence_length ({self.sequence_length}) must be at least 2")
+            raise ConfigError(
+                f"prepare.sequence_length ({self.sequence_length}) must be at least 2; a run has hundreds to "
+                "thousands, such as 2048"
+            )
         if self.template_date is not None:
             try:
                 datetime.fromisoformat(self.template_date)
@@ -79,10 +82,15 @@ class PrepareSettings:
                     f"prepare.template_date ({self.template_date!r}) must be a date such as 2026-11-30"
                 ) from error
         if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(f"prepare.validation_fraction ({self.validation_fraction}) must be in [0, 1)")
+            raise ConfigError(
+                f"prepare.validation_fraction ({self.validation_fraction}) must be in [0, 1); 0.05 sets a "
+                "twentieth aside, 0 nothing"
+            )
         if self.num_workers is not None and self.num_workers < 1:
             raise ConfigError(
                 f"prepare.num_workers ({self.num_workers}) must be at least 1; leave it out for all cores"
             )
         if not 0 < self.memory_gigabytes < 1e9:
-            raise ConfigError(f"prepare.memory_gigabytes ({self.memory_gigabytes}) must be positive and below 1e9")
+            raise ConfigError(
+                f"prepare.memory_gigabytes ({self.memory_gigabytes}) must be positive and below 1e9; leave it out for 2"
+            )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Protocol
 
 from moescale.data.corpus.manifest import FIRST_POSITIONS, BadItems
-from moescale.data.prepare.chat.conversations import form_of
+from moescale.data.prepare.chat.conversations import documents_line, form_of, known_forms
 from moescale.data.prepare.compression import compression_of, window_bytes_of
 from moescale.data.prepare.discovery import (
     EXCLUDED,
@@ -41,6 +41,7 @@ from moescale.errors import ConfigError, DataError
 
 _MAX_FILES_PER_CHUNK = 512
 _LONG_DOCUMENT_BYTES = 4 << 20
+_CHAT_SETTINGS = ("loss_on", "too_long", "chat_template", "template_date")
 
 
 class Source(Protocol):
@@ -60,6 +61,11 @@ class Source(Protocol):
     @property
     def read(self) -> dict[str, BadItems]:
         """Files that are read, by the way in which they are."""
+        ...
+
+    @property
+    def notices(self) -> list[str]:
+        """What records are taken for, one line each."""
         ...
 
     @property
@@ -107,10 +113,18 @@ class LocalSource:
     memory_bytes: int
     """What the process that reads tables may take."""
     skipped: dict[str, BadItems] = field(default_factory=dict)
+    other_form: str | None = None
+    """The form of conversation that records have in addition to the text column."""
 
     @property
     def holds_conversations(self) -> bool:
         return self.text_column is None
+
+    @property
+    def notices(self) -> list[str]:
+        if not any(file.kind in RECORDS for file in self.files):
+            return []
+        return [documents_line(self.text_column, self.other_form)]
 
     @property
     def read(self) -> dict[str, BadItems]:
@@ -242,6 +256,10 @@ class JoinedSource:
         return _added_up([source.read for source in self.sources])
 
     @property
+    def notices(self) -> list[str]:
+        return list(dict.fromkeys(notice for source in self.sources for notice in source.notices))
+
+    @property
     def num_bytes(self) -> int | None:
         sizes = [source.num_bytes for source in self.sources]
         return None if None in sizes else sum(size for size in sizes if size is not None)
@@ -276,7 +294,8 @@ def open_source(settings: PrepareSettings) -> Source:
     """
     wanted = _wanted(settings, settings.text_column)
     local_names = [name for name in settings.source if _is_local(name)]
-    if settings.format == "chat" or (settings.format is None and _are_conversations(local_names, settings)):
+    held = _Held() if settings.format is not None else _held_in(local_names, settings)
+    if settings.format == "chat" or (held.form is not None and not held.has_text):
         wanted = _wanted(settings, None)
     opened: list[Source] = []
     local: list[str] = []
@@ -294,6 +313,7 @@ def open_source(settings: PrepareSettings) -> Source:
                     files=found.files,
                     memory_bytes=int(settings.memory_gigabytes * 1e9),
                     skipped=found.skipped,
+                    other_form=held.form,
                 )
             )
             local = []
@@ -325,21 +345,31 @@ def _wanted(settings: PrepareSettings, text_column: str | None) -> Wanted:
     )
 
 
-def _are_conversations(names: Sequence[str], settings: PrepareSettings) -> bool:
-    """Whether files have a conversation's columns and none has the text column; an error is left to their reading."""
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """What the first records of files have."""
+
+    has_text: bool = False
+    form: str | None = None
+    """Of a conversation."""
+
+
+def _held_in(names: Sequence[str], settings: PrepareSettings) -> _Held:
+    """Look for the text column and a conversation's columns in files; an error is left to their reading."""
     if not names or settings.text_column != DEFAULT_TEXT_COLUMN:
-        return False
-    is_found = False
+        return _Held()
+    has_text, form = False, None
     try:
         with TableReader() as tables:
             for file in find_files(names, _wanted(settings, None)).files:
                 columns = _columns_of(file, tables, settings)
-                if settings.text_column in columns:
-                    return False
-                is_found |= form_of(dict.fromkeys(columns)) is not None
+                has_text |= settings.text_column in columns
+                form = form or form_of(dict.fromkeys(columns))
+                if has_text and form:
+                    break
     except DataError:
-        return False
-    return is_found
+        return _Held(has_text=has_text)
+    return _Held(has_text=has_text, form=form)
 
 
 def _columns_of(file: SourceFile, tables: TableReader, settings: PrepareSettings) -> list[str]:
@@ -369,6 +399,7 @@ def _check_settings(settings: PrepareSettings, opened: list[Source]) -> None:
             f"prepare.text_column ('{settings.text_column}') means nothing for {', '.join(settings.source)}, which "
             "holds no tables or records: each of its files is one document; leave it out"
         )
+    _check_chat_settings(settings, opened)
     if not settings.strict:
         return
     for source in opened:
@@ -377,6 +408,33 @@ def _check_settings(settings: PrepareSettings, opened: list[Source]) -> None:
                 continue  # as asked for
             remedy = "choose with --split" if reason == OTHER_SPLIT else "leave it out with --exclude"
             raise DataError(f"{items.first[0]}: not read: {reason} (strict); {remedy}")
+
+
+def _check_chat_settings(settings: PrepareSettings, opened: list[Source]) -> None:
+    """Refuse settings of conversations where there are none, and a text column where there are conversations."""
+    if all(source.holds_conversations for source in opened):
+        if settings.text_column != DEFAULT_TEXT_COLUMN:
+            raise ConfigError(
+                f"prepare.text_column ('{settings.text_column}') means nothing for conversations; leave it out, or "
+                "give --format text"
+            )
+        return
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if item.name in _CHAT_SETTINGS and value != item.default:
+            has_both = any(isinstance(source, LocalSource) and source.other_form for source in opened)
+            if settings.format == "text":
+                remedy = f"; drop --format text or --{item.name.replace('_', '-')}"
+            elif has_both:
+                remedy = ", since the first records have the field 'text', too; give --format chat"
+            else:
+                remedy = (
+                    f": the first records have none of these: {known_forms()}; give --format chat to see which rows"
+                )
+            raise ConfigError(
+                f"prepare.{item.name} ({value}) is about conversations, and {', '.join(settings.source)} is read as "
+                f"plain text{remedy}"
+            )
 
 
 def _added_up(accounts: Sequence[dict[str, BadItems]]) -> dict[str, BadItems]:

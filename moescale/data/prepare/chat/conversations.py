@@ -47,6 +47,17 @@ def form_of(columns: Mapping[str, Any]) -> str | None:
     return next((name for name, (needed, _) in _FORMS.items() if all(column in columns for column in needed)), None)
 
 
+def documents_line(text_column: str | None, other_form: str | None = None) -> str:
+    """Say what records are taken for: conversations where ``text_column`` is None, else the texts in it.
+
+    ``other_form`` is the form of the conversations that they hold, too, and that are not read.
+    """
+    if text_column is None:
+        return "records are conversations"
+    both = f"; they hold conversations ({other_form}), too: --format chat reads these" if other_form else ""
+    return f"records are plain text, of the field '{text_column}'{both}"
+
+
 def known_forms() -> str:
     """Return the columns that make a conversation, for messages."""
     return "; ".join(" and ".join(f"'{column}'" for column in needed) for needed, _ in _FORMS.values())
@@ -60,15 +71,27 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
     """
     form = form_of(record)
     if form is None:
-        raise RecordFault("missing_column", f"a record has the fields {', '.join(map(repr, list(record)[:12]))}")
+        raise RecordFault("missing_column", _without_conversation(record))
     messages, is_learned = _FORMS[form][1](record)
     if not messages:
-        raise RecordFault("empty_document", "")
+        needed = " and ".join(f"'{column}'" for column in _FORMS[form][0])
+        raise RecordFault(
+            "empty_conversation", f"{needed} must hold a question and an answer at least; remove the record"
+        )
     return Conversation(
         messages=messages,
         learned=is_learned,
         tools=_tools_of(record),
         variables=_object(record.get("chat_template_kwargs"), "chat_template_kwargs"),
+    )
+
+
+def _without_conversation(record: Mapping[str, Any]) -> str:
+    names = [str(name)[:40] for name in list(record)[:12]]
+    text = "; --format text learns 'text' as it is" if "text" in record else ""
+    return (
+        f"a record has the fields {', '.join(map(repr, names)) or 'none'}, and a conversation one of these: "
+        f"{known_forms()}; rename or convert them{text}"
     )
 
 

@@ -79,9 +79,10 @@ class ChatEncoder:
                     f"{where}: a conversation has {len(tokens):,} tokens, more than prepare.sequence_length "
                     f"({length:,}); raise that, or choose --too-long drop or split"
                 )
-            notes.append((TOO_LONG if self._options.too_long == "drop" else "too_long_and_split", 1, ""))
             if self._options.too_long == "drop":
-                return [], notes
+                detail = f"it has {len(tokens):,} tokens; raise --sequence-length, or give --too-long split"
+                return [], [*notes, (TOO_LONG, 1, detail)]
+            notes.append(("too_long_and_split", 1, f"it has {len(tokens):,} tokens"))
         parts = [*_learnable(tokens, targets, length)]
         missing = -(-len(tokens) // length) - len(parts)
         if missing:
