@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from moescale.errors import MoescaleError
+from moescale.errors import MoescaleError, nearest
 
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -22,6 +22,19 @@ def looks_like_path(name: str) -> bool:
     return "/" in name and Path(name).parent.is_dir()
 
 
+def nearest_here(path: Path) -> str:
+    """Return ``"; did you mean 'x'?"`` for what lies where ``path`` does not and is spelt almost so, or nothing.
+
+    Where ``path`` cannot be a hub name, and the folder that would hold it is missing too, that is said instead.
+    """
+    try:
+        names = {entry.name: str(path.parent / entry.name) for entry in path.parent.iterdir()}
+    except OSError:
+        return f"; the folder {path.parent} does not exist either" if looks_like_path(str(path)) else ""
+    near = nearest(path.name, names, cutoff=0.6)
+    return next((near.replace(name, full) for name, full in names.items() if f"'{name}'" in near), "")
+
+
 def fetch_repository(name: str, patterns: Sequence[str], *, what: str, error: type[MoescaleError]) -> Path:
     """Return the local folder of a repository's files that match ``patterns``, downloaded once and then cached.
 
@@ -32,8 +45,9 @@ def fetch_repository(name: str, patterns: Sequence[str], *, what: str, error: ty
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as cause:  # the client raises its own, the HTTP library's, OSError and ValueError
+        near = nearest_here(Path(name))
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise error(
-            f"{what} '{name}' is not a local path, and fetching it from the hub failed: {reason}; check the name and "
-            "the connection, or give a local path"
+            f"{what} '{name}' does not exist: {Path.cwd()} has no such folder{near}, and fetching it from the hub "
+            f"failed: {reason}; check the spelling, and for a name on the hub the connection"
         ) from None

@@ -16,7 +16,7 @@ from moescale.api.train_request import RunInputs
 from moescale.convert.hf_config import resolve_model
 from moescale.data.prepare.settings import PrepareSettings
 from moescale.data.prepare.tokenizer import load_tokenizer
-from moescale.errors import ConfigError, DataError
+from moescale.errors import ConfigError, DataError, MoescaleError
 from moescale.hub import looks_like_path
 from moescale.runtime.settings import TrainSettings
 from moescale.user_values import parse_size
@@ -137,7 +137,7 @@ def test_what_looks_like_a_path_is_never_looked_up(name, tmp_path, monkeypatch):
     assert looks_like_path(name)
     with pytest.raises(DataError, match="does not exist"):
         load_tokenizer(name)
-    with pytest.raises(ConfigError, match="is neither a folder nor a preset"):
+    with pytest.raises(ConfigError, match=f"model '{re.escape(name)}' does not exist"):
         resolve_model(name)
 
 
@@ -149,9 +149,28 @@ def test_a_hub_that_does_not_answer_is_said_at_once(name, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     began = time.monotonic()
-    with pytest.raises(DataError, match=f"tokenizer '{name}' is not a local path, and fetching it from the hub failed"):
+    with pytest.raises(DataError, match=f"tokenizer '{name}' does not exist: .* fetching it from the hub failed"):
         load_tokenizer(name)
     if "/" in name:
-        with pytest.raises(ConfigError, match=f"model '{name}' is not a local path, and fetching it from the hub fai"):
+        with pytest.raises(ConfigError, match=f"model '{name}' does not exist: .* has no such folder, and fetching it"):
             resolve_model(name)
     assert time.monotonic() - began < 15  # five retries took 23 seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("modle", "model"), ("./modle", "model"), ("runs/frist", "runs/first"), ("nowhere/x/model", None)],
+)
+def test_a_folder_that_does_not_exist_is_called_so_with_the_one_spelt_like_it(name, meant, tmp_path, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    for folder in ("model", "runs/first"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    said = f"did you mean '{meant}'" if meant else "the folder nowhere/x does not exist either"
+    for read in (load_tokenizer, resolve_model):
+        with pytest.raises(MoescaleError, match="does not exist|is neither a folder") as caught:
+            read(name)
+        assert said in str(caught.value)

@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 
 from moescale.api.compile_settings import CompileSettings
+from moescale.api.vocabulary import check_vocabulary, vocabulary_notice
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config, resolve_model
+from moescale.data.corpus.manifest import read_manifest
 from moescale.errors import ConfigError
 from moescale.files import write_atomically
 from moescale.lora import parse_lora
@@ -20,6 +22,8 @@ from moescale.planner.fit import FitResult, fit_to_gpus
 from moescale.planner.request import PlanRequest
 from moescale.planner.result import PlanResult
 from moescale.planner.search import compile_plan
+
+DEFAULT_SEQUENCE_LENGTH = 2048
 
 
 def compile(settings: CompileSettings) -> PlanResult:
@@ -58,7 +62,29 @@ def fit(settings: CompileSettings) -> FitResult:
 
 def _read(settings: CompileSettings) -> tuple[ModelConfig, Cluster, PlanRequest]:
     config = read_model_config(resolve_model(settings.model, config_only=True), settings.ignore_config_field)
+    if settings.data is not None:
+        check_vocabulary(read_manifest(settings.data).vocabulary_size, config)
     return config, load_cluster(settings.cluster), _request(settings)
+
+
+def corpus_notice(settings: CompileSettings) -> str | None:
+    """Return what a user should know of the corpus that ``settings`` name and their model, or None."""
+    if settings.data is None:
+        return None
+    folder = resolve_model(settings.model, config_only=True)
+    return vocabulary_notice(settings.data, read_model_config(folder, settings.ignore_config_field), folder)
+
+
+def _sequence_length(settings: CompileSettings) -> int:
+    if settings.data is None:
+        return DEFAULT_SEQUENCE_LENGTH if settings.sequence_length is None else settings.sequence_length
+    length = read_manifest(settings.data).sequence_length
+    if settings.sequence_length not in (None, length):
+        raise ConfigError(
+            f"compile.sequence_length ({settings.sequence_length}) must be that of compile.data ({settings.data}), "
+            f"{length}; leave one of the two out"
+        )
+    return length
 
 
 def _check_files(settings: CompileSettings) -> None:
@@ -92,7 +118,7 @@ def _request(settings: CompileSettings) -> PlanRequest:
         runtime_gpus=settings.runtime_gpus if settings.runtime_gpus is not None else plan_gpus or 1,
         plan_gpus=plan_gpus,
         tokens_per_step=settings.tokens_per_step,
-        sequence_length=settings.sequence_length,
+        sequence_length=_sequence_length(settings),
         memory_limit_bytes=_bytes(settings.memory_limit),
         compute_dtype=settings.precision,
         lora=None if settings.lora is None else parse_lora(settings.lora),

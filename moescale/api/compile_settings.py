@@ -21,8 +21,10 @@ class CompileSettings:
     """GPUs in all, a multiple of plan-gpus; default: plan-gpus."""
     tokens_per_step: int = 131072
     """Tokens of one optimizer step, over all GPUs."""
-    sequence_length: int = 2048
-    """Tokens of one sequence."""
+    sequence_length: int | None = None
+    """Tokens of one sequence; default: those of --data, or 2048."""
+    data: Path | None = None
+    """Corpus written by `moescale prepare` that the plan is for: its sequences and tokenizer are compared."""
     memory_limit: float | None = None
     """Memory a GPU may use: a number of GiB, or a size such as 64GB; default: what the cluster file says."""
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -10,6 +10,7 @@ import torch
 
 from moescale import __version__
 from moescale.api.train_request import RunInputs
+from moescale.api.vocabulary import check_vocabulary
 from moescale.config import ModelConfig
 from moescale.convert.adapter import read_adapter_settings
 from moescale.convert.hf_config import PRESETS
@@ -108,11 +109,7 @@ def check_corpus(config: ModelConfig, corpus: Corpus, plan: ParallelPlan) -> Non
             f"plan.sequence_length ({plan.sequence_length}) must equal the corpus's ({corpus.sequence_length}); "
             "prepare the corpus or compile the plan again"
         )
-    if corpus.vocabulary_size > config.vocab_size:
-        raise ConfigError(
-            f"the corpus has token ids up to {corpus.vocabulary_size - 1}, model.vocab_size is {config.vocab_size}; "
-            "prepare the corpus with the model's own tokenizer"
-        )
+    check_vocabulary(corpus.vocabulary_size, config)
     if plan.sequence_length > config.max_sequence_length:
         raise ConfigError(
             f"plan.sequence_length ({plan.sequence_length}) must not exceed model.max_sequence_length "

@@ -23,6 +23,7 @@ from moescale.api.run_checks import (
 )
 from moescale.api.samples import make_sampler
 from moescale.api.train_request import TrainRequest, request_arguments
+from moescale.api.vocabulary import vocabulary_notice
 from moescale.config import ModelConfig
 from moescale.convert.adapter import read_adapter
 from moescale.convert.checkpoint import kept_tensors
@@ -198,7 +199,8 @@ def _chosen_backends(request: TrainRequest, member: Membership) -> Iterator[Back
 @contextmanager
 def _verifying(run: _Run, member: Membership) -> Iterator[Verification]:
     """Begin to verify the run's corpus and its validation split; a small one is verified when the block begins."""
-    for notice in run.corpus.notices:
+    vocabulary = vocabulary_notice(run.request.data, run.config, run.folder) if member.ranks.is_first else None
+    for notice in [*run.corpus.notices, *([vocabulary] if vocabulary else [])]:
         _warn(notice, member.ranks)
     validation = open_corpus(run.request.data, split="validation", missing_ok=True)
     part, num_parts = place_on_host()

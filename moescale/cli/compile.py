@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import sys
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -24,10 +25,14 @@ def compile_command(
         Print the plan (or with --fit the table) as JSON on standard output.
     """
     from moescale.api.compile import compile as compile_settings  # here, so that --help does not wait for the planner
+    from moescale.api.compile import corpus_notice
     from moescale.api.compile import fit as fit_settings
     from moescale.planner.explain import explain_json, explain_text
     from moescale.planner.fit import fit_json, fit_text
 
+    notice = corpus_notice(settings)
+    if notice is not None:
+        say(printable(f"warning: {notice}"), sys.stderr)
     if fit:
         answer = fit_settings(settings)
         say(json_module.dumps(fit_json(answer), indent=2) if json else fit_text(answer))

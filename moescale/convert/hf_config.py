@@ -12,7 +12,7 @@ from typing import Any
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
-from moescale.hub import fetch_repository, looks_like_path
+from moescale.hub import fetch_repository, looks_like_path, nearest_here
 from moescale.models.registry import FAMILIES, family_of, find_family
 from moescale.records import FileKind, read_json_object
 
@@ -64,9 +64,16 @@ def resolve_model(name: str, *, config_only: bool = False) -> Path:
         return _preset_folder(_HUB_NAMES[name])
     if name.count("/") == 1 and not looks_like_path(name):
         return _download(name, config_only)
+    if path.is_file():
+        raise ConfigError(f"model '{name}' is a file; give the folder that holds its {CONFIG_FILE}, {path.parent}")
+    if looks_like_path(name):
+        raise ConfigError(
+            f"model '{name}' does not exist{nearest_here(path)}; give a folder with a {CONFIG_FILE}, a preset, or a "
+            "hub name (owner/name)"
+        )
     raise ConfigError(
         f"model '{name}' is neither a folder nor a preset ({', '.join(PRESETS)}) nor a hub name (owner/name)"
-        f"{nearest(name, PRESETS)}"
+        f"{nearest_here(path) or nearest(name, PRESETS)}"
     )
 
 

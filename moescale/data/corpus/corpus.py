@@ -12,6 +12,7 @@ import numpy as np
 from moescale.data.corpus.manifest import Manifest, Shard, WrittenFile, read_manifest
 from moescale.data.corpus.sequence import NO_TARGET, PackedSequence
 from moescale.errors import DataError, nearest
+from moescale.hub import nearest_here
 
 _PIECE_BYTES = 1 << 22
 _BITS_SET = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
@@ -102,7 +103,7 @@ def open_corpus(path: Path, split: str = "train", missing_ok: bool = False) -> C
     """
     path = Path(path)
     if not path.is_dir():
-        raise DataError(f"corpus {path} is not a folder; make one with `moescale prepare`")
+        raise DataError(f"corpus {path} is not a folder{nearest_here(path)}; make one with `moescale prepare`")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         from moescale.data.corpus.saved_dataset import open_saved_dataset, splits_of
 

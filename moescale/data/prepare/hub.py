@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moescale.data.corpus.manifest import BadItems
@@ -13,7 +14,7 @@ from moescale.data.prepare.readers import row_chunks
 from moescale.data.prepare.record_files import value_at
 from moescale.data.prepare.work_items import Chunk
 from moescale.errors import DataError, nearest
-from moescale.hub import looks_like_path
+from moescale.hub import looks_like_path, nearest_here
 
 _TIMEOUT_SECONDS = 20
 _CONVERTED = "refs/convert/parquet"
@@ -69,21 +70,22 @@ def open_hub_dataset(name: str, *, text_column: str, split: str, format: str | N
         DataError: ``name`` is a path that does not exist, `datasets` is not installed, the hub cannot be reached, or
             the dataset has no such split or column.
     """
+    near = nearest_here(Path(name))
     if looks_like_path(name):
-        raise DataError(f"source '{name}' does not exist")
+        raise DataError(f"source '{name}' does not exist{near}; give a file, a folder or a pattern")
     try:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"source '{name}' is not a local path; check its spelling. If it is a dataset on the hub, reading it needs "
-            "the `datasets` library: `pip install 'moescale[hub]'`"
+            f"source '{name}' is not a local path{near}; check its spelling. If it is a dataset on the hub, reading it "
+            "needs the `datasets` library: `pip install 'moescale[hub]'`"
         ) from error
     try:
         revision, dataset = _load(datasets.load_dataset, name, split)
     except Exception as error:  # the clients raise their own, the HTTP library's, OSError and ValueError
         raise DataError(
             f"source '{name}' is neither a local path nor a dataset whose split '{split}' can be had from the "
-            f"Hugging Face hub ({_first_line(error)})"
+            f"Hugging Face hub ({_first_line(error)}){near}"
         ) from error
     columns = dataset.column_names
     is_text = columns is None or text_column in columns or text_column.split(".")[0] in columns

@@ -14,7 +14,7 @@ import tokenizers
 from moescale.data.prepare.added_tokens import ADDED_TOKENS, add_missing_tokens
 from moescale.data.prepare.tokenizer_file import read_tokenizer
 from moescale.errors import DataError, nearest
-from moescale.hub import fetch_repository, looks_like_path
+from moescale.hub import fetch_repository, looks_like_path, nearest_here
 from moescale.records import FileKind, read_json_object
 
 _SIDE_FILE = FileKind(
@@ -89,7 +89,7 @@ def _find(name: str) -> dict[str, Path]:
         if not found["tokenizer.json"].is_file():
             raise DataError(f"{path} holds no tokenizer.json; save the tokenizer in its fast form there")
     elif looks_like_path(name):
-        raise DataError(f"tokenizer '{name}' does not exist; give a folder with tokenizer.json")
+        raise DataError(f"tokenizer '{name}' does not exist{nearest_here(path)}; give a folder with tokenizer.json")
     else:
         files = ("tokenizer.json", *_SIDE_FILES, ADDED_TOKENS, *_TEMPLATE_FILES)
         folder = fetch_repository(name, files, what="tokenizer", error=DataError)

@@ -1,0 +1,66 @@
+"""Whether a corpus and a model speak of the same tokens: what the corpus records, compared with the model's folder."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from moescale.config import ModelConfig
+from moescale.data.corpus.manifest import MANIFEST, read_manifest
+from moescale.data.prepare.tokenizer import load_tokenizer
+from moescale.errors import ConfigError, DataError
+
+LEAST_VOCABULARY_SHARE = 0.9
+"""Of a model's vocabulary that its own tokenizer uses. Models pad theirs: DeepSeek-V2-Lite by 2.3%, Qwen3 by 0.2%."""
+
+
+def check_vocabulary(vocabulary_size: int, config: ModelConfig) -> None:
+    """Raise ConfigError where a corpus has ids, all below ``vocabulary_size``, that the model has no embedding for."""
+    if vocabulary_size > config.vocab_size:
+        raise ConfigError(
+            f"the corpus has token ids up to {vocabulary_size - 1}, model.vocab_size is {config.vocab_size}; "
+            "prepare the corpus with the model's own tokenizer"
+        )
+
+
+def vocabulary_notice(data: Path, config: ModelConfig, model: Path) -> str | None:
+    """Return what a user should know of the tokenizer that ``data`` was prepared with, or None.
+
+    That is compared with the one in ``model``, the model's folder. Where there is none, a vocabulary that is much
+    smaller than the model's is a hint. A saved dataset records neither.
+    """
+    if not (data / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(data)
+    name, recorded = manifest.made_from.get("tokenizer"), manifest.made_from.get("tokenizer_sha256")
+    own = _fingerprint(model, manifest.made_from.get("end_token"), recorded)
+    if own is not None and own == recorded:
+        return None
+    remedy = f"prepare it with --tokenizer {model}, unless this is meant"
+    if own is not None and recorded is not None:
+        return (
+            f"{data} was prepared with another tokenizer ({name}, {manifest.vocabulary_size:,} tokens, SHA-256 "
+            f"{recorded[:12]}) than the model's own ({model}, SHA-256 {own[:12]}): the same id may stand for other "
+            f"text than the weights have learned; {remedy}"
+        )
+    if manifest.vocabulary_size < LEAST_VOCABULARY_SHARE * config.vocab_size:
+        return (
+            f"{data} has token ids below {manifest.vocabulary_size:,} ({name}), model.vocab_size is "
+            f"{config.vocab_size:,}: more than padding leaves unused, so it may be another model's tokenizer; prepare "
+            "it with the model's own, or set vocab_size in a config.json of your own"
+        )
+    return None
+
+
+def _fingerprint(model: Path, end_token: object, recorded: object) -> str | None:
+    """The fingerprint of the tokenizer in ``model`` as a corpus records it; None where there is none to read."""
+    path = model / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        plain = hashlib.sha256(path.read_bytes()).hexdigest()
+        if plain == recorded:  # without reading 100,000 tokens
+            return plain
+        return load_tokenizer(str(model), end_token if isinstance(end_token, str) else None).sha256
+    except (DataError, ConfigError, OSError):
+        return None
