@@ -68,13 +68,14 @@ def measure(shape: dict[str, Any], mean: int, backend: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mean-documents", type=int, nargs="*", default=MEAN_DOCUMENTS, help="0: plain causal")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     has_cute = runs_cute("attention", torch.device("cuda"), torch.bfloat16)
     backends = ("torch", "triton", "cute") if has_cute else ("torch", "triton")
     rows = []
     for name, shape in SHAPES.items():
-        for mean in MEAN_DOCUMENTS:
+        for mean in arguments.mean_documents:
             for backend in backends:
                 if backend == "torch" and shape.get("sinks"):
                     continue

@@ -3,7 +3,8 @@
     python benchmarks/expert_tiles.py --output benchmarks/results/h200/expert_tiles.json
 
 At the shapes of Qwen3-30B-A3B, GLM-4.7-Flash and gpt-oss-20b, 8,192 tokens, experts chosen uniformly at random. What is
-at least 4% faster than the tile of ``TILES`` is an entry of ``TILES_BY_WEIGHT`` in ``moescale/kernels/experts/cute.py``.
+at least 3% faster than the tile of ``TILES`` is an entry of ``TILES_BY_WEIGHT``
+(``moescale/kernels/experts/cute.py``).
 """
 
 from __future__ import annotations

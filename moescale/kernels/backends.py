@@ -42,7 +42,7 @@ CUTE_PACKAGES: dict[CutePart, tuple[str, str]] = {
 }
 # Widths of key and value at which attention in CuTe is tested: of gpt-oss, Qwen3 and OLMoE, DeepSeek, GLM-4.7-Flash.
 CUTE_ATTENTION_WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
-# Of these, where cuDNN's backward is faster for plain causal attention (benchmarks/results/h200/interval_attention.json).
+# Of these, where cuDNN is faster for plain causal attention (benchmarks/results/h200/interval_attention.json).
 CUDNN_FASTER_WIDTHS = ((256, 256),)
 MAX_ATTENTION_WIDTH = 256
 
@@ -188,7 +188,7 @@ def choose_experts_backend(
     """As :func:`choose_backend` for the experts' products: ``auto`` takes ``cute`` where it is installed and can run.
 
     ``features`` are what is asked for beyond the weights' products. ``cute`` has none of them, so with them it is
-    ``triton+cute``: CuTe for the gradients' products alone. :func:`default_backends`, or MOESCALE_EXPERTS in the
+    ``triton+cute``: CuTe for the weight gradients alone. :func:`default_backends`, or MOESCALE_EXPERTS in the
     environment, says what ``auto`` is instead.
     """
     if requested == "auto":
@@ -213,7 +213,7 @@ def choose_attention_backend(
     """Return the backend of attention with ``widths`` of key and value: ``cute``, ``triton`` or ``torch``.
 
     ``features`` are what is asked for beyond causality and ``documents``. ``auto`` takes ``cute`` where it is
-    installed, can run and is not slower than cuDNN; then, for documents, windows and sinks, and for grouped queries in
+    installed, can run and is not slower; then, for documents, windows and sinks, and for grouped queries in
     fp32, ``triton``; otherwise the best kernel that PyTorch has.
     :func:`default_backends`, or MOESCALE_ATTENTION in the environment, says what ``auto`` is instead.
     """
@@ -236,7 +236,8 @@ def choose_attention_backend(
         objection = f"takes keys and values of widths {known}, not {widths}; take a model with such"
     # PyTorch's kernels for half precision share heads of the keys; its fp32 kernel repeats them, and builds [S, S].
     takes_torch = not documents and (not features or features == ("grouped queries",) and dtype.itemsize == 2)
-    is_slower = takes_torch and widths in CUDNN_FASTER_WIDTHS
+    # In windows Triton is faster (same file).
+    is_slower = (takes_torch and widths in CUDNN_FASTER_WIDTHS) or "windows" in features
     if requested == "cute" or not is_slower:
         if _takes_cute("attention", requested, objection):
             return "cute"

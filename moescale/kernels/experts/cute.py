@@ -58,12 +58,13 @@ TILES = {
     "up_wgrad": Tile(m=128, n=192, cluster_m=2, pingpong=True),
     "down_wgrad": Tile(m=128, n=128, cluster_m=2, pingpong=True),
 }
-# Where another tile is at least 4% faster, by kernel and (n, k) as of the launch table: the experts of Qwen3-30B-A3B,
+# Where another tile is at least 3% faster, by kernel and (n, k) as of the launch table: the experts of Qwen3-30B-A3B,
 # GLM-4.7-Flash and gpt-oss-20b at 8,192 tokens (benchmarks/results/h200/expert_tiles.json).
 TILES_BY_WEIGHT = {
+    ("up", 1536, 2048): Tile(m=192, n=128, cluster_n=2, pingpong=True),
+    ("up", 3072, 2048): Tile(m=192, n=128, cluster_n=2, pingpong=True),
     ("up_dgrad", 2048, 1536): Tile(m=192, n=128, cluster_n=2, pingpong=True),
     ("up_dgrad", 2048, 3072): Tile(m=192, n=128, cluster_n=2, pingpong=True),
-    ("up_dgrad", 2880, 5760): Tile(m=128, n=192, cluster_m=2, pingpong=True),
     ("down_wgrad", 2048, 768): Tile(m=128, n=192, cluster_m=2, pingpong=True),
     ("down_wgrad", 2048, 1536): Tile(m=128, n=192, cluster_m=2, pingpong=True),
     ("down_wgrad", 2880, 2880): Tile(m=128, n=192, cluster_m=2, pingpong=True),
@@ -106,15 +107,13 @@ def multiply_rows(
     transposed: bool = False,
     zero_tail: bool = False,
     kernel: str = "down",
-    by_pairs: bool = True,
     out: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Return rows [R, K] times weight [E, N, K] of their expert (``transposed``: [E, K, N]) as [R, N].
 
     Rows that belong to no expert are left unwritten, or zeroed with ``zero_tail``. ``kernel`` names the entry of
-    ``TILES``; the columns of ``rows`` alternate between gate and up in ``up_dgrad`` if they are ``by_pairs``. ``out``:
-    where to write it.
+    ``TILES``; the columns of ``rows`` alternate between gate and up in ``up_dgrad``. ``out``: where to write it.
     """
     num_rows, n = rows.shape[0], weight.shape[2 if transposed else 1]
     tile = tile or find_tile(kernel, n, rows.shape[1])
@@ -122,7 +121,7 @@ def multiply_rows(
     if num_rows == 0:
         return out
     weight = weight.mT if transposed else weight
-    _multiply(rows, weight, out, groups, tile, by_pairs=by_pairs and kernel == "up_dgrad")
+    _multiply(rows, weight, out, groups, tile, by_pairs=kernel == "up_dgrad")
     if zero_tail:
         grid = (num_multiprocessors(out.device),)
         _zero_tail_kernel[grid](out, groups.ends[-1:], num_rows, COLUMNS=n, BLOCK=1024)
@@ -155,7 +154,7 @@ def multiply_up(
     num_rows, ffn = rows.shape[0], gate_up.shape[1] // 2
     pre = rows.new_empty((num_rows, 2 * ffn) if write_pre else 0) if pre is None else pre
     act = rows.new_empty((num_rows, ffn) if write_act else 0) if act is None else act
-    tile = tile or TILES["up"]
+    tile = tile or find_tile("up", gate_up.shape[1], gate_up.shape[2])
     if num_rows and not write_act:
         _multiply(rows, gate_up, pre, groups, tile, by_pairs=True)
     elif num_rows:

@@ -37,17 +37,7 @@ def _exported_by(backend: str) -> SimpleNamespace:
 
 
 def _triton_with_gradients_in_cute() -> SimpleNamespace:
-    """Triton's functions, but CuTe's products that no bias and no activation takes part in, in Triton's layout."""
+    """Triton's functions but for the weight gradients, which CuTe computes as fast with biases as without."""
     ops, cute = _exported_by("triton"), _exported_by("cute")
-
-    def multiply_rows(rows, weight, groups, *, kernel="down", **options):
-        if kernel == "up_dgrad":
-            return cute.multiply_rows(rows, weight, groups, kernel=kernel, by_pairs=False, **options)
-        return ops.multiply_rows(rows, weight, groups, kernel=kernel, **options)
-
-    replaced = {
-        "group_rows": cute.group_rows,
-        "multiply_rows": multiply_rows,
-        "weight_gradient": functools.partial(cute.weight_gradient, by_pairs=False),
-    }
-    return SimpleNamespace(**(vars(ops) | replaced))
+    weight_gradient = functools.partial(cute.weight_gradient, by_pairs=False)
+    return SimpleNamespace(**(vars(ops) | {"group_rows": cute.group_rows, "weight_gradient": weight_gradient}))
