@@ -23,11 +23,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from moescale.config import ModelConfig
-from moescale.convert.checkpoint import export_checkpoint, import_checkpoint
+from moescale.convert.checkpoint_export import export_checkpoint
+from moescale.convert.checkpoint_import import import_checkpoint
 from moescale.convert.hf_config import read_model_config
 from moescale.convert.key_table import build_key_table
 from moescale.models.transformer import build_on_meta, named_weights
-from moescale.runtime.checkpoint import WEIGHTS_PREFIX, CheckpointStore, CheckpointWeights
+from moescale.runtime.checkpoint_store import CheckpointStore
+from moescale.runtime.checkpoint_weights import WEIGHTS_PREFIX, CheckpointWeights
 from moescale.runtime.checkpoint_writer import CheckpointWriter
 from moescale.tools.measurement import describe_measurement, write_result
 

@@ -22,8 +22,8 @@ from step import RandomSteps, Silent
 from moescale.convert.hf_config import read_model_config
 from moescale.plan import MeshShape, ParallelPlan
 from moescale.runtime import session
-from moescale.runtime.checkpoint import CheckpointStore
-from moescale.runtime.launch import join_ranks
+from moescale.runtime.checkpoint_store import CheckpointStore
+from moescale.runtime.join import join_ranks
 from moescale.runtime.mapping import compile_layers, optimizer_format
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
@@ -76,8 +76,8 @@ def main() -> None:
             on_progress=member.progress,
         )
         for _ in range(2):
-            trainer._train_step(source.step())
-        seconds = [trainer._train_step(source.step()).step_seconds for _ in range(5)]
+            trainer.train_step(source.step())
+        seconds = [trainer.train_step(source.step()).step_seconds for _ in range(5)]
         if member.ranks.is_first:
             row = describe_measurement() | {
                 "ranks": ranks,

@@ -27,8 +27,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
 from moescale.config import ModelConfig
-from moescale.convert.checkpoint import ModelWeights, export_checkpoint
+from moescale.convert.checkpoint_export import export_checkpoint
 from moescale.convert.hf_config import read_model_config, to_hf_config
+from moescale.convert.tensor_source import ModelWeights
 from moescale.formats import MasterFormat, MomentFormat
 from moescale.models.transformer import Transformer, build_on_meta, initialize, named_weights
 from moescale.runtime.micro_batch import MicroBatches

@@ -193,8 +193,8 @@ def moescale_step(arguments: argparse.Namespace) -> Callable[[], Any]:
     from moescale.convert.hf_config import read_model_config
     from moescale.plan import load_plan
     from moescale.runtime import session
-    from moescale.runtime.checkpoint import CheckpointStore
-    from moescale.runtime.launch import join_ranks
+    from moescale.runtime.checkpoint_store import CheckpointStore
+    from moescale.runtime.join import join_ranks
     from moescale.runtime.mapping import compile_layers, optimizer_format
     from moescale.runtime.settings import TrainSettings
     from moescale.runtime.train import Trainer
@@ -220,7 +220,7 @@ def moescale_step(arguments: argparse.Namespace) -> Callable[[], Any]:
         coordinates=placed.coordinates,
         on_progress=member.progress,
     )
-    return lambda: trainer._train_step(source.step())
+    return lambda: trainer.train_step(source.step())
 
 
 if __name__ == "__main__":

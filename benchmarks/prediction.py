@@ -173,9 +173,9 @@ def run_case(
     for block in model.layers:
         block.compile(fullgraph=True)
     source = RandomSteps(plan, config.vocab_size)
-    trainer._train_step(source.step(max(2, plan.gradient_accumulation_steps // 2)))
+    trainer.train_step(source.step(max(2, plan.gradient_accumulation_steps // 2)))
     warm = time.perf_counter()
-    measured = [trainer._train_step(source.step()) for _ in range(steps)]
+    measured = [trainer.train_step(source.step()) for _ in range(steps)]
     free, total = torch.cuda.mem_get_info()
     seconds = statistics.mean(metrics.step_seconds for metrics in measured)
     loads = torch.tensor(measured[-1].expert_load)  # [MoE layers, E], relative to the mean

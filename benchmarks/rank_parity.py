@@ -29,8 +29,8 @@ from ranks import SIZES  # noqa: E402
 import moescale.models.blocks.moe as moe  # noqa: E402
 import plans  # noqa: E402
 from moescale.runtime import session  # noqa: E402
-from moescale.runtime.checkpoint import CheckpointStore  # noqa: E402
-from moescale.runtime.launch import Membership, join_ranks  # noqa: E402
+from moescale.runtime.checkpoint_store import CheckpointStore  # noqa: E402
+from moescale.runtime.join import Membership, join_ranks  # noqa: E402
 from moescale.runtime.mapping import compile_layers, optimizer_format  # noqa: E402
 from moescale.runtime.ranks import ONE_RANK, Ranks  # noqa: E402
 from moescale.runtime.settings import TrainSettings  # noqa: E402
@@ -110,7 +110,7 @@ def first_gradients(trainer: Trainer) -> tuple[float, Gradients]:
         optimizer.zero_gradients()
 
     step, optimizer.step = optimizer.step, keep  # type: ignore[method-assign]
-    metrics = trainer._train_step(next(iter(trainer.source)))
+    metrics = trainer.train_step(next(iter(trainer.source)))
     optimizer.step = step  # type: ignore[method-assign]
     return metrics.loss, found
 

@@ -27,8 +27,8 @@ from step import profile  # noqa: E402
 
 import plans  # noqa: E402
 from moescale.runtime import session  # noqa: E402
-from moescale.runtime.checkpoint import CheckpointStore  # noqa: E402
-from moescale.runtime.launch import Membership, join_ranks, was_launched  # noqa: E402
+from moescale.runtime.checkpoint_store import CheckpointStore  # noqa: E402
+from moescale.runtime.join import Membership, join_ranks, was_launched  # noqa: E402
 from moescale.runtime.mapping import compile_layers, optimizer_format  # noqa: E402
 from moescale.runtime.settings import TrainSettings  # noqa: E402
 from moescale.runtime.train import Trainer  # noqa: E402
@@ -115,7 +115,7 @@ def train(arguments: argparse.Namespace, member: Membership) -> None:
         if member.ranks.is_first:
             profile(trainer, batches, arguments.profile)
         else:
-            trainer._train_step(batches)
+            trainer.train_step(batches)
     if member.ranks.is_first:
         report(arguments, axes, trainer.observer)
 

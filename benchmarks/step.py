@@ -25,7 +25,7 @@ from moescale.convert.hf_config import read_model_config
 from moescale.models.flops import flops_per_token, peak_flops
 from moescale.models.transformer import Transformer, build_on_meta, initialize
 from moescale.plan import LayerPlan, ParallelPlan, one_device_plan
-from moescale.runtime.checkpoint import CheckpointStore
+from moescale.runtime.checkpoint_store import CheckpointStore
 from moescale.runtime.mapping import apply_plan, compile_layers, optimizer_format
 from moescale.runtime.settings import TrainSettings
 from moescale.runtime.train import Trainer
@@ -128,7 +128,7 @@ def profile(trainer: Trainer, batches: list[RandomBatch], path: Path) -> None:
     """GPU time by kernel over one short step, as a table with totals and shares."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as recorded:
-        trainer._train_step(batches)
+        trainer.train_step(batches)
         torch.cuda.synchronize()
     on_gpu = torch.autograd.DeviceType.CUDA
     kernels = sorted(
@@ -198,10 +198,10 @@ def main() -> None:
     torch.cuda.synchronize()
     built = time.perf_counter()
     source: Any = trainer.source
-    trainer._train_step(source.step(2))  # the second micro-batch is recorded as a CUDA graph
+    trainer.train_step(source.step(2))  # the second micro-batch is recorded as a CUDA graph
     warm = time.perf_counter()
     torch.cuda.reset_peak_memory_stats()
-    measured = [trainer._train_step(source.step()) for _ in range(arguments.steps)]
+    measured = [trainer.train_step(source.step()) for _ in range(arguments.steps)]
     seconds = [metrics.step_seconds for metrics in measured]
     mean = statistics.mean(seconds)
     rate = plan.tokens_per_step / mean

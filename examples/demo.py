@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from moescale.convert.checkpoint import import_checkpoint
+from moescale.convert.checkpoint_import import import_checkpoint
 from moescale.convert.hf_config import read_model_config, resolve_model
 from moescale.data.corpus import open_corpus
 from moescale.errors import Preempted

@@ -10,7 +10,8 @@ import pytest
 
 from moescale.convert.hf_config import read_model_config
 from moescale.plan import load_plan
-from moescale.runtime.checkpoint import CheckpointStore, verify
+from moescale.runtime.checkpoint import verify
+from moescale.runtime.checkpoint_store import CheckpointStore
 from plans import make_trainer
 
 STORED = Path(__file__).parent / "stored" / "0.1.0"

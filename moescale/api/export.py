@@ -10,29 +10,23 @@ from typing import Annotated, Literal
 import torch
 
 from moescale.config import ModelConfig
-from moescale.convert.adapter import AdapterReport, MergedWeights, export_adapter
-from moescale.convert.checkpoint import (
-    ExportReport,
-    TensorSource,
-    check_output,
-    export_checkpoint,
-    folder_dtype,
-)
+from moescale.convert.adapter_folder import AdapterReport, export_adapter
+from moescale.convert.checkpoint_export import ExportReport, export_checkpoint
 from moescale.convert.folder_weights import FolderWeights
 from moescale.convert.hf_config import CONFIG_FILE, read_model_config
+from moescale.convert.merged_weights import MergedWeights
+from moescale.convert.staged_export import check_output
+from moescale.convert.stored_layout import folder_dtype
+from moescale.convert.tensor_source import TensorSource
 from moescale.convert.weight_files import has_weights
 from moescale.errors import CheckpointError, ConfigError
 from moescale.lora import LoraSettings
 from moescale.records import FileKind, Length, Matches, build, read_json_object
 from moescale.report.progress import bytes_progress
-from moescale.runtime.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    CheckpointWeights,
-    DamagedCheckpointError,
-    read_training_state,
-    verify,
-)
+from moescale.runtime.checkpoint import Checkpoint, read_training_state, verify
+from moescale.runtime.checkpoint_state import DamagedCheckpointError
+from moescale.runtime.checkpoint_store import CheckpointStore
+from moescale.runtime.checkpoint_weights import CheckpointWeights
 from moescale.runtime.frozen import source_digest
 from moescale.runtime.session import COMPUTE_DTYPES
 

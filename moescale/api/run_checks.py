@@ -12,7 +12,7 @@ from moescale import __version__
 from moescale.api.train_request import RunInputs
 from moescale.api.vocabulary import check_vocabulary
 from moescale.config import ModelConfig
-from moescale.convert.adapter import read_adapter_settings
+from moescale.convert.adapter_folder import read_adapter_settings
 from moescale.convert.hf_config import PRESETS
 from moescale.convert.weight_files import has_weights
 from moescale.data.corpus import Corpus
@@ -20,7 +20,7 @@ from moescale.errors import ConfigError
 from moescale.lora import LoraSettings, parse_lora
 from moescale.models.layer_plans import plan_of_layers
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
-from moescale.runtime.launch import was_launched
+from moescale.runtime.join import was_launched
 
 MIN_CPU_RANKS = 16
 CPU_RANKS_PER_CORE = 4

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moescale.api.export import ExportSettings, export
-from moescale.convert.adapter import AdapterReport
+from moescale.convert.adapter_folder import AdapterReport
 from moescale.errors import printable, say
 
 

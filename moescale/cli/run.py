@@ -11,7 +11,7 @@ from moescale.api.train import LocalRanksError, train
 from moescale.api.train_request import RunInputs, TrainRequest
 from moescale.errors import say
 from moescale.report.metrics import to_json
-from moescale.runtime.launch import is_first_process
+from moescale.runtime.join import is_first_process
 from moescale.runtime.settings import TrainSettings
 
 

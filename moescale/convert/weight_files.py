@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +18,8 @@ SINGLE_FILE = "model.safetensors"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 WEIGHT_ENDINGS = (".safetensors", ".index.json", *_OTHER_FORMATS)
 """What a file of weights, or an index of such, ends in."""
+Progress = Callable[[int, int], None]
+"""Called with the bytes of weights that are done, and the bytes in all."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 
 

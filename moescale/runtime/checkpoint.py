@@ -11,7 +11,6 @@ damaged later.
 from __future__ import annotations
 
 import math
-import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,10 +22,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moescale.boxes import Box, box_shape, overlap, relative_to, whole_box
+from moescale.boxes import Box, box_shape, overlap, relative_to
 from moescale.errors import CheckpointError
-from moescale.files import document_digest, file_digest, sync
-from moescale.kernels.adamw import join_master
+from moescale.files import document_digest, file_digest
 from moescale.runtime.checkpoint_state import DamagedCheckpointError, check_document, check_training_state, read_stored
 from moescale.runtime.layout import Part, whole
 from moescale.runtime.ranks import ONE_RANK, Ranks
@@ -34,10 +32,6 @@ from moescale.runtime.ranks import ONE_RANK, Ranks
 FORMAT_VERSION = 2
 STATE_FILE = "state.json"
 MAX_MAPPED_BYTES = 2**26
-WEIGHTS_PREFIX = "weights."
-REMAINDER_PREFIX = "remainder."
-_PREFIX = "step-"
-_LEFTOVERS = ".writing-*"
 _MAX_GRID_CELLS = 10**7
 
 
@@ -49,112 +43,6 @@ class Checkpoint:
     step: int
 
 
-class CheckpointStore:
-    """The checkpoints of one run, in ``folder``."""
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
-
-    def list(self) -> list[Checkpoint]:
-        """All checkpoints, oldest first, damaged ones too. Leftovers of an interrupted write do not count."""
-        found = []
-        for path in self.folder.glob(_PREFIX + "*"):
-            digits = path.name.removeprefix(_PREFIX)
-            if digits.isdigit() and path.is_dir():
-                found.append(Checkpoint(path=path, step=int(digits)))
-        return sorted(found, key=lambda checkpoint: checkpoint.step)
-
-    def last(self) -> Checkpoint | None:
-        """The newest checkpoint, or None."""
-        checkpoints = self.list()
-        return checkpoints[-1] if checkpoints else None
-
-    def at(self, step: int) -> Checkpoint:
-        """The checkpoint of ``step``; raises CheckpointError naming those there are."""
-        checkpoints = self.list()
-        for checkpoint in checkpoints:
-            if checkpoint.step == step:
-                return checkpoint
-        steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints) or "none"
-        raise CheckpointError(f"{self.folder}: has no checkpoint of step {step}; there are: {steps}")
-
-    def last_good(
-        self,
-        ranks: Ranks = ONE_RANK,
-        on_skip: Callable[[str], None] = lambda problem: None,
-        on_progress: Callable[[], None] = lambda: None,
-    ) -> Checkpoint | None:
-        """The newest whole checkpoint (:func:`verify`), None where there is none at all. A collective.
-
-        ``on_skip`` hears what is wrong with each newer one, ``on_progress`` of every file checked. Raises
-        CheckpointError where all are damaged: a run that has something to lose never starts from scratch by itself.
-        """
-        problems = []
-        for checkpoint in ranks.gather(self.list()[::-1] if ranks.is_first else None)[0]:
-            try:
-                verify(checkpoint, ranks, on_progress)
-            except CheckpointError as error:
-                problems.append(str(error))
-                on_skip(problems[-1])
-                continue
-            return checkpoint
-        if problems:
-            raise CheckpointError(
-                f"{self.folder}: none of the checkpoints ({len(problems)}) is undamaged: {'; '.join(problems)}. "
-                "Bring one back from a copy, or start anew with another --output"
-            )
-        return None
-
-    def set_aside_after(self, step: int, ranks: Ranks = ONE_RANK) -> Sequence[Path]:
-        """Rename every checkpoint of a later step to ``aside-step-...``; where they are now. A collective.
-
-        A run that resumes at ``step`` writes these steps again: under their old names they would count as newer than
-        what it writes, and outlive it.
-        """
-        moved: list[Path] = []
-        problem = None
-        if ranks.is_first:
-            try:
-                for checkpoint in self.list():
-                    if checkpoint.step > step:
-                        moved.append(self.set_aside(checkpoint))
-            except OSError as error:
-                problem = str(error)
-        moved, problem = ranks.gather((moved, problem))[0]
-        if problem is not None:
-            raise CheckpointError(
-                f"{self.folder}: the checkpoints after step {step} could not be renamed ({problem}); move them away"
-            )
-        return moved
-
-    def set_aside(self, checkpoint: Checkpoint) -> Path:
-        """Rename ``checkpoint`` to an unused ``aside-step-...``, and return where it is now."""
-        name = f"aside-{checkpoint.path.name}"
-        path, number = self.folder / name, 1
-        while path.exists():
-            number += 1
-            path = self.folder / f"{name}-{number}"
-        checkpoint.path.rename(path)
-        sync(self.folder)
-        return path
-
-    def path_of(self, step: int) -> Path:
-        """Where the checkpoint of ``step`` is, or will be."""
-        return self.folder / f"{_PREFIX}{step:08d}"
-
-    def drop_oldest(self, written: int) -> None:
-        """Of the checkpoints up to step ``written``, which was just written, remove all but the newest ``keep``."""
-        for old in [checkpoint for checkpoint in self.list() if checkpoint.step <= written][: -self.keep]:
-            # Renamed first: killed half-way, it must not look like a checkpoint that has lost files.
-            shutil.rmtree(old.path.rename(old.path.with_name(f".writing-dropped-{old.path.name}")))
-
-    def remove_leftovers(self) -> None:
-        """Remove what a killed run was writing or dropping."""
-        for leftover in self.folder.glob(_LEFTOVERS):
-            shutil.rmtree(leftover)
-
-
 def read_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """The state that a trainer saved, of which every field it needs is there. Raises CheckpointError."""
     state = read_state(checkpoint)
@@ -163,7 +51,7 @@ def read_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The JSON state given to :meth:`CheckpointStore.save`. Raises CheckpointError where it is damaged."""
+    """Return what the trainer saved as JSON. Raises CheckpointError where it is damaged."""
     return _read_document(checkpoint.path)["state"]
 
 
@@ -263,45 +151,6 @@ class StoredTensors:
             except (SafetensorError, OSError) as error:
                 raise DamagedCheckpointError(f"{path}: cannot be read ({error})") from error
         return self._files[file_name]
-
-
-class CheckpointWeights:
-    """The weights of a checkpoint, read tensor by tensor or slice by slice; a context manager.
-
-    The source from which the weights are exported: ``names``, ``shape``, ``dtype`` and ``read``.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        verify(checkpoint)
-        self._stored = StoredTensors(checkpoint)
-
-    def __enter__(self) -> CheckpointWeights:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stored.__exit__(*error)
-
-    def names(self) -> list[str]:
-        return [key.removeprefix(WEIGHTS_PREFIX) for key in self._stored.shapes if key.startswith(WEIGHTS_PREFIX)]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._stored.shapes[WEIGHTS_PREFIX + name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """What :meth:`read` returns: fp32 where the run kept fp32 weights in any form, else bf16."""
-        if REMAINDER_PREFIX + name in self._stored.shapes:
-            return torch.float32
-        return self._stored.dtype(WEIGHTS_PREFIX + name)
-
-    def read(self, name: str, index: int | None = None) -> torch.Tensor:
-        """The tensor, or with ``index`` its slice of dim 0."""
-        box = whole_box(self.shape(name))
-        if index is not None:
-            box = (slice(index, index + 1), *box[1:])
-        weight = self._stored.read(WEIGHTS_PREFIX + name, box)
-        if REMAINDER_PREFIX + name in self._stored.shapes:
-            weight = join_master(weight, self._stored.read(REMAINDER_PREFIX + name, box))
-        return weight if index is None else weight[0]
 
 
 def verify(checkpoint: Checkpoint, ranks: Ranks = ONE_RANK, on_progress: Callable[[], None] = lambda: None) -> None:

@@ -23,13 +23,8 @@ from safetensors.torch import save_file
 
 from moescale.errors import CheckpointError, ConfigError
 from moescale.files import document_digest, file_digest, remedy, sync, write_atomically, written_by_library
-from moescale.runtime.checkpoint import (
-    FORMAT_VERSION,
-    STATE_FILE,
-    Checkpoint,
-    CheckpointStore,
-    find_missing_elements,
-)
+from moescale.runtime.checkpoint import FORMAT_VERSION, STATE_FILE, Checkpoint, find_missing_elements
+from moescale.runtime.checkpoint_store import CheckpointStore
 from moescale.runtime.device import available_host_bytes
 from moescale.runtime.layout import Part, whole
 from moescale.runtime.ranks import ONE_RANK, Ranks, place_on_host

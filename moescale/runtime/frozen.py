@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from moescale.boxes import whole_box
-from moescale.convert.checkpoint import TensorSource
+from moescale.convert.tensor_source import TensorSource
 from moescale.models.transformer import Transformer
 from moescale.runtime.layout import Part, local_tensor
 from moescale.runtime.ranks import Ranks

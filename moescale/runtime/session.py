@@ -10,7 +10,7 @@ import torch
 
 from moescale.boxes import whole_box
 from moescale.config import ModelConfig
-from moescale.convert.checkpoint import import_checkpoint
+from moescale.convert.checkpoint_import import import_checkpoint
 from moescale.coordinates import Coordinates
 from moescale.models.lora import is_adapter
 from moescale.models.transformer import (

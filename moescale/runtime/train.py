@@ -10,59 +10,38 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from moescale.coordinates import ONE_DEVICE, Coordinates
-from moescale.errors import CheckpointError, ConfigError, MoescaleError, NonFiniteLossError, Preempted
-from moescale.kernels.attention import Documents
+from moescale.errors import MoescaleError, NonFiniteLossError, Preempted
 from moescale.models.transformer import Transformer
 from moescale.report.metrics import StepMetrics, TrainSummary
 from moescale.report.observer import Observer
-from moescale.runtime import checkpoint as checkpoints
-from moescale.runtime.checkpoint import CheckpointStore
+from moescale.runtime.checkpoint import Checkpoint, load, read_training_state
+from moescale.runtime.checkpoint_store import CheckpointStore
+from moescale.runtime.checkpoint_weights import WEIGHTS_PREFIX
 from moescale.runtime.checkpoint_writer import CheckpointWriter
 from moescale.runtime.hooks import TrainerHook, Update
 from moescale.runtime.layout import Part, whole
 from moescale.runtime.mapping import sum_over_replicas_at_the_last
 from moescale.runtime.micro_batch import MicroBatches
+from moescale.runtime.nonfinite import NonFiniteGuard
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
+from moescale.runtime.random_state import random_state, restore_random_state
 from moescale.runtime.ranks import ONE_RANK, Ranks
+from moescale.runtime.resume_checks import changes_since, check_resumable
 from moescale.runtime.samples import Sampler
-from moescale.runtime.settings import DECIDE_RESULT, TrainSettings, find_differences, learning_rate_at, warmup_problem
-
-
-class Batch(Protocol):
-    """One micro-batch as the data layer hands it out."""
-
-    tokens: torch.Tensor
-    """[B, S] int64"""
-    targets: torch.Tensor
-    """[B, S] int64, -100 where there is no target."""
-    sequence_ids: torch.Tensor
-    """[B] int64: which sequences of the corpus these are."""
-    document_starts: torch.Tensor | None
-    """[B, S] bool where attention must not cross documents."""
-    padding: torch.Tensor | None
-    """[B, S] bool: tokens that only fill a sequence."""
-
-
-class StepSource(Protocol):
-    """A resumable stream of steps, each a list of micro-batches."""
-
-    def __iter__(self) -> Iterator[Sequence[Batch]]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+from moescale.runtime.settings import TrainSettings, learning_rate_at, warmup_problem
+from moescale.runtime.step_source import Batch, StepSource
+from moescale.runtime.stop_request import StopRequest
+from moescale.runtime.validation import validation_loss
 
 
 class Trainer:
@@ -130,79 +109,43 @@ class Trainer:
         self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs)
         self.device = next(model.parameters()).device
         self.step = 0
-        self.skipped_steps = 0
-        self._skipped_in_a_row = 0
+        self.nonfinite = NonFiniteGuard(settings, self.optimizer, ranks, coordinates)
         self._allocator_retries = 0
         self._last_loss: float | None = None
         self._validation_loss: float | None = None
         self._save_seconds = 0.0
-        self._checkpoint: checkpoints.Checkpoint | None = None  # committed last, or resumed from
+        self._checkpoint: Checkpoint | None = None  # committed last, or resumed from
 
-    def resume(self, checkpoint: checkpoints.Checkpoint) -> Sequence[Path]:
+    def resume(self, checkpoint: Checkpoint) -> Sequence[Path]:
         """Continue from ``checkpoint``: weights, optimizer, data position, random state and counters. A collective.
 
         Returns where the store's checkpoints of later steps are now, which this run writes again.
         """
-        stored = checkpoints.read_training_state(checkpoint)
-        if stored["step"] > self.total_steps:
-            raise ConfigError(
-                f"run.steps ({self.total_steps}) must be at least {stored['step']}, the step of the checkpoint to "
-                f"resume ({checkpoint.path}); give more, or choose another --output"
-            )
-        for key, value in self.identity.items():
-            if stored["identity"].get(key, value) != value:
-                raise CheckpointError(
-                    f"{checkpoint.path}: was written with {key} {stored['identity'][key]}, this run has {value}; "
-                    "use the same one, or another --output"
-                )
-        self._check_formats(checkpoint.path, stored["plan"])
-        self._tell_of_differences(stored)
+        stored = read_training_state(checkpoint)
+        check_resumable(
+            checkpoint.path,
+            stored,
+            total_steps=self.total_steps,
+            identity=self.identity,
+            optimizer_format=self.optimizer.format,
+        )
+        changes = changes_since(stored, self.settings, self.plan, self.total_steps)
+        if changes:
+            self.on_notice(f"differs from the checkpoint: {', '.join(changes)}")
 
         def loading() -> None:
             self.on_progress(stored["step"], "loading the checkpoint")
 
         # Weights come last: after they are in, nothing may fail.
         self.source.load_state_dict(stored["source"])
-        state = checkpoints.load(checkpoint, self._tensors(), self._tensor_parts(), self.ranks, loading)
+        state = load(checkpoint, self._tensors(), self._tensor_parts(), self.ranks, loading)
         self.optimizer.finish_load(state["num_updates"])
-        try:
-            torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["cpu_random_state"])), dtype=torch.uint8))
-        except (RuntimeError, TypeError) as error:
-            raise checkpoints.DamagedCheckpointError(f"{checkpoint.path}: cpu_random_state: {error}") from error
-        if self.device.type == "cuda" and state["cuda_random_state"] is not None:
-            cuda_state = torch.tensor(list(bytes.fromhex(state["cuda_random_state"])), dtype=torch.uint8)
-            torch.cuda.set_rng_state(cuda_state, self.device)
+        restore_random_state(state, self.device, checkpoint.path)
         self.step = state["step"]
-        self.skipped_steps = state["skipped_steps"]
+        self.nonfinite.skipped_steps = state["skipped_steps"]
         self._checkpoint = checkpoint
         self.observer.on_resume(self.step, checkpoint.path)
         return self.store.set_aside_after(self.step, self.ranks)
-
-    def _tell_of_differences(self, stored: Mapping[str, Any]) -> None:
-        """Say which settings that decide the result are not those the checkpoint was trained with."""
-        differences = find_differences(stored["settings"], asdict(self.settings), DECIDE_RESULT)
-        differences += find_differences(stored["plan"] or {}, self.plan or {}, ("tokens_per_step", "compute_dtype"))
-        if stored["total_steps"] != self.total_steps:
-            again = "" if self.settings.schedule == "constant" else " (the schedule is computed anew)"
-            differences.append(f"steps {stored['total_steps']} -> {self.total_steps}{again}")
-        if differences:
-            self.on_notice(f"differs from the checkpoint: {', '.join(differences)}")
-
-    def _check_formats(self, path: Path, written: dict[str, Any] | None) -> None:
-        """Refuse a checkpoint whose optimizer state has other formats than this run keeps it in."""
-        if written is None:
-            return
-        now = {
-            "optimizer_state_dtype": self.optimizer.format.moments,
-            "master_weight_format": self.optimizer.format.master,
-        }
-        differing = {name: written.get(name) for name, value in now.items() if written.get(name) != value}
-        if differing:
-            raise CheckpointError(
-                f"{path}: was written with {' and '.join(f'{name} {then}' for name, then in differing.items())}, this "
-                f"run's plan says {' and '.join(now[name] for name in differing)}; compile the plan with "
-                f"{' '.join(f'--pin {name}={then}' for name, then in differing.items())}, or choose another --output"
-            )
 
     def train(self) -> TrainSummary:
         """Run the remaining steps. Raises NonFiniteLossError, and Preempted after saving when asked to stop.
@@ -218,12 +161,12 @@ class Trainer:
         started, first_step, tokens = self.clock(), self.step, 0
         last_saved_step, last_saved_time = self.step if self.step else None, self.clock()
         steps = iter(self.source)
-        with _StopRequest() as stop, self._finishing_checkpoints():
+        with StopRequest() as stop, self._finishing_checkpoints():
             while self.step < self.total_steps:
                 self.on_progress(self.step, "waiting for data")
                 asked = self.clock()
                 batches = next(steps)
-                metrics = self._train_step(batches, data_seconds=self.clock() - asked)
+                metrics = self.train_step(batches, data_seconds=self.clock() - asked)
                 tokens += metrics.tokens
                 self.observer.on_step(metrics)
                 if self._due(self.settings.validation_every):
@@ -248,7 +191,7 @@ class Trainer:
                     )
             if self.validation is not None and not self._due(self.settings.validation_every):
                 self._validate()
-            self._check_outcome(first_step)
+            self.nonfinite.check_outcome(self.step, self.step - first_step)
             if self.settings.final_checkpoint and last_saved_step != self.step:
                 self._save()
         return TrainSummary(
@@ -257,7 +200,7 @@ class Trainer:
             seconds=self.clock() - started,
             final_loss=self._last_loss,
             validation_loss=self._validation_loss,
-            skipped_steps=self.skipped_steps,
+            skipped_steps=self.nonfinite.skipped_steps,
             resumed_from_step=first_step or None,
             checkpoint=str(self._checkpoint.path) if self._checkpoint else None,
         )
@@ -277,13 +220,17 @@ class Trainer:
         if self.writer.is_pending:
             self._commit()
 
-    def _name_of_signal(self, stop: _StopRequest) -> str:
+    def _name_of_signal(self, stop: StopRequest) -> str:
         return next(name for name in self.ranks.gather(stop.signal_name) if name)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _train_step(self, batches: Sequence[Batch], data_seconds: float = 0.0) -> StepMetrics:
+    def train_step(self, batches: Sequence[Batch], data_seconds: float = 0.0) -> StepMetrics:
+        """Run one step on this rank's micro-batches, and return its metrics. A collective.
+
+        Raises NonFiniteLossError where loss or gradient norm is not finite and the step may not be skipped.
+        """
         started = self.clock()
         # The whole step's targets are counted on the host, where the batches already are.
         num_targets, num_tokens, num_micro_batches = self._sum_over_batches(
@@ -307,13 +254,14 @@ class Trainer:
         learning_rate = learning_rate_at(self.settings, self.step, self.total_steps)
         skipped = not (math.isfinite(mean_loss) and math.isfinite(norm))
         if skipped:
-            self._on_nonfinite(batches, mean_loss, norm)
+            self.optimizer.zero_gradients()
+            self.nonfinite.skip(self.step + 1, batches, mean_loss, norm)
         else:
             self.optimizer.step(learning_rate, gradient_norm)
             if not self.model.is_frozen:  # or the router would be another one than that of the weights
                 self.model.move_choice_biases(sums.expert_rows, self.settings.router_bias_update_rate)
             self._last_loss = mean_loss
-            self._skipped_in_a_row = 0
+            self.nonfinite.note_update()
         extra = {} if skipped else self._after_update(sums.expert_rows)
         self.step += 1
         if self.device.type == "cuda":
@@ -359,82 +307,21 @@ class Trainer:
         """Sum numbers of this rank's batches over all batches, each of which several ranks may have read."""
         return self.ranks.sum_on_host([number * self.coordinates.counts_batches for number in numbers])
 
-    def _documents(self, batch: Batch) -> Documents | None:
-        if batch.document_starts is None:
-            return None
-        return Documents.from_starts(batch.document_starts, self.device)
-
-    def _on_nonfinite(self, batches: Sequence[Batch], loss: float, norm: float) -> None:
-        self.optimizer.zero_gradients()
-        if self.settings.skip_nonfinite:
-            self.skipped_steps += 1
-            self._skipped_in_a_row += 1
-            if self._skipped_in_a_row < self.settings.max_skipped_steps:
-                return
-            raise NonFiniteLossError(
-                f"step {self.step + 1}: {self._skipped_in_a_row} steps in a row (run.max_skipped_steps) had a loss or "
-                f"gradient norm that is not finite, and were skipped. {self._help_with_nonfinite()}"
-            )
-        read_here = batches if self.coordinates.counts_batches else ()
-        mine = [int(number) for batch in read_here for number in batch.sequence_ids]
-        sequences = [number for part in self.ranks.gather(mine) for number in part]
-        raise NonFiniteLossError(
-            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the step's sequences are "
-            f"{_abridged(sequences)}. {self._help_with_nonfinite()}, or pass --skip-nonfinite"
-        )
-
-    def _help_with_nonfinite(self) -> str:
-        saved = "Nothing was saved over the last good checkpoint."
-        if self.optimizer.num_updates == 0:  # no learning rate has been applied yet
-            return f"{saved} No update was made before: look at the weights the run started from, and at the sequences"
-        return f"{saved} Look at the sequences, lower run.learning_rate ({self.settings.learning_rate})"
-
-    def _check_outcome(self, first_step: int) -> None:
-        """Raise NonFiniteLossError where the steps since ``first_step`` have trained nothing, or spoilt the weights."""
-        if self.step > first_step and self._last_loss is None:
-            raise NonFiniteLossError(
-                f"step {self.step}: all {self.step - first_step} steps were skipped, nothing was trained. "
-                f"{self._help_with_nonfinite()}"
-            )
-        self._check_weights()
-
-    def _check_weights(self) -> None:
-        """Raise NonFiniteLossError, on all ranks, where an update has made a weight NaN or infinite. A collective."""
-        weights = self.optimizer.weights
-        finite = torch.stack([torch.isfinite(weight).all() for weight in weights.values()]).tolist()
-        mine = [name for name, is_finite in zip(weights, finite, strict=True) if not is_finite]
-        names = [name for of_rank in self.ranks.gather(mine[:1]) for name in of_rank]
-        if names:
-            raise NonFiniteLossError(
-                f"step {self.step}: the weights are no longer finite, '{names[0]}' among them. "
-                f"{self._help_with_nonfinite()}"
-            )
-
-    @torch.no_grad()
     def _validate(self) -> None:
         if self.validation is None:
             return
-        self.model.eval()
-        loss_sum, num_targets = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for batch in self.validation():
-            self.on_progress(self.step, "validation")
-            output = self.model(
-                batch.tokens.to(self.device),
-                targets=batch.targets.to(self.device),
-                documents=self._documents(batch),
-            )
-            loss_sum += output.loss_sum
-            num_targets += int((batch.targets >= 0).sum())
-        self.model.train()
-        if not self.coordinates.counts_tokens:
-            loss_sum.zero_()
-        self.ranks.sum(loss_sum)
-        (num_targets,) = self._sum_over_batches(num_targets)
-        if num_targets:
-            self._validation_loss = loss_sum.item() / num_targets
-            self.observer.on_validation(self.step, self._validation_loss)
+        loss = validation_loss(
+            self.model,
+            self.validation(),
+            self.ranks,
+            self.coordinates,
+            on_batch=lambda: self.on_progress(self.step, "validation"),
+        )
+        if loss is not None:
+            self._validation_loss = loss
+            self.observer.on_validation(self.step, loss)
             for hook in self.hooks:
-                hook.after_validation(self.step, self._validation_loss)
+                hook.after_validation(self.step, loss)
 
     def _sample(self) -> None:
         if self.sampler is not None:
@@ -445,14 +332,14 @@ class Trainer:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Everything a checkpoint must hold, as ``KIND.NAME``."""
-        buffers = {f"{checkpoints.WEIGHTS_PREFIX}{name}": buffer for name, buffer in self.buffers.items()}
+        buffers = {f"{WEIGHTS_PREFIX}{name}": buffer for name, buffer in self.buffers.items()}
         return self.optimizer.tensors() | buffers
 
     def _tensor_parts(self) -> dict[str, Part]:
         """Which parts the :meth:`_tensors` are; the first rank of a stage writes its buffers."""
         is_first_copy = self.coordinates.writes_stage
         parts = {
-            f"{checkpoints.WEIGHTS_PREFIX}{name}": replace(whole(buffer.shape), is_first_copy=is_first_copy)
+            f"{WEIGHTS_PREFIX}{name}": replace(whole(buffer.shape), is_first_copy=is_first_copy)
             for name, buffer in self.buffers.items()
         }
         return self.optimizer.tensor_parts() | parts
@@ -462,20 +349,18 @@ class Trainer:
         if self.writer.is_pending:
             self._commit()
         self.on_progress(self.step, "checkpoint")
-        self._check_weights()
+        self.nonfinite.check_weights(self.step)
         started = self.clock()
-        cuda_state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state = {
             "step": self.step,
-            "skipped_steps": self.skipped_steps,
+            "skipped_steps": self.nonfinite.skipped_steps,
             "num_updates": self.optimizer.num_updates,
             "source": self.source.state_dict(),
             "identity": self.identity,
             "settings": asdict(self.settings),
             "plan": self.plan,
             "total_steps": self.total_steps,
-            "cpu_random_state": bytes(torch.get_rng_state().tolist()).hex(),
-            "cuda_random_state": bytes(cuda_state.tolist()).hex() if cuda_state is not None else None,
+            **random_state(self.device),
         }
         self.writer.begin(self.step, state, self._tensors(), self._tensor_parts())
         self._save_seconds = self.clock() - started
@@ -488,36 +373,6 @@ class Trainer:
         self.observer.on_checkpoint(checkpoint.step, checkpoint.path, seconds)
 
 
-class _StopRequest:
-    """Turns the first SIGTERM or Ctrl-C into a request to stop after the step; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # Not in the main thread: whoever owns the process handles its signals.
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal_name == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
-
-
 def _relative_load(expert_rows: torch.Tensor) -> list[list[float]]:
     rows = expert_rows.double()  # [MoE layers, E]
     return (rows / rows.mean(dim=-1, keepdim=True).clamp(min=1)).tolist()
-
-
-def _abridged(numbers: list[int], most: int = 16) -> str:
-    shown = ", ".join(str(number) for number in numbers[:most])
-    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"

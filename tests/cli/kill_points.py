@@ -23,7 +23,8 @@ import moescale.cli.export
 import moescale.cli.run  # noqa: F401
 from moescale import cli
 from moescale.convert.hf_config import read_model_config
-from moescale.runtime.checkpoint import CheckpointStore, verify
+from moescale.runtime.checkpoint import verify
+from moescale.runtime.checkpoint_store import CheckpointStore
 from moescale.runtime.watchdog import RankFailure, Watchdog
 
 STEPS, RESUMED_AT = 3, 2

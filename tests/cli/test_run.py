@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moescale import __version__
 from moescale.api.run_checks import lower_limit_gib
 from moescale.cli import main
-from moescale.convert.checkpoint import import_checkpoint
+from moescale.convert.checkpoint_import import import_checkpoint
 from moescale.convert.hf_config import read_model_config
 from moescale.data.corpus import open_corpus
 from moescale.models.transformer import build_on_meta

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moescale.cli import main
-from moescale.convert.checkpoint import ModelWeights, export_checkpoint
+from moescale.convert.checkpoint_export import export_checkpoint
 from moescale.convert.hf_config import to_hf_config
+from moescale.convert.tensor_source import ModelWeights
 from moescale.models.transformer import build_on_meta, initialize, named_weights
 from tiny import tiny_v3_config
 

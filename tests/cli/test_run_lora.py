@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moescale.cli import main
-from moescale.convert.checkpoint import ModelWeights, export_checkpoint
+from moescale.convert.checkpoint_export import export_checkpoint
 from moescale.convert.hf_config import read_model_config
+from moescale.convert.tensor_source import ModelWeights
 from moescale.lora import parse_lora
 from moescale.models.transformer import build_on_meta, initialize, named_weights
 from moescale.plan import one_device_plan, save_plan

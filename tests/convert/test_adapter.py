@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from test_lora import CASES, LORA, adapted_model
 from test_parity import batch_of, error, export, load
 
-from moescale.convert.adapter import MergedWeights, export_adapter, read_adapter, read_adapter_settings
-from moescale.convert.checkpoint import ModelWeights, export_checkpoint
+from moescale.convert.adapter_folder import export_adapter, read_adapter, read_adapter_settings
+from moescale.convert.checkpoint_export import export_checkpoint
 from moescale.convert.folder_weights import FolderWeights
 from moescale.convert.key_table import build_key_table
+from moescale.convert.merged_weights import MergedWeights
+from moescale.convert.tensor_source import ModelWeights
 from moescale.errors import CheckpointError
 from moescale.lora import LoraSettings
 from moescale.models.lora import ExpertsAdapter, adapters_of, is_adapter

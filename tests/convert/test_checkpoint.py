@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moescale.config import ModelConfig
-from moescale.convert.checkpoint import ModelWeights, export_checkpoint, import_checkpoint
+from moescale.convert.checkpoint_export import export_checkpoint
+from moescale.convert.checkpoint_import import import_checkpoint
 from moescale.convert.hf_config import read_model_config, to_hf_config
 from moescale.convert.key_table import build_key_table
+from moescale.convert.tensor_source import ModelWeights
 from moescale.errors import CheckpointError, ConfigError
 from moescale.models.transformer import Transformer, build_on_meta, initialize
 from tiny import tiny_config

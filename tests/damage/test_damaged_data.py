@@ -28,7 +28,8 @@ from moescale.data.corpus import verify as verify_corpus
 from moescale.data.prepare import PrepareSettings, prepare
 from moescale.data.prepare.report import PrepareReport
 from moescale.errors import MoescaleError
-from moescale.runtime import checkpoint as checkpoints
+from moescale.runtime.checkpoint import verify
+from moescale.runtime.checkpoint_store import CheckpointStore
 from moescale.runtime.checkpoint_writer import CheckpointWriter
 
 datasets = pytest.importorskip("datasets")
@@ -227,7 +228,7 @@ def written(tmp_path_factory, model_folder) -> dict[str, tuple[Path, Callable[[]
     prepare(settings, progress=False)
     (folder / "chat.jsonl").write_bytes(whole_file("chat.jsonl"))
     assert prepared(folder / "chat.jsonl", model_folder, folder / "chats") is not None
-    store = checkpoints.CheckpointStore(folder / "checkpoints", keep=1)
+    store = CheckpointStore(folder / "checkpoints", keep=1)
     checkpoint = CheckpointWriter(store).save(1, {}, {"a": torch.arange(300.0), "b": torch.ones(4, 5)})
     corpus = folder / "corpus"
     return {
@@ -239,7 +240,7 @@ def written(tmp_path_factory, model_folder) -> dict[str, tuple[Path, Callable[[]
         ),
         "tensors-00000-0000.safetensors": (
             checkpoint.path / "tensors-00000-0000.safetensors",
-            lambda: checkpoints.verify(checkpoint),
+            lambda: verify(checkpoint),
         ),
     }
 

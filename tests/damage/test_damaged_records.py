@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from damages import BAD_VALUES, RECORDS, damaged_bytes, is_as_good, places, replaced
 from moescale import cli
 from moescale.api import export
-from moescale.convert.adapter import read_adapter_settings
+from moescale.convert.adapter_folder import read_adapter_settings
 from moescale.convert.hf_config import read_model_config
 from moescale.convert.weight_files import read_headers
 from moescale.data.corpus import open_corpus
@@ -38,7 +38,8 @@ from moescale.planner.cluster import SHIPPED, load_cluster
 from moescale.records import parse_json_object
 from moescale.report.observers.json_lines import METRICS_FILE, keep_records
 from moescale.report.observers.wandb import _identifier
-from moescale.runtime import checkpoint as checkpoints
+from moescale.runtime.checkpoint import StoredTensors, read_training_state
+from moescale.runtime.checkpoint_store import CheckpointStore
 from moescale.tools.profile_table import read_profile
 from moescale.tools.reference_table.rows import _measured_experts, _measured_steps
 from moescale.tools.report.page import described, summarized
@@ -97,7 +98,7 @@ def readers(tmp_path_factory, adapter_folder, run_folder, stdlib_corpus, model_f
     table = next((Path(launch_config.__file__).parent / "tables").glob("*.json"))
     own_table = folder / "table.json"
     own_table.write_text(table.read_text())
-    checkpoint = checkpoints.CheckpointStore(run_folder / "checkpoints", keep=1).last()
+    checkpoint = CheckpointStore(run_folder / "checkpoints", keep=1).last()
     assert checkpoint is not None
 
     def read_settings() -> None:
@@ -111,8 +112,8 @@ def readers(tmp_path_factory, adapter_folder, run_folder, stdlib_corpus, model_f
 
     def read_state() -> None:
         loader = Loader(open_corpus(stdlib_corpus), sequences_per_step=1, micro_batch_sequences=1, seed=0)
-        loader.load_state_dict(checkpoints.read_training_state(checkpoint)["source"])
-        checkpoints.StoredTensors(checkpoint)
+        loader.load_state_dict(read_training_state(checkpoint)["source"])
+        StoredTensors(checkpoint)
 
     (run_folder / "warnings.jsonl").write_text('{"step": 1, "kind": "k", "message": "m", "advice": "a"}\n')
     kernels = [{"name": "a", "launches": 3, "microseconds": 2.5}]

@@ -12,7 +12,7 @@ import torch
 from moescale.config import ModelConfig
 from moescale.coordinates import Coordinates
 from moescale.plan import LayerPlan, MeshShape, ParallelPlan
-from moescale.runtime.checkpoint import CheckpointStore
+from moescale.runtime.checkpoint_store import CheckpointStore
 from moescale.runtime.mapping import optimizer_format
 from moescale.runtime.ranks import current_ranks
 from moescale.runtime.session import place_model

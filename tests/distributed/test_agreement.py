@@ -67,7 +67,7 @@ def ranks(request):
 def report(fields: dict[str, Any]) -> Report:
     one = make_trainer(Path("unused"), total_steps=STEPS, settings={"gradient_clip": 0.1}, **fields)
     steps = iter(one.source)
-    metrics = [one._train_step(next(steps)) for _ in range(STEPS)]
+    metrics = [one.train_step(next(steps)) for _ in range(STEPS)]
     plan = make_plan(tiny_config(), **fields)
     # A stream of its own: validation must not move the training's.
     one.validation = lambda: next(iter(SyntheticSteps(plan, tiny_config().vocab_size)))

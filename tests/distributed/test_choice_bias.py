@@ -10,7 +10,7 @@ import torch
 
 from gloo_ranks import GlooRanks
 from moescale.models.blocks.moe import Router
-from moescale.runtime.checkpoint import CheckpointWeights
+from moescale.runtime.checkpoint_weights import CheckpointWeights
 from moescale.runtime.train import Trainer
 from plans import make_trainer
 from recorded_runs import assert_same_run, record_run
@@ -40,7 +40,7 @@ def train(folder: Path, until: int, fields: dict[str, Any]) -> Outcome:
         one.resume(checkpoint)
     steps = iter(one.source)
     while one.step < until:
-        one.observer.on_step(one._train_step(next(steps)))
+        one.observer.on_step(one.train_step(next(steps)))
     one._save()
     one._commit()
     weights = {name: one.optimizer.master(name).clone() for name in one.optimizer.parameters}
@@ -69,7 +69,7 @@ def test_a_step_moves_each_bias_towards_the_mean_load_of_tokens_that_are_trained
                 lambda module, args, routing, name=name: chosen[f"{name}.choice_bias"].append(routing.topk_ids)
             )
     (batches,) = [batches for _, batches in zip(range(1), one.source, strict=False)]
-    one._train_step(batches)
+    one.train_step(batches)
     assert len(chosen) == 2
     moved = set()
     for name, bias in one.buffers.items():
@@ -134,12 +134,12 @@ def test_biases_are_saved_once_and_read_by_every_rank_of_another_layout(tmp_path
 
 def test_a_rate_of_0_and_a_skipped_step_leave_biases_alone(tmp_path):
     one = trainer(tmp_path / "still", rate=0.0)
-    one._train_step(next(iter(one.source)))
+    one.train_step(next(iter(one.source)))
     assert not any(bias.any() for bias in one.buffers.values())
     one = trainer(tmp_path / "skipped", settings=dict(skip_nonfinite=True))
     with torch.no_grad():
         one.model.norm.weight.fill_(torch.nan)
-    assert one._train_step(next(iter(one.source))).skipped
+    assert one.train_step(next(iter(one.source))).skipped
     assert not any(bias.any() for bias in one.buffers.values())
 
 
@@ -177,7 +177,7 @@ def test_what_padding_holds_changes_no_bias_no_weight_and_no_load(tmp_path, buil
         for batch in batches:
             assert batch.padding.any()
             batch.tokens[batch.padding] = (batch.tokens[batch.padding] + shift) % 96
-        metrics = one._train_step(batches)
+        metrics = one.train_step(batches)
         found.append((metrics.aux_loss, metrics.expert_load, one.model.state_dict()))
     (aux_loss, load, weights), (other_loss, other_load, others) = found
     assert aux_loss == pytest.approx(other_loss, rel=1e-6) and load == other_load

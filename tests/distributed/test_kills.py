@@ -15,7 +15,8 @@ import pytest
 
 from moescale.convert.hf_config import read_model_config
 from moescale.plan import MeshShape, one_device_plan, save_plan
-from moescale.runtime.checkpoint import CheckpointStore, verify
+from moescale.runtime.checkpoint import verify
+from moescale.runtime.checkpoint_store import CheckpointStore
 
 STEPS = 20
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

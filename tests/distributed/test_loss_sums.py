@@ -14,7 +14,8 @@ from moescale.coordinates import ONE_DEVICE, Coordinates
 from moescale.models.transformer import build_on_meta, initialize
 from moescale.plan import MeshShape
 from moescale.report.metrics import StepMetrics
-from moescale.runtime.checkpoint import CheckpointStore, StoredTensors
+from moescale.runtime.checkpoint import StoredTensors
+from moescale.runtime.checkpoint_store import CheckpointStore
 from moescale.runtime.layout import whole
 from moescale.runtime.ranks import current_ranks
 from moescale.runtime.settings import TrainSettings

@@ -16,7 +16,8 @@ from moescale.data.corpus import PackedSequence
 from moescale.data.loader import Loader
 from moescale.data.shuffle import permuted
 from moescale.errors import CheckpointError
-from moescale.runtime.checkpoint import CheckpointStore, CheckpointWeights
+from moescale.runtime.checkpoint_store import CheckpointStore
+from moescale.runtime.checkpoint_weights import CheckpointWeights
 from plans import SEQUENCE_LENGTH, SEQUENCES_PER_STEP, make_trainer
 
 TOTAL_STEPS = 12
@@ -64,7 +65,7 @@ def train(folder: Path, until: int, fields: dict[str, Any], last_good: bool = Fa
         one.resume(checkpoint)
     steps = iter(one.source)
     while one.step < until:
-        one.observer.on_step(one._train_step(next(steps)))
+        one.observer.on_step(one.train_step(next(steps)))
     one._save()
     one._commit()
     weights = {name: one.optimizer.master(name).clone() for name in one.optimizer.parameters}
@@ -217,7 +218,7 @@ def train_on_corpus(folder: Path, until: int, fields: dict[str, int]) -> list[li
     steps = iter(one.source)
     while one.step < until:
         batches = next(steps)
-        one._train_step(batches)
+        one.train_step(batches)
         rows = [row for batch in batches for row in zip(batch.sequence_ids, batch.tokens, strict=True)]
         seen.append([(int(number), tokens.unique().tolist()) for number, tokens in rows])
     one._save()

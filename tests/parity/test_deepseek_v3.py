@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config as TransformersConfig
 from transformers import DeepseekV3ForCausalLM
 
-from moescale.convert.checkpoint import ModelWeights, export_checkpoint, import_checkpoint
+from moescale.convert.checkpoint_export import export_checkpoint
+from moescale.convert.checkpoint_import import import_checkpoint
 from moescale.convert.hf_config import parse_hf_config, read_model_config, to_hf_config, transformers_differences
+from moescale.convert.tensor_source import ModelWeights
 from moescale.errors import CheckpointError, ConfigError
 from moescale.models.deepseek_v3.config import DeepSeekV3Config
 from moescale.models.transformer import Transformer, build_on_meta, named_weights

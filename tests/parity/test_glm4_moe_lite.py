@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Glm4MoeLiteConfig as TransformersConfig
 from transformers import Glm4MoeLiteForCausalLM
 
-from moescale.convert.checkpoint import ModelWeights, export_checkpoint, import_checkpoint
+from moescale.convert.checkpoint_export import export_checkpoint
+from moescale.convert.checkpoint_import import import_checkpoint
 from moescale.convert.hf_config import parse_hf_config, read_model_config, to_hf_config
+from moescale.convert.tensor_source import ModelWeights
 from moescale.errors import ConfigError
 from moescale.models.glm4_moe_lite.config import Glm4MoeLiteConfig
 from moescale.models.transformer import Transformer, build_on_meta, named_weights

@@ -13,10 +13,13 @@ from transformers import GptOssConfig as TransformersConfig
 from transformers import GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from moescale.convert.checkpoint import ModelWeights, export_checkpoint, folder_dtype, import_checkpoint
+from moescale.convert.checkpoint_export import export_checkpoint
+from moescale.convert.checkpoint_import import import_checkpoint
 from moescale.convert.folder_weights import FolderWeights
 from moescale.convert.hf_config import parse_hf_config, read_model_config, to_hf_config, transformers_differences
 from moescale.convert.mxfp4 import dequantize
+from moescale.convert.stored_layout import folder_dtype
+from moescale.convert.tensor_source import ModelWeights
 from moescale.errors import CheckpointError, ConfigError
 from moescale.models.gpt_oss.config import GptOssConfig
 from moescale.models.transformer import build_on_meta, named_weights

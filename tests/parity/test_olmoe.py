@@ -12,7 +12,7 @@ from transformers import OlmoeConfig as TransformersConfig
 from transformers import OlmoeForCausalLM
 
 from moescale.config import YarnConfig
-from moescale.convert.checkpoint import import_checkpoint
+from moescale.convert.checkpoint_import import import_checkpoint
 from moescale.convert.hf_config import parse_hf_config, read_model_config, to_hf_config
 from moescale.errors import ConfigError
 from moescale.models.olmoe.config import OlmoeConfig

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moescale.config import ModelConfig, YarnConfig
-from moescale.convert.checkpoint import ModelWeights, export_checkpoint
+from moescale.convert.checkpoint_export import export_checkpoint
 from moescale.convert.hf_config import to_hf_config, transformers_differences
 from moescale.convert.key_table import build_key_table
+from moescale.convert.tensor_source import ModelWeights
 from moescale.kernels.router import Routing
 from moescale.models.transformer import Transformer, build_on_meta, initialize, named_weights
 from reference import forward

@@ -10,17 +10,10 @@ import torch
 from moescale import files
 from moescale.errors import CheckpointError, ConfigError
 from moescale.files import document_digest
-from moescale.runtime import checkpoint as checkpoints
-from moescale.runtime import checkpoint_writer
-from moescale.runtime.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    CheckpointWeights,
-    find_missing_elements,
-    load,
-    read_state,
-    verify,
-)
+from moescale.runtime import checkpoint_store, checkpoint_writer
+from moescale.runtime.checkpoint import Checkpoint, find_missing_elements, load, read_state, verify
+from moescale.runtime.checkpoint_store import CheckpointStore
+from moescale.runtime.checkpoint_weights import CheckpointWeights
 from moescale.runtime.checkpoint_writer import CheckpointWriter
 from moescale.runtime.device import available_cgroup_bytes
 from moescale.runtime.layout import Part
@@ -84,7 +77,7 @@ def test_a_checkpoint_that_is_being_dropped_is_none_any_more(tmp_path, monkeypat
     store = CheckpointStore(tmp_path, keep=1)
     CheckpointWriter(store).save(1, {}, tensors())
     removed = []
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda path: removed.append(path))  # killed as it begins
+    monkeypatch.setattr(checkpoint_store.shutil, "rmtree", lambda path: removed.append(path))  # killed as it begins
     CheckpointWriter(store).save(2, {}, tensors())
     assert [checkpoint.step for checkpoint in store.list()] == [2]
     monkeypatch.undo()
@@ -456,7 +449,7 @@ def test_old_checkpoints_that_cannot_be_dropped_are_a_notice_and_the_new_one_is_
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", refuse)
+    monkeypatch.setattr(checkpoint_store.shutil, "rmtree", refuse)
     notices: list[str] = []
     checkpoint = CheckpointWriter(store, on_notice=notices.append).save(2, {}, tensors())
     verify(checkpoint)

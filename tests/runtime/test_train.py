@@ -13,7 +13,7 @@ from moescale.errors import CheckpointError, ConfigError, NonFiniteLossError, Pr
 from moescale.models.transformer import build_on_meta, initialize
 from moescale.report.observer import RunContext
 from moescale.report.registry import DEFAULT_OBSERVERS, ObserverList, make_observer
-from moescale.runtime.checkpoint import CheckpointStore
+from moescale.runtime.checkpoint_store import CheckpointStore
 from moescale.runtime.hooks import TrainerHook
 from moescale.runtime.optimizer import OptimizerFormat
 from moescale.runtime.settings import TrainSettings
@@ -155,7 +155,7 @@ def test_the_auxiliary_loss_reaches_the_gradient_with_exactly_its_weight(tmp_pat
         one = trainer(tmp_path / str(micro_batch), gradient_clip=0.0)
         batches = next(iter(SyntheticSource(micro_batch)))
         one.optimizer.step = lambda *_: None
-        one._train_step(batches)
+        one.train_step(batches)
         gradients.append(one.optimizer.gradient("layers.1.feed_forward.router.weight").clone())
     reference = trainer(tmp_path / "reference")
     batch = next(iter(SyntheticSource()))[0]

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from moescale.errors import ConfigError, Preempted
-from moescale.runtime.launch import _free_port, _open_store, join_ranks
+from moescale.runtime.join import _open_store, join_ranks
+from moescale.runtime.launch import _free_port
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""What a run that resumes must have in common with its checkpoint, and what may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moescale.errors import CheckpointError, ConfigError
+from moescale.runtime.optimizer import OptimizerFormat
+from moescale.runtime.settings import DECIDE_RESULT, TrainSettings, find_differences
+
+
+def check_resumable(
+    path: Path,
+    stored: Mapping[str, Any],
+    *,
+    total_steps: int,
+    identity: Mapping[str, str],
+    optimizer_format: OptimizerFormat,
+) -> None:
+    """Refuse to continue from a checkpoint of another model or corpus, of other formats, or behind the last step.
+
+    Args:
+        path: the checkpoint's folder.
+        stored: the training state that it holds.
+        identity: fingerprints of model and corpus of this run; one that the checkpoint does not have is not compared.
+
+    Raises:
+        ConfigError: the checkpoint is of a step after ``total_steps``.
+        CheckpointError: it belongs to another run, or has its optimizer state in another format.
+    """
+    if stored["step"] > total_steps:
+        raise ConfigError(
+            f"run.steps ({total_steps}) must be at least {stored['step']}, the step of the checkpoint to resume "
+            f"({path}); give more, or choose another --output"
+        )
+    for key, value in identity.items():
+        if stored["identity"].get(key, value) != value:
+            raise CheckpointError(
+                f"{path}: was written with {key} {stored['identity'][key]}, this run has {value}; use the same one, "
+                "or another --output"
+            )
+    _check_formats(path, stored["plan"], optimizer_format)
+
+
+def _check_formats(path: Path, written: Mapping[str, Any] | None, optimizer_format: OptimizerFormat) -> None:
+    if written is None:
+        return
+    now = {"optimizer_state_dtype": optimizer_format.moments, "master_weight_format": optimizer_format.master}
+    differing = {name: written.get(name) for name, value in now.items() if written.get(name) != value}
+    if differing:
+        raise CheckpointError(
+            f"{path}: was written with {' and '.join(f'{name} {then}' for name, then in differing.items())}, this "
+            f"run's plan says {' and '.join(now[name] for name in differing)}; compile the plan with "
+            f"{' '.join(f'--pin {name}={then}' for name, then in differing.items())}, or choose another --output"
+        )
+
+
+def changes_since(
+    stored: Mapping[str, Any], settings: TrainSettings, plan: Mapping[str, Any] | None, total_steps: int
+) -> list[str]:
+    """Return the settings that decide the result and are not those of the checkpoint, each as ``name then -> now``."""
+    changes = find_differences(stored["settings"], asdict(settings), DECIDE_RESULT)
+    changes += find_differences(stored["plan"] or {}, plan or {}, ("tokens_per_step", "compute_dtype"))
+    if stored["total_steps"] != total_steps:
+        again = "" if settings.schedule == "constant" else " (the schedule is computed anew)"
+        changes.append(f"steps {stored['total_steps']} -> {total_steps}{again}")
+    return changes
