@@ -31,7 +31,7 @@ def gradients(dtype: torch.dtype, layers: int, micro_batches: int, seed: int) ->
     initialize(model, seed=0)
     format = OptimizerFormat(moments="int8", master="stochastic_bf16", gradients=dtype)
     optimizer = AdamW(model.named_parameters(), TrainSettings(), format)
-    optimizer.accumulate_in_products(model)
+    optimizer.accumulate_in_gemms(model)
     generator = torch.Generator().manual_seed(seed)
     runner = MicroBatches(model, capture=False)
     runner.start_step(num_targets=micro_batches * 4 * 2047, num_micro_batches=micro_batches)

@@ -102,7 +102,7 @@ def train_ours(
     """Weights in bf16 and what ``format`` keeps beside them, two micro-batches a step."""
     model = model.bfloat16()
     optimizer = AdamW(model.named_parameters(), settings, format)
-    optimizer.accumulate_in_products(model)
+    optimizer.accumulate_in_gemms(model)
     runner = MicroBatches(model, capture=True)
     losses = []
     for step, tokens in enumerate(data):

@@ -1,4 +1,4 @@
-"""Hugging Face <-> moescale: configuration fields, tensor names and layouts. Hugging Face spellings live here.
+"""Converts between Hugging Face folders and moescale models: configuration fields, tensor names and layouts.
 
 May import: moescale.models, moescale.config, moescale.errors.
 """

@@ -1,4 +1,4 @@
-"""The adapter_config.json of a folder of adapters, as PEFT defines it: written, and checked when it is read."""
+"""Reads, checks and writes PEFT's adapter_config.json."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FILE = FileKind(
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What is read of an adapter_config.json."""
+    """The fields of an adapter_config.json that decide what the adapters compute."""
 
     peft_type: str
     r: int
@@ -50,10 +50,10 @@ _DESCRIPTIVE = {
     *("megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
-"""Fields of PEFT that do not change what stored adapters do: names of tensors say which modules have them, and how
-factors were initialized is past. ``fan_in_fan_out`` is for a kind of layer that these models have none of."""
+"""Fields of PEFT that do not change what stored adapters compute. The names of tensors give the adapted modules, and
+initialization no longer matters. ``fan_in_fan_out`` applies to a kind of layer that these models do not have."""
 _INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
-"""Those that leave the weights below as they are. Others, as pissa, change them too, and a folder does not say how."""
+"""Initializations that leave the base weights unchanged. Others, such as pissa, change them in ways not stored."""
 
 
 def adapter_document(
@@ -71,7 +71,7 @@ def adapter_document(
                 parameters.add(f"{path}.weight")
             else:
                 linear.add(path)
-    if layout == "per-expert":  # every target is a layer there
+    if layout == "per-expert":  # in which every target is a layer
         linear |= {path.removesuffix(".weight") for path in parameters if path.endswith(".weight")}
         linear |= set(MLP) if any(module.num_experts for module in modules) else set()
         parameters = set()
@@ -81,7 +81,7 @@ def adapter_document(
         "base_model_name_or_path": base_model,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        # PEFT refuses dropout where it adapts parameters; it acts in training alone.
+        # PEFT refuses dropout on adapted parameters; dropout matters in training only.
         "lora_dropout": 0.0 if parameters else lora.dropout,
         "use_rslora": lora.rank_stabilised,
         "bias": "none",
@@ -94,7 +94,7 @@ def adapter_document(
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:
-    """Read an adapter_config.json; raises CheckpointError where it is damaged or describes another kind of adapter."""
+    """Read an adapter_config.json; raises CheckpointError if it is damaged or describes another kind of adapter."""
     document = read_json_object(path, _FILE)
     record = build(AdapterConfig, document, str(path), _FILE)
     _check_other_fields(document, path)
@@ -115,7 +115,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
 
 
 def _check_other_fields(document: dict[str, Any], path: Path) -> None:
-    """Refuse a field that makes of the adapters something else than is read of them."""
+    """Raise CheckpointError for a field that changes what the adapters compute and is not supported."""
     known = {field.name for field in dataclasses.fields(AdapterConfig)} | _DESCRIPTIVE
     initialization = document.pop("init_lora_weights", True)
     if not any(initialization is value or initialization == value != 1 for value in _INITIALIZATIONS):

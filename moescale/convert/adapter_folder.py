@@ -1,4 +1,4 @@
-"""Adapters in a folder: written from the weights of a run, and read with every tensor checked."""
+"""Writes the adapters of a run to a folder, and reads a folder of adapters with every tensor checked."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _DTYPES = ("F32", "BF16", "F16", "F64")
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterReport:
-    """What an export of adapters wrote."""
+    """Summary of an export of adapters."""
 
     output: Path
     num_tensors: int
@@ -50,9 +50,9 @@ def export_adapter(
 
     Args:
         source: the adapters' parameters, by their names in the model.
-        base_model: what the written configuration says the adapters belong to.
+        base_model: name of the base model for the written configuration.
 
-    Raises CheckpointError where ``output`` exists or cannot be written, or a factor is missing or not finite.
+    Raises CheckpointError if ``output`` exists or cannot be written, or a factor is missing or not finite.
     """
     check_output(output)
     modules = adapted_modules(config, lora)
@@ -77,7 +77,10 @@ def export_adapter(
 
 
 def read_adapter_settings(folder: Path, config: ModelConfig) -> LoraSettings:
-    """Say what the adapters in ``folder`` are, by configuration and names of tensors. Raises CheckpointError."""
+    """Return the settings of the adapters in ``folder``, from its configuration and the names of its tensors.
+
+    Raises CheckpointError.
+    """
     path = folder / CONFIG_FILE
     record = read_adapter_config(path)
     try:
@@ -96,9 +99,9 @@ def read_adapter_settings(folder: Path, config: ModelConfig) -> LoraSettings:
 
 
 def read_adapter(folder: Path, config: ModelConfig, lora: LoraSettings) -> dict[str, torch.Tensor]:
-    """The adapters in ``folder``, of either layout, by parameter name.
+    """Return the adapters in ``folder``, which may have either layout, by parameter name.
 
-    Raises CheckpointError for a tensor that is missing, has no place in the model, or does not fit it.
+    Raises CheckpointError for a tensor that is missing, belongs to no target, or has the wrong shape or dtype.
     """
     path = folder / WEIGHTS_FILE
     unread, found = set(_names(folder)), {}
@@ -131,7 +134,7 @@ def read_adapter(folder: Path, config: ModelConfig, lora: LoraSettings) -> dict[
 def _stored_shapes(
     modules: Iterable[AdaptedModule], config: ModelConfig, lora: LoraSettings
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that either layout has, by its name without prefix and ending."""
+    """Return the shape of every tensor of either layout, by its name without prefix and suffix."""
     model = build_on_meta(config, torch.bfloat16)
     add_adapters(model, lora)
     return {
@@ -143,7 +146,7 @@ def _stored_shapes(
 
 
 def _check_tensor(path: Path, name: str, stored: Any, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor by what its file's header says, before it is read and joined with others."""
+    """Raise CheckpointError if the file's header gives the tensor another dtype or shape."""
     if stored.get_dtype() not in _DTYPES:
         raise CheckpointError(
             f"{path}: tensor '{name}' has dtype {stored.get_dtype()}; supported are {', '.join(_DTYPES)}"

@@ -1,11 +1,13 @@
-"""The two layouts in which others keep adapters, and how each maps to the adapters of a model.
+"""Maps the adapters of a model to and from the two file layouts in use.
 
-``peft``: the layout of PEFT from 0.19.1 on. Routed experts are adapted as the stacked parameters that transformers 5
-holds: A is [E * r, in], expert by expert, and B is [out, r * E], the expert innermost; ``experts.base_layer`` belongs
-to gate and up, ``experts`` to down (``ParamWrapper`` in peft/tuners/lora/layer.py). ``per-expert``: two matrices for
-each of ``experts.N.gate_proj``, ``up_proj`` and ``down_proj``, as servers want them; gate and up have the same A.
+``peft``: the layout of PEFT from 0.19.1 on. Routed experts are adapted as the stacked parameters of transformers 5: A
+is [E * r, in], with the experts one after the other, and B is [out, r * E], with the expert innermost.
+``experts.base_layer`` is the adapter of gate and up, ``experts`` that of down (``ParamWrapper`` in
+peft/tuners/lora/layer.py). ``per-expert``: two matrices for each of ``experts.N.gate_proj``, ``up_proj`` and
+``down_proj``, as inference servers expect; gate and up have the same A.
 
-Layers of an MLP are named to PEFT as parameters: as modules it takes them for routed experts (huggingface/peft#3711).
+MLP layers are listed for PEFT as parameters, because as modules it takes them for routed experts
+(huggingface/peft#3711).
 """
 
 from __future__ import annotations
@@ -33,22 +35,22 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedModule:
-    """A module of the model that can have an adapter, and its modules in a Hugging Face folder."""
+    """A module of the model that can have an adapter, and the corresponding modules of a Hugging Face folder."""
 
     name: str
     keys: tuple[str, ...]
-    """One for each part; of routed experts the module that holds them."""
+    """One per part of the parameter; for routed experts, the module that contains them."""
     num_experts: int
-    """0: a linear layer."""
+    """0 for a linear layer."""
 
     def factors(self) -> tuple[str, ...]:
-        """Names of the adapter's parameters."""
+        """Return the names of the adapter's parameters."""
         names = ("gate_up_a", "gate_up_b", "down_a", "down_b") if self.num_experts else ("a", "b")
         return tuple(f"{self.name}.adapter.{name}" for name in names)
 
 
 def adapted_modules(config: ModelConfig, lora: LoraSettings) -> list[AdaptedModule]:
-    """The targets of ``lora`` in ``config``'s model. Raises ConfigError for one that it does not have."""
+    """Return the targets of ``lora`` in the model of ``config``. Raises ConfigError for a target it does not have."""
     model = build_on_meta(config, torch.bfloat16)
     add_adapters(model, lora)
     table, names = build_key_table(config), family_of(config).names
@@ -67,7 +69,7 @@ def adapted_modules(config: ModelConfig, lora: LoraSettings) -> list[AdaptedModu
 def stored_tensors(
     module: AdaptedModule, factors: list[torch.Tensor], layout: Layout
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    """The adapter's tensors under their names there, without prefix and ending."""
+    """Yield the tensors of the adapter in ``layout``, with their names without prefix and suffix."""
     if not module.num_experts:
         parts = (factor.chunk(len(module.keys)) for factor in factors)
         for key, a, b in zip(module.keys, *parts, strict=True):
@@ -95,11 +97,11 @@ def read_factors(
     """Return the adapter's parameters from its tensors: the inverse of :func:`stored_tensors`, in either layout.
 
     Args:
-        read: reads a tensor by its name without prefix and ending.
-        stored: the names in the file, which tell the layouts apart.
-        path: of the file, for errors.
+        read: reads a tensor by its name without prefix and suffix.
+        stored: the names in the file, which distinguish the layouts.
+        path: the file, for errors.
 
-    Raises CheckpointError where gate and up have different A, which a fused adapter cannot hold.
+    Raises CheckpointError if gate and up have different A, which a fused adapter cannot represent.
     """
     if not module.num_experts:
         return [torch.cat([read(f"{key}.{factor}") for key in module.keys]) for factor in ("lora_A", "lora_B")]

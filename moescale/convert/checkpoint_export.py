@@ -1,7 +1,7 @@
-"""Model -> Hugging Face checkpoint folder, streamed, checked before anything is written, exact.
+"""Exports weights as a Hugging Face checkpoint folder, shard by shard.
 
-Shards are planned from shapes, then filled and written one at a time in a hidden folder that takes the final name when
-all is on disk, by one process at a time.
+Everything that can be checked is checked before anything is written. Shards are planned from shapes, then filled and
+written one at a time to a hidden folder, which is renamed when all are on disk.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from moescale.files import write_atomically, written_by_library
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What an export wrote."""
+    """Summary of an export."""
 
     output: Path
     num_tensors: int
     num_shards: int
     weight_bytes: int
     warnings: tuple[str, ...]
-    """Where transformers will compute something else than this model was trained as, and what was not trained."""
+    """Differences between transformers' computation and that of the training, and weights that were not trained."""
 
 
 @torch.no_grad()
@@ -63,16 +63,16 @@ def export_checkpoint(
     """Write ``source`` as a Hugging Face folder that transformers opens without remote code.
 
     Args:
-        output: must not exist, or be empty; appears whole or not at all.
+        output: must not exist or be empty; appears complete or not at all.
         reference: folder whose config.json, tokenizer, generation and code files are copied; its config.json is
             copied byte for byte unless ``dtype`` differs from the one it names.
-        dtype: of the written weights, whatever ``source`` keeps; buffers stay fp32, and what is kept of ``reference``
-            (``kept_tensors``) as it is there.
-        max_shard_bytes: no shard holds more, except one tensor that is larger by itself. Host memory: one shard, and
-            one parameter (of stacked experts: one expert) beside it.
+        dtype: dtype of the written weights, whatever that of ``source``. Buffers stay fp32, and tensors kept from
+            ``reference`` (``kept_tensors``) keep their dtype.
+        max_shard_bytes: upper limit of a shard, exceeded only by a single larger tensor. Host memory needed: one shard
+            and one parameter (of stacked experts: one expert).
 
-    Raises CheckpointError naming the tensor where one is missing, extra, of the wrong shape, not finite, or overflows
-    ``dtype``; ConfigError where ``reference`` describes another model, or has files that lie elsewhere.
+    Raises CheckpointError naming a tensor that is missing, extra, of the wrong shape, not finite, or overflows
+    ``dtype``; ConfigError if ``reference`` describes another model, or contains links to files outside it.
     """
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes ({max_shard_bytes}) must be positive")
@@ -111,7 +111,7 @@ def export_checkpoint(
 
 
 def _untrained(config: ModelConfig, reference: Path, num_kept: int) -> list[str]:
-    """Say what the export holds of layers for multi-token prediction."""
+    """Return a warning about the weights for multi-token prediction, if the model has any."""
     if not config.num_prediction_layers:
         return []
     if num_kept:
@@ -120,7 +120,7 @@ def _untrained(config: ModelConfig, reference: Path, num_kept: int) -> list[str]
 
 
 def _unpacked(reference: Path, dtype: torch.dtype) -> list[str]:
-    """Say that weights which the reference holds in fewer bits were written whole."""
+    """Return a warning if the reference's weights are quantized, because the export's are not."""
     if read_hf_config(reference).get("quantization_config") is None:
         return []
     return [f"{reference} describes experts in MXFP4; this export holds them in {DTYPE_NAMES[dtype]}, not quantized"]
@@ -138,7 +138,7 @@ def _check_source(table: KeyTable, source: TensorSource) -> None:
 
 
 class _WithKept:
-    """A source of weights, and beside them tensors of another folder as they are."""
+    """A source of weights together with tensors of another folder, which are copied unchanged."""
 
     def __init__(self, source: TensorSource, kept: Mapping[str, StoredTensor]) -> None:
         self._source, self._kept = source, kept

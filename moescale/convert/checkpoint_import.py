@@ -1,7 +1,7 @@
-"""Hugging Face checkpoint folder -> model, streamed and exact.
+"""Imports a Hugging Face checkpoint folder into a model, shard by shard.
 
-Every name, shape and dtype is checked from the shards' headers, then each tensor is copied into its part of a
-parameter; one shard is mapped at a time.
+All names, shapes and dtypes are checked from the shards' headers first. Then each tensor is copied into its part of a
+parameter, with one shard mapped at a time.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def import_checkpoint(
 ) -> None:
     """Copy the weights of a Hugging Face folder into ``parameters``, converted to their dtype, on their device.
 
-    Weights of layers for multi-token prediction are left alone (``kept_tensors`` returns them).
+    Weights for multi-token prediction are ignored (``kept_tensors`` returns them).
 
     Args:
-        parameters: by name, all of the model's, and its buffers. With ``parts`` each tensor is only the named part of
-            its parameter, and only what it needs is read.
-        parts: for each parameter one slice with explicit bounds per dim.
+        parameters: all parameters and buffers of the model by name. With ``parts``, each tensor is only that part of
+            its parameter, and only the part is read.
+        parts: for each parameter, one slice with explicit bounds per dim.
 
-    Raises CheckpointError naming the tensor where one is missing, extra, of the wrong shape or dtype, or its file is
-    truncated; no parameter has been touched then. Raises NonFiniteWeightsError naming a tensor with NaN or infinity.
+    Raises CheckpointError, before any parameter is modified, naming a tensor that is missing, extra, of the wrong shape
+    or dtype, or in a truncated file. Raises NonFiniteWeightsError naming a tensor with NaN or infinity.
     """
     table, stored = read_layout(folder, config)
     _check_parameters(table, parameters, parts)
@@ -61,7 +61,7 @@ def import_checkpoint(
 
 
 def _check_parameters(table: KeyTable, parameters: Mapping[str, torch.Tensor], parts: Mapping[str, Box] | None) -> None:
-    """The model and the table come from one configuration, so a difference is an error of the caller."""
+    """Check the model against the table. Both come from one configuration, so a difference is the caller's error."""
     for name, pieces in table.items():
         shape = tuple(max(piece.index[dim].stop for piece in pieces) for dim in range(len(pieces[0].index)))
         if parts is not None:

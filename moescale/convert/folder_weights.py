@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder, read parameter by parameter as a model holds them."""
+"""Reads the weights of a Hugging Face folder parameter by parameter, in the model's layout."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from moescale.models.transformer import build_on_meta, named_weights
 
 
 class FolderWeights:
-    """A source of weights for an export, in the dtype of a model in ``dtype``.
+    """The weights of a folder as a :class:`~moescale.convert.tensor_source.TensorSource`, with a model's dtypes.
 
-    Raises CheckpointError where the folder does not hold what ``config`` describes.
+    Raises CheckpointError if the folder does not contain the model of ``config``.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
@@ -32,7 +32,7 @@ class FolderWeights:
         return tuple(self._weights[name].shape)
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
-        """The parameter on the CPU, or with ``index`` its slice of dim 0."""
+        """Return the parameter on the CPU, or with ``index`` its slice of dim 0."""
         box = whole_box(self.shape(name))
         if index is not None:
             box = (slice(index, index + 1), *box[1:])

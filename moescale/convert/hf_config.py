@@ -1,6 +1,6 @@
 """Reads a Hugging Face config.json into a ModelConfig, and writes one from it. Imports no torch.
 
-Which fields there are and what they mean is the family's (``moescale.models.<family>.hf``), found by ``model_type``.
+The fields are defined by the model's family (``moescale.models.<family>.hf``), which ``model_type`` selects.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _HUB_NAMES = {
     "moonshotai/Moonlight-16B-A3B": "moonlight-16b-a3b",
     "moonshotai/Moonlight-16B-A3B-Instruct": "moonlight-16b-a3b",
 }
-"""Published models whose configuration is also a preset, so that planning needs no download."""
+"""Published models whose configuration is a preset, so that planning needs no download."""
 
 
 def resolve_model(name: str, *, config_only: bool = False) -> Path:
-    """The local folder of a model given as a folder, a preset or a hub name (downloaded once, then cached).
+    """Return the local folder of a model given as a folder, a preset or a hub name (downloaded once, then cached).
 
-    With ``config_only`` the folder need only hold a config.json, and published models are not downloaded.
-    Raises ConfigError where there is no such model.
+    With ``config_only`` the folder need only contain a config.json, and published models are not downloaded.
+    Raises ConfigError if there is no such model.
     """
     path = Path(name)
     if path.is_dir():
@@ -80,15 +80,15 @@ def resolve_model(name: str, *, config_only: bool = False) -> Path:
 def read_model_config(model: str | Path, ignored_fields: Collection[str] = ()) -> ModelConfig:
     """Read the configuration of a model: a folder with a config.json, or any name :func:`resolve_model` takes.
 
-    Raises ConfigError naming file and field where one is missing, has an unsupported value, or is unknown and not one
-    of ``ignored_fields``.
+    Raises ConfigError naming file and field if a field is missing, has an unsupported value, or is unknown and not in
+    ``ignored_fields``.
     """
     folder = resolve_model(str(model), config_only=True)
     return parse_hf_config(read_hf_config(folder), str(folder / CONFIG_FILE), ignored_fields)
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """The JSON object in the folder's config.json. Raises ConfigError where there is none."""
+    """Return the JSON object in the folder's config.json. Raises ConfigError if there is none."""
     return read_json_object(folder / CONFIG_FILE, _FILE)
 
 
@@ -111,16 +111,16 @@ def parse_hf_config(
 
 
 def to_hf_config(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
-    """Return the config.json of a model that has none yet; :func:`parse_hf_config` gives ``config`` back.
+    """Return a config.json for ``config``, the inverse of :func:`parse_hf_config`.
 
     Args:
-        dtype: name of the torch dtype of the weights it is written for.
+        dtype: name of the torch dtype of the model's weights.
     """
     return family_of(config).write_hf(config, dtype)
 
 
 def transformers_differences(config: ModelConfig) -> list[str]:
-    """Return where transformers departs from the published definition for this model."""
+    """Return the differences between transformers and the published definition of this model."""
     return family_of(config).transformers_differences(config)
 
 

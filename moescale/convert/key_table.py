@@ -1,8 +1,8 @@
-"""The one table of tensor names and layouts between a Hugging Face folder and a moescale model, for both directions.
+"""The table of tensor names and layouts between a Hugging Face folder and a moescale model, for both directions.
 
-A parameter of the model is made of one or more tensors of the folder, each filling a rectangular part of it: a linear
-layer is one tensor, ``gate_up`` is two stacked along dim 0, and stacked experts are one (or two) tensors per expert.
-Where a folder stacks experts itself, their matrices may be transposed there, and gate and up alternate.
+A parameter of the model consists of one or more tensors of the folder, each of which fills a box of it: a linear layer
+is one tensor, ``gate_up`` is two stacked along dim 0, and stacked experts are one (or two) tensors per expert. In a
+folder that stacks experts itself, their matrices may be transposed, with gate and up interleaved.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from moescale.models.transformer import build_on_meta, named_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A tensor of the folder and the part of a parameter it fills."""
+    """A tensor of the folder, and the box of a parameter that it fills."""
 
     key: str
     """Name in the Hugging Face folder."""
     shape: tuple[int, ...]
-    """Shape there."""
+    """Shape in the folder."""
     index: Box
-    """The part of the parameter it fills, one slice per dim of the parameter, with explicit bounds."""
+    """The box of the parameter: one slice with explicit bounds per dim of the parameter."""
     dtype: torch.dtype | None = None
-    """Of the tensor in a folder, where it is not that of the other weights."""
+    """Dtype in the folder, if it differs from that of the other weights."""
     is_transposed: bool = False
-    """The last two dims are swapped there."""
+    """The last two dims are swapped in the folder."""
     alternates: bool = False
-    """Gate and up alternate there along what is dim 1 of the parameter, whose first half is the gate."""
+    """Gate and up are interleaved in the folder along dim 1 of the parameter, whose first half is the gate."""
     scales: str | None = None
-    """Name of the tensor of scales, where ``key`` holds blocks of MXFP4."""
+    """Name of the tensor of scales, if ``key`` holds MXFP4 blocks."""
 
     @property
     def is_rearranged(self) -> bool:
-        """Whether its values lie in another order than in the parameter, or are packed."""
+        """True if the values are packed, or ordered differently than in the parameter."""
         return self.is_transposed or self.alternates or self.scales is not None
 
     def to_parameter(self, stored: torch.Tensor) -> torch.Tensor:
-        """Bring experts of the folder, [experts, ...], into the parameter's order."""
+        """Convert experts [experts, ...] from the folder's order to the parameter's."""
         values = stored.transpose(-1, -2) if self.is_transposed else stored
         return values.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) if self.alternates else values
 
     def to_stored(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Bring experts of the parameter into the folder's order: the inverse of :meth:`to_parameter`."""
+        """Convert experts from the parameter's order to the folder's: the inverse of :meth:`to_parameter`."""
         values = parameter.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) if self.alternates else parameter
         return values.transpose(-1, -2) if self.is_transposed else values
 
@@ -58,7 +58,7 @@ KeyTable = dict[str, tuple[Piece, ...]]
 
 
 def build_key_table(config: ModelConfig) -> KeyTable:
-    """The table of ``config``'s model: every parameter and buffer once, every tensor of the folder once."""
+    """Return the table of the model of ``config``: every parameter and buffer once, every tensor of the folder once."""
     names = family_of(config).names
     model = build_on_meta(config, torch.bfloat16)
     table = {name: _pieces(names, name, tuple(weight.shape)) for name, weight in named_weights(model).items()}
@@ -68,7 +68,7 @@ def build_key_table(config: ModelConfig) -> KeyTable:
 
 
 def fused_experts(names: HfNames, name: str, pieces: tuple[Piece, ...]) -> Piece | None:
-    """The one tensor that holds all experts of a parameter in the fused layout of transformers 5, None for others."""
+    """Return the tensor with all experts of a parameter in the fused layout of transformers 5, or None."""
     if names.experts_are_stacked or not name.endswith((".feed_forward.experts.gate_up", ".feed_forward.experts.down")):
         return None
     module = pieces[0].key.partition(f"{names.experts}.")[0] + names.experts
@@ -77,7 +77,7 @@ def fused_experts(names: HfNames, name: str, pieces: tuple[Piece, ...]) -> Piece
 
 
 def mxfp4_experts(piece: Piece) -> Piece:
-    """The piece of stacked experts in MXFP4: blocks of 32 values along the weight's columns, two to a byte."""
+    """Return the piece of stacked experts in MXFP4: blocks of 32 values along the weight's columns, two per byte."""
     num_experts, rows, columns = (bounds.stop for bounds in piece.index)
     return replace(
         piece,

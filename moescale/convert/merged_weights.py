@@ -1,4 +1,4 @@
-"""Weights of a folder with adapters added to them."""
+"""Merges adapters into the weights of a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moescale.lora import LoraSettings
 
 
 class MergedWeights:
-    """The weights of a folder, in the dtype that they were trained on, with adapters added to them in fp32.
+    """The weights of a folder, in the dtype of the training, with adapters added in fp32.
 
     A source for :func:`moescale.convert.checkpoint_export.export_checkpoint`.
     """
@@ -37,7 +37,7 @@ class MergedWeights:
         return self._base.shape(name)
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
-        """The parameter in fp32, or with ``index`` its slice of dim 0."""
+        """Return the parameter in fp32, or with ``index`` its slice of dim 0."""
         weight = self._base.read(name, index).float()
         if name not in self._added:
             return weight

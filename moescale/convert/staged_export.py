@@ -1,4 +1,4 @@
-"""The folder that an export writes: whole under its final name, or not there at all."""
+"""Stages the output folder of an export, which appears under its final name only when it is complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_output(output: Path) -> None:
 def staged_export(output: Path) -> Iterator[Path]:
     """Yield a hidden folder that becomes ``output`` when the block ends without an error.
 
-    Raises CheckpointError where another process exports to ``output``, or where writing fails.
+    Raises CheckpointError if another process exports to ``output``, or if writing fails.
     """
     try:
         with staged_folder(output) as folder:
@@ -33,6 +33,6 @@ def staged_export(output: Path) -> Iterator[Path]:
             f"{output}: another process is exporting to it (it holds {staging_path(output)}); wait for its end, or "
             "give another --output"
         ) from error
-    except (OSError, SafetensorError) as error:  # the latter is what a full disk becomes while a shard is written
+    except (OSError, SafetensorError) as error:  # safetensors raises the latter when the disk is full
         advice = remedy(error) or "give another --output"
         raise CheckpointError(f"{output}: could not be written ({error}); {advice}") from error

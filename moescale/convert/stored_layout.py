@@ -27,14 +27,14 @@ from moescale.models.family import HfNames
 from moescale.models.registry import family_of, find_family
 
 _RECOMPUTED = re.compile(r"rotary_emb\.inv_freq$")
-"""Buffers some published folders carry; the model computes them."""
+"""Buffers in some published folders, which the model computes itself."""
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 def folder_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a folder's weights: the one its config.json names, else that of most of its values, else bf16.
+    """Return the dtype of a folder's weights: from config.json, else that of most values, else bf16.
 
-    Raises CheckpointError where config.json names none and the weights are damaged.
+    Raises CheckpointError if config.json names no dtype and the weights are damaged.
     """
     document = read_hf_config(folder)
     name = str(document.get("dtype") or document.get("torch_dtype")).removeprefix("torch.")
@@ -52,20 +52,20 @@ def folder_dtype(folder: Path) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """A part of a stored tensor, and where in a parameter it goes."""
+    """A copy to be made: from a part of a stored tensor to a part of a parameter."""
 
     key: str
     source: Box
     """The part of the stored tensor to read."""
     target: torch.Tensor
-    """The view of the parameter it goes to."""
+    """View of the parameter to write to."""
     rearranged: Piece | None = None
-    """The piece whose order is to be undone, after which ``wanted`` of the expert's dims is taken."""
+    """The piece whose order must be converted, after which the box ``wanted`` of the expert is taken."""
     wanted: Box = ()
 
 
 def copies_of(piece: Piece, part: Box, parameter: torch.Tensor) -> Iterable[Copy]:
-    """What of ``piece`` lies in ``part`` of its parameter: experts in another order one by one, to save memory."""
+    """Yield the copies of ``piece`` into ``part`` of its parameter; reordered experts one by one, to save memory."""
     common = overlap(piece.index, part)
     if common is None:
         return
@@ -82,7 +82,7 @@ def copies_of(piece: Piece, part: Box, parameter: torch.Tensor) -> Iterable[Copy
             )
         return
     inside = relative_to(common, piece.index)
-    # A stored expert has no expert dim: its index there is the single 0:1.
+    # A stored expert has no expert dim; its index in that dim is always 0:1.
     yield Copy(
         key=piece.key,
         source=inside[len(inside) - len(piece.shape) :],
@@ -91,9 +91,9 @@ def copies_of(piece: Piece, part: Box, parameter: torch.Tensor) -> Iterable[Copy
 
 
 def read_layout(folder: Path, config: ModelConfig) -> tuple[KeyTable, dict[str, StoredTensor]]:
-    """Return the table of ``config`` with the keys of ``folder``, and where each tensor is stored.
+    """Return the table of ``config`` with the keys of ``folder``, and its stored tensors.
 
-    Raises CheckpointError naming a tensor that is missing, has no place in the model, or has another shape or dtype.
+    Raises CheckpointError naming a tensor that is missing, extra, or of the wrong shape or dtype.
     """
     stored = read_headers(folder, may_be_absent=_tied_keys(family_of(config).names) if config.tie_embeddings else ())
     table = _as_stored(build_key_table(config), config, stored)
@@ -102,7 +102,7 @@ def read_layout(folder: Path, config: ModelConfig) -> tuple[KeyTable, dict[str, 
 
 
 def _values_of(copy: Copy, tensor: torch.Tensor, stored: Mapping[str, StoredTensor]) -> torch.Tensor:
-    """What was read, unpacked and in the parameter's order."""
+    """Return the values that were read, unpacked and in the parameter's order."""
     piece = copy.rearranged
     if piece is None:
         return tensor
@@ -113,7 +113,7 @@ def _values_of(copy: Copy, tensor: torch.Tensor, stored: Mapping[str, StoredTens
 
 
 def fill(copy: Copy, tensor: torch.Tensor, stored: Mapping[str, StoredTensor]) -> None:
-    """Write what was read for ``copy`` to its target; raises NonFiniteWeightsError naming the tensor."""
+    """Write the ``tensor`` read for ``copy`` to its target. Raises NonFiniteWeightsError naming the tensor."""
     copy.target.copy_(_values_of(copy, tensor, stored).view(copy.target.shape))
     if not torch.isfinite(copy.target).all():
         raise NonFiniteWeightsError(
@@ -127,9 +127,9 @@ def _tied_keys(names: HfNames) -> tuple[str, str]:
 
 
 def _as_stored(table: KeyTable, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> KeyTable:
-    """The table with the keys of this folder, where it has another of the known layouts of the same weights.
+    """Return the table with the keys of this folder, which may have another known layout of the same weights.
 
-    A tied embedding may be stored under the output's name; transformers 5 also writes a layer's experts fused.
+    A tied embedding may be stored under the name of the output; transformers 5 can also fuse the experts of a layer.
     """
     found, names = dict(table), family_of(config).names
     for name, pieces in table.items():
@@ -175,7 +175,7 @@ def _check_stored(folder: Path, config: ModelConfig, table: KeyTable, stored: Ma
 
 
 def _check_tied(names: HfNames, stored: Mapping[str, StoredTensor]) -> None:
-    """A tied model may carry its embedding twice, if it is the same."""
+    """Raise CheckpointError if a tied model stores two different embeddings."""
     output, embedding = stored[names.output], stored[names.embedding]
     whole = whole_box(embedding.shape)
     if output.shape == embedding.shape:
@@ -190,9 +190,9 @@ def _check_tied(names: HfNames, stored: Mapping[str, StoredTensor]) -> None:
 
 
 def kept_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """Return what a folder holds of layers for multi-token prediction, which are not trained: an export keeps it.
+    """Return the tensors for multi-token prediction in a folder. They are not trained, and an export copies them.
 
-    Empty where the folder holds no weights. Raises CheckpointError where they are damaged.
+    Empty if the folder has no weights. Raises CheckpointError if they are damaged.
     """
     if not config.num_prediction_layers or not has_weights(folder):
         return {}
@@ -202,7 +202,7 @@ def kept_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
 
 
 def _of_prediction_layers(config: ModelConfig) -> tuple[str, ...]:
-    """How the names of tensors of the layers behind the last one begin."""
+    """Return the prefixes of the tensors of the layers for multi-token prediction, which follow the last layer."""
     prefix = family_of(config).names.layer_prefix
     behind = range(config.num_layers, config.num_layers + config.num_prediction_layers)
     return tuple(prefix.format(layer=layer) for layer in behind)

@@ -1,4 +1,4 @@
-"""Where exported weights come from: the protocol, and the parameters of a model in memory."""
+"""Sources of weights for an export: the protocol, and the parameters of a model in memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 class TensorSource(Protocol):
-    """Where exported weights come from: a checkpoint of a run, or a model in memory."""
+    """A source of weights: a checkpoint of a run, a Hugging Face folder, or a model in memory."""
 
     def names(self) -> Iterable[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
-        """The parameter on the CPU, or with ``index`` its slice of dim 0."""
+        """Return the parameter on the CPU, or with ``index`` its slice of dim 0."""
         ...
 
 

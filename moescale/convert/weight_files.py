@@ -1,4 +1,4 @@
-"""The safetensors shards of a Hugging Face folder: what they hold, checked, and read one tensor at a time."""
+"""Reads the safetensors shards of a Hugging Face folder: headers with checks, then tensors one at a time."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 WEIGHT_ENDINGS = (".safetensors", ".index.json", *_OTHER_FORMATS)
-"""What a file of weights, or an index of such, ends in."""
+"""Endings of files of weights and of their indices."""
 Progress = Callable[[int, int], None]
-"""Called with the bytes of weights that are done, and the bytes in all."""
+"""Called with the bytes of weights processed so far, and their total."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor is, and what its file's header says of it."""
+    """A tensor in a file, as described by the file's header."""
 
     file: Path
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Index:
-    """What is read of an index: the file that holds each tensor, below the index's folder."""
+    """The field of an index that is read: the file of each tensor, relative to the index's folder."""
 
     weight_map: Annotated[dict[str, RelativePath], Length(least=1)]
 
@@ -49,12 +49,12 @@ _INDEX = FileKind(
 
 
 def read_headers(folder: Path, may_be_absent: Collection[str] = ()) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's shards by name; only headers are read.
+    """Return every tensor of the folder's shards by name, from their headers.
 
     Args:
-        may_be_absent: tensors that the index may list though no shard has them, as writers of tied models do.
+        may_be_absent: tensors that the index may list although no shard has them, as some tied models do.
 
-    Raises CheckpointError where a shard is missing or truncated, a dtype is not supported, two shards hold the same
+    Raises CheckpointError if a shard is missing or truncated, a dtype is not supported, two shards hold the same
     tensor, or the index contradicts the shards.
     """
     index = _read_index(folder)
@@ -84,12 +84,12 @@ def read_headers(folder: Path, may_be_absent: Collection[str] = ()) -> dict[str,
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether the folder means to hold weights: in any format, or in part, as after an interrupted download."""
+    """Return True if the folder has any file of weights: in any format, or left by an interrupted download."""
     return any(path.name.endswith(WEIGHT_ENDINGS) for path in folder.iterdir())
 
 
 def read_parts(file: Path, parts: Iterable[tuple[str, tuple[slice, ...]]]) -> Iterator[torch.Tensor]:
-    """The given part of each named tensor of one shard, on the CPU; the file is mapped until the last one is taken."""
+    """Yield the given part of each named tensor of one shard, on the CPU. The file is mapped until the last one."""
     try:
         with safe_open(file, framework="pt") as shard:
             for name, index in parts:

@@ -1,4 +1,4 @@
-"""The training run: plan -> torch.distributed engine, optimizer, checkpoints, train loop, calibration.
+"""Training: process groups, parallelization by a plan, optimizer, checkpoints, the training loop and calibration.
 
-May import: moescale.report, moescale.convert, moescale.models and below. The only layer that imports torch.distributed.
+May import: moescale.report, moescale.convert, moescale.models and below. Only this layer imports torch.distributed.
 """

@@ -1,8 +1,8 @@
-"""Measures this machine for the planner: what ``moescale calibrate`` writes into a cluster file.
+"""Measures this machine for the planner, and writes the cluster file of ``moescale calibrate``.
 
-Products, experts, attention, element-wise passes and the optimizer run with the kernels that training uses, at sizes
-that span what plans contain; links between GPUs are measured where several processes were started (``torchrun``). Rates
-are those of a short benchmark, and ``sustained_clock`` is what remains of them under continuous load.
+GEMMs, experts, attention, element-wise operators and the optimizer run with the kernels of training, at the range of
+sizes that plans contain. Links between GPUs are measured when several processes were started (``torchrun``). Rates
+come from short benchmarks; ``sustained_clock`` is the fraction of them that remains under continuous load.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from moescale.runtime.gpu_clock import copy_rate, seconds_of
 
 ROWS = 8192
 GEMM_WIDTHS = ((2048, 64), (2048, 512), (2048, 2048), (2048, 6144), (4096, 4096), (8192, 8192))
-"""(in, out) features of dense products on ``ROWS`` rows, by rising FLOPs."""
+"""(in, out) features of dense GEMMs on ``ROWS`` rows, by increasing FLOPs."""
 EXPERT_TOKENS = (256, 683, 2048, 4096, 8192, 16384)
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 64, 6, 2048, 1408
 SEQUENCES = (512, 2048, 8192, 32768)
 HEADS, QK_DIM, V_DIM = 16, 192, 128
 SUSTAINED_SECONDS = 15.0
 MIN_SUSTAINED_CLOCK = 0.6
-"""Below that a cluster file is refused (``planner.cluster``)."""
+"""A cluster file with a lower value is refused (``planner.cluster``)."""
 
 
 def calibrate_machine(say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Measure the first GPU, or under ``torchrun`` each process its own and the links; None on ranks but the first.
+    """Measure the first GPU; under ``torchrun``, each process's own GPU and the links. Returns None on other ranks.
 
     Raises ConfigError without a GPU.
     """
@@ -58,7 +58,7 @@ def calibrate_machine(say: Callable[[str], None]) -> dict[str, Any] | None:
 
 
 def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure ``device``; returns the document of a cluster file. One to two minutes; ``say`` is told of the progress.
+    """Measure ``device`` for one to two minutes, reporting progress to ``say``, and return a cluster file's document.
 
     Raises ConfigError without a GPU.
     """
@@ -70,7 +70,7 @@ def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any
     copy = copy_rate(device)
     say(f"copy {copy / 1e12:.2f} TB/s")
     dense = _dense_rates(device)
-    say(f"dense products {_range(dense[1])}")
+    say(f"dense GEMMs {_range(dense[1])}")
     experts = _expert_rates(device)
     say(f"experts {_range(experts[1])}")
     attention_rates = _attention_rates(device)
@@ -117,7 +117,7 @@ def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any
 
 
 def to_toml(document: dict[str, Any]) -> str:
-    """The document as TOML: scalars first, then one table per key."""
+    """Return the document as TOML: scalars first, then one table per key."""
     scalars = [f"{key} = {_toml(value)}" for key, value in document.items() if not isinstance(value, dict)]
     tables = [
         "\n".join([f"[{key}]", *(f"{name} = {_toml(item)}" for name, item in value.items())])
@@ -136,26 +136,26 @@ def _toml(value: Any) -> str:
 
 
 def _dense_rates(device: torch.device) -> tuple[list[float], list[float]]:
-    """By FLOPs: the mean rate of a product and of the two of its backward."""
+    """Measure the mean rate of a GEMM and the two of its backward, by FLOPs."""
     sizes, rates = [], []
     for inputs, outputs in GEMM_WIDTHS:
         x = torch.randn(ROWS, inputs, device=device).bfloat16()
         weight = torch.randn(outputs, inputs, device=device).bfloat16()
         grad = torch.randn(ROWS, outputs, device=device).bfloat16()
 
-        def products(x: torch.Tensor = x, weight: torch.Tensor = weight, grad: torch.Tensor = grad) -> None:
+        def gemms(x: torch.Tensor = x, weight: torch.Tensor = weight, grad: torch.Tensor = grad) -> None:
             torch.mm(x, weight.t())
             torch.mm(grad, weight)
             torch.mm(grad.t(), x)
 
         flops = 2.0 * ROWS * inputs * outputs
         sizes.append(flops)
-        rates.append(3 * flops / seconds_of(products))
+        rates.append(3 * flops / seconds_of(gemms))
     return sizes, rates
 
 
 def _expert_rates(device: torch.device) -> tuple[list[float], list[float]]:
-    """By rows per expert, forward and backward, gradients added to bf16 buffers as in training."""
+    """Measure forward and backward by rows per expert, with gradients added to bf16 buffers as in training."""
     gate_up, down = (
         (torch.randn(EXPERTS, *shape, device=device) * 0.02).bfloat16().requires_grad_()
         for shape in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
@@ -178,7 +178,7 @@ def _expert_rates(device: torch.device) -> tuple[list[float], list[float]]:
 
 
 def _attention_rates(device: torch.device) -> tuple[list[float], list[float]]:
-    """By sequence length, causal, forward and backward, over the FLOPs of the causal half."""
+    """Measure causal forward and backward by sequence length, counting the FLOPs of the causal half."""
     rates = []
     for length in SEQUENCES:
         batch = max(1, ROWS // length)
@@ -202,7 +202,7 @@ def _elementwise_rate(device: torch.device) -> float:
 
 
 def _optimizer_rate(device: torch.device) -> float:
-    """Bytes per second of the slowest format, 8-bit moments with exact weights."""
+    """Measure bytes per second of the slowest format: 8-bit moments with exact master weights."""
     parameter = torch.randn(2**17, HIDDEN, device=device).bfloat16()
     gradient, scale = torch.randn_like(parameter), torch.ones((), device=device)
     state = init_adamw_state(parameter, "int8", "bf16_remainder")
@@ -216,7 +216,7 @@ def _optimizer_rate(device: torch.device) -> float:
 
 
 def _launch_seconds(device: torch.device) -> float:
-    """What a kernel takes that has nothing to do, one behind the other."""
+    """Measure the time of an empty kernel in a sequence of launches."""
     x = torch.zeros(1, device=device)
 
     def many() -> None:
@@ -227,9 +227,9 @@ def _launch_seconds(device: torch.device) -> float:
 
 
 def plausible_clock(measure: Callable[[], float]) -> float:
-    """The highest of at most three measurements, as soon as one is plausible. Raises ConfigError where none is.
+    """Return the highest of at most three measurements, stopping at a plausible one. Raises ConfigError if none is.
 
-    Another user of the GPU can only slow a product down, so the highest is the nearest to this GPU's.
+    Another process on the GPU can only slow a GEMM down, so the highest measurement is the closest to the truth.
     """
     clocks: list[float] = []
     while len(clocks) < 3 and max(clocks, default=0.0) < MIN_SUSTAINED_CLOCK:
@@ -244,10 +244,10 @@ def plausible_clock(measure: Callable[[], float]) -> float:
 
 
 def _sustained_clock(device: torch.device, fastest: float) -> float:
-    """Rate of a large product after seconds of it, over the rate at the start.
+    """Return the rate of a large GEMM after seconds of load, divided by its rate at the start.
 
-    The rate at the start is checked against ``fastest``, FLOP/s measured before: another user of the GPU in these
-    milliseconds would hide how far the clock falls.
+    The rate at the start is checked against ``fastest``, the FLOP/s measured before: another process on the GPU during
+    these milliseconds would hide how far the clock drops.
     """
     x = torch.randn(8192, 8192, device=device).bfloat16()
     out = torch.empty_like(x)
@@ -275,7 +275,7 @@ def _host_memory() -> int:
 
 
 def _context_bytes(device: torch.device) -> int:
-    """What is taken on the device beyond this process's tensors."""
+    """Return the device memory in use beyond this process's tensors."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return max(0, total - free - torch.cuda.memory_reserved(device))

@@ -1,4 +1,4 @@
-"""Measures the links between the GPUs of one host for ``moescale calibrate``: collectives, and reads of peers' rows."""
+"""Measures the links between the GPUs of one host for ``moescale calibrate``: collectives and reads of peer memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def measure_links(device: torch.device, seconds_of: Timer) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the tables ``intra_node`` and ``exchange`` of a cluster file and what to say of their sources.
+    """Return the tables ``intra_node`` and ``exchange`` of a cluster file, and a note on the source of each.
 
-    A collective of all processes, which run on one host. Without other processes ``intra_node`` is assumed and there
-    is no ``exchange``; the latter also where GPUs cannot read each other's memory.
+    A collective of all processes, which run on one host. With a single process ``intra_node`` is assumed. ``exchange``
+    is omitted with a single process, and where GPUs cannot read each other's memory.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         assumed = {"latency_seconds": 8e-6, "bytes_per_second": 360e9}
@@ -38,7 +38,7 @@ def measure_links(device: torch.device, seconds_of: Timer) -> tuple[dict[str, An
 
 
 def _collectives(device: torch.device, seconds_of: Timer) -> dict[str, float]:
-    """Latency of a small all-gather, rate of a large one."""
+    """Measure the latency of a small all-gather and the rate of a large one."""
     ranks = dist.get_world_size()
     seconds = {}
     for name, numel in (("small", 1024), ("large", 2**27)):
@@ -53,10 +53,10 @@ def _collectives(device: torch.device, seconds_of: Timer) -> dict[str, float]:
 
 
 def _exchange(group: dist.ProcessGroup, device: torch.device, seconds_of: Timer) -> dict[str, float]:
-    """Latency of a barrier, and the rate at which dispatch and combine read other GPUs under random routing.
+    """Measure the latency of a barrier, and the rate at which dispatch and combine read peers under random routing.
 
-    The bytes are those that cross the link; the time includes the rows that a GPU reads from itself, as the cost model
-    (``planner.exchange``) expects.
+    The rate counts the bytes that cross the link. Its time includes the rows that a GPU reads from itself, as the cost
+    model (``planner.exchange``) expects.
     """
     from moescale.kernels.dispatch import triton as exchange
     from moescale.kernels.dispatch.buffers import ExchangeShape

@@ -1,11 +1,12 @@
-"""Checkpoints of a run: safetensors files and JSON, never pickle; checksummed, and independent of who wrote them.
+"""Reads and verifies one checkpoint: safetensors files and JSON, never pickle, with checksums.
 
 A checkpoint is the folder ``checkpoints/step-00000090``. Its ``state.json`` holds step, data position and settings, the
 shape of every tensor, and for every file its size, its SHA-256 and the boxes of tensors in it; the files
-``tensors-RANK-NUMBER.safetensors`` hold those boxes. A folder with the final name is whole: it was written under a
-temporary name, verified, synced and renamed (:mod:`moescale.runtime.checkpoint_writer`); one that lacks a file was
-damaged later.
-``last`` is simply the highest step. Any rank of any later layout reads the boxes that overlap its own.
+``tensors-RANK-NUMBER.safetensors`` hold those boxes. A rank reads the boxes that overlap its own, so the layout that
+reads need not be the one that wrote.
+
+A folder with the final name is complete: it was written under a temporary name, verified, synced and renamed
+(:mod:`moescale.runtime.checkpoint_writer`). If it lacks a file, it was damaged later.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ _MAX_GRID_CELLS = 10**7
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint on disk, whole unless something has damaged it since."""
+    """A checkpoint on disk, complete unless it was damaged after it was written."""
 
     path: Path
     step: int
 
 
 def read_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The state that a trainer saved, of which every field it needs is there. Raises CheckpointError."""
+    """Return the state that a trainer saved, with every field it needs. Raises CheckpointError."""
     state = read_state(checkpoint)
     check_training_state(state, checkpoint.path / STATE_FILE)
     return state
@@ -66,11 +67,11 @@ def load(
     """Copy a checkpoint into ``tensors`` (same names, any device) and return its state. A collective.
 
     Args:
-        tensors: all of the checkpoint's; with ``parts``, of each only this rank's part.
+        tensors: all tensors of the checkpoint; with ``parts``, only this rank's part of each.
         on_progress: called after every file checked and every tensor read.
 
-    Every file's size and checksum (each by one of the ranks), and every name and shape, are checked before the first
-    tensor is touched. Raises CheckpointError, the same on every rank.
+    Sizes and checksums of all files (each checked by one of the ranks), names and shapes are checked before any tensor
+    is modified. Raises the same CheckpointError on every rank.
     """
     document = _read_document(checkpoint.path)
     parts = parts or {name: whole(tensor.shape) for name, tensor in tensors.items()}
@@ -91,7 +92,7 @@ def load(
 
 
 class StoredTensors:
-    """The tensors of a checkpoint, of which any box can be read; a context manager. Checksums are not looked at."""
+    """A context manager that reads any box of a checkpoint's tensors, without verifying checksums."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.path = checkpoint.path
@@ -117,7 +118,7 @@ class StoredTensors:
         return dtypes[self._open(file_name).get_slice(name).get_dtype()]
 
     def read(self, name: str, index: Box) -> torch.Tensor:
-        """The box ``index`` (explicit bounds) of a tensor, on the CPU."""
+        """Return the box ``index`` (explicit bounds) of a tensor, on the CPU."""
         tensor = torch.empty(box_shape(index), dtype=self.dtype(name))
         self.copy(name, index, tensor)
         return tensor
@@ -136,7 +137,7 @@ class StoredTensors:
             self._release_after(part.nbytes)
 
     def _release_after(self, num_bytes: int) -> None:
-        """Close the files once in a while: pages read through a mapping count as this process's memory until then."""
+        """Close the files now and then: until then, pages read through a mapping count as this process's memory."""
         self._mapped_bytes += num_bytes
         if self._mapped_bytes > MAX_MAPPED_BYTES:
             self._stack.close()
@@ -154,10 +155,10 @@ class StoredTensors:
 
 
 def verify(checkpoint: Checkpoint, ranks: Ranks = ONE_RANK, on_progress: Callable[[], None] = lambda: None) -> None:
-    """Check that every element of every tensor is there, and every file as it was written. A collective.
+    """Check that every element of every tensor is stored, and that no file has changed. A collective.
 
-    Every file's size, checksum and header are checked on one of the ranks. Raises DamagedCheckpointError naming the
-    first bad one, or the CheckpointError of another format, on all ranks.
+    One of the ranks checks each file's size, checksum and header. Raises DamagedCheckpointError naming the first bad
+    file, or CheckpointError for another format version, on all ranks.
     """
     files: dict[str, Any] = {}
     problem: CheckpointError | None = None
@@ -192,11 +193,11 @@ def _read_document(folder: Path) -> dict[str, Any]:
 
 
 def find_missing_elements(tensors: Mapping[str, Sequence[int]], files: Mapping[str, Any]) -> str | None:
-    """Return what is wrong where ``files`` do not hold every element of every tensor exactly once, else None.
+    """Return a problem if ``files`` do not hold every element of every tensor exactly once, else None.
 
     Args:
-        tensors: the shape of each.
-        files: of each, under "boxes", the box of every tensor in it: a start and a stop per dim.
+        tensors: the shape of each tensor.
+        files: entries whose "boxes" give the box of every tensor in the file: a start and a stop per dim.
     """
     boxes: dict[str, list[Any]] = {name: [] for name in tensors}
     for file_name, entry in files.items():
@@ -213,7 +214,7 @@ def find_missing_elements(tensors: Mapping[str, Sequence[int]], files: Mapping[s
 
 
 def _hold_each_element_once(shape: Sequence[int], boxes: Sequence[Sequence[Sequence[int]]]) -> bool:
-    """Whether ``boxes`` tile a tensor: on the grid of all their edges, every cell lies in one box."""
+    """Return True if ``boxes`` tile a tensor: on the grid of all their edges, every cell lies in exactly one box."""
     if math.prod(shape) == 0:
         return not boxes
     for box in boxes:

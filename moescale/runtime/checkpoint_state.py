@@ -1,4 +1,4 @@
-"""Records of a checkpoint's ``state.json``: which tensors and files it has, and where the training stood."""
+"""Records of a checkpoint's ``state.json``: its tensors, its files, and the state of the training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Hexadecimal = Annotated[str, Matches("(?:[0-9a-f]{2})*", "hexadecimal digits")]
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is not as it was written. The message has no remedy: only who reads it knows of another one."""
+    """A checkpoint differs from what was written. Its message has no remedy: the caller knows of other checkpoints."""
 
 
 _FILE = FileKind(
@@ -30,7 +30,7 @@ class _TensorFile:
     bytes: Count
     sha256: Sha256
     boxes: dict[str, list[tuple[Count, Count]]]
-    """Of every tensor in the file, a start and a stop per dim."""
+    """A start and a stop per dim, for every tensor in the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +51,13 @@ class _Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """What a trainer reads of the state that it saved."""
+    """The fields that a trainer reads from the state it saved."""
 
     step: Count
     skipped_steps: Count
     num_updates: Count
     source: dict[str, Any]
-    """The loader's, which checks it."""
+    """The loader's state; the loader validates it."""
     identity: dict[str, str]
     plan: dict[str, Any] | None
     cpu_random_state: Annotated[str, Length(least=2), Matches("(?:[0-9a-f]{2})*", "hexadecimal digits")]
@@ -71,7 +71,7 @@ def read_stored(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def check_document(document: dict[str, Any], path: Path) -> None:
-    """Refuse a document of this format that lacks a field or holds one of another type. DamagedCheckpointError."""
+    """Raise DamagedCheckpointError for a document that lacks a field or has one of the wrong type."""
     build(_Content, document, str(path), _FILE)
     for file_name, entry in document["files"].items():
         for name, box in entry["boxes"].items():
@@ -80,5 +80,5 @@ def check_document(document: dict[str, Any], path: Path) -> None:
 
 
 def check_training_state(state: dict[str, Any], path: Path) -> None:
-    """Refuse a state from which no training can continue. Raises DamagedCheckpointError."""
+    """Raise DamagedCheckpointError for a state from which training cannot continue."""
     build(TrainingState, state, str(path), _FILE)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: which there are, the newest whole one, and those to set aside or remove."""
+"""The folder with the checkpoints of a run: listing them, finding the newest intact one, setting aside and removing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CheckpointStore:
         self.keep = keep
 
     def list(self) -> list[Checkpoint]:
-        """All checkpoints, oldest first, damaged ones too. Leftovers of an interrupted write do not count."""
+        """Return all checkpoints, oldest first, damaged ones included; leftovers of interrupted writes are not."""
         found = []
         for path in self.folder.glob(_PREFIX + "*"):
             digits = path.name.removeprefix(_PREFIX)
@@ -32,12 +32,12 @@ class CheckpointStore:
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def last(self) -> Checkpoint | None:
-        """The newest checkpoint, or None."""
+        """Return the newest checkpoint, which is the one of the highest step, or None."""
         checkpoints = self.list()
         return checkpoints[-1] if checkpoints else None
 
     def at(self, step: int) -> Checkpoint:
-        """The checkpoint of ``step``; raises CheckpointError naming those there are."""
+        """Return the checkpoint of ``step``; raises CheckpointError listing the existing ones."""
         checkpoints = self.list()
         for checkpoint in checkpoints:
             if checkpoint.step == step:
@@ -51,10 +51,13 @@ class CheckpointStore:
         on_skip: Callable[[str], None] = lambda problem: None,
         on_progress: Callable[[], None] = lambda: None,
     ) -> Checkpoint | None:
-        """The newest whole checkpoint (:func:`verify`), None where there is none at all. A collective.
+        """Return the newest checkpoint that passes :func:`verify`, or None if there are no checkpoints. A collective.
 
-        ``on_skip`` hears what is wrong with each newer one, ``on_progress`` of every file checked. Raises
-        CheckpointError where all are damaged: a run that has something to lose never starts from scratch by itself.
+        Args:
+            on_skip: called with the problem of each damaged checkpoint.
+            on_progress: called after every file checked.
+
+        Raises CheckpointError if all are damaged: a run with something to lose never silently starts from scratch.
         """
         problems = []
         for checkpoint in ranks.gather(self.list()[::-1] if ranks.is_first else None)[0]:
@@ -73,10 +76,10 @@ class CheckpointStore:
         return None
 
     def set_aside_after(self, step: int, ranks: Ranks = ONE_RANK) -> Sequence[Path]:
-        """Rename every checkpoint of a later step to ``aside-step-...``; where they are now. A collective.
+        """Rename every checkpoint after ``step`` to ``aside-step-...`` and return the new paths. A collective.
 
-        A run that resumes at ``step`` writes these steps again: under their old names they would count as newer than
-        what it writes, and outlive it.
+        A run that resumes at ``step`` writes these steps again. Under their old names, the stale checkpoints would
+        count as newer than the ones it writes.
         """
         moved: list[Path] = []
         problem = None
@@ -95,7 +98,7 @@ class CheckpointStore:
         return moved
 
     def set_aside(self, checkpoint: Checkpoint) -> Path:
-        """Rename ``checkpoint`` to an unused ``aside-step-...``, and return where it is now."""
+        """Rename ``checkpoint`` to an unused ``aside-step-...`` and return the new path."""
         name = f"aside-{checkpoint.path.name}"
         path, number = self.folder / name, 1
         while path.exists():
@@ -106,16 +109,16 @@ class CheckpointStore:
         return path
 
     def path_of(self, step: int) -> Path:
-        """Where the checkpoint of ``step`` is, or will be."""
+        """Return the path of the checkpoint of ``step``, whether or not it exists."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
     def drop_oldest(self, written: int) -> None:
-        """Of the checkpoints up to step ``written``, which was just written, remove all but the newest ``keep``."""
+        """Remove all but the newest ``keep`` checkpoints up to step ``written``, the one just written."""
         for old in [checkpoint for checkpoint in self.list() if checkpoint.step <= written][: -self.keep]:
-            # Renamed first: killed half-way, it must not look like a checkpoint that has lost files.
+            # Renamed first: if killed half-way, it must not look like a checkpoint with missing files.
             shutil.rmtree(old.path.rename(old.path.with_name(f".writing-dropped-{old.path.name}")))
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed run was writing or dropping."""
+        """Remove what a killed run was writing or removing."""
         for leftover in self.folder.glob(_LEFTOVERS):
             shutil.rmtree(leftover)

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, without the optimizer's state: what an export reads."""
+"""The weights of a checkpoint without optimizer state, for export."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ REMAINDER_PREFIX = "remainder."
 
 
 class CheckpointWeights:
-    """The weights of a checkpoint, read tensor by tensor or slice by slice; a context manager.
+    """A context manager that reads a checkpoint's weights tensor by tensor or slice by slice.
 
-    The source from which the weights are exported: ``names``, ``shape``, ``dtype`` and ``read``.
+    It is a :class:`~moescale.convert.tensor_source.TensorSource`, with dtypes.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -35,13 +35,13 @@ class CheckpointWeights:
         return self._stored.shapes[WEIGHTS_PREFIX + name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """What :meth:`read` returns: fp32 where the run kept fp32 weights in any form, else bf16."""
+        """Return the dtype of :meth:`read`: fp32 if the run kept fp32 master weights in any form, else bf16."""
         if REMAINDER_PREFIX + name in self._stored.shapes:
             return torch.float32
         return self._stored.dtype(WEIGHTS_PREFIX + name)
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
-        """The tensor, or with ``index`` its slice of dim 0."""
+        """Return the tensor, or with ``index`` its slice of dim 0."""
         box = whole_box(self.shape(name))
         if index is not None:
             box = (slice(index, index + 1), *box[1:])

@@ -1,11 +1,11 @@
-"""Writes a checkpoint from all ranks: atomically, and during training where host memory allows.
+"""Writes checkpoints from all ranks: atomically, and in the background if host memory allows.
 
-A checkpoint is begun and committed by collectives, and in between written by every rank for itself: its own parts, of
-those that several ranks hold only the first copy. Training waits while they are copied to the host. A thread writes
-them, reads them back and compares every byte. The commit checks that the files of all ranks hold every element of every
-tensor; only then does the checkpoint get its final name, and only then are older ones dropped. Whatever fails in a
-thread, of whatever type, is reported by the commit. A kill leaves a ``.writing-*`` folder, which nothing reads and the
-next run removes.
+Beginning and committing a checkpoint are collectives; in between every rank writes its own parts independently. Of a
+part that several ranks hold, only the first copy is written. Training waits while the parts are copied to the host. A
+thread writes them, reads them back and compares every byte. The commit checks that the files of all ranks hold every
+element of every tensor. Only then does the checkpoint get its final name, and only then are older ones removed. The
+commit reports any failure of the thread. A kill leaves a ``.writing-*`` folder, which nothing reads and the next run
+removes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from moescale.runtime.layout import Part, whole
 from moescale.runtime.ranks import ONE_RANK, Ranks, place_on_host
 
 MAX_FILE_BYTES = 2**30
-"""A file's sync shows no progress before it is done, so files are small enough for a slow disk."""
+"""The sync of a file reports no progress until it is done, so files are kept small enough for a slow disk."""
 HOST_MEMORY_SHARE = 0.8
-"""How much of the available host memory a host's copies may take; beyond it, training waits for the files."""
+"""Fraction of the available host memory that the copies of a host may use; beyond it, training waits for the files."""
 WAIT_SECONDS = 1.0
-"""How often waiting ranks ask each other whether the writing goes on."""
+"""Interval at which waiting ranks ask each other for progress."""
 
 
 class CheckpointWriter:
@@ -49,9 +49,9 @@ class CheckpointWriter:
         on_progress: Callable[[], None] = lambda: None,
         on_notice: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """``on_progress`` hears, on every rank that waits, that some rank's files have grown or changed.
-
-        ``on_notice`` hears, on the first rank, of what failed without harm to a checkpoint.
+        """Args:
+        on_progress: called on every waiting rank when the files of some rank have grown.
+        on_notice: called on the first rank with failures that harm no checkpoint.
         """
         self.store = store
         self.ranks = ranks
@@ -62,18 +62,18 @@ class CheckpointWriter:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a checkpoint was begun and not yet committed; the same on all ranks."""
+        """True if a checkpoint was begun and not yet committed; the same on all ranks."""
         return self._pending is not None
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's files of the pending checkpoint are on disk, or have failed to get there."""
+        """True once this rank's files of the pending checkpoint are on disk or have failed."""
         return self._pending is not None and self._pending.done.is_set()
 
     def check_room(self, tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Part] | None = None) -> None:
-        """Raise ConfigError, on all ranks, unless the disk takes a checkpoint of ``tensors`` now. A collective.
+        """Raise ConfigError on all ranks if the disk has no room for a checkpoint of ``tensors``. A collective.
 
-        What an interrupted write has left is removed first, as the next write does.
+        Leftovers of an interrupted write are removed first, as they are before a write.
         """
         mine = _first_copies(tensors, parts or _whole_parts(tensors))
         (size,) = self.ranks.sum_on_host([sum(tensor.nbytes for tensor in mine.values())])
@@ -91,8 +91,8 @@ class CheckpointWriter:
         """Begin the checkpoint of ``step``; the tensors may change as soon as this returns. A collective.
 
         Args:
-            state: JSON-able; comes back unchanged when loaded. The first rank's counts.
-            tensors: any device; with ``parts``, of each only this rank's part.
+            state: a JSON value, returned unchanged when loaded. Only the first rank's is stored.
+            tensors: on any device; with ``parts``, only this rank's part of each.
         """
         assert self._pending is None, "commit the checkpoint before"
         folder = self.store.folder / f".writing-{self.store.path_of(step).name}"
@@ -107,7 +107,7 @@ class CheckpointWriter:
         }
         pending = _Pending(step, folder, json.dumps(document))
         copies = self._copy_to_host(mine)
-        # One rank that cannot write during training keeps the others waiting anyway.
+        # If one rank cannot write in the background, the others would wait for it anyway.
         if self.ranks.sum_on_host([copies is not None]) == [self.ranks.size] and copies is not None:
             pending.start(self.ranks.rank, copies, parts)
         else:
@@ -117,9 +117,9 @@ class CheckpointWriter:
         self._pending = pending
 
     def commit(self) -> Checkpoint:
-        """Wait until all ranks have written, and give the checkpoint its name. A collective.
+        """Wait until all ranks have written, then give the checkpoint its final name. A collective.
 
-        Raises CheckpointError, on all ranks, where one could not write; earlier checkpoints are untouched.
+        Raises CheckpointError on all ranks if one could not write; earlier checkpoints are untouched.
         """
         assert self._pending is not None
         pending, self._pending = self._pending, None
@@ -138,9 +138,9 @@ class CheckpointWriter:
         return Checkpoint(path=self.store.path_of(pending.step), step=pending.step)
 
     def tidy(self, step: int) -> None:
-        """Remove what a killed run has left: unfinished checkpoints, and of those up to ``step`` all but the newest.
+        """Remove what a killed run left: unfinished checkpoints, and all but the newest ones up to ``step``.
 
-        ``step`` is that of the checkpoint the run has resumed from, which is whole.
+        ``step`` is that of the checkpoint the run resumed from, which is known to be intact.
         """
         if self.ranks.is_first:
             self._tell_of_error("leftovers of a killed run could not be removed", self.store.remove_leftovers)
@@ -154,26 +154,26 @@ class CheckpointWriter:
     def save(
         self, step: int, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], **options: Any
     ) -> Checkpoint:
-        """:meth:`begin` and :meth:`commit` in one."""
+        """Do :meth:`begin` and :meth:`commit` in one call."""
         self.begin(step, state, tensors, **options)
         return self.commit()
 
     def _copy_to_host(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-        """Copies that a thread can write while the originals change, or None where host memory does not hold them."""
+        """Return copies that a thread can write while the originals change, or None if host memory is too small."""
         _, local_ranks = place_on_host()
         size = sum(tensor.nbytes for tensor in tensors.values())
         if not self.in_background or size * local_ranks >= HOST_MEMORY_SHARE * available_host_bytes():
             return None
         try:
             return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        except (RuntimeError, MemoryError):  # too little memory; any other cause fails again as the files are written
+        except (RuntimeError, MemoryError):  # out of memory; any other cause fails again when the files are written
             return None
 
     def _wait(self, pending: _Pending) -> None:
-        """Until all ranks have written. A collective.
+        """Wait until all ranks have written. A collective.
 
-        A slow disk is progress as long as any rank's files advance. When nothing advances no rank reports any, and
-        those that have written stand in the collective: so a watchdog blames the one whose disk stands still.
+        As long as the files of any rank grow, a slow disk counts as progress. Once nothing grows, no rank reports
+        progress and those that are done wait in the collective, so the watchdog blames the rank whose disk is stuck.
         """
         while True:
             pending.done.wait(WAIT_SECONDS)
@@ -213,14 +213,14 @@ class CheckpointWriter:
         problem = find_missing_elements(document["tensors"], files)
         if problem is not None:
             raise CheckpointError(problem)
-        for name, entry in files.items():  # as this rank sees them: on a shared disk, other ranks have written them
+        for name, entry in files.items():  # as seen from this rank: on a shared disk, other ranks wrote them
             size = (pending.folder / name).stat().st_size
             if size != entry["bytes"]:
                 raise CheckpointError(f"{name} has {size} bytes here, {entry['bytes']} were written")
         text = json.dumps({"sha256": document_digest(document), "content": document}, indent=1)
         write_atomically(pending.folder / STATE_FILE, text)
         final = self.store.path_of(pending.step)
-        # The same step again, after resuming from an earlier one: killed in between, one of the two is there.
+        # The step was saved before, by a run that resumed from an earlier one. If killed here, one of the two exists.
         replaced = self.store.set_aside(Checkpoint(path=final, step=pending.step)) if final.exists() else None
         pending.folder.rename(final)
         sync(self.store.folder)
@@ -237,7 +237,7 @@ class CheckpointWriter:
 
 
 class _Pending:
-    """A checkpoint under way on this rank."""
+    """A checkpoint that this rank is writing."""
 
     def __init__(self, step: int, folder: Path, document: str) -> None:
         self.step = step
@@ -246,34 +246,34 @@ class _Pending:
         self.files: dict[str, Any] = {}
         self.error: str | None = None
         self.done = threading.Event()
-        """Set when :attr:`files` holds all that this rank writes, or :attr:`error` says why not."""
+        """Set when :attr:`files` lists everything that this rank writes, or :attr:`error` gives the failure."""
         self._stage = 0
         self._seen: tuple[int, int] | None = None
 
     def start(self, rank: int, tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Part]) -> None:
-        """Begin to write ``tensors`` in a thread."""
+        """Start writing ``tensors`` in a thread."""
 
         def run() -> None:
             try:
                 self.files = self._write(rank, tensors, parts)
-            except BaseException as error:  # of any type: what is not told here would pass for a whole checkpoint
+            except BaseException as error:  # of any type: an unreported failure would pass for a complete checkpoint
                 self.error = _text_of(error)
             finally:
                 self.done.set()
 
         try:
-            # Not a daemon: a process that ends in peace lets the write end first.
+            # Not a daemon: a process that exits normally waits for the write.
             threading.Thread(target=run, name="moescale-checkpoint").start()
-        except RuntimeError as error:  # the system has no thread left
+        except RuntimeError as error:  # no thread can be started
             self.error = _text_of(error)
             self.done.set()
 
     def has_advanced(self) -> bool:
-        """Whether the checkpoint's files have grown, or one of this rank's got further, since the last call."""
+        """Return True if the checkpoint's files have grown or this rank has advanced since the last call."""
         num_blocks = 0
         for path in self.folder.glob("*"):
             try:
-                num_blocks += path.stat().st_blocks  # safetensors gives a file its whole size before it fills it
+                num_blocks += path.stat().st_blocks  # not the size, which safetensors sets before it writes
             except OSError:  # renamed meanwhile
                 continue
         before, self._seen = self._seen, (self._stage, num_blocks)
@@ -298,7 +298,7 @@ class _Pending:
 
 
 def _check_written(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise CheckpointError unless the file holds ``tensors`` and nothing else, bit for bit."""
+    """Raise CheckpointError unless the file holds exactly ``tensors``, bit for bit."""
     with safe_open(path, framework="pt") as file:
         if set(file.keys()) != tensors.keys():
             raise CheckpointError(f"{path.name} was read back with other tensors than were written")
@@ -315,7 +315,7 @@ def _whole_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
 
 
 def _first_copies(tensors: Mapping[str, torch.Tensor], parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
-    """What this rank writes: of what several ranks hold, the first does."""
+    """Return the tensors this rank writes: of a part that several ranks hold, the first rank writes it."""
     return {name: tensor for name, tensor in tensors.items() if parts[name].is_first_copy and tensor.numel()}
 
 
@@ -333,7 +333,7 @@ def _by_size(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
 
 
 def _text_of_error(action: Callable[[], None]) -> str | None:
-    """Why ``action`` failed, or None: what is raised on one rank only would leave the others waiting for it."""
+    """Return why ``action`` failed, or None: an error raised on one rank only would leave the others waiting."""
     try:
         action()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The device a run is on."""
+"""The device of a run, and the host memory available to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moescale.errors import ConfigError
 
 
 def choose_device(requested: str) -> torch.device:
-    """``auto`` takes the first GPU, or the CPU where there is none; a device asked for by name must exist."""
+    """Return the requested device, which must exist; ``auto`` is the first GPU, or the CPU without one."""
     if requested == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -30,13 +30,13 @@ def choose_device(requested: str) -> torch.device:
 
 
 def make_deterministic() -> None:
-    """Have every operator give the same bits on every run, where it has the choice; an error where it has none."""
+    """Select deterministic algorithms in every operator; one without such an algorithm raises an error."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
 def available_host_bytes() -> float:
-    """Host memory that can still be had, by the kernel's estimate and this process's cgroups; infinite if unknown."""
+    """Return the free host memory, by the kernel's estimate and this process's cgroups; infinite if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -46,7 +46,7 @@ def available_host_bytes() -> float:
 
 
 def available_cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), own_groups: Path = Path("/proc/self/cgroup")) -> float:
-    """Memory left by the limits (v2) of this process's cgroup and those around it; infinite where none is limited."""
+    """Return the memory left under the limits (v2) of this process's cgroup and its ancestors; infinite without any."""
     try:
         lines = own_groups.read_text().splitlines()
     except OSError:
@@ -64,6 +64,6 @@ def available_cgroup_bytes(root: Path = Path("/sys/fs/cgroup"), own_groups: Path
         except (OSError, ValueError):
             continue
         if limit != "max":
-            # Pages of files that nobody uses are counted, but given back when asked for.
+            # Inactive page cache is counted as used, but reclaimed on demand.
             left = min(left, float(max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))))
     return left

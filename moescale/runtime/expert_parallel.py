@@ -1,14 +1,14 @@
-"""Expert parallelism: the routed experts of a layer, split over the P ranks of a group.
+"""Expert parallelism: the routed experts of a layer, sharded over the P ranks of a group.
 
-Rank r holds the experts [r * E / P, (r + 1) * E / P). Every row travels to the rank of its expert and its result back:
-two all-to-alls forward, and their mirror images backward. In between, rows are ordered three times:
+Rank r holds the experts [r * E / P, (r + 1) * E / P). Every row is dispatched to the rank of its expert, and its result
+is combined on the rank of its token: two all-to-alls forward, and their mirror images backward. Rows have three orders:
 
-- *slots*, the order of sending and of receiving: by rank, then by expert;
-- *rows*, the order of computing: by local expert, rows of all ranks together;
-- *pairs* (token, k), the order of the result, which is combined where the token lives, in fp32 and in the order of k.
+- *slots*, the order of sending and receiving: by rank, then by expert;
+- *rows*, the order of computing: by local expert, with the rows of all ranks together;
+- *pairs* (token, k), the order of the result, which is summed over k in fp32, in the order of k.
 
-How many slots there are is the choice of an :class:`Exchange`. All ranks take part in every collective, forward and
-backward, also one without tokens and one whose experts nobody chose.
+An :class:`Exchange` decides the number of slots. All ranks take part in every collective, forward and backward, even a
+rank without tokens and one whose experts no token chose.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from moescale.plan import ParallelPlan, expert_shard_dim
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlotOrder:
-    """What the slots of one layer's exchange hold, seen from one rank with T tokens: S sent, Q received."""
+    """Contents of the slots of one layer's exchange, on one rank with T tokens: S slots sent, Q received."""
 
     slot_pair: torch.Tensor
-    """[S] int32: the pair whose row a slot carries; any pair in a slot that carries none."""
+    """[S] int32: the pair whose row a slot carries; arbitrary in an empty slot."""
     pair_slot: torch.Tensor
-    """[T * K] int32: the slot of every pair, -1 for a pair that goes nowhere."""
+    """[T * K] int32: the slot of every pair, -1 for a pair that is not sent."""
     slot_expert: torch.Tensor
-    """[Q] int32: the local expert of every received slot, E / P in a slot that carries none."""
+    """[Q] int32: the local expert of every received slot, E / P in an empty slot."""
     sent: list[int] | None
-    """Slots sent to each rank; None: equally many to all, and as many received."""
+    """Slots sent to each rank; None: the same number to every rank, and as many received."""
     received: list[int] | None
     """Slots received from each rank."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SortedPairs:
-    """The pairs of T tokens sorted by expert, hence by rank, and the rows that every rank sends to this one."""
+    """The pairs of T tokens sorted by expert, and therefore by rank; the numbers of rows that ranks send each other."""
 
     row_pair: torch.Tensor
     """[T * K] int32: the pair of every sorted row."""
@@ -70,13 +70,13 @@ class SortedPairs:
 
 
 class Exchange(Protocol):
-    """Decides how many slots travel and which rows they carry. The same choice on all ranks of a group."""
+    """Decides how many slots are exchanged and which rows they carry. All ranks of a group use the same one."""
 
     def lay_out(self, pairs: SortedPairs) -> SlotOrder: ...
 
 
 class SplitExchange:
-    """As many slots as there are rows. The host reads the counts: one synchronisation per layer and forward pass."""
+    """One slot per row. The host reads the counts: one synchronisation per layer and forward pass."""
 
     def lay_out(self, pairs: SortedPairs) -> SlotOrder:
         sent, received = torch.stack([pairs.sent.sum(1), pairs.received.sum(1)]).tolist()
@@ -94,8 +94,8 @@ class SplitExchange:
 class PaddedExchange:
     """A block of fixed capacity for every rank, large enough for any routing: no row is ever dropped.
 
-    The host reads nothing, at the price of P * max_tokens * min(K, E / P) slots instead of K per token, up to P times
-    as many: for small groups. ``max_tokens``: the most tokens that any rank ever brings to a layer.
+    The host reads nothing. The cost is P * max_tokens * min(K, E / P) slots instead of K per token, up to P times as
+    many, so this is for small groups. ``max_tokens``: the largest number of tokens of any rank in a layer.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -109,7 +109,7 @@ class PaddedExchange:
                 "for which all ranks set aside room; give it the largest number of tokens of any rank"
             )
         ranks, local_experts = pairs.sent.shape
-        # A token chooses an expert at most once, so a rank gets at most min(K, E / P) rows of it.
+        # A token chooses an expert at most once, so at most min(K, E / P) of its rows go to one rank.
         capacity = self.max_tokens * min(pairs.top_k, local_experts)
         place = torch.arange(capacity, dtype=torch.int32, device=pairs.sent.device)
         expert_ends = pairs.sent.flatten().cumsum(0, dtype=torch.int32).view(ranks, local_experts)
@@ -117,11 +117,11 @@ class PaddedExchange:
         begins = ends - pairs.sent.sum(1, keepdim=True, dtype=torch.int32)  # [P, 1]: first sorted row for each rank
 
         rows = begins + place  # [P, capacity]
-        # One more pair behind the last, so that a slot without a row has an entry to read on a rank without tokens.
+        # One extra pair at the end, so that an empty slot has an entry to read on a rank without tokens.
         row_pair = torch.cat([pairs.row_pair, pairs.row_pair.new_zeros(1)])
         slot_pair = row_pair[torch.where(rows < ends, rows, num_pairs)]
 
-        # The rank of a sorted row: how many ranks' rows end at or before it.
+        # The rank of a sorted row: the number of ranks whose rows end at or before it.
         rank_ends = ends.flatten().contiguous()
         rank = torch.searchsorted(rank_ends, pairs.pair_row, right=True, out_int32=True).clamp(max=ranks - 1)
         pair_slot = rank * capacity + pairs.pair_row - begins.flatten()[rank]
@@ -137,14 +137,14 @@ class PaddedExchange:
 
 
 class _Flight:
-    """Slots under way between the ranks of a group: forward, or mirrored for their gradients."""
+    """An exchange of slots in flight between the ranks of a group: forward, or reversed for gradients."""
 
     def __init__(self, group: dist.ProcessGroup, sent: list[int] | None, received: list[int] | None) -> None:
         self.group, self.sent, self.received = group, sent, received
         self._under_way: tuple[dist.Work, torch.Tensor] | None = None
 
     def depart(self, slots: torch.Tensor, *, mirrored: bool = False) -> torch.Tensor:
-        """Send slots [S, H] and return the slots [Q, H] that will have arrived after :meth:`arrive`."""
+        """Send slots [S, H] and return the buffer [Q, H] that is filled once :meth:`arrive` returns."""
         sent, received = (self.received, self.sent) if mirrored else (self.sent, self.received)
         arriving = slots.new_empty((slots.shape[0] if received is None else sum(received), *slots.shape[1:]))
         work = dist.all_to_all_single(arriving, slots.contiguous(), received, sent, group=self.group, async_op=True)
@@ -153,7 +153,7 @@ class _Flight:
         return arriving
 
     def arrive(self) -> torch.Tensor:
-        """Wait for the slots and return them: on CUDA the current stream waits, not the host."""
+        """Wait for the slots and return them. On CUDA the current stream waits, not the host."""
         assert self._under_way is not None
         (work, arrived), self._under_way = self._under_way, None
         work.wait()
@@ -173,23 +173,23 @@ class _Depart(torch.autograd.Function):
 
 
 class _Arrive(torch.autograd.Function):
-    """Waits for what :class:`_Depart` sent; backward the two change roles, so both passes have a gap to compute in."""
+    """Waits for what :class:`_Depart` sent. In the backward they swap roles, so both passes can overlap compute."""
 
     @staticmethod
     def forward(ctx, slots: torch.Tensor, flight: _Flight) -> torch.Tensor:
         ctx.flight = flight
-        flight.arrive()  # slots themselves, which autograd wants back as a view
+        flight.arrive()  # fills the slots themselves, which autograd requires to be returned as a view
         return slots.view_as(slots)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         ctx.flight.depart(grad, mirrored=True)
-        return grad, None  # of the right shape [Q, H]; what departed is [S, H], and _Depart takes it from the flight
+        return grad, None  # has the expected shape [Q, H]; _Depart takes the received [S, H] from the flight
 
 
 class _FillSlots(torch.autograd.Function):
-    """Tokens [T, H] -> slots [S, H]; the gradients of a token's slots are summed like results, in the order of k."""
+    """Tokens [T, H] -> slots [S, H]; the gradients of a token's slots are summed in the order of k, as results are."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, order: SlotOrder, top_k: int, backend: str) -> torch.Tensor:
@@ -217,7 +217,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         slots, weights = ctx.saved_tensors
-        if grad.shape[0] == 0:  # a rank without tokens sends slots all the same
+        if grad.shape[0] == 0:  # a rank without tokens still sends slots
             return torch.zeros_like(slots), torch.zeros_like(weights), None, None
         operators = _row_operators(ctx.backend)
         order = ctx.order
@@ -226,7 +226,7 @@ class _Combine(torch.autograd.Function):
 
 
 class _Reorder(torch.autograd.Function):
-    """``rows[order]`` for a permutation; the gradient is taken by its inverse instead of added up."""
+    """``rows[order]`` for a permutation; the gradient is gathered by the inverse instead of accumulated."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -240,14 +240,14 @@ class _Reorder(torch.autograd.Function):
 
 
 def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """``rows[index]``; zeros from no rows, for the slots that a rank without tokens must send all the same."""
+    """Return ``rows[index]``; zeros if there are no rows, for the slots that a rank without tokens still sends."""
     if rows.shape[0] == 0:
         return rows.new_zeros((index.numel(), rows.shape[1]))
     return rows.index_select(0, index)
 
 
 def _row_operators(backend: str) -> Any:
-    """The module with the back end's operators on rows."""
+    """Return the module with the backend's operators on rows."""
     if backend == "triton":
         from moescale.kernels.experts import triton
 
@@ -258,10 +258,10 @@ def _row_operators(backend: str) -> Any:
 
 
 class AllToAllDispatcher:
-    """Dispatch by two all-to-alls of any process group: CPU ranks, GPUs of several hosts or without peer access.
+    """Dispatch by two all-to-alls in any process group: CPU ranks, GPUs on several hosts or without peer access.
 
-    The number of tokens may differ between the ranks of ``group``, K and H may not. The gradients of the weights are
-    those of all tokens of the group.
+    The number of tokens may differ between the ranks of ``group``; K and H must not. Gradients of the weights cover the
+    tokens of the whole group.
     """
 
     is_recordable = False
@@ -281,7 +281,7 @@ class AllToAllDispatcher:
     ) -> torch.Tensor:
         """As :class:`moescale.models.blocks.moe.Dispatcher`.
 
-        ``overlapped`` is computed while rows are on their way to the experts, its gradient while theirs return.
+        ``overlapped`` is computed during dispatch, and its gradient during the backward of dispatch.
         """
         backend = choose_backend(x.device, x.dtype, experts.backend)
         top_k, local_experts = routing.topk_ids.shape[1], experts.gate_up.shape[0]
@@ -308,7 +308,7 @@ class AllToAllDispatcher:
                 clamp=experts.clamp,
                 backend=experts.backend,
             )
-        if experts.recompute_up and torch.is_grad_enabled():  # keep only the rows that arrived
+        if experts.recompute_up and torch.is_grad_enabled():  # save only the received rows
             compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
         rows = compute(rows, experts.gate_up, experts.down, ends)
 
@@ -343,12 +343,12 @@ def shard_experts(
     dispatcher: Dispatcher,
     precision: MixedPrecisionPolicy | None = None,
 ) -> None:
-    """Leave every MoE layer with this rank's routed experts and give it the ``dispatcher``, in place.
+    """Reduce every MoE layer to this rank's routed experts and set its ``dispatcher``, in place.
 
-    The parameters keep their names; dimension 0 is left with the E / P experts of this rank. With
-    ``plan.dense_sharding`` fsdp, ranks that hold the same experts (edp, dp_replicate) share them by FSDP2 in
-    ``precision``, with gradients summed, not averaged. Otherwise they stay plain parameters, which must be in the
-    compute dtype already. Also runs on the meta device. ``plan.check_model`` has made sure that ep divides the experts.
+    The parameters keep their names; dimension 0 keeps the E / P experts of this rank. With ``plan.dense_sharding``
+    fsdp, ranks with the same experts (edp, dp_replicate) shard them by FSDP2 in ``precision``, with gradients summed,
+    not averaged. Otherwise they stay plain parameters, which must already have the compute dtype. Also runs on the meta
+    device. ``plan.check_model`` has checked that ep divides the number of experts.
     """
     mesh = meshes.experts
     assert mesh["ep"].size() == plan.mesh.ep, (mesh, plan.mesh)
@@ -374,7 +374,9 @@ class ExpertMeshes(Protocol):
 
 def _local_experts(weight: nn.Parameter, ep: DeviceMesh) -> nn.Parameter:
     part = weight.detach().chunk(ep.size())[ep.get_local_rank()]
-    return nn.Parameter(part.clone(), requires_grad=weight.requires_grad)  # a copy, so that the whole can be freed
+    return nn.Parameter(
+        part.clone(), requires_grad=weight.requires_grad
+    )  # a copy, so that the full tensor can be freed
 
 
 def _share(experts: RoutedExperts, mesh: DeviceMesh, reshard: bool, precision: MixedPrecisionPolicy) -> None:
@@ -389,6 +391,6 @@ def _share(experts: RoutedExperts, mesh: DeviceMesh, reshard: bool, precision: M
         mp_policy=precision,
     )
     assert isinstance(experts, FSDPModule)
-    # Every rank's loss is already its part of the mean over all tokens of the step.
+    # Every rank's loss is already its share of the mean over all tokens of the step.
     experts.set_gradient_divide_factor(1.0)
     experts.set_force_sum_reduction_for_comms(True)

@@ -1,4 +1,4 @@
-"""Times what a GPU does, by events on the device, for measurements of the machine."""
+"""Times work on a GPU by CUDA events, for measurements of the machine."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def seconds_of(
     warm_up: int = 2,
     ahead_cycles: int = 2_000_000,
 ) -> float:
-    """Return the median GPU seconds of one call of ``run`` on ``device``, after a warm-up; None is the current one.
+    """Return the median GPU seconds of one call of ``run`` on ``device`` (None: the current one), after a warm-up.
 
-    The device sleeps for ``ahead_cycles`` before each call, in which the host queues its launches.
+    Before each call the device sleeps for ``ahead_cycles``, so that the host can queue the launches.
     """
     with torch.cuda.device(device):
         for _ in range(warm_up):
@@ -38,7 +38,7 @@ def seconds_of(
 
 
 def copy_rate(device: torch.device) -> float:
-    """Return the bytes a second, read and written, of a copy on ``device``."""
+    """Return the bytes per second, reads plus writes, of a copy on ``device``."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds_of(lambda: target.copy_(source), device=device)

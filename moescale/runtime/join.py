@@ -1,4 +1,4 @@
-"""Joins the ranks of a run: reads a process's place from the environment, meets the others and watches them."""
+"""Joins a process to a run: reads its rank from the environment, connects to the other ranks and watches them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from moescale.runtime.ranks import ONE_RANK, Ranks, current_ranks
 from moescale.runtime.watchdog import RankFailure, Watchdog
 
 COLLECTIVE_TIMEOUT = timedelta(days=2)
-"""Of the back ends themselves: longer than any --hang-seconds, for the watchdog knows better who is only slow."""
+"""Timeout of the process group's backends: longer than any --hang-seconds, because the watchdog knows which rank is
+merely slow."""
 STOPPED_BEFORE_TRAINING = "stopped by SIGTERM before training began; nothing is lost, the same command starts again"
 _START_WITH_LAUNCHER = (
     "start the ranks with torchrun or examples/slurm, or unset RANK and WORLD_SIZE for `moescale run` to start them"
@@ -32,7 +33,7 @@ _START_WITH_LAUNCHER = (
 
 
 class StopBeforeTraining:
-    """Makes of SIGTERM a clean end, from when a rank joins to when the trainer takes the signal over."""
+    """Turns SIGTERM into a clean exit until the trainer installs its handler."""
 
     def __init__(self) -> None:
         self._training_began = False
@@ -48,17 +49,17 @@ class StopBeforeTraining:
             signal.signal(signal.SIGTERM, self._previous)
 
     def note_progress(self) -> None:
-        """Notice whether someone else answers the signal by now."""
+        """Note whether another handler has been installed by now."""
         self._training_began |= signal.getsignal(signal.SIGTERM) != self._on_signal
 
     def _on_signal(self, _number: int, _frame: object) -> None:
-        if not self._training_began:  # after it all is saved, and the rank is about to leave anyway
+        if not self._training_began:  # after training everything is saved, and the rank is about to exit
             raise Preempted(STOPPED_BEFORE_TRAINING)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Membership:
-    """A process's place in a run."""
+    """A process's membership in a run: its rank, its device and its watchdog."""
 
     ranks: Ranks
     device: torch.device
@@ -66,7 +67,7 @@ class Membership:
     stop: StopBeforeTraining | None = None
 
     def progress(self, step: int, phase: str) -> None:
-        """Tell the watchdog, if there is one, that ``step`` steps are done and ``phase`` begins."""
+        """Report to the watchdog, if any, that ``step`` steps are done and ``phase`` begins."""
         if self.stop is not None:
             self.stop.note_progress()
         if self.watchdog is not None:
@@ -74,23 +75,23 @@ class Membership:
 
 
 def was_launched() -> bool:
-    """Whether this process is one of those that torchrun, or :func:`run_local_ranks`, has started."""
+    """Return True if torchrun or :func:`moescale.runtime.launch.run_local_ranks` started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_first_process() -> bool:
-    """Whether this process is rank 0 of those that torchrun has started, or the only one."""
+    """Return True if this process is rank 0, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def join_ranks(device: torch.device, *, hang_seconds: float = 600.0) -> Iterator[Membership]:
-    """Join the other processes of the run, or be alone; what fails between ranks is raised as RankFailure.
+    """Join the other processes of the run, if any. Failures between ranks are raised as RankFailure.
 
     Args:
-        device: its type counts; on CUDA each process takes the GPU of its local rank.
-        hang_seconds: a run without progress for so long is ended, naming the rank to blame; so is one that a rank
-            has not joined by then.
+        device: only its type is used; on CUDA each process takes the GPU of its local rank.
+        hang_seconds: abort after this many seconds without progress, or without a rank joining; the error names the
+            rank.
     """
     with StopBeforeTraining() as stop:
         if not was_launched():
@@ -104,7 +105,7 @@ def join_ranks(device: torch.device, *, hang_seconds: float = 600.0) -> Iterator
         ranks = watchdog.ranks
         try:
             yield Membership(ranks=ranks, device=device, watchdog=watchdog, stop=stop)
-            ranks.gather(None)  # the first rank holds the watchdogs' store, so nobody goes before all are done
+            ranks.gather(None)  # the first rank holds the watchdogs' store, so no rank exits before all are done
         except BaseException as error:
             if isinstance(error, Exception) and _is_of_a_collective(error):
                 verdict = watchdog.diagnose(error)
@@ -118,17 +119,17 @@ def join_ranks(device: torch.device, *, hang_seconds: float = 600.0) -> Iterator
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Which rank this process is to be, and where the ranks meet, as the environment has it."""
+    """This process's rank and the address where the ranks meet, from the environment."""
 
     rank: int
     size: int
     host: str | None = None
     port: int | None = None
-    """Of the store; None where there is one rank, which needs none."""
+    """Port of the store; None for a single rank, which needs none."""
 
 
 def _place_in_run() -> _Place:
-    """Read RANK, WORLD_SIZE and, for several ranks, MASTER_ADDR and MASTER_PORT. Raises ConfigError naming the one."""
+    """Read RANK, WORLD_SIZE and, for several ranks, MASTER_ADDR and MASTER_PORT. Raises ConfigError for a bad value."""
     size = _environment_number("WORLD_SIZE", at_least=1)
     rank = _environment_number("RANK", below=size)
     if size == 1:
@@ -153,16 +154,16 @@ def _environment_number(name: str, *, at_least: int = 0, below: int | None = Non
 
 
 def _meet(place: _Place, device: torch.device, hang_seconds: float) -> Watchdog:
-    """Wait for the other ranks, connect to them and begin to watch them, each within ``hang_seconds``."""
+    """Wait for the other ranks and connect to them, each within ``hang_seconds``; return the started watchdog."""
     rank, size = place.rank, place.size
     held_by_first = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     who, missing = f"rank {rank} of {size}, before the first step", [other for other in range(size) if other != rank]
     try:
-        # A call to a frozen process may not return by itself; what can be said in time is raised as an error.
+        # A call to a frozen process may never return; whatever is detected in time is raised as an error.
         with _ending_after(hang_seconds + 10, lambda: f"{who}: {_arrival_text(missing, hang_seconds)}"):
             store = _wait_for_all(place, missing, held_by_first, hang_seconds) if size > 1 else dist.HashStore()
         with _ending_after(hang_seconds, lambda: f"{who}: the ranks did not connect in {hang_seconds:.0f} s"):
-            # Numbers that the hosts exchange go by gloo, past the accelerators' queues.
+            # Hosts exchange numbers through gloo, so that they do not wait for the accelerators' queues.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             group_store = dist.PrefixStore("default_pg", store)
             dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
@@ -180,9 +181,9 @@ def _meet(place: _Place, device: torch.device, hang_seconds: float) -> Watchdog:
 
 
 def _wait_for_all(place: _Place, missing: list[int], held_by_first: bool, seconds: float) -> dist.Store:
-    """Open the store and take from ``missing`` every rank that has arrived, until none is left.
+    """Open the store and remove from ``missing`` every rank that has arrived, until the list is empty.
 
-    Here, not in torch's rendezvous, which cannot say who is missing, nor be interrupted by a signal.
+    torch's own rendezvous is not used: it cannot name missing ranks, and a signal does not interrupt it.
     """
     deadline = time.monotonic() + seconds
     rank, host, port = place.rank, place.host, place.port
@@ -221,10 +222,10 @@ def _wait_for_all(place: _Place, missing: list[int], held_by_first: bool, second
 
 
 def _open_store(host: str, port: int, holds_store: bool) -> dist.Store:
-    """Open the store, or a connection to it.
+    """Open the store or connect to it.
 
-    It has no secret, so where the ranks meet on the loopback it listens there alone. Elsewhere torch listens on every
-    interface of the host. A name other than localhost is not looked up: a host may call itself 127.0.1.1.
+    The store has no authentication. If the ranks meet on the loopback interface, it listens on that one only; otherwise
+    torch listens on every interface. Names other than localhost are not resolved: a host may call itself 127.0.1.1.
     """
     options: dict[str, Any] = {}
     if holds_store and (host == "localhost" or host.startswith("127.")):
@@ -250,7 +251,7 @@ def _arrival_text(missing: Sequence[int], seconds: float) -> str:
 
 @contextmanager
 def _ending_after(seconds: float, verdict: Callable[[], str]) -> Iterator[None]:
-    """End the process with ``verdict`` if the body takes longer than ``seconds``, whatever it is stuck in."""
+    """End the process with ``verdict`` if the body takes longer than ``seconds``, wherever it is stuck."""
 
     def end() -> None:
         say(f"error: {verdict()}", sys.stderr)

@@ -1,7 +1,7 @@
-"""What one rank knows of all ranks of a run, and whom it blames when the run does not get on.
+"""One rank's knowledge of all ranks of a run, and its verdict when the run makes no progress.
 
-A rank is blamed that has left, that has not been heard of for ``lost_seconds``, or, where nothing has progressed for
-``hang_seconds``, the one that the others wait for. Times are passed in, in seconds of one clock.
+A rank is blamed if it has left, or if it has sent no beat for ``lost_seconds``. If nothing has progressed for
+``hang_seconds``, the rank that the others wait for is blamed. Times are passed in, in seconds of one clock.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from dataclasses import dataclass
 from moescale.runtime.ranks import Ranks
 
 FAILED_PREFIX = "failed with: "
-"""Of the reason of a rank that left because of another one."""
+"""Begins the reason of a rank that left because another one failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What a rank says of itself."""
+    """A rank's report on itself."""
 
     count: int
     progress: int
-    """How often the rank has reported progress."""
+    """Number of times the rank has reported progress."""
     step: int
     """Steps done."""
     phase: str
     place: str
-    """The collective that it waits in, or the innermost line of this package that it runs."""
+    """The collective in which it waits, or the innermost line of this package that it runs."""
     in_collective: bool
     left: str | None = None
-    """Why it left, once it has."""
+    """The reason for leaving, once it has left."""
 
 
 class Judge:
-    """Keeps the last beat of every other rank, and judges by them. Its methods may be called by several threads."""
+    """Keeps the last beat of every other rank and derives verdicts from them. Thread-safe."""
 
     def __init__(
         self, ranks: Ranks, *, hang_seconds: float, lost_seconds: float, store_held_by_first: bool, now: float
@@ -47,15 +47,15 @@ class Judge:
         self._progressed = self._answered = now
 
     def start(self, now: float) -> None:
-        """Count silence from ``now`` on."""
+        """Start counting silence at ``now``."""
         self._progressed = self._answered = now
 
     def note_progress(self, now: float) -> None:
-        """This rank has got on."""
+        """Note progress of this rank."""
         self._progressed = now
 
     def note_beat(self, rank: int, beat: Beat, now: float) -> None:
-        """The store holds ``beat`` of another rank, which may be the one seen before."""
+        """Note the ``beat`` of another rank in the store, which may be the one already seen."""
         known = self._seen.get(rank)
         if known is None or known[0].count != beat.count:
             self._seen[rank] = (beat, now)
@@ -63,19 +63,19 @@ class Judge:
             self._progressed = now
 
     def note_answer(self, now: float) -> None:
-        """The store has answered."""
+        """Note that the store has answered."""
         self._answered, self.store_failed = now, False
 
     def note_store_failure(self) -> None:
-        """The store has refused to answer: its holder is gone, or the connection is."""
+        """Note that the store refused to answer: its holder or the connection is gone."""
         self.store_failed = True
 
     def have_all_left(self) -> bool:
-        """Whether every other rank that was heard of has left."""
+        """Return True if every other rank that has sent a beat has left."""
         return all(beat.left is not None for beat, _ in self._seen.copy().values())
 
     def find_failure(self, mine: Beat, now: float) -> str | None:
-        """Return the verdict on the run, or None where nothing is wrong. ``mine`` is this rank's own state."""
+        """Return the verdict on the run, or None if nothing is wrong. ``mine`` is this rank's own state."""
         if now - self._answered > self.lost_seconds:
             what = "is gone" if self.store_failed else f"has not answered for {self.lost_seconds:.0f} s"
             return self._verdict_on_store(what, mine, mine.place)
@@ -89,7 +89,7 @@ class Judge:
         return None
 
     def explain_failure(self, mine: Beat, place: str, cause: str, silent_seconds: float) -> str | None:
-        """Return whom to blame for a collective that failed at ``place`` with ``cause``; None where nobody is yet.
+        """Return the verdict on a collective that failed at ``place`` with ``cause``; None if no rank is to blame yet.
 
         A rank without a beat for ``silent_seconds`` counts as gone.
         """
@@ -102,21 +102,21 @@ class Judge:
         return self._verdict(lost[0], "died or is out of reach", mine, place, cause) if lost else None
 
     def explain_without_culprit(self, mine: Beat, place: str, cause: str, now: float) -> str:
-        """Return what to say of such a failure when every rank has had time to tell."""
+        """Return the verdict on such a failure when every rank has had time to report and none is to blame."""
         if now - self._answered > self.lost_seconds / 2:
             return self._verdict_on_store("does not answer", mine, place, cause)
         return self._verdict(None, "a collective failed, though every rank answers", mine, place, cause)
 
     def explain_own_failure(self, mine: Beat, cause: str) -> str:
-        """The verdict where a thread of the watchdog itself has failed."""
+        """Return the verdict when a thread of the watchdog itself has failed."""
         return self._verdict(None, "the watchdog could not go on", mine, "in a thread of its own", cause)
 
     def _silent_for(self, seconds: float) -> list[int]:
-        """Ranks without a beat for so long. The time in which the store did not answer is not held against them."""
+        """Return the ranks without a beat for that long, not counting the time in which the store did not answer."""
         return sorted(rank for rank, (_, since) in self._seen.copy().items() if self._answered - since > seconds)
 
     def _slowest(self, mine: Beat) -> int:
-        """The rank that the others wait for: of those not in a collective, or else of all, the furthest behind."""
+        """Return the rank that the others wait for: the furthest behind of those not in a collective, or of all."""
         beats = {rank: beat for rank, (beat, _) in self._seen.copy().items()} | {self.ranks.rank: mine}
         return min(beats, key=lambda rank: (beats[rank].in_collective, beats[rank].step, rank))
 
@@ -141,5 +141,5 @@ class Judge:
 
 
 def first_line(text: str) -> str:
-    """The first line of an error's message, shortened."""
+    """Return the first line of an error's message, shortened."""
     return (text.strip().splitlines() or ["no message"])[0][:200]

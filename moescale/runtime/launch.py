@@ -1,4 +1,4 @@
-"""Starts the ranks of a run as local processes, passes signals on to them, and tells how the run ended."""
+"""Starts the ranks of a run as local processes, forwards signals to them, and returns the exit status of the run."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from moescale.runtime.join import STOPPED_BEFORE_TRAINING
 from moescale.runtime.watchdog import RankFailure
 
 GRACE_SECONDS = 30.0
-"""How long the other local ranks may take to tell what they saw, after one has ended badly."""
+"""Time for the other local ranks to report what they saw after one has failed."""
 INTERRUPTED = 128 + signal.SIGINT
-"""Exit status of what Ctrl-C has ended."""
+"""Exit status of a process ended by Ctrl-C."""
 UNCAUGHT = 1
-"""Exit status of Python after an error that nobody caught, which Ctrl-C is while it imports its first modules."""
+"""Exit status of Python after an uncaught error, as which Ctrl-C counts while the first modules are imported."""
 PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl."""
+"""Option of Linux's prctl."""
 
 
 def run_local_ranks(count: int, arguments: Sequence[str], logs: Path) -> int:
     """Run ``moescale`` with ``arguments`` as ``count`` local processes, and return the run's exit status.
 
-    The first rank has this process's terminal, the others write to ``logs/rank-N.log``. A signal to stop goes on to
-    every rank. Where one ends badly, the others get GRACE_SECONDS to tell what they saw, then they are killed. Where
-    this process itself is killed, the ranks get SIGTERM (on Linux): they save and leave.
+    The first rank has this process's terminal; the others write to ``logs/rank-N.log``. A signal to stop is forwarded
+    to every rank. If one fails, the others have GRACE_SECONDS to report what they saw, then they are killed. If this
+    process itself is killed, the ranks get SIGTERM (on Linux), so that they save and exit.
     """
     logs.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
@@ -42,7 +42,7 @@ def run_local_ranks(count: int, arguments: Sequence[str], logs: Path) -> int:
         "MASTER_PORT": str(_free_port()),
     }
     if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # its connections have no secret either
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo's connections have no authentication either
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     with ExitStack() as files:
         processes: list[subprocess.Popen] = []
@@ -55,12 +55,12 @@ def run_local_ranks(count: int, arguments: Sequence[str], logs: Path) -> int:
                         env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdout=output,
                         stderr=output,
-                        # Ctrl-C reaches the terminal's whole group: the ranks get it from here only, once.
+                        # Ctrl-C goes to the terminal's whole process group; the ranks shall get it once, from here.
                         start_new_session=True,
                         preexec_fn=_ending_with(os.getpid()),
                     )
                 )
-                if passed_on:  # it may have come while this rank started; the others would wait for the one it ended
+                if passed_on:  # a signal during this rank's start may have missed it
                     processes[-1].send_signal(max(passed_on))
                     break
             killed = _wait(processes)
@@ -68,24 +68,24 @@ def run_local_ranks(count: int, arguments: Sequence[str], logs: Path) -> int:
 
 
 def _ending_with(launcher: int) -> Callable[[], None] | None:
-    """What a rank does before it becomes Python: ask the kernel for SIGTERM when its launcher dies, even by SIGKILL."""
+    """Return a function for a rank to call before exec: it requests SIGTERM from the kernel when the launcher dies."""
     if sys.platform != "linux":
         return None
-    prctl = ctypes.CDLL(None).prctl  # found here: after the fork only what cannot deadlock is safe
+    prctl = ctypes.CDLL(None).prctl  # looked up here: after the fork a lookup could deadlock
 
     def ask() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != launcher:  # it died before the kernel knew
+        if os.getppid() != launcher:  # the launcher died before the request
             os._exit(RankFailure.exit_status)
 
     return ask
 
 
 def _wait(processes: list[subprocess.Popen]) -> set[int]:
-    """Wait for all; the ranks that had to be killed, because they stayed after another one had ended badly."""
+    """Wait for all processes, and return the ranks that had to be killed because they outlived a failed one."""
     failed_at: float | None = None
     killed: set[int] = set()
-    while None in (codes := [process.poll() for process in processes]):  # of all: the first may be the frozen one
+    while None in (codes := [process.poll() for process in processes]):  # polls all: the first may be frozen
         if failed_at is None and any(codes):
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
@@ -98,12 +98,12 @@ def _wait(processes: list[subprocess.Popen]) -> set[int]:
 
 
 def _status(codes: Sequence[int], killed: Collection[int] = (), passed_on: Collection[int] = ()) -> int:
-    """Of the run, from its ranks': a rank's own reason says more than the others' that someone has left.
+    """Return the exit status of the run. A rank's own failure outranks "another rank left".
 
     Args:
-        codes: what the ranks ended with, as subprocess says it.
-        killed: ranks that did not end by themselves after another one had.
-        passed_on: signals that this process was sent and passed on to all ranks.
+        codes: return codes of the ranks, as subprocess gives them.
+        killed: ranks that were killed because they outlived a failed one.
+        passed_on: signals that this process received and forwarded to all ranks.
     """
     stopped = False
     for rank in sorted(killed):
@@ -113,12 +113,12 @@ def _status(codes: Sequence[int], killed: Collection[int] = (), passed_on: Colle
             sys.stderr,
         )
     for rank, code in enumerate(codes):
-        if -code in passed_on:  # no failure: it was importing or leaving, in between it answers the signal itself
+        if -code in passed_on:  # not a failure: while importing or exiting, a rank has no handler
             stopped = True
         elif code < 0 and rank not in killed:
             say(f"error: rank {rank} was ended by {signal.Signals(-code).name}", sys.stderr)
             return RankFailure.exit_status
-    interrupted = {INTERRUPTED}  # says less than 75: a rank interrupted as it leaves has saved what the others have
+    interrupted = {INTERRUPTED}  # outranked by 75: a rank interrupted while it exits has saved, as the others have
     if signal.SIGINT in passed_on:
         interrupted |= {-signal.SIGINT, UNCAUGHT}
     weak = interrupted | {RankFailure.exit_status}
@@ -135,7 +135,7 @@ def _status(codes: Sequence[int], killed: Collection[int] = (), passed_on: Colle
 
 @contextmanager
 def _passing_on_signals(processes: Sequence[subprocess.Popen]) -> Iterator[set[int]]:
-    """Send what this process is told to all of ``processes``; yields the signals there were."""
+    """Forward SIGINT and SIGTERM to all of ``processes``, and yield the set of signals received."""
     passed_on: set[int] = set()
 
     def pass_on(number: int, _frame: object) -> None:

@@ -1,4 +1,4 @@
-"""Which part of every parameter a rank holds: the one description of a layout that optimizer and checkpoints need."""
+"""The part of every parameter that a rank holds: the description of a layout for optimizer and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from moescale.runtime.meshes import Meshes
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """The ranks that hold the same part of a parameter: who shares its update, and who repeats that."""
+    """The ranks that hold the same part of a parameter: those that share its update, and those that repeat it."""
 
     shards: dist.ProcessGroup | None
-    """Every rank updates its rows; None where one rank updates all."""
+    """Group whose ranks each update their rows; None if one rank updates all rows."""
     replicas: dist.ProcessGroup | None
-    """Ranks that update the same rows; None where there is one."""
+    """Group of the ranks that update the same rows; None if there is only one."""
 
     @property
     def num_shards(self) -> int:
@@ -31,7 +31,7 @@ class Sharing:
 
     @property
     def shard(self) -> int:
-        """This rank's place among the shards."""
+        """Index of this rank's shard."""
         return 0 if self.shards is None else self.shards.rank()
 
     @property
@@ -39,7 +39,7 @@ class Sharing:
         return self.replicas is None or self.replicas.rank() == 0
 
     def rows(self, num_rows: int, shard: int | None = None) -> slice:
-        """The rows that ``shard`` (this rank) updates of a tensor with ``num_rows``."""
+        """Return the rows that ``shard`` (default: this rank's) updates of a tensor with ``num_rows``."""
         chunk = -(-num_rows // self.num_shards)
         start = min((self.shard if shard is None else shard) * chunk, num_rows)
         return slice(start, min(start + chunk, num_rows))
@@ -50,17 +50,17 @@ class Part:
     """A rank's part of a parameter, a box in it."""
 
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     index: boxes.Box
-    """Empty where there is nothing left for this rank."""
+    """The box; empty if this rank holds nothing."""
     is_first_copy: bool = True
-    """False where another rank holds the same part and speaks for it."""
+    """False if another rank holds the same part and is the one that writes it."""
     sharing: Sharing | None = None
-    """The ranks that hold the same part and share its update; None where this rank updates all of it."""
+    """The ranks that hold the same part and share its update; None if this rank updates all of it."""
 
     @property
     def own(self) -> Part:
-        """What of this part this rank updates: its rows, where the update is shared."""
+        """The part that this rank updates: its rows if the update is shared, else this part."""
         if self.sharing is None:
             return self
         first = self.index[0]
@@ -69,7 +69,7 @@ class Part:
         return replace(self, index=index, is_first_copy=self.is_first_copy and self.sharing.is_first_replica)
 
     def own_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Of a tensor laid out as this part, what this rank updates; shares its memory."""
+        """Return a view of the rows that this rank updates of a tensor laid out as this part."""
         return tensor if self.sharing is None else tensor[self.sharing.rows(tensor.shape[0])]
 
     @property
@@ -79,23 +79,23 @@ class Part:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the part is a run of elements of the whole parameter: only the outermost dim is cut."""
+        """True if the part is a contiguous range of the whole parameter: only the outermost dim is sharded."""
         return boxes.is_contiguous(self.index, self.shape)
 
 
 def whole(shape: torch.Size | tuple[int, ...]) -> Part:
-    """The part of a rank that holds everything."""
+    """Return the part of a rank that holds the whole parameter."""
     return Part(shape=tuple(shape), index=boxes.whole_box(shape))
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of ``tensor``, sharing its memory; no gradient flows through."""
+    """Return the local tensor of ``tensor``, detached, sharing its memory."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def find_parts(model: nn.Module, meshes: Meshes | None) -> dict[str, Part]:
-    """This rank's part of every parameter of a model to which a plan has been applied, by name."""
+    """Return this rank's part of every parameter, by name, of a model to which a plan has been applied."""
     if meshes is None:
         return {name: whole(parameter.shape) for name, parameter in model.named_parameters()}
     expert_prefixes = tuple(
@@ -131,7 +131,7 @@ def _sharded(parameter: torch.Tensor) -> Part:
         if isinstance(placement, Shard):
             assert index[placement.dim] == slice(0, parameter.shape[placement.dim]), "a dim is sharded once"
             size = parameter.shape[placement.dim]
-            chunk = -(-size // mesh.size(axis))  # as torch.chunk: the last ranks may get less, or nothing
+            chunk = -(-size // mesh.size(axis))  # as torch.chunk: the last ranks may get fewer rows, or none
             start = min(coordinate * chunk, size)
             index[placement.dim] = slice(start, min(start + chunk, size))
         else:
@@ -140,7 +140,7 @@ def _sharded(parameter: torch.Tensor) -> Part:
 
 
 def _of_all_experts(part: Part, coordinates: Coordinates) -> Part:
-    """``part`` of the experts of one ep rank, as a part of all experts."""
+    """Return ``part``, which is of the experts of one ep rank, as a part of all experts."""
     num_local = part.shape[0]
     first = coordinates.expert_rank * num_local
     experts = slice(first + part.index[0].start, first + part.index[0].stop)

@@ -1,10 +1,10 @@
-"""Plan -> PyTorch: what a plan decides, applied to a model on the meta device or with memory already.
+"""Applies a plan to a PyTorch model, on the meta device or with memory allocated.
 
-Routed experts are sharded over ``ep``. With ``dense_sharding`` zero1 every rank then holds whole weights, and ranks
-that hold the same ones share their update (:mod:`moescale.runtime.zero`). With fsdp, parameters outside the routed
-experts are sharded over ``dp_shard`` by FSDP2, block by block, experts over ``edp`` in the same manner, and both are
-replicated over ``dp_replicate``. Gradients are summed, not averaged: each rank's loss is its part of the mean over all
-targets of a step.
+Routed experts are sharded over ``ep``. With ``dense_sharding`` zero1, every rank holds all other weights whole, and the
+ranks with the same weights share their update (:mod:`moescale.runtime.zero`). With fsdp, FSDP2 shards parameters
+outside the routed experts over ``dp_shard``, block by block, and experts over ``edp``; both are replicated over
+``dp_replicate``. Gradients are summed, not averaged: each rank's loss is its share of the mean over all targets of a
+step.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from moescale.runtime.peer_dispatch import PeerDispatcher, peers_are_readable
 
 
 def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = None) -> None:
-    """Add the plan's adapters, shard the model over ``meshes`` and set what it recomputes, in place.
+    """Add the plan's adapters, shard the model over ``meshes`` and set its recomputation, in place.
 
-    Parameter names stay.
+    Parameter names do not change.
 
     Args:
-        model: best on the meta device, given memory afterwards by ``to_empty``: then no rank ever holds it whole.
+        model: preferably on the meta device, with memory allocated later by ``to_empty``, so that no rank ever holds
+            the whole model.
         meshes: from :func:`moescale.runtime.meshes.build_meshes`; None for one device.
 
     Raises ConfigError for a plan this runtime cannot run.
@@ -50,7 +51,7 @@ def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = N
     if meshes is None:
         if plan.runtime_gpus != 1:
             raise ConfigError(
-                f"plan.runtime_gpus ({plan.runtime_gpus}) must be 1 where the model is not divided over ranks"
+                f"plan.runtime_gpus ({plan.runtime_gpus}) must be 1 if the model is not sharded over ranks"
             )
     else:
         _shard(model, plan, meshes, layer_plans)
@@ -62,21 +63,21 @@ def apply_plan(model: Transformer, plan: ParallelPlan, meshes: Meshes | None = N
 
 
 def sum_over_replicas_at_the_last(model: nn.Module, *, last: bool) -> None:
-    """Before each micro-batch: let replicas add up their gradients only in the step's last one, for all of them."""
+    """Prepare a micro-batch: replicas reduce their gradients in the last micro-batch of a step only."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
 
 
 def compile_layers(model: Transformer) -> None:
-    """Compile every block by itself: equal blocks share one compilation, and the first step waits for two."""
+    """Compile every block separately: equal blocks share a compilation, so the first step waits for two."""
     for block in model.layers:
-        # Dispatch between ranks is not traced, so a block with one is compiled in pieces.
+        # Dispatch between ranks is not traced, so a block with it is compiled in pieces.
         dispatchers = [module.dispatcher for module in block.modules() if isinstance(module, RoutedExperts)]
         block.compile(fullgraph=all(isinstance(dispatcher, LocalDispatcher) for dispatcher in dispatchers))
 
 
 def optimizer_format(plan: ParallelPlan) -> OptimizerFormat:
-    """The plan's formats of optimizer state, master weights and gradients."""
+    """Return the plan's formats of optimizer state, master weights and gradients."""
     return OptimizerFormat(
         moments=plan.optimizer_state_dtype,
         master=plan.master_weight_format,
@@ -86,7 +87,7 @@ def optimizer_format(plan: ParallelPlan) -> OptimizerFormat:
 
 
 def choose_dispatcher(model: Transformer, plan: ParallelPlan, meshes: Meshes) -> Dispatcher:
-    """The dispatcher of all MoE layers: by reading peers' memory where GPUs can, else by all-to-all. A collective."""
+    """Return the dispatcher of all MoE layers: through peer memory if the GPUs can, else all-to-all. A collective."""
     group = meshes.experts["ep"].get_group()
     device_type = meshes.experts.device_type
     num_tokens = plan.micro_batch_sequences * plan.sequence_length
@@ -104,7 +105,7 @@ def choose_dispatcher(model: Transformer, plan: ParallelPlan, meshes: Meshes) ->
                 dtype=next(model.parameters()).dtype,
             )
             return PeerDispatcher(shape, group, device)
-    # Padded slots spare the host a look at the counts, at up to ``ep`` times the rows: for two GPUs a gain.
+    # Padded slots save a host synchronisation for up to ``ep`` times the rows, which pays off on two GPUs.
     padded = device_type == "cuda" and plan.mesh.ep == 2
     return AllToAllDispatcher(group, PaddedExchange(num_tokens) if padded else SplitExchange())
 
@@ -119,7 +120,7 @@ def _shard(model: Transformer, plan: ParallelPlan, meshes: Meshes, layer_plans: 
     if plan.dense_sharding == "zero1":
         return
     mesh = meshes.dense if plan.mesh.dp_replicate > 1 else meshes.dense["dp_shard"]
-    # Experts that a rank has to itself stay plain parameters.
+    # Experts held by one rank only stay plain parameters.
     own = {
         parameter
         for module in model.modules()
@@ -139,7 +140,7 @@ def _shard(model: Transformer, plan: ParallelPlan, meshes: Meshes, layer_plans: 
     shard: Any = partial(fully_shard, mesh=mesh, mp_policy=precision, ignored_params=own, shard_placement_fn=placement)
     for block, layer_plan in zip(model.layers, layer_plans, strict=True):
         shard(block, reshard_after_forward=layer_plan.reshard_after_forward)
-    # Embedding and output: the backward wants the output at once, and the embedding's weight not at all.
+    # Embedding and output: the backward needs the output first, and never the embedding's weight.
     shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

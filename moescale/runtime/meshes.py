@@ -1,6 +1,6 @@
-"""Device meshes of a plan: one for parameters that every rank of a scale unit shards, one for routed experts.
+"""Device meshes of a plan: one for parameters sharded over all ranks of a scale unit, one for routed experts.
 
-Both lay the same ranks out in the same order, with neighbours in the innermost axis:
+Both arrange the same ranks in the same order, with neighbours along the innermost axis:
 
     dense    [dp_replicate, dp_shard]
     experts  [dp_replicate, edp, ep]     edp = dp_shard / ep: ranks that hold the same experts
@@ -20,18 +20,18 @@ from moescale.runtime.ranks import Ranks
 
 @dataclass(frozen=True, kw_only=True)
 class Meshes:
-    """The meshes of a plan, from one rank's place in them."""
+    """The meshes of a plan, and one rank's coordinates in them."""
 
     dense: DeviceMesh
     """Axes dp_replicate, dp_shard."""
     experts: DeviceMesh
     """Axes dp_replicate, edp, ep."""
     coordinates: Coordinates
-    """This rank's, on all axes of the plan."""
+    """This rank's coordinates on all axes of the plan."""
 
 
 def check_runnable(plan: ParallelPlan, ranks: Ranks) -> None:
-    """Raise ConfigError unless this runtime has every axis of the plan, and ``ranks`` are as many as it wants."""
+    """Raise ConfigError unless this runtime supports every axis of the plan and ``ranks`` has the plan's size."""
     for axis, size in unsupported_sizes(plan.mesh).items():
         raise ConfigError(
             f"plan.mesh.{axis} ({size}) must be 1: this version runs the axes dp_replicate, dp_shard and ep; "
@@ -46,9 +46,9 @@ def check_runnable(plan: ParallelPlan, ranks: Ranks) -> None:
 
 
 def build_meshes(plan: ParallelPlan, ranks: Ranks, device_type: str) -> Meshes | None:
-    """Build the meshes of ``plan``; a collective. None for one rank, which has nothing to divide.
+    """Build the meshes of ``plan``; None for a single rank, which has nothing to shard. A collective.
 
-    FSDP2 over one rank would still copy every weight and gradient: 28% of a step of four of the 16B model's layers.
+    FSDP2 over a single rank would still copy every weight and gradient: 28% of a step of four layers of the 16B model.
     """
     check_runnable(plan, ranks)
     if ranks.size == 1:

@@ -1,13 +1,13 @@
 """Forward and backward of a step's micro-batches; their sums stay on the device.
 
-On a GPU the work of a micro-batch is the same thousands of kernel launches every time, more than the host can queue in
-the time they run. So the second micro-batch of a shape is recorded as a CUDA graph, and from then on replayed: the host
-copies tokens, targets and, where the corpus has them, document boundaries and padding into the graph's inputs and
-launches it. On several ranks too, where nothing in the model calls the host: weights whole on every rank, and a
-dispatcher that reads peers' memory.
+On a GPU every micro-batch makes the same thousands of kernel launches, more than the host can queue in the time they
+run. So the second micro-batch of a shape is captured as a CUDA graph, which is replayed from then on: the host copies
+tokens, targets and, if the corpus has them, document boundaries and padding into the graph's inputs and launches it.
+This also works on several ranks if nothing in the model calls the host: weights whole on every rank, and a dispatcher
+that reads peer memory.
 
-A graph keeps the memory of its activations. So one is dropped before a micro-batch of another shape runs: two sets
-might not fit. Boundaries lie in a buffer with room for at most twice their number, which only ever grows.
+A graph keeps the memory of its activations. It is dropped before a micro-batch of another shape runs, because two sets
+of activations might not fit. Boundaries are kept in a buffer with room for at most twice their number; it only grows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moescale.runtime.ranks import Ranks
 
 
 class MicroBatches:
-    """Runs micro-batches of ``model``; after a step, ``loss_sum``, ``aux_loss`` and ``expert_rows`` hold its sums."""
+    """Runs micro-batches of ``model`` and accumulates the step's ``loss_sum``, ``aux_loss`` and ``expert_rows``."""
 
     def __init__(self, model: Transformer, *, capture: bool) -> None:
         self.model = model
@@ -46,7 +46,7 @@ class MicroBatches:
         self._graph_inputs: dict[str, torch.Tensor] = {}
 
     def start_step(self, *, num_targets: int, num_micro_batches: int) -> None:
-        """Clear the sums; every token's loss then counts ``1 / num_targets`` and aux losses their mean times alpha."""
+        """Clear the sums. A token's loss has weight ``1 / num_targets``; aux losses count as their mean times alpha."""
         self.loss_sum.zero_()
         self.aux_loss.zero_()
         self.expert_rows.zero_()
@@ -60,7 +60,7 @@ class MicroBatches:
         document_starts: torch.Tensor | None = None,
         padding: torch.Tensor | None = None,
     ) -> None:
-        """Forward and backward of one micro-batch, [B, S] each, on the CPU; adds to the sums and to the gradients."""
+        """Run forward and backward of one micro-batch (CPU tensors [B, S]), adding to the sums and the gradients."""
         inputs = {"tokens": tokens, "targets": targets}
         if padding is not None:
             inputs["padding"] = padding
@@ -74,22 +74,22 @@ class MicroBatches:
         elif self.capture and shapes == self._seen:
             self._record(inputs)
             self._replay(inputs)
-        else:  # the first time compiles and tunes, which a recording must not
+        else:  # the first run compiles and tunes, which a capture must not
             self.forget()
             self._seen = shapes
             self._run({name: value.to(self.device, non_blocking=True) for name, value in inputs.items()})
 
     def forget(self) -> None:
-        """Drop the recorded graph, if any, and the memory it keeps."""
+        """Drop the captured graph, if any, and its memory."""
         if self._graph is not None:
             torch.cuda.synchronize(self.device)
             self._graph, self._graph_inputs = None, {}
             torch.cuda.empty_cache()
 
     def add_up(self, ranks: Ranks, coordinates: Coordinates) -> None:
-        """After a step's last micro-batch: make the sums those of all ranks that computed something of their own.
+        """Reduce the sums over all ranks, after the last micro-batch of a step. A collective, one reduction.
 
-        A collective, one reduction. ``coordinates`` are this rank's.
+        ``coordinates`` are this rank's; ranks that repeat the work of another one do not contribute.
         """
         if ranks.size == 1:
             return
@@ -121,7 +121,7 @@ class MicroBatches:
 
     def _record(self, inputs: dict[str, torch.Tensor]) -> None:
         held = {name: torch.empty_like(value, device=self.device) for name, value in inputs.items()}
-        # What earlier micro-batches left in the allocator's cache is out of reach for the graph's own memory pool.
+        # The graph's private memory pool cannot use blocks that earlier micro-batches left in the allocator's cache.
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
@@ -137,10 +137,10 @@ class MicroBatches:
 
 
 def _is_recordable(model: Transformer) -> bool:
-    """Whether a micro-batch is work of the device alone, at fixed addresses.
+    """Return True if a micro-batch can be captured: it runs on the device alone, at fixed addresses.
 
-    Gradients need buffers, which a model that is all fp32 does without; FSDP2 gathers weights into memory of its own
-    and calls the host in every layer; a block that drops inputs and is recomputed has the host repeat its random state.
+    Gradients must be in buffers, which an all-fp32 model does not have. FSDP2 allocates memory and calls the host in
+    every layer. A recomputed block with dropout restores its random state on the host.
     """
     has_buffers = any(parameter.dtype != torch.float32 for parameter in model.parameters())
     repeats_random_state = model.has_dropout and bool(model.recompute_layers)

@@ -1,4 +1,4 @@
-"""Losses, gradient norms and weights that are not finite: which steps are skipped, and what ends the run."""
+"""Handles losses, gradient norms and weights that are not finite: skips the step or ends the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moescale.runtime.step_source import Batch
 
 
 class NonFiniteGuard:
-    """Counts the steps whose loss or gradient norm is not finite, and ends the run by the rules of ``settings``."""
+    """Counts steps whose loss or gradient norm is not finite, and ends the run when ``settings`` say so."""
 
     def __init__(self, settings: TrainSettings, optimizer: AdamW, ranks: Ranks, coordinates: Coordinates) -> None:
         self.settings = settings
@@ -23,20 +23,20 @@ class NonFiniteGuard:
         self.ranks = ranks
         self.coordinates = coordinates
         self.skipped_steps = 0
-        """Of the whole run, those before a resume included."""
+        """Skipped steps of the whole run, including those before a resume."""
         self._skipped_in_a_row = 0
         self._has_trained = False
 
     def note_update(self) -> None:
-        """Note that a step was finite and has updated the weights."""
+        """Note that a finite step has updated the weights."""
         self._skipped_in_a_row = 0
         self._has_trained = True
 
     def skip(self, step: int, batches: Sequence[Batch], loss: float, norm: float) -> None:
-        """Skip ``step``, or raise NonFiniteLossError naming its sequences where settings allow no skip. A collective.
+        """Count ``step`` as skipped, or raise NonFiniteLossError with its sequences if it must not be. A collective.
 
         Args:
-            batches: the step's, as this rank has read them.
+            batches: this rank's batches of the step.
         """
         if self.settings.skip_nonfinite:
             self.skipped_steps += 1
@@ -56,9 +56,9 @@ class NonFiniteGuard:
         )
 
     def check_outcome(self, step: int, num_steps: int) -> None:
-        """Raise NonFiniteLossError where none of this process's ``num_steps`` has trained, or weights are not finite.
+        """Raise NonFiniteLossError if all of this process's ``num_steps`` were skipped or a weight is not finite.
 
-        A collective, after the last ``step``.
+        A collective, called after the last ``step``.
         """
         if num_steps and not self._has_trained:
             raise NonFiniteLossError(
@@ -67,7 +67,7 @@ class NonFiniteGuard:
         self.check_weights(step)
 
     def check_weights(self, step: int) -> None:
-        """Raise NonFiniteLossError, on all ranks, where an update has made a weight NaN or infinite. A collective."""
+        """Raise NonFiniteLossError on all ranks if a weight is NaN or infinite. A collective."""
         weights = self.optimizer.weights
         finite = torch.stack([torch.isfinite(weight).all() for weight in weights.values()]).tolist()
         mine = [name for name, is_finite in zip(weights, finite, strict=True) if not is_finite]

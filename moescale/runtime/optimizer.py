@@ -1,13 +1,15 @@
-"""AdamW over a model's parameters, with gradients accumulated as the plan says.
+"""AdamW over a model's parameters, with gradients accumulated in the plan's format.
 
-Every rank updates its part of each parameter, and rounds as one device would that holds it all. Of a parameter that
-several ranks hold whole, each updates some rows: gradients are summed before, weights handed round after.
-Parameters are kept in the compute dtype; what stands beside them (master weights, moments, in which formats) is the
-plan's choice and :mod:`moescale.kernels.adamw`'s work. The gradient of each micro-batch of a bf16 parameter is added to
-a buffer, by the product that makes it (:meth:`AdamW.accumulate_in_products`) or as soon as autograd has produced it: in
-fp32, so that no sum is rounded to bf16, or in bf16 where the plan says so. So are those of fp32 adapters in a bf16
-model, always in fp32. In a model that is all fp32, autograd accumulates in place. Frozen parameters have neither state
-nor gradient.
+Every rank updates its part of each parameter, with the same rounding as a single device that holds all of it. If
+several ranks hold a parameter whole, each updates some of its rows: gradients are reduced before, weights gathered
+after. Parameters are kept in the compute dtype. The plan chooses the formats of master weights and moments, which
+:mod:`moescale.kernels.adamw` implements.
+
+The gradients of a bf16 parameter are accumulated over micro-batches in a buffer, in fp32, so that no sum is rounded to
+bf16, or in bf16 if the plan says so. The GEMM that computes a gradient adds it (:meth:`AdamW.accumulate_in_gemms`), or
+else a hook does once autograd has produced it. Gradients of fp32 adapters in a bf16 model are accumulated in the same
+way, always in fp32. In an all-fp32 model autograd accumulates in place. Frozen parameters have neither state nor
+gradient.
 """
 
 from __future__ import annotations
@@ -39,18 +41,18 @@ from moescale.runtime.zero import share_weights, sum_gradients
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerFormat:
-    """In which formats the optimizer keeps what it keeps."""
+    """Formats of optimizer state and gradients."""
 
     moments: MomentFormat = "fp32"
     master: MasterFormat = "fp32"
     gradients: torch.dtype = torch.float32
     """Dtype in which gradients of bf16 parameters are accumulated."""
     offload: bool = False
-    """Keep the state in host memory; it visits the device tensor by tensor in a step."""
+    """Keep the state in host memory, and copy it to the device tensor by tensor in a step."""
 
 
 class AdamW:
-    """Optimizer state and update of a set of named parameters, of which this rank may hold a part each."""
+    """Optimizer state and updates of named parameters, of each of which this rank may hold only a part."""
 
     def __init__(
         self,
@@ -61,9 +63,9 @@ class AdamW:
         parts: Mapping[str, Part] | None = None,
         ranks: Ranks = ONE_RANK,
     ) -> None:
-        """Take those that are trained; others have no part in anything.
+        """Use the trained ones of the parameters, and ignore the frozen ones.
 
-        ``parts``: what of each parameter this rank holds, from :func:`moescale.runtime.layout.find_parts`.
+        ``parts``: this rank's part of each parameter, from :func:`moescale.runtime.layout.find_parts`.
         """
         self.settings = settings
         self.format = format
@@ -73,13 +75,13 @@ class AdamW:
         self.held = {
             name: parts[name] if parts else whole(parameter.shape) for name, parameter in self.parameters.items()
         }
-        """What of every parameter is in this rank's memory."""
+        """The part of every parameter in this rank's memory."""
         self.parts = {name: self.held[name].own for name in self.parameters}
-        """What of every parameter this rank updates."""
+        """The part of every parameter that this rank updates."""
         self.weights = {
             name: self.held[name].own_rows(local_tensor(parameter)) for name, parameter in self.parameters.items()
         }
-        """The same, in the parameter's own memory."""
+        """Views of the same parts in the parameters' memory."""
         self._shared: dict[Sharing, list[str]] = {}
         for name, part in self.held.items():
             if part.sharing is not None and (part.sharing.shards or part.sharing.replicas):
@@ -96,7 +98,7 @@ class AdamW:
                 self._accumulate_in_buffer(name, parameter)
 
     def _check_host_memory(self) -> None:
-        """Raise ConfigError where the states of this machine's ranks need more host memory than there is."""
+        """Raise ConfigError if the states of this host's ranks need more host memory than is available."""
         on_meta = (torch.empty_like(weight, device="meta") for weight in self.weights.values())
         states = (init_adamw_state(weight, self.format.moments, self.format.master) for weight in on_meta)
         size = sum(tensor.nbytes for state in states for tensor in state.tensors().values())
@@ -114,16 +116,16 @@ class AdamW:
         self._gradients[name] = torch.zeros_like(local_tensor(parameter), dtype=dtype)
 
         def add_to_buffer(parameter: torch.Tensor) -> None:
-            if parameter.grad is not None:  # None where the backward has added to the buffer itself
+            if parameter.grad is not None:  # None if the backward has added to the buffer itself
                 self._gradients[name].add_(local_tensor(parameter.grad))
                 parameter.grad = None
 
         parameter.register_post_accumulate_grad_hook(add_to_buffer)
 
-    def accumulate_in_products(self, model: torch.nn.Module) -> None:
-        """Have the GEMMs of ``model`` add their weight gradients to the buffers by themselves.
+    def accumulate_in_gemms(self, model: torch.nn.Module) -> None:
+        """Make the GEMMs of ``model`` add their weight gradients to the buffers directly.
 
-        Those of a weight sharded by FSDP2 are added once they are reduced.
+        Gradients of a weight sharded by FSDP2 are added once they are reduced.
         """
         for prefix, module in model.named_modules():
             set_buffers = getattr(module, "set_gradient_buffers", None)
@@ -135,9 +137,9 @@ class AdamW:
         return None if isinstance(parameter, DTensor) else self._gradients.get(prefix + name)
 
     def gradient(self, name: str) -> torch.Tensor:
-        """The gradient accumulated so far for what this rank updates; zeros where nothing has reached it.
+        """Return the accumulated gradient of the part that this rank updates; zeros if there is none.
 
-        The sum over all ranks from :meth:`sum_gradients` on.
+        After :meth:`sum_gradients` it is the sum over all ranks.
         """
         return self.held[name].own_rows(self._held_gradient(name))
 
@@ -150,7 +152,7 @@ class AdamW:
         return local_tensor(parameter.grad)
 
     def sum_gradients(self, on_progress: Callable[[], None] = lambda: None) -> None:
-        """Sum the gradients of what several ranks hold, once a step. A collective."""
+        """Sum the gradients of parts that several ranks hold, once per step. A collective."""
         for sharing, names in self._shared.items():
             sum_gradients([self._held_gradient(name) for name in names], sharing, on_progress)
 
@@ -159,7 +161,7 @@ class AdamW:
             share_weights([local_tensor(self.parameters[name]) for name in names], sharing, lambda: None)
 
     def gradient_norm(self) -> torch.Tensor:
-        """L2 norm over all gradients of all ranks: fp32 scalar on their device. A collective, one reduction."""
+        """Return the L2 norm of all ranks' gradients, an fp32 scalar on the device. A collective, one reduction."""
         gradients = [self.gradient(name) for name in self.parameters if self.parts[name].is_first_copy]
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else ()
         if self.ranks.size == 1:
@@ -184,7 +186,7 @@ class AdamW:
                 weight_decay=self.settings.weight_decay if weight.dim() > 1 else 0.0,
                 num_updates=self.num_updates,
             )
-            # Rounding must repeat on a resumed run: its seed is made of the step and the parameter's name.
+            # A resumed run must repeat the rounding, so its seed derives from the step and the parameter's name.
             seed = zlib.crc32(f"{self.settings.seed}/{self.num_updates}/{name}".encode())
             kept = self.states[name]
             state = _on_device(kept, weight) if self.format.offload else kept
@@ -206,7 +208,7 @@ class AdamW:
         self.zero_gradients()
 
     def zero_gradients(self) -> None:
-        """Forget every accumulated gradient."""
+        """Discard all accumulated gradients."""
         for name, parameter in self.parameters.items():
             if name in self._gradients:
                 self._gradients[name].zero_()
@@ -214,15 +216,15 @@ class AdamW:
                 parameter.grad = None
 
     def master(self, name: str) -> torch.Tensor:
-        """The fp32 weight of this rank's part of a parameter; a copy unless it is kept as such."""
+        """Return the fp32 weight of this rank's part of a parameter; a copy unless it is stored as fp32."""
         weight, state = self.weights[name], self.states[name]
         return master_weight(weight, _on_device(state, weight) if self.format.offload else state)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything a checkpoint must hold, as ``KIND.NAME``; of each this rank's part.
+        """Return this rank's part of everything a checkpoint must hold, as ``KIND.NAME``.
 
-        Kinds: ``weights`` (the fp32 master, or the bf16 parameter where there is none), and of
-        :class:`~moescale.kernels.adamw.AdamWState` those there are: remainder, moments and their scales.
+        Kinds: ``weights`` (the fp32 master, or the bf16 parameter if there is none), and the tensors present in
+        :class:`~moescale.kernels.adamw.AdamWState`: remainder, moments and their scales.
         """
         tensors = {}
         for name, weight in self.weights.items():
@@ -234,19 +236,19 @@ class AdamW:
         return tensors
 
     def tensor_parts(self) -> dict[str, Part]:
-        """Which parts the :meth:`tensors` are. Blocks of the 8-bit format run along rows, which no rank cuts."""
+        """Return the parts of the :meth:`tensors`. Blocks of the 8-bit format lie along rows, which are not sharded."""
         parts = {}
         for key, tensor in self.tensors().items():
             part = self.parts[key.partition(".")[2]]
             width = tensor.shape[-1]
-            if width != part.index[-1].stop - part.index[-1].start:  # scales of blocks, in whole rows
+            if width != part.index[-1].stop - part.index[-1].start:  # scales of blocks, with whole rows
                 assert part.index[-1] == slice(0, part.shape[-1])
                 part = replace(part, shape=(*part.shape[:-1], width), index=(*part.index[:-1], slice(0, width)))
             parts[key] = part
         return parts
 
     def finish_load(self, num_updates: int) -> None:
-        """Called after :meth:`tensors` were overwritten: set the update count, refresh the parameters."""
+        """Set the update count and refresh the parameters, after :meth:`tensors` were overwritten."""
         if num_updates < 0:
             raise CheckpointError(f"optimizer update count ({num_updates}) must not be negative")
         self.num_updates = num_updates
@@ -260,9 +262,9 @@ class AdamW:
 def _runs(
     weight: torch.Tensor, gradient: torch.Tensor, state: AdamWState, part: Part
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, AdamWState, int]]:
-    """The part as runs of elements that follow each other in the whole tensor, with the index of each one's first.
+    """Yield the part as contiguous ranges of the whole tensor, each with the index of its first element.
 
-    One run, unless rows of stacked experts are divided: then one per expert.
+    There is one range, or one per expert if the rows of stacked experts are sharded.
     """
     if part.is_contiguous:
         yield weight, gradient.contiguous(), state, part.first_index
@@ -276,7 +278,7 @@ def _runs(
 
 
 def _on_host(state: AdamWState, weight: torch.Tensor) -> AdamWState:
-    """``state`` in (pinned) host memory; a master that is the parameter itself stays where it is."""
+    """Return ``state`` in (pinned) host memory; a master that is the parameter itself stays on the device."""
     pin = weight.device.type == "cuda"
     moved = {
         name: tensor if tensor.data_ptr() == weight.data_ptr() else tensor.cpu().pin_memory() if pin else tensor.cpu()

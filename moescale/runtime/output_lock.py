@@ -1,4 +1,4 @@
-"""One run at a time in an output folder: two would remove each other's unfinished checkpoints."""
+"""Allows one run at a time in an output folder: two would remove each other's unfinished checkpoints."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LOCK_FILE = "run.lock"
 
 @contextmanager
 def hold_output(output: Path, ranks: Ranks = ONE_RANK) -> Iterator[None]:
-    """Keep ``output`` to this run while the context lasts. A collective; the first rank holds the lock.
+    """Lock ``output`` for this run inside the context. A collective; the first rank holds the lock.
 
-    Raises ConfigError, the same on every rank, where another process holds it.
+    Raises the same ConfigError on every rank if another process holds it.
     """
     with ExitStack() as stack:
         problem = _hold(output, stack) if ranks.is_first else None

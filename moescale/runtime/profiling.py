@@ -1,7 +1,7 @@
-"""Profiles some steps of a run: a trace for the browser, a snapshot of memory, and the time of every kernel.
+"""Profiles a few steps of a run: a trace, a memory snapshot, and the time of every kernel.
 
-The trace opens in https://ui.perfetto.dev, the snapshot in https://pytorch.org/memory_viz. Steps that are profiled take
-longer on the host; a recorded micro-batch does not.
+The trace opens in https://ui.perfetto.dev, the snapshot in https://pytorch.org/memory_viz. Profiling adds host time to
+a step, but not to a micro-batch that is replayed as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moescale.files import write_atomically
 from moescale.runtime.hooks import TrainerHook, Update
 
 WARM_UP_STEPS = 3
-"""Before the first profiled step: they compile, record and fill caches."""
+"""Steps before the first profiled one: they compile, capture graphs and fill caches."""
 MAX_MEMORY_EVENTS = 200_000
 KERNELS_FILE, TRACE_FILE, MEMORY_FILE = "kernels.json", "trace.json.gz", "memory.pickle"
 
@@ -27,10 +27,10 @@ KERNELS_FILE, TRACE_FILE, MEMORY_FILE = "kernels.json", "trace.json.gz", "memory
 class StepProfiler(TrainerHook, AbstractContextManager):
     """Profiles ``num_steps`` steps after the warm-up of this process and writes into ``folder``.
 
-    A context manager around the training: a profile that is under way when it ends is given up.
+    A context manager around the training; it discards a profile that is incomplete at the end.
 
-    ``kernels.json`` has, for each kernel on the device (on a CPU: each operator), its name, launches and microseconds,
-    and the seconds of all profiled steps together. Only the first rank writes.
+    ``kernels.json`` lists name, launches and microseconds of each kernel on the device (on a CPU: of each operator),
+    and the total seconds of the profiled steps. Only the first rank writes.
     """
 
     def __init__(self, folder: Path, num_steps: int, device: torch.device, *, is_first: bool) -> None:
@@ -39,7 +39,7 @@ class StepProfiler(TrainerHook, AbstractContextManager):
         self.device = device
         self.is_first = is_first
         self.is_done = False
-        """What was asked for has been profiled and written."""
+        """True once all steps are profiled and the files are written."""
         self._seen = 0
         self._profile: profile | None = None
 
@@ -92,11 +92,11 @@ class StepProfiler(TrainerHook, AbstractContextManager):
 
 
 def kernel_times(profiled: profile, *, on_device: bool) -> list[dict[str, Any]]:
-    """Name, launches and microseconds of every kernel (or operator of the CPU), the longest first."""
+    """Return name, launches and microseconds of every kernel (on a CPU: operator), the longest first."""
     rows = []
     for event in profiled.key_averages():
         if on_device:
-            # NCCL marks its collectives with spans on the device, around kernels that are there already.
+            # NCCL marks its collectives with spans on the device; their kernels are listed already.
             if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
                 continue
             microseconds = event.self_device_time_total

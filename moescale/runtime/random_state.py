@@ -1,4 +1,4 @@
-"""The state of torch's random generators, as a checkpoint holds it."""
+"""The state of torch's random number generators, as stored in a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run that resumes must have in common with its checkpoint, and what may differ."""
+"""Compares a run that resumes with its checkpoint: values that must be equal, and settings that may differ."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def check_resumable(
     identity: Mapping[str, str],
     optimizer_format: OptimizerFormat,
 ) -> None:
-    """Refuse to continue from a checkpoint of another model or corpus, of other formats, or behind the last step.
+    """Raise an error for a checkpoint of another model or corpus, of other formats, or past the last step.
 
     Args:
         path: the checkpoint's folder.
-        stored: the training state that it holds.
-        identity: fingerprints of model and corpus of this run; one that the checkpoint does not have is not compared.
+        stored: the training state in it.
+        identity: fingerprints of this run's model and corpus; those missing in the checkpoint are not compared.
 
     Raises:
-        ConfigError: the checkpoint is of a step after ``total_steps``.
-        CheckpointError: it belongs to another run, or has its optimizer state in another format.
+        ConfigError: the checkpoint's step exceeds ``total_steps``.
+        CheckpointError: it belongs to another run, or its optimizer state has another format.
     """
     if stored["step"] > total_steps:
         raise ConfigError(
@@ -61,7 +61,7 @@ def _check_formats(path: Path, written: Mapping[str, Any] | None, optimizer_form
 def changes_since(
     stored: Mapping[str, Any], settings: TrainSettings, plan: Mapping[str, Any] | None, total_steps: int
 ) -> list[str]:
-    """Return the settings that decide the result and are not those of the checkpoint, each as ``name then -> now``."""
+    """Return the result-relevant settings that differ from the checkpoint's, each as ``name then -> now``."""
     changes = find_differences(stored["settings"], asdict(settings), DECIDE_RESULT)
     changes += find_differences(stored["plan"] or {}, plan or {}, ("tokens_per_step", "compute_dtype"))
     if stored["total_steps"] != total_steps:

@@ -1,4 +1,4 @@
-"""Samples of a run: its model continues prompts of the validation split, which shows what a loss does not."""
+"""Generates samples during a run: the model continues prompts of the validation split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moescale.runtime.ranks import Ranks
 
 
 class PromptTokens(Protocol):
-    """A prompt, as the data gives it."""
+    """A prompt from the data."""
 
     @property
     def sequence(self) -> int: ...
@@ -33,15 +33,15 @@ class Sampler:
 
     prompts: Sequence[PromptTokens]
     max_tokens: int
-    """Of an answer, at most."""
+    """Maximum length of an answer."""
     end_tokens: Collection[int]
-    """End an answer, and are part of it."""
+    """Tokens that end an answer; they are part of it."""
     to_text: Callable[[list[int]], str]
 
     def samples(self, model: Transformer, ranks: Ranks, on_prompt: Callable[[], None]) -> list[Sample]:
-        """Continue every prompt; a collective of ``ranks``, which may have sharded ``model``, and the same on each.
+        """Continue every prompt. A collective of ``ranks``, which may shard ``model``; all return the same.
 
-        Layers run as they are written, because a compiled one would be compiled again for every length.
+        Layers run uncompiled, because a compiled layer would be recompiled for every length.
         """
 
         end_tokens = ranks.gather(list(self.end_tokens))[0]  # other hosts may lack the tokenizer

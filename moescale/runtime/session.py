@@ -1,4 +1,4 @@
-"""A model in place: built, divided by a plan over the ranks, and filled with weights. What every run begins with."""
+"""Builds the model on the meta device, shards it by the plan, allocates it, and loads or initializes weights."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from moescale.runtime.meshes import build_meshes
 from moescale.runtime.ranks import Ranks
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Of the weights that are trained on, by a plan's ``compute_dtype``."""
+"""Dtype of the model's weights, by a plan's ``compute_dtype``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedModel:
-    """A model divided by a plan; its memory is there, its weights are whatever filled it last."""
+    """A model sharded by a plan, with memory allocated. Its weights are uninitialized until a method sets them."""
 
     model: Transformer
     parts: Mapping[str, Part]
-    """What of each parameter this rank holds; of buffers, every rank holds all."""
+    """This rank's part of each parameter; every rank holds all buffers whole."""
     coordinates: Coordinates
-    """Where this rank stands in the plan's mesh."""
+    """This rank's coordinates in the plan's mesh."""
 
     def initialize(self, seed: int) -> None:
-        """Fill with random weights, the same whatever the plan (on one kind of device)."""
+        """Set random weights, which do not depend on the plan (on one kind of device)."""
         self._draw(seed, lambda name: True)
         for buffer in self.model.buffers():
             buffer.zero_()
 
     def initialize_adapters(self, seed: int) -> None:
-        """Fill the adapters alone, as :meth:`initialize` does."""
+        """Set random weights of the adapters only, as :meth:`initialize` does."""
         self._draw(seed, is_adapter)
 
     def import_adapters(self, factors: Mapping[str, torch.Tensor]) -> None:
-        """Fill the adapters with ``factors``, whole ones by parameter name."""
+        """Set the adapters to ``factors``, unsharded tensors by parameter name."""
         for name, parameter in self.model.named_parameters():
             if is_adapter(name):
                 local_tensor(parameter).copy_(factors[name][self.parts[name].index])
@@ -64,7 +64,10 @@ class PlacedModel:
                 initialize_part(local_tensor(parameter), name, position, part.shape, part.index, std, seed)
 
     def import_weights(self, folder: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Fill all but adapters from a Hugging Face folder; every rank reads what it needs. Raises CheckpointError."""
+        """Load all weights but the adapters from a Hugging Face folder; each rank reads its part.
+
+        Raises CheckpointError.
+        """
         tensors = {name: local_tensor(weight) for name, weight in named_weights(self.model).items()}
         index = {name: whole_box(tensor.shape) for name, tensor in tensors.items()}
         index |= {name: part.index for name, part in self.parts.items()}
@@ -72,9 +75,9 @@ class PlacedModel:
 
 
 def place_model(config: ModelConfig, plan: ParallelPlan, ranks: Ranks, device: torch.device) -> PlacedModel:
-    """Build the model and divide it over ``ranks`` before it is given memory: no rank ever holds more than its parts.
+    """Build the model and shard it over ``ranks`` before allocation, so that no rank ever holds more than its parts.
 
-    A collective. Raises ConfigError where the plan does not fit the model or the number of ranks.
+    A collective. Raises ConfigError if the plan does not fit the model or the number of ranks.
     """
     plan.check_model(config)
     meshes = build_meshes(plan, ranks, device.type)

@@ -1,4 +1,4 @@
-"""The batches that training and validation read: a protocol, which the data layer's loader implements."""
+"""Protocols for the batches of training and validation, which the data layer's loader implements."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 
 
 class Batch(Protocol):
-    """One micro-batch as the data layer hands it out."""
+    """One micro-batch from the data layer."""
 
     tokens: torch.Tensor
     """[B, S] int64"""
     targets: torch.Tensor
     """[B, S] int64, -100 where there is no target."""
     sequence_ids: torch.Tensor
-    """[B] int64: which sequences of the corpus these are."""
+    """[B] int64: indices of the sequences in the corpus."""
     document_starts: torch.Tensor | None
-    """[B, S] bool where attention must not cross documents."""
+    """[B, S] bool: True at the start of each document, if attention must not cross documents; else None."""
     padding: torch.Tensor | None
-    """[B, S] bool: tokens that only fill a sequence."""
+    """[B, S] bool: True for padding; None if there is none."""
 
 
 class StepSource(Protocol):

@@ -1,4 +1,4 @@
-"""Signals that ask the training to stop."""
+"""Turns signals into a request to stop the training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._previous[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # Not in the main thread: whoever owns the process handles its signals.
+            except ValueError:  # Not in the main thread: the owner of the process handles its signals.
                 break
         return self
 

@@ -2,8 +2,8 @@
 
 One step: every micro-batch contributes ``sum of its token losses / target tokens of the whole step`` plus
 ``aux_loss_alpha * auxiliary loss / number of micro-batches``, both counted over all ranks, so neither term depends on
-how a step is cut up or divided. The host waits for the device once a step, when the loss is read. What a rank decides
-from time, signals or numbers, all ranks decide alike: they meet in the same collectives to the end.
+how a step is split into micro-batches or sharded. The host waits for the device once per step, when it reads the loss.
+Decisions that depend on time, signals or losses are agreed on by all ranks, so that all enter the same collectives.
 """
 
 from __future__ import annotations
@@ -69,14 +69,19 @@ class Trainer:
         on_notice: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``identity`` (fingerprints of model and the like) is saved, and a checkpoint with another one refused.
-
-        On several ranks ``model`` is divided over them (:func:`moescale.runtime.mapping.apply_plan`), ``parts`` says
-        how, ``coordinates`` say where this rank stands, and ``source`` and ``validation`` hand out its data rank's
-        share of equally many micro-batches. ``sampler`` generates every ``sample_every`` steps. ``hooks`` take part in
-        the training on every rank. ``plan`` is kept in checkpoints for the reader. ``on_progress`` hears of steps done
-        and of the phase that begins, ``on_notice`` of what the user should know though the run goes on. ``clock`` gives
-        seconds.
+        """Args:
+        model: on several ranks, sharded by :func:`moescale.runtime.mapping.apply_plan`.
+        source: yields the micro-batches of this rank's data rank, equally many on every rank.
+        validation: returns such micro-batches of the validation split.
+        sampler: generates samples every ``settings.sample_every`` steps.
+        identity: fingerprints of the model and the like; saved, and compared with those of a checkpoint on resume.
+        coordinates: this rank's coordinates in the mesh.
+        parts: this rank's part of each parameter; None if it holds all.
+        hooks: called on every rank.
+        plan: stored in checkpoints for the reader.
+        on_progress: called with the number of steps done and the phase that begins.
+        on_notice: called with messages to the user that do not end the run.
+        clock: returns seconds.
         """
         assert coordinates.num_ranks == ranks.size, "the coordinates of another number of ranks"
         self.model = model
@@ -103,9 +108,9 @@ class Trainer:
         self.on_notice = on_notice
         self.clock = clock
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
-        self.optimizer.accumulate_in_products(model)
+        self.optimizer.accumulate_in_gemms(model)
         self.buffers = {} if model.is_frozen else dict(model.named_buffers())
-        """What training changes beside the parameters, the same on every rank."""
+        """Buffers that training updates, the same on every rank."""
         self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs)
         self.device = next(model.parameters()).device
         self.step = 0
@@ -119,7 +124,7 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> Sequence[Path]:
         """Continue from ``checkpoint``: weights, optimizer, data position, random state and counters. A collective.
 
-        Returns where the store's checkpoints of later steps are now, which this run writes again.
+        Returns the new paths of the store's checkpoints of later steps, which were set aside.
         """
         stored = read_training_state(checkpoint)
         check_resumable(
@@ -136,7 +141,7 @@ class Trainer:
         def loading() -> None:
             self.on_progress(stored["step"], "loading the checkpoint")
 
-        # Weights come last: after they are in, nothing may fail.
+        # Weights are loaded last, because nothing may fail once they are changed.
         self.source.load_state_dict(stored["source"])
         state = load(checkpoint, self._tensors(), self._tensor_parts(), self.ranks, loading)
         self.optimizer.finish_load(state["num_updates"])
@@ -148,9 +153,12 @@ class Trainer:
         return self.store.set_aside_after(self.step, self.ranks)
 
     def train(self) -> TrainSummary:
-        """Run the remaining steps. Raises NonFiniteLossError, and Preempted after saving when asked to stop.
+        """Run the remaining steps.
 
-        Raises ConfigError before the first step where the disk cannot take what comes at the last one.
+        Raises:
+            NonFiniteLossError: a loss, gradient norm or weight is not finite and may not be skipped.
+            Preempted: a signal asked to stop; the state is saved.
+            ConfigError: before the first step, the disk has no room for a checkpoint.
         """
         if self.step < self.total_steps and self.settings.writes_checkpoints:
             self.writer.check_room(self._tensors(), self._tensor_parts())
@@ -207,14 +215,14 @@ class Trainer:
 
     @contextmanager
     def _finishing_checkpoints(self) -> Iterator[None]:
-        """Commit a checkpoint under way also where the loop ends by an error, if all ranks come to know of that."""
+        """Commit a pending checkpoint when the loop ends, even by an error that all ranks raise."""
         try:
             yield
         except BaseException as error:
             if self.writer.is_pending and (self.ranks.size == 1 or isinstance(error, NonFiniteLossError)):
                 try:
                     self._commit()
-                except MoescaleError as second:  # the first one says why the run ends
+                except MoescaleError as second:  # the first error is the reason why the run ends
                     self.on_notice(str(second))
             raise
         if self.writer.is_pending:
@@ -232,7 +240,7 @@ class Trainer:
         Raises NonFiniteLossError where loss or gradient norm is not finite and the step may not be skipped.
         """
         started = self.clock()
-        # The whole step's targets are counted on the host, where the batches already are.
+        # Targets of the whole step are counted on the host, where the batches already are.
         num_targets, num_tokens, num_micro_batches = self._sum_over_batches(
             sum(int((batch.targets >= 0).sum()) for batch in batches),
             sum(batch.tokens.numel() for batch in batches),
@@ -258,7 +266,7 @@ class Trainer:
             self.nonfinite.skip(self.step + 1, batches, mean_loss, norm)
         else:
             self.optimizer.step(learning_rate, gradient_norm)
-            if not self.model.is_frozen:  # or the router would be another one than that of the weights
+            if not self.model.is_frozen:  # frozen weights keep the biases they were trained with
                 self.model.move_choice_biases(sums.expert_rows, self.settings.router_bias_update_rate)
             self._last_loss = mean_loss
             self.nonfinite.note_update()
@@ -284,7 +292,7 @@ class Trainer:
         )
 
     def _new_allocator_retries(self) -> int:
-        """Those since the last call; each stops the GPU."""
+        """Return the allocator's retries since the last call; each one stalls the GPU."""
         if self.device.type != "cuda":
             return 0
         before = self._allocator_retries
@@ -292,19 +300,19 @@ class Trainer:
         return self._allocator_retries - before
 
     def _after_update(self, expert_rows: torch.Tensor) -> dict[str, float]:
-        """Call the hooks; what they say of the step."""
+        """Call the hooks and return their metrics."""
         extra: dict[str, float] = {}
         for hook in self.hooks:
             extra |= hook.after_update(Update(step=self.step + 1, model=self.model, expert_rows=expert_rows)) or {}
         return extra
 
     def _dropout_seed(self, micro_batch: int) -> int:
-        """Of a micro-batch's own, on every data rank another: so a resumed run drops what the undisturbed one does."""
+        """Return a seed per micro-batch and data rank, so that a resumed run drops the same values."""
         text = f"{self.settings.seed}/{self.step}/{micro_batch}/{self.coordinates.data_rank}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def _sum_over_batches(self, *numbers: int) -> list[int]:
-        """Sum numbers of this rank's batches over all batches, each of which several ranks may have read."""
+        """Sum numbers over the batches of all ranks, counting once a batch that several ranks read."""
         return self.ranks.sum_on_host([number * self.coordinates.counts_batches for number in numbers])
 
     def _validate(self) -> None:
@@ -331,12 +339,12 @@ class Trainer:
             self.observer.on_samples(self.step, samples)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Everything a checkpoint must hold, as ``KIND.NAME``."""
+        """Return everything a checkpoint must hold, as ``KIND.NAME``."""
         buffers = {f"{WEIGHTS_PREFIX}{name}": buffer for name, buffer in self.buffers.items()}
         return self.optimizer.tensors() | buffers
 
     def _tensor_parts(self) -> dict[str, Part]:
-        """Which parts the :meth:`_tensors` are; the first rank of a stage writes its buffers."""
+        """Return the parts of the :meth:`_tensors`; the first rank of a stage writes its buffers."""
         is_first_copy = self.coordinates.writes_stage
         parts = {
             f"{WEIGHTS_PREFIX}{name}": replace(whole(buffer.shape), is_first_copy=is_first_copy)
@@ -345,7 +353,7 @@ class Trainer:
         return self.optimizer.tensor_parts() | parts
 
     def _save(self) -> None:
-        """Begin the checkpoint of this step; one still under way is finished first."""
+        """Begin the checkpoint of this step, after committing a pending one."""
         if self.writer.is_pending:
             self._commit()
         self.on_progress(self.step, "checkpoint")

@@ -1,4 +1,4 @@
-"""The mean loss over batches that are not trained on."""
+"""Computes the mean loss over the validation split."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def validation_loss(
     *,
     on_batch: Callable[[], None] = lambda: None,
 ) -> float | None:
-    """Return the mean loss in nats per target token over all ranks; None where there is no target. A collective.
+    """Return the mean loss in nats per target token over all ranks, or None without any target. A collective.
 
     Args:
-        batches: this rank's, equally many on every rank.
-        on_batch: called before each.
+        batches: this rank's batches, equally many on every rank.
+        on_batch: called before each batch.
     """
     device = next(model.parameters()).device
     model.eval()

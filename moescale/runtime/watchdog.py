@@ -1,14 +1,14 @@
-"""Ends a run of several ranks in which one has died or hangs, and says on every rank which one, at what, in which step.
+"""Detects dead or hung ranks, ends the run, and reports the rank, collective and step on every rank.
 
-Every rank tells a key-value store once in a while that it lives, its step, and where its Python threads are: among
-others the collective it waits in, which is read from their stacks and costs the training nothing. A rank that sees no
-progress for ``hang_seconds``, of its own or of any other, or that misses another one for ``lost_seconds``, names the
-culprit and leaves. So no rank has to judge for the others, and it does not matter which one fails; and who waits in a
-collective for a slow rank waits as long as that one gets on.
+Every rank regularly writes a beat to a key-value store: its step and the position of its Python threads, including the
+collective in which it waits. The position is read from the stacks, at no cost to the training. If a rank sees no
+progress of any rank for ``hang_seconds``, or no beat of another rank for ``lost_seconds``, it names the culprit and
+exits. Every rank judges independently, so it does not matter which one fails. A rank that waits in a collective for a
+slow rank keeps waiting as long as that rank makes progress.
 
-The process that holds the store may be the one that freezes, and a call to a frozen store never returns: its timeout
-bounds the wait for a key, not for an answer. Therefore one thread talks to the store and another one judges by the
-time since the store answered last.
+The process that holds the store may itself freeze, and a call to a frozen store never returns: its timeout bounds the
+wait for a key, not for an answer. Therefore one thread talks to the store, and another one judges by the time since the
+store's last answer.
 """
 
 from __future__ import annotations
@@ -44,12 +44,11 @@ FSDP_WAITS = {
     "_wait_for_post_backward": "reduce_scatter_tensor (FSDP, gradients)",
     "finalize_backward": "reduce_scatter_tensor (FSDP, gradients)",
 }
-"""Functions of torch's FSDP that start or await a collective, which they may call by other names than torch.distributed
-does."""
+"""Functions of torch's FSDP that start or await a collective, possibly under other names than torch.distributed's."""
 
 
 class RankFailure(MoescaleError):
-    """A rank died, left or hangs; the run can be resumed from its newest checkpoint."""
+    """A rank died, exited or hangs; the run can be resumed from its newest checkpoint."""
 
     exit_status = 4
 
@@ -69,10 +68,10 @@ class Watchdog:
         leave: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``leave`` is called with the verdict, in another thread; by default it prints it and ends the process.
-
-        ``store_held_by_first``: the store lives in the first rank, not in a process outside the run. ``clock`` gives
-        seconds.
+        """Args:
+        leave: called with the verdict, in another thread; by default it prints the verdict and ends the process.
+        store_held_by_first: the store is held by the first rank, not by a process outside the run.
+        clock: returns seconds.
         """
         self.ranks = ranks
         self.lost_seconds = lost_seconds
@@ -86,7 +85,7 @@ class Watchdog:
             store_held_by_first=store_held_by_first,
             now=clock(),
         )
-        # A connection of its own: the main thread may wait in the other one for minutes, for a key of a slow rank.
+        # A separate connection: in the other one, the main thread may wait minutes for a key of a slow rank.
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # absent from torch's stubs
         self._store.set_timeout(timedelta(seconds=lost_seconds))
         self._main_thread = threading.get_ident()
@@ -94,13 +93,13 @@ class Watchdog:
         self._count = self._num_reports = 0
         self._left: str | None = None
         self._failure: str | None = None
-        """Why the thread that talks to the store has ended: a verdict, for without it a hang would not be noticed."""
+        """Verdict if the thread that talks to the store has failed: without it, hangs would go unnoticed."""
         self._stopped, self._judged = threading.Event(), threading.Event()
         self._talker = threading.Thread(target=self._talk, name="moescale-watchdog-store", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="moescale-watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch. A collective: every rank's first beat is there when it returns."""
+        """Start watching. A collective: when it returns, every rank's first beat is in the store."""
         self._beat()
         self.ranks.gather(None)
         self._judge.start(self._clock())
@@ -114,17 +113,17 @@ class Watchdog:
         self._judge.note_progress(self._clock())
 
     def stop(self, left: str | None = None) -> None:
-        """End watching; with ``left`` tell the others why this rank goes before them."""
+        """Stop watching; with ``left``, tell the other ranks why this one exits early."""
         self._left = left
         self._judged.set()
         self._stopped.set()
         if self._talker.ident is not None:
-            self._talker.join(self.interval_seconds + 1)  # no longer: it may be stuck at a store that is frozen
+            self._talker.join(self.interval_seconds + 1)  # not longer: it may be stuck at a frozen store
         if left is not None and self.ranks.is_first and self._judge.store_held_by_first:
             self._let_others_read(self._clock() + 3 * self.interval_seconds)
 
     def _let_others_read(self, deadline: float) -> None:
-        """Stay, with the store that goes with this rank, until the others leave as well or have had time to read it."""
+        """Keep the store that this rank holds alive until the others have left or have had time to read it."""
         while self._clock() < deadline and not self._judge.store_failed and not self._talker.is_alive():
             if self._judge.have_all_left():
                 return
@@ -135,12 +134,12 @@ class Watchdog:
                 return
 
     def diagnose(self, error: Exception) -> str:
-        """Who is to blame that a collective failed on this rank; waits until the others had time to tell.
+        """Return the verdict on a collective that failed on this rank, after the others have had time to report.
 
         Args:
-            error: what the collective raised.
+            error: the error that the collective raised.
         """
-        self._judged.set()  # the judge would answer without the cause
+        self._judged.set()  # keeps the judge from a verdict without the cause
         place, cause = _place_of_error(error), str(error)
         deadline = self._clock() + self.lost_seconds
         while self._clock() < deadline:
@@ -151,7 +150,7 @@ class Watchdog:
         return self._judge.explain_without_culprit(self._my_beat(), place, cause, self._clock())
 
     def _talk(self) -> None:
-        """What the thread does that may be stuck at the store: tell the others of this rank, read of them."""
+        """Write this rank's beats and read the others', in the thread that may get stuck at the store."""
         while True:
             stopped = self._stopped.wait(self.interval_seconds)
             if stopped and self._left is None:
@@ -160,9 +159,9 @@ class Watchdog:
                 self._beat(self._left)
                 self._read()
                 self._judge.note_answer(self._clock())
-            except RuntimeError:  # what every kind of store error derives from
+            except RuntimeError:  # base class of all store errors
                 self._judge.note_store_failure()
-            except Exception as error:  # such as a beat that is none: from here on nobody would hear of this rank
+            except Exception as error:  # such as a malformed beat: without a verdict this rank would go silent
                 self._failure = self._verdict_on_itself(error)
                 return
             if stopped:
@@ -231,14 +230,14 @@ def _calls(frames: Iterable[tuple[FrameType, int]]) -> list[_Call]:
 
 
 def _stack(frame: FrameType | None) -> list[_Call]:
-    """The calls of a thread, innermost first."""
+    """Return the calls of a thread, innermost first."""
     return _calls((frame, line) for frame, line in traceback.walk_stack(frame))
 
 
 def _place(frames: dict[int, FrameType], main_thread: int) -> tuple[str, bool]:
-    """Where a process is: the collective one of its threads is in, or else the main thread's innermost own line."""
+    """Return the position of the process: the collective in a thread, or the main thread's innermost own line."""
     main = _stack(frames[main_thread]) if main_thread in frames else []
-    # Backward on a GPU runs, and waits, in threads of autograd's own.
+    # Backward on a GPU runs and waits in autograd's threads.
     for calls in (main, *(_stack(frame) for thread, frame in frames.items() if thread != main_thread)):
         place, in_collective = _place_of(calls)
         if in_collective:
@@ -247,7 +246,7 @@ def _place(frames: dict[int, FrameType], main_thread: int) -> tuple[str, bool]:
 
 
 def _place_of_error(error: BaseException) -> str:
-    """Where ``error`` was raised: its stack is unwound by now, its traceback is not."""
+    """Return the position where ``error`` was raised, from its traceback."""
     return _place_of(_calls(reversed(list(traceback.walk_tb(error.__traceback__)))))[0]
 
 
@@ -259,8 +258,9 @@ def _place_of(calls: Sequence[_Call]) -> tuple[str, bool]:
 
 
 def _collective(calls: Sequence[_Call]) -> str | None:
-    """The innermost collective that was called since this package's innermost own call, which is not looked past:
-    what called that one is no wait. FSDP waits in functions of its own for what it has started in others.
+    """Return the innermost collective called by this package's innermost frame.
+
+    Frames further out are callers, not waits. FSDP awaits in separate functions the collectives that others started.
     """
     for call in calls:
         if call.module == "moescale.runtime.expert_parallel" and call.function == "arrive":

@@ -1,10 +1,10 @@
 """Sharded optimizer updates of weights that every rank of a group holds whole (ZeRO stage 1, arXiv:1910.02054).
 
-Ranks accumulate gradients of whole parameters by themselves. Once a step each rank receives the sum, over all ranks, of
-the gradients of its rows of every parameter, updates these rows, and hands them to the others. Rows are split along the
-first dim as by ``torch.chunk``: the last ranks may have fewer, or none.
+Ranks accumulate gradients of whole parameters locally. Once per step, each rank reduces the gradients of its rows of
+every parameter over all ranks, updates these rows, and gathers the other ranks' rows. Rows are sharded along the first
+dim as by ``torch.chunk``: the last ranks may have fewer, or none.
 
-Parameters travel in buckets, in which the rows for one rank lie together. Gradients are summed in fp32.
+Parameters are communicated in buckets, in which the rows of one rank are contiguous. Gradients are summed in fp32.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch.distributed as dist
 from moescale.runtime.layout import Sharing
 
 BUCKET_ELEMENTS = 64 * 2**20
-"""Of all ranks together: an fp32 bucket of 256 MiB, and its share for this rank."""
+"""Elements of a bucket over all ranks: 256 MiB in fp32, of which each rank has its share."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """Rows [start, stop) of every rank's share of a tensor."""
+    """Rows [start, stop) within every rank's share of a tensor."""
 
     tensor: torch.Tensor
     start: int
@@ -32,17 +32,17 @@ class _Piece:
 
     @property
     def elements(self) -> int:
-        """Of one rank."""
+        """Number of elements of one rank."""
         return (self.stop - self.start) * math.prod(self.tensor.shape[1:])
 
     def rows(self, sharing: Sharing, shard: int) -> torch.Tensor:
-        """The rows of ``shard``, as many as there are."""
+        """Return the existing rows of ``shard``."""
         share = sharing.rows(self.tensor.shape[0], shard)
         return self.tensor[min(share.start + self.start, share.stop) : min(share.start + self.stop, share.stop)]
 
 
 def _buckets(tensors: Sequence[torch.Tensor], sharing: Sharing) -> Iterator[list[_Piece]]:
-    """Cut tensors into buckets of at most BUCKET_ELEMENTS, or of one row of every rank."""
+    """Pack tensors into buckets of at most BUCKET_ELEMENTS, or of one row of every rank if that is larger."""
     most = max(1, BUCKET_ELEMENTS // sharing.num_shards)
     bucket: list[_Piece] = []
     filled = 0
@@ -65,7 +65,7 @@ def _buckets(tensors: Sequence[torch.Tensor], sharing: Sharing) -> Iterator[list
 
 
 def _place(flat: torch.Tensor, pieces: Sequence[_Piece], sharing: Sharing, shard: int) -> Iterator[tuple]:
-    """Pairs (place in one rank's share of a bucket, rows of ``shard``) of equal shapes."""
+    """Return pairs of equal shape: a slice of one rank's share of a bucket, and rows of ``shard``."""
     offset = 0
     for piece in pieces:
         rows = piece.rows(sharing, shard)
@@ -74,7 +74,7 @@ def _place(flat: torch.Tensor, pieces: Sequence[_Piece], sharing: Sharing, shard
 
 
 def sum_gradients(gradients: Sequence[torch.Tensor], sharing: Sharing, on_progress: Callable[[], None]) -> None:
-    """Make this rank's rows of every gradient the sum over all ranks; leave other rows as they were. A collective."""
+    """Sum this rank's rows of every gradient over all ranks, leaving other rows unchanged. A collective."""
     device = gradients[0].device if gradients else torch.device("cpu")
     for bucket in _buckets(gradients, sharing):
         on_progress()
@@ -94,7 +94,7 @@ def sum_gradients(gradients: Sequence[torch.Tensor], sharing: Sharing, on_progre
 
 
 def share_weights(weights: Sequence[torch.Tensor], sharing: Sharing, on_progress: Callable[[], None]) -> None:
-    """Give all ranks every rank's rows of the weights. A collective."""
+    """Gather every rank's rows of the weights on all ranks. A collective."""
     if sharing.shards is None:
         return
     by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -114,7 +114,7 @@ def share_weights(weights: Sequence[torch.Tensor], sharing: Sharing, on_progress
 
 
 def _copy(pairs: Iterator[tuple]) -> None:
-    """Copy the second of every pair to the first, all in few launches."""
+    """Copy the second of every pair to the first, in few launches."""
     targets, sources = [], []
     for target, source in pairs:
         if target.numel():

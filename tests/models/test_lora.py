@@ -164,7 +164,7 @@ def test_compiled_layers_give_the_buffers_the_same_gradients() -> None:
     def gradients(compiled: bool) -> dict[str, torch.Tensor]:
         model = adapted_model(LORA, torch.bfloat16)
         optimizer = AdamW(model.named_parameters(), TrainSettings())
-        optimizer.accumulate_in_products(model)
+        optimizer.accumulate_in_gemms(model)
         if compiled:
             torch.compiler.reset()
             for block in model.layers:

@@ -164,7 +164,7 @@ def tracked_bytes(config: ModelConfig, plan: ParallelPlan) -> int:
                 parts=find_parts(model, meshes),
                 ranks=ranks,
             )
-            optimizer.accumulate_in_products(model)
+            optimizer.accumulate_in_gemms(model)
             return _track(model, optimizer, plan)
     finally:
         if ranks.size > 1:

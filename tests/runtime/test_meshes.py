@@ -55,5 +55,5 @@ def test_a_plan_of_one_device_needs_no_mesh():
 
 def test_a_plan_of_several_ranks_is_not_applied_without_their_meshes():
     config = tiny_config()
-    with pytest.raises(ConfigError, match=r"plan\.runtime_gpus \(2\) must be 1 where the model is not divided"):
+    with pytest.raises(ConfigError, match=r"plan\.runtime_gpus \(2\) must be 1 if the model is not sharded"):
         apply_plan(build_on_meta(config, torch.float32), plan_of(dp_shard=2))

@@ -40,7 +40,7 @@ def build(
     model = build_on_meta(tiny_config(**overrides), dtype).to_empty(device=device)
     initialize(model, 0)
     optimizer = AdamW(model.named_parameters(), TrainSettings(), OptimizerFormat(master="bf16_remainder"))
-    optimizer.accumulate_in_products(model)
+    optimizer.accumulate_in_gemms(model)
     return model, optimizer, MicroBatches(model, capture=capture)
 
 
@@ -83,7 +83,7 @@ def accumulated(overrides: dict[str, Any], way: str, *, in_products: bool) -> tu
         )
     optimizer = AdamW(model.named_parameters(), TrainSettings(), OptimizerFormat(gradients=torch.bfloat16))
     if in_products:
-        optimizer.accumulate_in_products(model)
+        optimizer.accumulate_in_gemms(model)
     if way == "recomputed":
         model.recompute_layers = frozenset(range(model.config.num_layers))
     elif way == "compiled":
