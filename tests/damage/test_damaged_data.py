@@ -281,7 +281,7 @@ CHILD = textwrap.dedent("""
     import sys
     from pathlib import Path
     from moescale.errors import MoescaleError
-    from moescale.convert.adapter import read_adapter, read_adapter_settings
+    from moescale.convert.adapter_folder import read_adapter, read_adapter_settings
     from moescale.convert.hf_config import read_model_config
     from moescale.convert.weight_files import read_headers
     from moescale.data.corpus.saved_dataset import open_saved_dataset
