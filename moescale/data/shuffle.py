@@ -26,10 +26,14 @@ def _key(*parts: int) -> int:
     return key
 
 
+def hashes(seed: int, first: int, count: int) -> np.ndarray:
+    """Return uint64 [count]: a hash under ``seed`` of each index from ``first`` on."""
+    return mix(np.arange(first, first + count, dtype=np.uint64), _key(seed))
+
+
 def chosen(seed: int, first: int, count: int, fraction: float) -> np.ndarray:
     """Return bool [count]: which of the indices from ``first`` on a draw of ``fraction`` under ``seed`` takes."""
-    hashed = mix(np.arange(first, first + count, dtype=np.uint64), _key(seed))
-    return (hashed >> np.uint64(11)).astype(np.float64) * 2.0**-53 < fraction
+    return (hashes(seed, first, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53 < fraction
 
 
 def permuted(positions: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarray:

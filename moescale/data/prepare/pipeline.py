@@ -13,10 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moescale.config import fingerprint
-from moescale.data import shuffle
 from moescale.data.corpus import PreparedCorpus
 from moescale.data.corpus.manifest import (
     FIRST_POSITIONS,
@@ -30,6 +27,7 @@ from moescale.data.prepare.atomic_folder import staged, writing
 from moescale.data.prepare.chat.encode import ChatOptions
 from moescale.data.prepare.chat.render_process import RenderOptions
 from moescale.data.prepare.chat.template import find_template
+from moescale.data.prepare.dealing import dealer_for
 from moescale.data.prepare.encode import EncodedChunk, Fault, token_dtype
 from moescale.data.prepare.file_kinds import DOCUMENT
 from moescale.data.prepare.memory_budget import Resources, resources_for
@@ -68,7 +66,7 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
         source_bytes=source.num_bytes,
         window_bytes=source.window_bytes,
         has_tables=source.has_tables,
-        packed_splits=0 if chat is None else 1 + bool(settings.validation_fraction),
+        packed_splits=0 if chat is None else 1 + settings.has_validation,
     )
     with staged(settings.output) as folder:
         manifest = _write(
@@ -147,6 +145,7 @@ def _made_from(
         "text_column": settings.text_column,
         "split": settings.split or "train",
         "validation_fraction": settings.validation_fraction,
+        **({} if settings.validation_documents is None else {"validation_documents": settings.validation_documents}),
         "document_boundaries": settings.document_boundaries or chat is not None,
         "seed": settings.seed,
     }
@@ -263,8 +262,9 @@ def _write(
             document_boundaries=settings.document_boundaries or chat is not None,
             padding_id=None if chat is None else tokenizer.end_token_id,
         )
-        for split in (("train", "validation") if settings.validation_fraction else ("train",))
+        for split in (("train", "validation") if settings.has_validation else ("train",))
     }
+    dealer = dealer_for(settings, writers)
     accounts = _Accounts(settings.strict)
     encoded = encode(
         source,
@@ -283,10 +283,11 @@ def _write(
                 first_document = accounts.documents - chunk.continues
                 first_origin = accounts.origins - chunk.continues
                 accounts.add(chunk)
-                _deal(chunk, first_origin, writers, settings)
+                dealer.deal(chunk, first_origin)
                 progress.advance(
                     num_bytes=chunk.num_bytes, documents=accounts.documents - first_document, tokens=len(chunk.tokens)
                 )
+            dealer.finish()
             counts = {split: writer.close() for split, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
@@ -302,8 +303,9 @@ def _write(
         )
     if settings.strict and any(count.num_sequences == 0 for count in counts.values()):
         held_out = counts["validation"]
+        name = "validation_fraction" if settings.validation_documents is None else "validation_documents"
         raise DataError(
-            f"prepare.validation_fraction ({settings.validation_fraction}) sets {held_out.tokens_in} tokens of "
+            f"prepare.{name} ({getattr(settings, name)}) sets {held_out.tokens_in} tokens of "
             f"{held_out.documents} documents aside, less than one sequence of prepare.sequence_length "
             f"({settings.sequence_length}) (strict); raise it"
         )
@@ -329,21 +331,3 @@ def _read_without(read: dict[str, BadItems], binary: BadItems) -> dict[str, BadI
         return read
     first = [name for name in text.first if not any(path.endswith(name) for path in binary.first)]
     return read | {DOCUMENT: BadItems(count=text.count - binary.count, first=first)}
-
-
-def _deal(chunk: EncodedChunk, first_origin: int, writers: dict[str, SplitWriter], settings: PrepareSettings) -> None:
-    """Give each document to its split, whole, and all parts of a conversation to the same one."""
-    if "validation" not in writers:
-        writers["train"].add(chunk.tokens, chunk.lengths, chunk.continues, chunk.targets)
-        return
-    held_out = shuffle.chosen(settings.seed, first_origin, chunk.num_origins, settings.validation_fraction)
-    if chunk.origins is not None:
-        held_out = held_out[chunk.origins]
-    held_out_tokens = np.repeat(held_out, chunk.lengths)
-    for split, ours, our_tokens in (
-        ("validation", held_out, held_out_tokens),
-        ("train", ~held_out, ~held_out_tokens),
-    ):
-        continues = chunk.continues and bool(ours[0])
-        targets = None if chunk.targets is None else chunk.targets[our_tokens]
-        writers[split].add(chunk.tokens[our_tokens], chunk.lengths[ours], continues, targets)

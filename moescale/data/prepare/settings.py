@@ -49,6 +49,8 @@ class PrepareSettings:
     """Patterns of files and folders that are not read."""
     validation_fraction: float = 0.0
     """Share of the documents set aside for validation, chosen by seed."""
+    validation_documents: int | None = None
+    """Number of documents set aside for validation, chosen by seed and held in memory; instead of a share."""
     document_boundaries: bool = False
     """Record where documents start, so that attention and targets do not cross them."""
     end_token: str | None = None
@@ -86,6 +88,16 @@ class PrepareSettings:
                 f"prepare.validation_fraction ({self.validation_fraction}) must be in [0, 1); 0.05 sets a "
                 "twentieth aside, 0 nothing"
             )
+        if self.validation_documents is not None and self.validation_documents < 1:
+            raise ConfigError(
+                f"prepare.validation_documents ({self.validation_documents}) must be at least 1; leave it out for no "
+                "validation split"
+            )
+        if self.validation_documents is not None and self.validation_fraction:
+            raise ConfigError(
+                f"prepare.validation_documents ({self.validation_documents}) and prepare.validation_fraction "
+                f"({self.validation_fraction}) exclude each other; drop one"
+            )
         if self.num_workers is not None and self.num_workers < 1:
             raise ConfigError(
                 f"prepare.num_workers ({self.num_workers}) must be at least 1; leave it out for all cores"
@@ -94,3 +106,8 @@ class PrepareSettings:
             raise ConfigError(
                 f"prepare.memory_gigabytes ({self.memory_gigabytes}) must be positive and below 1e9; leave it out for 2"
             )
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether documents are set aside for validation."""
+        return self.validation_fraction > 0 or self.validation_documents is not None
