@@ -277,3 +277,22 @@ def test_in_a_browser_nothing_is_wider_than_the_screen_and_plots_have_a_size(tmp
     assert found["wide"] <= found["seen"], found
     assert all(found["plots"]) and len(found["plots"]) >= 9
     assert found["ink"] != "rgb(1, 2, 3)", "the stand-in is still there"
+
+
+def test_samples_are_shown_with_the_steps_between_the_first_and_the_last(tmp_path, plan):
+    folder = write_run(tmp_path / "first", plan)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in range(1, 21):
+            sample = {"sequence": 3, "prompt": "<|user|>Why?", "answer": f"answer {step}", "wanted": "Because."}
+            other = sample | {"sequence": 5, "prompt": "Who?", "answer": "me"}
+            file.write(json.dumps({"step": step, "samples": [sample, other]}) + "\n")
+    page = page_of(folder)
+    rows = Text(page[page.index('id="samples"') : page.index("</table>", page.index('id="samples"'))])
+    shown = re.findall(r"step (\d+) answer (\d+)", str(rows))
+    assert len(shown) == 6 and shown[0] == ("1", "1") and shown[-1] == ("20", "20")
+    assert "prompt <|user|>Why?" in str(rows) and str(rows).count("corpus Because.") == 2
+    assert "&lt;|user|&gt;Why?" in page
+
+
+def test_a_run_without_samples_has_no_such_part(tmp_path, plan):
+    assert "Samples" not in str(Text(page_of(write_run(tmp_path / "first", plan))))

@@ -19,6 +19,8 @@ from moescale.tools.report.run_data import RunData
 PAGE = Path(__file__).parent / "page.html"
 WARM_UP_STEPS = 3
 """Left out of times: they compile."""
+MAX_SAMPLES = 6
+"""Steps of which a prompt's continuations are shown."""
 GIB = 2**30
 
 
@@ -30,6 +32,7 @@ def run_page(run: RunData, now: datetime) -> str:
         now=now,
         summary=summarized(run),
         plots=_plots([run]) + _plan_plots(run),
+        samples=continued_prompts(run),
         experts=figures.named_experts(run.loads),
         differences=None,
         decisions=_decisions(run.plan),
@@ -45,11 +48,29 @@ def comparison_page(runs: Sequence[RunData], now: datetime) -> str:
         now=now,
         summary=None,
         plots=_plots(runs),
+        samples=[],
         experts=None,
         differences=differences(runs),
         decisions=None,
         alternatives=None,
     )
+
+
+def continued_prompts(run: RunData) -> list[dict[str, Any]]:
+    """Each prompt that was continued, with what the corpus has and what the model said after several steps.
+
+    Of many samples ``MAX_SAMPLES`` are shown, evenly spaced, the first and the last among them.
+    """
+    events = run.samples
+    if len(events) > MAX_SAMPLES:
+        events = [events[index * (len(events) - 1) // (MAX_SAMPLES - 1)] for index in range(MAX_SAMPLES)]
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for event in events:
+        for sample in event.samples:
+            row = rows.setdefault((sample.sequence, sample.prompt), {"prompt": sample.prompt, "answers": []})
+            row["wanted"] = sample.wanted
+            row["answers"].append((event.step, sample.answer))
+    return list(rows.values())
 
 
 def differences(runs: Sequence[RunData]) -> list[dict[str, Any]]:

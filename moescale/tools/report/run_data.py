@@ -11,6 +11,7 @@ from moescale.errors import ConfigError, MoescaleError, printable
 from moescale.files import is_locked
 from moescale.plan import ParallelPlan
 from moescale.records import Count, FileKind, Length, Range, build, parse_json, read_bytes, read_json_object
+from moescale.report.metrics import Sample
 from moescale.report.observers.expert_load import ExpertLoad
 from moescale.report.observers.json_lines import METRICS_FILE, read_records
 from moescale.report.observers.warnings import Warnings
@@ -46,6 +47,7 @@ class Event:
     skipped: bool = False
     validation_loss: Value | None = None
     checkpoint: str | None = None
+    samples: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,7 @@ class RunData:
     plan: ParallelPlan | None
     steps: list[Event]
     validations: list[Event]
+    samples: list[Event]
     checkpoints: list[Event]
     num_damaged: int = 0
     """Lines of metrics that are no records."""
@@ -128,6 +131,7 @@ def read_run(folder: Path) -> RunData:
         plan=None if plan is None else ParallelPlan.from_json(json.dumps(plan), f"{path}: plan"),
         steps=steps,
         validations=[event for kind, event in events if kind == "validation_loss"],
+        samples=[event for kind, event in events if kind == "samples"],
         checkpoints=[event for kind, event in events if kind == "checkpoint"],
         num_damaged=num_damaged,
         loads=_loads(folder / ExpertLoad.FILE),
@@ -145,7 +149,9 @@ def _events(path: Path) -> tuple[list[tuple[str, Event]], int]:
         except MoescaleError:
             num_damaged += 1
             continue
-        found += [(kind, event) for kind in ("loss", "validation_loss", "checkpoint") if kind in document][:1]
+        found += [(kind, event) for kind in ("loss", "validation_loss", "samples", "checkpoint") if kind in document][
+            :1
+        ]
     return found, num_damaged
 
 
