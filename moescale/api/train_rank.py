@@ -177,9 +177,18 @@ class TrainRank:
             coordinates=placed.coordinates,
             parts=placed.parts,
             plan=asdict(plan),
-            on_progress=self.member.progress,
+            on_progress=self._telling(observer),
             on_notice=self._warn,
         )
+
+    def _telling(self, observer: Observer) -> Callable[[int, str], None]:
+        """Tell the watchdog and the observers of a phase that begins."""
+
+        def tell(step: int, phase: str) -> None:
+            self.member.progress(step, phase)
+            observer.on_phase(step, phase)
+
+        return tell
 
     def _frozen(self, placed: PlacedModel) -> dict[str, str]:
         """What is trained, and which frozen weights it belongs to: for a checkpoint, which does not hold them."""

@@ -59,6 +59,12 @@ class Observer:
     def on_resume(self, step: int, path: Path) -> None:
         """The run continues after ``step`` from the checkpoint ``path``; later steps are told of again."""
 
+    def on_phase(self, step: int, phase: str) -> None:
+        """After ``step`` steps something begins, such as ``validation`` or ``micro-batch 2``; many times a step.
+
+        What takes long only this once follows after a colon: ``micro-batch 1: compiling and tuning kernels``.
+        """
+
     def on_step(self, metrics: StepMetrics) -> None:
         """A step is done."""
 

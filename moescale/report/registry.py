@@ -82,6 +82,10 @@ class ObserverList(Observer, AbstractContextManager):
         for observer in self.observers:
             observer.on_resume(step, path)
 
+    def on_phase(self, step: int, phase: str) -> None:
+        for observer in self.observers:
+            observer.on_phase(step, phase)
+
     def on_step(self, metrics: StepMetrics) -> None:
         for observer in self.observers:
             observer.on_step(metrics)

@@ -28,6 +28,7 @@ class MicroBatches:
     def __init__(self, model: Transformer, *, capture: bool) -> None:
         self.model = model
         self.device = next(model.parameters()).device
+        self._is_compiled = any(layer._compiled_call_impl is not None for layer in model.layers)
         self.capture = capture and self.device.type == "cuda" and _is_recordable(model)
         config = model.config
         scalar = torch.zeros((), device=self.device)
@@ -78,6 +79,14 @@ class MicroBatches:
             self.forget()
             self._seen = shapes
             self._run({name: value.to(self.device, non_blocking=True) for name, value in inputs.items()})
+
+    def phase(self, number: int) -> str:
+        """Return what a step's micro-batch ``number`` is, and after a colon what takes it longer than later ones."""
+        if self._seen is None and (self.device.type == "cuda" or self._is_compiled):
+            return f"micro-batch {number}: compiling and tuning kernels"
+        if self.capture and self._seen is not None and self._graph is None:
+            return f"micro-batch {number}: recording it as a CUDA graph"
+        return f"micro-batch {number}"
 
     def forget(self) -> None:
         """Drop the captured graph, if any, and its memory."""

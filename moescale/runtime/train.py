@@ -249,7 +249,7 @@ class Trainer:
         sums = self.micro_batches
         sums.start_step(num_targets=num_targets, num_micro_batches=num_micro_batches)
         for number, batch in enumerate(batches, start=1):
-            self.on_progress(self.step, f"micro-batch {number}")
+            self.on_progress(self.step, sums.phase(number))
             sum_over_replicas_at_the_last(self.model, last=number == len(batches))
             if self.model.has_dropout:
                 torch.manual_seed(self._dropout_seed(number))

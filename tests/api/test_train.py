@@ -34,12 +34,16 @@ class Listening(moescale.Observer):
 
     def __init__(self) -> None:
         self.told: list[tuple] = []
+        self.phases: list[tuple[int, str]] = []
 
     def on_start(self, run):
         self.told.append(("start", run.total_steps, run.document["model"]))
 
     def on_resume(self, step, path):
         self.told.append(("resume", step))
+
+    def on_phase(self, step, phase):
+        self.phases.append((step, phase))
 
     def on_step(self, metrics):
         self.told.append(("step", metrics.step))
@@ -76,6 +80,7 @@ def test_a_run_from_python_tells_observers_and_returns_its_summary(tmp_path, mod
     asked = request(model_folder, stdlib_corpus, tmp_path / "run")
     summary = moescale.train(asked, observers=[observer], hooks=[hook])
     assert (summary.steps, summary.tokens, summary.final_loss) == (3, 768, losses(tmp_path / "run")[-1])
+    assert (0, "micro-batch 1") in observer.phases
     assert observer.told == [
         ("start", 3, str(model_folder.resolve())),
         *(("step", 1), ("step", 2), ("validation", 2), ("step", 3), ("validation", 3)),

@@ -12,6 +12,8 @@ from moescale.report.observer import Observer, RunContext
 
 LINE_SECONDS = 30.0
 """Between two lines, where standard error is not a terminal."""
+OF_EVERY_STEP = ("waiting for data", "micro-batch", "gradient sums")
+"""How phases begin that every step has; they are shown before the first step is done, and later not."""
 
 
 class ProgressBar(Observer):
@@ -32,24 +34,45 @@ class ProgressBar(Observer):
             console=run.console,
             disable=not self._is_live,
         )
-        self._task = self._progress.add_task("train", total=run.total_steps, status="starting")
+        self._status = "starting"
+        self._phase = ""
+        self._has_step = False
+        self._noted: set[str] = set()
+        self._task = self._progress.add_task("train", total=run.total_steps, status=self._status)
         self._progress.start()
 
     def on_resume(self, step: int, path: Path) -> None:
         self._progress.update(self._task, completed=step)
 
+    def on_phase(self, step: int, phase: str) -> None:
+        _, _, note = phase.partition(": ")
+        is_shown = note or not self._has_step or not phase.startswith(OF_EVERY_STEP)
+        self._show(phase if is_shown else "")
+        if note and not self._is_live and note not in self._noted:
+            self._noted.add(note)
+            line = f"step {step + 1}/{self._run.total_steps}  {note}: this step takes longer than those to come"
+            self._run.console.print(line, highlight=False, soft_wrap=True)
+
     def on_step(self, metrics: StepMetrics) -> None:
+        self._has_step = True
         status = f"loss {metrics.loss:.4f}  {metrics.tokens_per_second:,.0f} tokens/s"
         if metrics.expert_load:
             status += f"  busiest expert {max(max(load) for load in metrics.expert_load):.1f} shares"
         if metrics.skipped:
             status += "  (skipped: not finite)"
+        self._status = status
         self._progress.update(self._task, completed=metrics.step, status=status)
         now = time.monotonic()
         if not self._is_live and (now - self._last_line >= LINE_SECONDS or metrics.step == self._run.total_steps):
             self._last_line = now
             line = f"step {metrics.step}/{self._run.total_steps}  {status}"
             self._run.console.print(line, highlight=False, soft_wrap=True)
+
+    def _show(self, phase: str) -> None:
+        """Name what is going on behind the last step's numbers."""
+        if phase != self._phase:
+            self._phase = phase
+            self._progress.update(self._task, status=f"{self._status}  {phase}" if phase else self._status)
 
     def close(self) -> None:
         self._progress.stop()

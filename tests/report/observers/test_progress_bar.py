@@ -37,3 +37,30 @@ def test_a_terminal_gets_one_bar_in_place_and_no_lines(tmp_path, monkeypatch):
     text = shown(tmp_path, monkeypatch, is_terminal=True)
     assert "8/8" in text and "\x1b[2K" in text  # the line is drawn over
     assert "step 1/8  loss" not in text
+
+
+@pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "log"])
+def test_what_makes_the_first_steps_slow_is_said_once(tmp_path, is_terminal):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=is_terminal, width=160, markup=False, emoji=False)
+    observer = make_observer("progress_bar")
+    observer.on_start(replace(context(tmp_path), console=console, total_steps=8))
+    phases = ["waiting for data", "micro-batch 1: compiling and tuning kernels", "micro-batch 2: recording"]
+    for phase in [*phases, phases[1], "micro-batch 3"]:
+        observer.on_phase(0, phase)
+        observer._progress.refresh()
+    observer.on_step(metrics(1))
+    observer.on_phase(1, "micro-batch 1")
+    observer._progress.refresh()
+    before = file.getvalue()
+    observer.on_phase(1, "validation")
+    observer._progress.refresh()
+    after = file.getvalue().removeprefix(before)
+    observer.close()
+    if is_terminal:
+        assert all(phase in before for phase in phases) and "validation" in after
+        assert "micro-batch" not in before.rpartition("loss 3.0000")[2]
+    else:
+        notes = [line for line in before.splitlines() if "takes longer" in line]
+        longer = "this step takes longer than those to come"
+        assert notes == [f"step 1/8  {note}: {longer}" for note in ("compiling and tuning kernels", "recording")]
