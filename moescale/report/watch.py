@@ -200,7 +200,8 @@ RULES: dict[str, tuple[Rule, str]] = {
     ),
     "collapsed router": (
         collapsed_router,
-        "lower --learning-rate; a higher aux_loss_alpha in config.json spreads the tokens; few and narrow data can be why",
+        "lower --learning-rate; a higher aux_loss_alpha in config.json spreads the tokens; few and narrow data can be "
+        "why",
     ),
     "dead experts": (
         dead_experts,
