@@ -42,7 +42,7 @@ CUTE_PACKAGES: dict[CutePart, tuple[str, str]] = {
 }
 # Widths of key and value at which attention in CuTe is tested: of gpt-oss, Qwen3 and OLMoE, DeepSeek, GLM-4.7-Flash.
 CUTE_ATTENTION_WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
-# Of these, where cuDNN is faster for plain causal attention (benchmarks/results/h200/interval_attention.json).
+# Of these, where cuDNN is faster for plain causal attention (benchmarks/results/h100/family_attention.json).
 CUDNN_FASTER_WIDTHS = ((256, 256),)
 MAX_ATTENTION_WIDTH = 256
 
@@ -236,7 +236,7 @@ def choose_attention_backend(
         objection = f"takes keys and values of widths {known}, not {widths}; take a model with such"
     # PyTorch's kernels for half precision share heads of the keys; its fp32 kernel repeats them, and builds [S, S].
     takes_torch = not documents and (not features or features == ("grouped queries",) and dtype.itemsize == 2)
-    # In windows Triton is faster (same file).
+    # In windows Triton is faster (benchmarks/results/h200/family_attention.json).
     is_slower = (takes_torch and widths in CUDNN_FASTER_WIDTHS) or "windows" in features
     if requested == "cute" or not is_slower:
         if _takes_cute("attention", requested, objection):
