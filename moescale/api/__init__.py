@@ -1,5 +1,5 @@
-"""The commands as functions: ``prepare``, ``compile``, ``train`` and ``export``, which ``moescale`` itself exports.
+"""The commands as functions: ``prepare``, ``compile``, ``train`` and ``export``, which ``moescale`` re-exports.
 
-Each takes one record of settings and returns one of results; the command line builds the first and prints the second.
+Each takes a record of settings and returns a record of results. The command line builds the first and prints the last.
 ``compile`` imports no torch. May import: everything below the command line.
 """

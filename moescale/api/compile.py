@@ -1,4 +1,4 @@
-"""Planning as a function: settings go in, a plan comes out, with its explanation. Imports no torch."""
+"""Planning as a function: takes settings, returns a plan with its explanation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ DEFAULT_SEQUENCE_LENGTH = 2048
 
 
 def compile(settings: CompileSettings) -> PlanResult:
-    """Plan training for a cluster, and write the plan and its explanation where ``settings`` say.
+    """Plan training for a cluster, and write the plan and its explanation to the files named in ``settings``.
 
     Returns:
-        The search and its best plan: ``result.plan()`` is the plan, and raises ConfigError where none fits, in which
-        case no plan was written. :mod:`moescale.planner.explain` puts the result into words.
+        The search and its best plan: ``result.plan()`` is the plan. It raises ConfigError if none fits; no plan was
+        written then. :mod:`moescale.planner.explain` renders the result.
 
     Raises:
         ConfigError: the model or cluster cannot be read, a setting breaks a rule, or a file cannot be written.
@@ -49,7 +49,7 @@ def fit(settings: CompileSettings) -> FitResult:
     """Find the fewest GPUs on which training fits, and its speed from there to 1024 GPUs.
 
     Raises:
-        ConfigError: as :func:`compile` does, and where ``settings`` name files, since there is no single plan to write.
+        ConfigError: as :func:`compile`; also if ``settings`` name files, because there is no single plan to write.
     """
     for option, path in (("--output", settings.output), ("--html", settings.html)):
         if path is not None:
@@ -88,16 +88,16 @@ def _sequence_length(settings: CompileSettings) -> int:
 
 
 def _check_files(settings: CompileSettings) -> None:
-    """Refuse, before planning, what cannot be written after it."""
+    """Raise ConfigError before planning if a file could not be written afterwards."""
     for option, path in (("--output", settings.output), ("--html", settings.html)):
         if path is None:
             continue
         if os.path.isdir(path):
             raise ConfigError(f"{option} ({path}) is a folder; name a file in it")
-        # os.path answers False where it may not look, and Path.exists raises; the closed folder is then found above.
+        # Without permission os.path returns False, while Path.exists raises; the closed folder is then found above.
         folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
         if not folder.is_dir():
-            raise ConfigError(f"{option} ({path}) cannot be written: {folder} is no folder; give another path")
+            raise ConfigError(f"{option} ({path}) cannot be written: {folder} is not a folder; give another path")
         if not os.access(folder, os.W_OK | os.X_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
             raise ConfigError(f"{option} ({path}) cannot be written: Permission denied; give another path")
     if settings.output is not None and settings.html is not None and settings.output == settings.html:

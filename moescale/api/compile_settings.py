@@ -1,4 +1,4 @@
-"""What a plan is asked for. Imports nothing of the planner, so that `moescale compile --help` answers at once."""
+"""Settings of a plan. Imports nothing from the planner, so that `moescale compile --help` is fast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class CompileSettings:
-    """What to plan for, and where the plan goes."""
+    """Model, cluster and batch to plan for, and files to write."""
 
     model: str
     """Preset name, local folder or hub name of a Hugging Face model of a known family."""
@@ -18,7 +18,7 @@ class CompileSettings:
     plan_gpus: str = "auto"
     """GPUs that hold one full copy of the weights, or auto."""
     runtime_gpus: int | None = None
-    """GPUs in all, a multiple of plan-gpus; default: plan-gpus."""
+    """Total number of GPUs, a multiple of plan-gpus; default: plan-gpus."""
     tokens_per_step: int = 131072
     """Tokens of one optimizer step, over all GPUs."""
     sequence_length: int | None = None
@@ -26,17 +26,17 @@ class CompileSettings:
     data: Path | None = None
     """Corpus written by `moescale prepare` that the plan is for: its sequences and tokenizer are compared."""
     memory_limit: float | None = None
-    """Memory a GPU may use: a number of GiB, or a size such as 64GB; default: what the cluster file says."""
+    """Memory a GPU may use: a number of GiB, or a size such as 64GB; default: that of the cluster file."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype."""
     lora: str | None = None
-    """Plan to train adapters alone, as `moescale run --lora` does: rank=16,alpha=32,targets=attention+experts."""
+    """Plan to train adapters only, as `moescale run --lora` does: rank=16,alpha=32,targets=attention+experts."""
     pin: tuple[str, ...] = ()
     """A decision to fix, as name=value (ep=4, moe_recompute=none, ...); repeatable."""
     forbid: tuple[str, ...] = ()
     """A value not to use, as name=value; repeatable."""
     router_imbalance: float = 1.1
-    """Rows of the fullest rank over the mean, where experts are split over ranks."""
+    """Rows of the busiest rank over the mean, if experts are sharded over ranks."""
     allow_stochastic_rounding: bool = False
     """Also consider bf16 weights with stochastic rounding, without an exact fp32 master."""
     allow_unsupported: bool = False

@@ -1,4 +1,4 @@
-"""Export as a function: a run's weights as a Hugging Face checkpoint."""
+"""Export as a function: writes a run's weights as a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What is exported, and how."""
+    """Run to export, output folder and options."""
 
     run: Path
     """Folder of a run."""
@@ -45,20 +45,20 @@ class ExportSettings:
     step: int | None = None
     """Step of the checkpoint to export; default: the newest."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Dtype of the exported weights; default: that of the folder the run started from (or --model's), whose config.json
-    names it, or else its weights; bf16 where neither does."""
+    """Dtype of the exported weights; default: that of the folder the run started from (or of --model), from its
+    config.json or else its weights; bf16 if neither gives one."""
     model: Path | None = None
     """Folder with the config.json, tokenizer and generation files to copy; default: the one the run started from."""
     ignore_config_field: tuple[str, ...] = ()
-    """A field of config.json that is not known and does not change the model; repeatable;
-    default: those that the run was told to ignore."""
+    """An unknown field of config.json that does not change the model; repeatable; default: those that the run
+    ignored."""
     max_shard_gigabytes: float = 5.0
     """Largest shard: a number of 10^9 bytes, or a size such as 4GiB."""
     merge: bool = False
-    """Of a run of adapters: a whole checkpoint, with the adapters added to the weights that they were trained on."""
+    """For a run of adapters: export a full checkpoint, with the adapters merged into the base weights."""
     adapter: Literal["peft", "per-expert"] | None = None
-    """Of a run of adapters: these alone, as PEFT 0.19.1 and later has them, or with matrices of their own for every
-    expert, as servers want them."""
+    """For a run of adapters: export the adapters only, in the layout of PEFT 0.19.1 and later, or with separate
+    matrices for every expert, as inference servers expect."""
 
     def __post_init__(self) -> None:
         if not 1e-9 <= self.max_shard_gigabytes < math.inf:
@@ -74,20 +74,20 @@ class ExportSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFile:
-    """What is read of a run's ``run.json``; all else in it is for the reader of the run."""
+    """The fields of ``run.json`` that an export reads; the others are for human readers."""
 
     model: Annotated[str, Length(least=1, most=4096), Matches(r"[^\0]+", "a path")]
-    """The folder the run started from."""
+    """Folder of the model that the run started from."""
     ignore_config_field: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSummary:
-    """What was exported."""
+    """Summary of an export."""
 
     report: ExportReport | AdapterReport
     step: int
-    """Of the run whose weights these are."""
+    """Step of the exported checkpoint."""
     dtype: str
     """bf16, fp16 or fp32; adapters are always fp32."""
 
@@ -99,8 +99,8 @@ def export(settings: ExportSettings, *, progress: bool = True) -> ExportSummary:
         progress: draw a progress bar on standard error.
 
     Raises:
-        CheckpointError: the run has no whole checkpoint of that step, or it is damaged; the output exists.
-        ConfigError: the folder to take configuration and tokenizer from does not belong to the weights.
+        CheckpointError: the run has no intact checkpoint of that step, or the output exists.
+        ConfigError: the folder with configuration and tokenizer does not match the weights.
     """
     check_output(settings.output)
     reference, ignored_fields = _reference(settings)
@@ -140,7 +140,7 @@ def export(settings: ExportSettings, *, progress: bool = True) -> ExportSummary:
 
 
 def _check_adapters(settings: ExportSettings, checkpoint: Checkpoint) -> LoraSettings | None:
-    """The adapters that a checkpoint holds, None for one of whole weights; an error for options of the other kind."""
+    """Return the settings of a checkpoint's adapters, None for full weights. Raises ConfigError for wrong options."""
     plan = read_training_state(checkpoint)["plan"] or {}
     if plan.get("lora") is None:
         if settings.merge or settings.adapter is not None:
@@ -158,7 +158,7 @@ def _check_adapters(settings: ExportSettings, checkpoint: Checkpoint) -> LoraSet
 def _merged(
     source: CheckpointWeights, checkpoint: Checkpoint, reference: Path, config: ModelConfig, lora: LoraSettings
 ) -> MergedWeights:
-    """Weights and adapters added up, once the weights have proved to be those that the adapters belong to."""
+    """Return base weights merged with adapters, after checking that the adapters were trained on these weights."""
     if not has_weights(reference):
         raise CheckpointError(
             f"{reference}: has no weights to merge with: the run started from random ones, which are on no disk. "
@@ -194,7 +194,7 @@ def _with_remedy(error: DamagedCheckpointError, store: CheckpointStore, checkpoi
 
 
 def _check_model(settings: ExportSettings, reference: Path, config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Refuse a configuration that is not the one the weights were trained with, equal shapes or not."""
+    """Raise ConfigError if the configuration is not the one of the training, even if all shapes are equal."""
     trained = read_training_state(checkpoint)["identity"].get("model")
     if trained in (None, config.fingerprint()):
         return
@@ -210,7 +210,7 @@ def _check_model(settings: ExportSettings, reference: Path, config: ModelConfig,
 
 
 def _reference(settings: ExportSettings) -> tuple[Path, tuple[str, ...]]:
-    """The folder whose configuration and tokenizer go with the weights, and the fields of config.json to ignore."""
+    """Return the folder with configuration and tokenizer, and the fields of its config.json to ignore."""
     if settings.model is not None:
         if not settings.model.is_dir():
             raise ConfigError(

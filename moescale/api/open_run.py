@@ -1,4 +1,4 @@
-"""Opens what a request to train names - model, corpus, plan, device, observers - and checks that it fits together."""
+"""Opens the model, corpus, plan, device and observers of a request to train, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from moescale.runtime.hooks import TrainerHook
 
 @dataclass(frozen=True, kw_only=True)
 class OpenRun:
-    """A request with what it names opened and checked."""
+    """A request with its inputs opened and checked."""
 
     request: TrainRequest
     folder: Path
-    """Of the model."""
+    """Folder of the model."""
     config: ModelConfig
     corpus: Corpus
     plan: ParallelPlan
     device: torch.device
     observers: Sequence[Observer]
     own_observers: Sequence[Observer]
-    """Those of ``observers`` that the request does not name, so that no other process can make them."""
+    """Those of ``observers`` that were passed as objects, so that no other process can make them."""
     hooks: Sequence[TrainerHook]
 
 
 def open_run(request: TrainRequest, observers: Sequence[Observer], hooks: Sequence[TrainerHook]) -> OpenRun:
-    """Open and check what ``request`` names; raises ConfigError or CheckpointError where it does not fit together."""
+    """Open and check the inputs of ``request``. Raises ConfigError or CheckpointError if they do not fit together."""
     folder = resolve_model(request.model)
     config = read_model_config(folder, request.ignore_config_field)
     corpus = open_corpus(request.data)

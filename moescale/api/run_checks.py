@@ -1,4 +1,4 @@
-"""The plan of a run, and whether plan, model, corpus and devices fit together; errors and warnings with a remedy."""
+"""Chooses the plan of a run, and checks that plan, model, corpus and devices fit together."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from moescale.runtime.join import was_launched
 
 MIN_CPU_RANKS = 16
 CPU_RANKS_PER_CORE = 4
-"""Ranks on a CPU are for trying a plan out; more of them only take one another's memory."""
+"""Ranks on a CPU are for trying out a plan; more of them only compete for memory."""
 
 
 def choose_plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: torch.device) -> ParallelPlan:
-    """Load the plan of ``inputs``, or make the one of a single device that they describe.
+    """Load the plan of ``inputs``, or make the plan for a single device that they describe.
 
     Raises:
-        ConfigError: the plan is of another version or model, or contradicts the other inputs.
+        ConfigError: the plan is for another version or model, or contradicts the other inputs.
     """
     by_hand: dict[str, int | str | None] = {
         "tokens_per_step": inputs.tokens_per_step,
@@ -77,7 +77,7 @@ def choose_plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: 
 
 
 def _check_adapter(folder: Path | None, config: ModelConfig, lora: LoraSettings | None) -> None:
-    """Adapters are continued with the rank and scale that they have."""
+    """Raise ConfigError if the adapters to continue have another rank or scale."""
     if folder is None:
         return
     if lora is None:
@@ -92,7 +92,7 @@ def _check_adapter(folder: Path | None, config: ModelConfig, lora: LoraSettings 
 
 
 def _check_lora(given: str | None, plan: ParallelPlan, path: Path) -> None:
-    """A plan decides about adapters too: what it says of memory holds for these alone."""
+    """Raise ConfigError if --lora differs from the plan's adapters, for which it predicts memory."""
     if given is None or parse_lora(given) == plan.lora:
         return
     planned = "all weights are trained" if plan.lora is None else plan.lora.text()
@@ -118,9 +118,10 @@ def check_corpus(config: ModelConfig, corpus: Corpus, plan: ParallelPlan) -> Non
 
 
 def is_pretrained(inputs: RunInputs, folder: Path) -> bool:
-    """Whether a run starts from the weights in ``folder``, its model's, and not from random ones.
+    """Return True if a run starts from the weights in ``folder``, the model's, and not from random ones.
 
-    Random by itself only where nothing hints at weights: a download cut short or a folder of .bin files is an error.
+    ``auto`` chooses random weights only if nothing hints at weights: an interrupted download or a folder of .bin files
+    is an error.
     """
     if inputs.initialize != "auto":
         return inputs.initialize == "pretrained"
@@ -129,7 +130,7 @@ def is_pretrained(inputs: RunInputs, folder: Path) -> bool:
 
 
 def check_weights(inputs: RunInputs, folder: Path, plan: ParallelPlan) -> None:
-    """Raise ConfigError where adapters would be trained on random weights that nobody has asked for."""
+    """Raise ConfigError if adapters would be trained on random weights without ``--initialize random``."""
     if plan.lora is not None and inputs.initialize == "auto" and not is_pretrained(inputs, folder):
         raise ConfigError(
             f"run.model ({inputs.model}) has no weights ({folder} holds no *.safetensors), and run.lora "
@@ -139,7 +140,7 @@ def check_weights(inputs: RunInputs, folder: Path, plan: ParallelPlan) -> None:
 
 
 def check_devices(inputs: RunInputs, plan: ParallelPlan, device: torch.device) -> None:
-    """Raise ConfigError unless this machine, or the launcher, has the devices that the plan wants."""
+    """Raise ConfigError unless this machine, or the launcher, provides the devices of the plan."""
     if plan.runtime_gpus == 1:
         return
     if inputs.device == "auto" and device.type == "cpu":
@@ -161,7 +162,7 @@ def check_devices(inputs: RunInputs, plan: ParallelPlan, device: torch.device) -
 
 
 def out_of_memory(plan: ParallelPlan, device: torch.device, step: int) -> ConfigError:
-    """Return the error for a step that ran out of device memory: planned against actual, and what to try."""
+    """Return the error for a step that ran out of device memory, with planned and actual memory and a remedy."""
     peak = torch.cuda.max_memory_allocated(device)
     text = f"step {step + 1}: out of memory on {device}, {peak / 2**30:.1f} GiB allocated at the peak"
     if plan.prediction is not None:
@@ -173,9 +174,9 @@ def out_of_memory(plan: ParallelPlan, device: torch.device, step: int) -> Config
 
 
 def lower_limit_gib(plan: ParallelPlan, device_bytes: int) -> int:
-    """Return the --memory-limit to compile with after ``plan`` ran out of memory: always one that rules this plan out.
+    """Return a --memory-limit that rules out ``plan``, which ran out of memory.
 
-    By a twentieth of the GPU below what was predicted, so that compiling and running again comes to an end.
+    It is a twentieth of the GPU's memory below the prediction, so that repeated attempts terminate.
     """
     predicted = device_bytes if plan.prediction is None else min(plan.prediction.peak_bytes, device_bytes)
     return max(1, math.floor((predicted - 0.05 * device_bytes) / 2**30))

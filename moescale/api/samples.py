@@ -1,4 +1,4 @@
-"""Where a run's samples come from: prompts of its corpus, and the tokenizer that makes text of them."""
+"""Sets up the samples of a run: prompts from its corpus, and the tokenizer to decode them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from moescale.runtime.settings import TrainSettings
 
 
 def make_sampler(data: Path, model: Path, settings: TrainSettings, warn: Callable[[str], None]) -> Sampler:
-    """Return what continues prompts of the validation split of ``data``, with the tokenizer it was made with.
+    """Return a sampler for prompts of the validation split of ``data``, with the tokenizer the corpus was made with.
 
-    That is the one its manifest names, or the one in the folder ``model``. Without either tokens are shown as ids, and
-    an answer ends by its length alone; ``warn`` hears of it.
+    The tokenizer is the one its manifest names, or the one in the folder ``model``. Without either, ``warn`` is called,
+    tokens are shown as ids, and only the maximum length ends an answer.
 
     Raises:
-        ConfigError: there is no validation split, or nothing in it is a prompt.
+        ConfigError: there is no validation split, or it contains no prompt.
     """
     corpus = open_corpus(data, split="validation", missing_ok=True)
     if corpus is None:
@@ -55,7 +55,7 @@ def make_sampler(data: Path, model: Path, settings: TrainSettings, warn: Callabl
 def _tokenizer(data: Path, model: Path) -> CorpusTokenizer | None:
     made_from = recorded_origin(data)
     for candidate in (made_from.get("tokenizer"), str(model)):
-        # A name that is no path would be fetched from the hub, by every rank.
+        # A name that is not a path would be downloaded from the hub by every rank.
         if not isinstance(candidate, str) or not Path(candidate).exists():
             continue
         try:

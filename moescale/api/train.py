@@ -1,4 +1,4 @@
-"""Training as a function: a request goes in, a summary comes out."""
+"""Training as a function: takes a request, returns a summary."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SUMMARY = FileKind(noun="a run's summary", error=MoescaleError)
 
 
 class LocalRanksError(MoescaleError):
-    """One of the processes that a run started has failed, and has printed why; ``exit_status`` is that of the run."""
+    """A process started by the run has failed, after printing the reason; ``exit_status`` is that of the run."""
 
     def __init__(self, exit_status: int, logs: Path) -> None:
         super().__init__(f"the run's processes ended with status {exit_status}; the reason is above, or in {logs}")
@@ -42,23 +42,23 @@ def train(
 ) -> TrainSummary:
     """Train a model: start the run, or continue the one in ``request.output``.
 
-    A process that torchrun started is one rank of the run, and returns when all are done. Otherwise a plan for one
-    device runs in this process, and one for several starts a process ``moescale run`` for each.
+    A process started by torchrun is one rank of the run, and returns when all ranks are done. Otherwise a plan for one
+    device runs in this process, and a plan for several devices starts a process ``moescale run`` for each.
 
     Args:
-        observers: told of the run in addition to those that ``request.observers`` names, on the first rank.
-        hooks: take part in the training, on every rank.
+        observers: observers in addition to those named in ``request.observers``, on the first rank.
+        hooks: called during training on every rank.
 
     Returns:
-        How the run ended, the same on every rank.
+        The summary of the run, the same on every rank.
 
     Raises:
         ConfigError: model, corpus, plan, settings and devices do not fit together.
         CheckpointError: the weights or the checkpoint to start from cannot be used.
         NonFiniteLossError: loss or weights became NaN or infinite.
-        Preempted: SIGTERM or Ctrl-C; the state is saved, and the same call continues.
+        Preempted: stopped by SIGTERM or Ctrl-C; the state is saved, and the same call continues.
         RankFailure: another rank failed or hangs.
-        LocalRanksError: a process that this one started has failed.
+        LocalRanksError: a process started by this one has failed.
     """
     run = open_run(request, observers, hooks)
     plan = run.plan
@@ -81,7 +81,7 @@ def _train_on_local_ranks(run: OpenRun) -> TrainSummary:
             "this script with torchrun, or name observers as module:class in run.observers"
         )
     with hold_output(request.output):
-        pass  # in use: refused here already, before the ranks write to the other run's logs
+        pass  # raises if the folder is in use, before the ranks write to the other run's logs
     logs = request.output / "logs"
     status = run_local_ranks(run.plan.runtime_gpus, request_arguments(request), logs)
     if status:
@@ -92,7 +92,7 @@ def _train_on_local_ranks(run: OpenRun) -> TrainSummary:
 
 @contextmanager
 def _advising(request: TrainRequest) -> Iterator[None]:
-    """Give errors of host memory and damaged checkpoints their remedy."""
+    """Add remedies to errors of host memory and damaged checkpoints."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -103,7 +103,7 @@ def _advising(request: TrainRequest) -> Iterator[None]:
             "or micro-batch"
         ) from error
     except DamagedCheckpointError as error:
-        # Not what has just been tried.
+        # Without the newest one, which has just been tried.
         others = CheckpointStore(request.output / "checkpoints", keep=1).list()[:-1]
         if request.resume == "last" and others:
             advice = "pass --resume last-good to go on from the newest whole one"
@@ -114,7 +114,7 @@ def _advising(request: TrainRequest) -> Iterator[None]:
 
 @contextmanager
 def _chosen_backends(request: TrainRequest, member: Membership) -> Iterator[BackendSettings]:
-    """Run the kernels on the backends that the request or, with a notice, the environment asks for."""
+    """Select the kernels' backends by the request, or by environment variables, with a notice."""
     asked = BackendSettings(experts=request.experts_backend, attention=request.attention_backend)
     chosen, notices = asked.overridden_by_environment()
     for notice in notices:
@@ -125,7 +125,7 @@ def _chosen_backends(request: TrainRequest, member: Membership) -> Iterator[Back
 
 @contextmanager
 def _verifying(run: OpenRun, member: Membership) -> Iterator[Verification]:
-    """Begin to verify the run's corpus and its validation split; a small one is verified when the block begins."""
+    """Start verifying the run's corpus and its validation split; small ones are verified before the block begins."""
     vocabulary = vocabulary_notice(run.request.data, run.config, run.folder) if member.ranks.is_first else None
     for notice in [*run.corpus.notices, *([vocabulary] if vocabulary else [])]:
         warn(notice, member.ranks)

@@ -1,4 +1,4 @@
-"""One rank's part of a run: build, fill or resume the model, train, and write what is written once."""
+"""One rank's part of a run: builds and initializes or resumes the model, trains it, and writes the run's files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SUMMARY_FILE = "summary.json"
 
 
 class TrainRank:
-    """One rank's part of a run; only the first one has observers and writes what is written once."""
+    """One rank's part of a run. Only the first rank has observers and writes the files of the run."""
 
     def __init__(self, run: OpenRun, member: Membership, verification: Verification, backends: BackendSettings) -> None:
         self.run = run
@@ -60,7 +60,7 @@ class TrainRank:
         self.store = CheckpointStore(run.request.output / "checkpoints", self.settings.keep_checkpoints)
 
     def train(self) -> TrainSummary:
-        """Build, fill or resume the model, and do the run's steps. A collective."""
+        """Build the model, initialize or resume it, and run the steps. A collective."""
         plan, device = self.run.plan, self.member.device
         self.member.progress(0, "building the model")
         checkpoint = self._checkpoint_to_resume()
@@ -69,7 +69,7 @@ class TrainRank:
         placed = place_model(self.run.config, plan, self.ranks, device)
         if self.request.compile or (self.request.compile is None and device.type == "cuda"):
             compile_layers(placed.model)
-        if checkpoint is None or plan.lora is not None:  # whose checkpoints hold adapters alone
+        if checkpoint is None or plan.lora is not None:  # checkpoints of adapters lack the base weights
             self._fill(placed)
             if self.request.adapter is not None and checkpoint is None:
                 assert plan.lora is not None
@@ -99,7 +99,7 @@ class TrainRank:
         return summary
 
     def _examine_machine(self, steps_left: int) -> None:
-        """Warn of what this machine lacks for the run, and refuse what cannot go well. A collective."""
+        """Warn of problems of this machine, and raise ConfigError for those that would end the run. A collective."""
         started = time.perf_counter()
         job = Job(
             config=self.run.config,
@@ -120,7 +120,7 @@ class TrainRank:
         problems = [finding for finding in findings if finding.status == "problem"]
         if problems and self.request.check_machine:
             text = "; also ".join(f"{finding.name}: {finding.detail}; {finding.remedy}" for finding in problems)
-            # A disk without room for one checkpoint ends the run anyway, by the trainer's own check.
+            # The trainer's own check would end the run on a disk without room for one checkpoint.
             is_final = any(finding.name == "disk" for finding in problems)
             raise ConfigError(text if is_final else f"{text} (--no-check-machine starts nevertheless)")
         for finding in findings:
@@ -191,7 +191,7 @@ class TrainRank:
         return tell
 
     def _frozen(self, placed: PlacedModel) -> dict[str, str]:
-        """What is trained, and which frozen weights it belongs to: for a checkpoint, which does not hold them."""
+        """Return the adapters' settings and a digest of the frozen weights, which checkpoints do not contain."""
         lora = self.run.plan.lora
         if lora is None:
             return {"adapters": "none"}
@@ -214,7 +214,7 @@ class TrainRank:
         )
 
     def _document(self) -> dict[str, Any]:
-        """What `export` and a reader of the run need to know of it."""
+        """Return the contents of ``run.json``, for `export` and for human readers."""
         return {
             "moescale": __version__,
             "model": str(self.run.folder.resolve()),
@@ -244,7 +244,7 @@ class TrainRank:
             self._warn(f"a checkpoint after step {trainer.step} was moved to {path}; delete it when it is not needed")
 
     def _fill(self, placed: PlacedModel) -> None:
-        """Give the model the weights a run starts from, and print a line that says which."""
+        """Load or initialize the weights that a run starts from, and print a line that says which."""
         folder = self.run.folder
         pretrained = is_pretrained(self.request, folder)
         if self.ranks.is_first:
@@ -296,9 +296,9 @@ class TrainRank:
 
 
 def _steps_of_one_epoch(corpus: Corpus, plan: ParallelPlan, checkpoint: Checkpoint | None) -> int:
-    """Steps in all until the rest of the epoch holds no further whole step; those of ``checkpoint`` are done.
+    """Return the number of steps until the end of the epoch, including the steps of ``checkpoint``.
 
-    They may have taken other numbers of sequences than this plan does.
+    Those may have had another number of sequences per step than this plan.
     """
     done, position = 0, 0
     if checkpoint is not None:

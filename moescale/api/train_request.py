@@ -1,4 +1,4 @@
-"""What a training run is asked for, and the same as arguments of ``moescale run``."""
+"""The request of a training run, and its arguments for ``moescale run``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_HANG_SECONDS = 86_400
 
 @dataclass(frozen=True, kw_only=True)
 class RunInputs:
-    """What is trained, on what, and where it goes."""
+    """Model, data, output and execution of a run."""
 
     model: str
     """Preset name, local folder or hub name of a Hugging Face model of a known family."""
@@ -26,25 +26,25 @@ class RunInputs:
     output: Path
     """Folder of the run: checkpoints, metrics, TensorBoard."""
     ignore_config_field: tuple[str, ...] = ()
-    """A field of config.json that is not known and does not change the model; repeatable."""
+    """An unknown field of config.json that does not change the model; repeatable."""
     plan: Path | None = None
-    """Plan written by `moescale compile`; default: one device, as the next three options say."""
+    """Plan written by `moescale compile`; default: one device, with the next three options."""
     tokens_per_step: int | None = None
     """Without a plan: tokens of one optimizer step."""
     micro_batch_sequences: int | None = None
-    """Without a plan: sequences that go through the model at once."""
+    """Without a plan: sequences of a micro-batch."""
     precision: Literal["bf16", "fp32"] | None = None
     """Without a plan: compute dtype; default: bf16 on a GPU, fp32 on the CPU."""
     lora: str | None = None
-    """Train adapters alone, as in rank=16,alpha=32,targets=attention+experts; targets: all, attention, dense, shared,
-    experts, or a module such as q_proj; also dropout=0.05, rank_stabilised=true. A plan decides it by itself."""
+    """Train adapters only, as in rank=16,alpha=32,targets=attention+experts; targets: all, attention, dense, shared,
+    experts, or a module such as q_proj; also dropout=0.05, rank_stabilised=true. With a plan, the plan decides."""
     adapter: Path | None = None
-    """Folder of adapters to start from, of PEFT 0.19.1 and later or with matrices for every expert; what they are it
-    says itself, unless the plan or --lora does."""
+    """Folder of adapters to start from, of PEFT 0.19.1 and later or with matrices for every expert. It determines their
+    settings, unless the plan or --lora does."""
     initialize: Literal["auto", "pretrained", "random"] = "auto"
-    """Weights to start from: those of the model's folder, or random; auto: pretrained where the folder has any."""
+    """Weights to start from: those of the model's folder, or random; auto: pretrained if the folder has any."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N; auto: a GPU, or the CPU where there is none and the plan is for one device."""
+    """auto, cpu, cuda or cuda:N; auto: a GPU, or the CPU without a GPU if the plan is for one device."""
     resume: Literal["last", "last-good", "never"] = "last"
     """Continue from the newest checkpoint in output; last-good: skip damaged ones; never: refuse if there are any."""
     compile: bool | None = None
@@ -56,21 +56,21 @@ class RunInputs:
     observers: tuple[str, ...] = field(
         default=DEFAULT_OBSERVERS,
         metadata={
-            "help": f"What shows the run and keeps its numbers: {', '.join(OBSERVERS)}, or module:class of your own; "
-            f"repeatable. `{DEFAULT}` stands for all that are used by default, as in --observers default --observers "
+            "help": f"Observers that display the run or store its metrics: {', '.join(OBSERVERS)}, or module:class of "
+            f"your own; repeatable. `{DEFAULT}` stands for the default ones, as in --observers default --observers "
             "wandb."
         },
     )
     """Names of :data:`moescale.report.registry.OBSERVERS`, or ``module:class``."""
     check_machine: bool = True
-    """Refuse to start where GPU memory or packages do not suffice for this run; otherwise only warn."""
+    """Refuse to start if GPU memory or packages are insufficient for this run; otherwise only warn."""
     hang_seconds: float = 600.0
-    """On several ranks: seconds without progress after which the run ends, naming the rank that hangs."""
+    """On several ranks: abort after this many seconds without progress; the error names the rank that hangs."""
     profile: int = 0
-    """After a few steps, profile so many more: a trace, a memory snapshot and a table of kernels beside the plan, in
-    the folder profile of output."""
+    """Number of steps to profile after the first few: writes a trace, a memory snapshot and a table of kernels compared
+    with the plan to the folder profile of output."""
     deterministic: bool = False
-    """Ask for bit-identical results where an operator has a faster way that is not."""
+    """Use deterministic algorithms, for bit-identical results, where faster ones are not."""
 
     def __post_init__(self) -> None:
         for name in ("data", "output", "plan", "adapter"):
@@ -106,19 +106,19 @@ class RunInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest(RunInputs):
-    """A whole training run, as :func:`moescale.train` takes it."""
+    """A complete training run, the argument of :func:`moescale.train`."""
 
     settings: TrainSettings = field(default_factory=TrainSettings)
-    """Optimization, validation and checkpoints."""
+    """Settings of optimization, validation and checkpoints."""
 
 
 def request_arguments(request: TrainRequest) -> list[str]:
-    """Return the arguments of ``moescale`` that ask for the same run."""
+    """Return the arguments of ``moescale`` for the same run."""
     return ["run", *_arguments(request)]
 
 
 def _arguments(record: Any) -> Iterator[str]:
-    """Options for the fields of ``record``, and of records in it, that have other values than their defaults."""
+    """Yield options for the fields of ``record``, and of records in it, that differ from their defaults."""
     for item in fields(record):
         value = getattr(record, item.name)
         option = item.name.replace("_", "-")

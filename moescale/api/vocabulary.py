@@ -1,4 +1,4 @@
-"""Whether a corpus and a model speak of the same tokens: what the corpus records, compared with the model's folder."""
+"""Compares the tokenizer of a corpus, as the corpus records it, with that of the model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from moescale.data.prepare.tokenizer import load_tokenizer
 from moescale.errors import ConfigError, DataError
 
 LEAST_VOCABULARY_SHARE = 0.9
-"""Of a model's vocabulary that its own tokenizer uses. Models pad theirs: DeepSeek-V2-Lite by 2.3%, Qwen3 by 0.2%."""
+"""Fraction of a model's vocabulary that its own tokenizer uses. Models pad theirs: DeepSeek-V2-Lite by 2.3%, Qwen3 by
+0.2%."""
 
 
 def check_vocabulary(vocabulary_size: int, config: ModelConfig) -> None:
-    """Raise ConfigError where a corpus has ids, all below ``vocabulary_size``, that the model has no embedding for."""
+    """Raise ConfigError if a corpus has ids, all below ``vocabulary_size``, for which the model has no embedding."""
     if vocabulary_size > config.vocab_size:
         raise ConfigError(
             f"the corpus has token ids up to {vocabulary_size - 1}, model.vocab_size is {config.vocab_size}; "
@@ -24,10 +25,10 @@ def check_vocabulary(vocabulary_size: int, config: ModelConfig) -> None:
 
 
 def vocabulary_notice(data: Path, config: ModelConfig, model: Path) -> str | None:
-    """Return what a user should know of the tokenizer that ``data`` was prepared with, or None.
+    """Return a notice if ``data`` was apparently prepared with another model's tokenizer, else None.
 
-    That is compared with the one in ``model``, the model's folder. Where there is none, a vocabulary that is much
-    smaller than the model's is a hint. A saved dataset records neither.
+    The recorded tokenizer is compared with the one in ``model``, the model's folder. If the folder has none, a
+    vocabulary much smaller than the model's is a hint. A saved dataset records neither.
     """
     if not (data / MANIFEST).is_file():
         return None
@@ -53,7 +54,7 @@ def vocabulary_notice(data: Path, config: ModelConfig, model: Path) -> str | Non
 
 
 def _fingerprint(model: Path, end_token: object, recorded: object) -> str | None:
-    """The fingerprint of the tokenizer in ``model`` as a corpus records it; None where there is none to read."""
+    """Return the fingerprint of the tokenizer in ``model`` as a corpus records it; None if it cannot be read."""
     path = model / "tokenizer.json"
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""The command line: each command in its own module, a thin caller of the package, imported when it is used."""
+"""The command line. Each command has its own module, a thin caller of the package, which is imported on use."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ app = App(
 )
 _COMMANDS = {
     "prepare": "Tokenise text and pack it into sequences.",
-    "show": "Print sequences of a corpus, with what is learned in green, or {+marked so+} without colours.",
+    "show": "Print sequences of a corpus, with the tokens that are learned in green, or {+marked so+} without colours.",
     "compile": "Plan parallel training for a cluster: will it fit, how fast, with which settings.",
     "run": "Train a model: start it, or continue the run in the output folder.",
-    "doctor": "Examine this machine: what will and will not work, and what mends it.",
+    "doctor": "Examine this machine: what works, what does not, and how to fix it.",
     "calibrate": "Measure this machine and write a cluster file for compile.",
     "export": "Write a run's weights as a Hugging Face checkpoint.",
     "report": "Write a page about a run, or one that compares several.",
     "bench": "Measure the kernels next to their peers, or tune them; show the reference's table next to ours.",
 }
 _PATHS_OR_NAMES = frozenset({"model", "tokenizer", "source", "cluster"})
-"""Options that take a path among other things."""
+"""Options that accept a path or something else."""
 _SIZES = {"memory-limit": "GiB", "memory-gigabytes": "GB", "max-shard-gigabytes": "GB"}
-"""Options that are sizes, each with the unit of a plain number."""
+"""Options that are sizes, with the unit of a number without one."""
 _SETTINGS = FileKind(
     noun="a settings file",
     missing="is not a file; give a TOML file with a table such as [run] as --config",
@@ -75,7 +75,7 @@ def _with_config(
 
 
 def _check_tables(document: dict[str, Any], path: Path) -> None:
-    """Refuse what no command would read; the keys inside a table are checked by the command that reads it."""
+    """Raise ConfigError for entries that no command reads; keys inside a table are checked by its command."""
     tables = ", ".join(f"[{name}]" for name in _COMMANDS)
     for name, value in document.items():
         if not isinstance(value, dict) and name in _COMMANDS:
@@ -91,7 +91,7 @@ def _check_tables(document: dict[str, Any], path: Path) -> None:
 
 
 def _refuse_fractions(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """An error where a whole number is asked for and another given, which cyclopts would round in silence."""
+    """Raise ConfigError for a fraction where an integer is required, which cyclopts would silently round."""
     for argument in arguments:
         if argument.hint is not int and int not in get_args(argument.hint):
             continue
@@ -107,9 +107,9 @@ def _refuse_fractions(_app: App, commands: tuple[str, ...], arguments: ArgumentC
 
 
 def _expand_home(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """One rule for every path, on the command line and in settings files: ``~`` at its start is the home folder.
+    """Expand ``~`` at the start of every path, on the command line and in settings files.
 
-    Relative paths are relative to the working directory, in settings files too.
+    Relative paths are relative to the working directory, also in settings files.
     """
     for argument in arguments:
         is_path = argument.hint is Path or Path in get_args(argument.hint)
@@ -118,7 +118,7 @@ def _expand_home(_app: App, _commands: tuple[str, ...], arguments: ArgumentColle
 
 
 def _read_sizes(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Turn sizes with a unit into numbers of the unit that a setting is kept in."""
+    """Convert sizes with a unit to numbers in the unit of the setting."""
     for argument in arguments:
         unit = _SIZES.get(argument.name.removeprefix("--"))
         if unit is None:
@@ -135,7 +135,7 @@ def _read_sizes(_app: App, commands: tuple[str, ...], arguments: ArgumentCollect
 
 
 def _refuse_names_of_weights(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """An error before the work for a path below which weights cannot be read or written: safetensors wants UTF-8."""
+    """Raise ConfigError for a path that is not UTF-8, where safetensors could not read or write weights."""
     if not set(commands) & {"run", "export"}:
         return
     for argument in arguments:
@@ -149,7 +149,7 @@ def _refuse_names_of_weights(_app: App, commands: tuple[str, ...], arguments: Ar
 
 
 _RULES = (_refuse_names_of_weights, _expand_home, _read_sizes, _refuse_fractions)
-"""What every value goes through, wherever it was given."""
+"""Rules applied to all values, from the command line and from settings files."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -158,10 +158,10 @@ def main(arguments: list[str] | None = None) -> None:
     """
     prefer_expandable_segments()  # before a command imports torch
     if arguments is not None:
-        sys.argv[1:] = arguments  # what a command on several ranks starts itself again with
+        sys.argv[1:] = arguments  # with which a command on several ranks starts itself again
     try:
         app.meta(sys.argv[1:], exit_on_error=False, print_error=False)
-    except CycloptsError as error:  # Printed here, not by its library: it may show what a settings file holds.
+    except CycloptsError as error:  # Printed here, not by the library, because it may quote a settings file.
         _print_error(usage_text(error))
         sys.exit(MoescaleError.exit_status)
     except Preempted as stop:  # As asked.
@@ -170,10 +170,10 @@ def main(arguments: list[str] | None = None) -> None:
     except MoescaleError as error:
         _print_error(str(error))
         sys.exit(error.exit_status)
-    except BrokenPipeError:  # Who read the output has left, as head does.
+    except BrokenPipeError:  # The reader of the output has closed it, as head does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:  # A full disk, a folder without permission: nothing a traceback would explain.
+    except OSError as error:  # A full disk or missing permissions, which a traceback would not explain.
         path = "" if error.filename is None else f"{error.filename}: "
         advice = remedy(error)
         _print_error(f"{path}{error.strerror or error}{'' if advice is None else f'; {advice}'}")

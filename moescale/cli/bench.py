@@ -1,4 +1,4 @@
-"""``moescale bench``: the kernels next to their peers on the GPU at hand, and the reference's table next to ours."""
+"""``moescale bench``: compares the kernels with their peers on this GPU, and the reference's table with ours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moescale.files import write_atomically
 
 COLUMNS = ("scope", "tokens", "num_experts", "routing", "backend", "forward_ms", "backward_ms", "tflops", "peak_bytes")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-"""The repository's results; an installed package has none."""
+"""The repository's results, which an installed package does not have."""
 
 
 class BenchError(MoescaleError, RuntimeError):
@@ -36,7 +36,7 @@ def bench_command(
     finds the launch parameters of this GPU instead; a table for moescale/kernels/experts/tables is the result.
 
     reference needs no GPU: it prints the table of nnScaler's DeepSeek example with the planner's prediction for the
-    same job, results that are there, and the machine's limit.
+    same job, available results, and the machine's limit.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def bench_command(
 def _check_options(
     what: str, *, tune: bool, model: str | None, cluster: str | None, results: Path | None, plot: Path | None
 ) -> None:
-    """Refuse options that what is asked for does not have."""
+    """Raise ConfigError for options that do not apply to ``what``."""
     given = {"--tune": tune, "--model": model, "--cluster": cluster, "--results": results, "--plot": plot}
     for option, value in given.items():
         belongs_to = "experts" if option in ("--tune", "--model") else "reference"
@@ -151,7 +151,7 @@ def _tuned_table(model: str | None) -> dict[str, Any]:
             raise ConfigError(f"--model ({model}) has no routed experts to tune; take a mixture of experts")
         shapes = shapes_of_model(config)
     document = tune(shapes)
-    return {name: document[name] for name in ("gpu", "entries")}  # without the times of all the losers
+    return {name: document[name] for name in ("gpu", "entries")}  # without the times of slower candidates
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from moescale.planner.cluster import parse_cluster_text
 
 
 def calibrate_command(output: Path, *, name: str | None = None) -> None:
-    """Measure this machine's GPU, its links too when started with torchrun, and write a cluster file.
+    """Measure this machine's GPU, and its links if started with torchrun, and write a cluster file.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def calibrate_command(output: Path, *, name: str | None = None) -> None:
     if name is not None:
         document["name"] = name
     text = to_toml(document)
-    parse_cluster_text(text, str(output))  # what we write must be what `compile` reads
+    parse_cluster_text(text, str(output))  # checks that `compile` can read the file
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, text)
     say(printable(f"written to {output}"))

@@ -1,4 +1,4 @@
-"""``moescale compile``: plan training for a cluster, and say why."""
+"""``moescale compile``: plan training for a cluster, and explain the plan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def compile_command(
     json
         Print the plan (or with --fit the table) as JSON on standard output.
     """
-    from moescale.api.compile import compile as compile_settings  # here, so that --help does not wait for the planner
+    from moescale.api.compile import compile as compile_settings  # imported here to keep --help fast
     from moescale.api.compile import corpus_notice
     from moescale.api.compile import fit as fit_settings
     from moescale.planner.explain import explain_json, explain_text
@@ -39,6 +39,6 @@ def compile_command(
         return
     result = compile_settings(settings)
     say(json_module.dumps(explain_json(result), indent=2) if json else explain_text(result))
-    result.plan()  # an error where nothing fits, after the explanation has said what would
+    result.plan()  # raises if no plan fits, after the explanation of what would fit
     if settings.output is not None and not json:
         say("\n" + printable(f"plan written to {settings.output}"))

@@ -1,4 +1,4 @@
-"""``moescale doctor``: what will and will not work on this machine, and what mends it."""
+"""``moescale doctor``: reports what works on this machine, what does not, and how to fix it."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def doctor_command(
     measure: bool = True,
     json: bool = False,
 ) -> None:
-    """Examine this machine: GPUs, packages, links, memory, disk; what works, and the command that mends the rest.
+    """Examine this machine: GPUs, packages, links, memory, disk; what works, and the command that fixes the rest.
 
-    Exit status 2 where something stops moescale from working, 0 with warnings.
+    Exit status 2 if something prevents moescale from working, 0 with warnings.
 
     Parameters
     ----------
     cluster
         Cluster file, by name or path, to compare with a measurement of a few seconds.
     output
-        Folder that a run would write to, whose disk is looked at; default: the working directory.
+        Folder that a run would write to, whose disk is checked; default: the working directory.
     measure
-        Measure GPUs and links, for some seconds on each; nothing else should run there.
+        Measure GPUs and links, for a few seconds each; nothing else should run on them.
     json
         Print the findings as JSON on standard output.
     """
@@ -57,7 +57,7 @@ def doctor_command(
 
 
 def show(finding: Finding, console: Console) -> None:
-    """Print one finding, its remedy in a line of its own."""
+    """Print one finding, with its remedy on a separate line."""
     line = Text(f"{finding.status:8}", style=_STYLES[finding.status])
     line.append(f"{finding.name:20}", style="bold").append(printable(finding.detail), style="default")
     console.print(line, soft_wrap=True)

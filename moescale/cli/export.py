@@ -1,4 +1,4 @@
-"""``moescale export``: a run's weights as a Hugging Face checkpoint."""
+"""``moescale export``: write a run's weights as a Hugging Face checkpoint."""
 
 from __future__ import annotations
 

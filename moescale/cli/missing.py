@@ -1,4 +1,4 @@
-"""What a command still needs: every required option that was not given, and a whole command as an example."""
+"""Error messages for missing options: all required options that were not given, and a complete example command."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ EXAMPLES = {
     "export": "export --run runs/first --output my-model",
     "report": "report runs/first",
 }
-"""A call of each command that cannot do without options, with what it needs."""
+"""An example of each command that has required options."""
 
 
 def advice(command: str) -> str:
-    """Return an example of ``command``, and where its options are."""
+    """Return an example of ``command`` and a pointer to its options."""
     example = f"for example `moescale {EXAMPLES[command]}`; " if command in EXAMPLES else ""
     return f"{example}`moescale {command} --help` lists all options"
 
 
 class RequireOptions:
-    """A rule for cyclopts: an error that names all required options that neither command line nor file gave."""
+    """A rule for cyclopts: raises an error with all required options missing from command line and settings file."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self._options = [token.partition("=")[0] for token in tokens if token.startswith("--")]
@@ -49,7 +49,7 @@ class RequireOptions:
 
 
 def usage_text(error: CycloptsError) -> str:
-    """Return what is wrong with a command line, where the library's own words do not say what to do."""
+    """Return the error text of a command line, if the library's own text has no remedy."""
     command = " ".join(error.command_chain or ())
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         return f"{command}: {error.keyword or error.argument.name} needs a value after it; {advice(command)}"

@@ -1,4 +1,4 @@
-"""``moescale prepare``: text to packed token sequences."""
+"""``moescale prepare``: tokenise text and pack it into sequences."""
 
 from __future__ import annotations
 

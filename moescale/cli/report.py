@@ -1,4 +1,4 @@
-"""``moescale report``: a page about a run, or one that compares several."""
+"""``moescale report``: write a page about a run, or one that compares several runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moescale.files import write_atomically
 
 
 def report_command(*run: Path, output: Path | None = None) -> None:
-    """Write one HTML page about a run, or one that compares several; runs that still go or have died included.
+    """Write one HTML page about a run, or one that compares several runs, including running and failed ones.
 
     Parameters
     ----------

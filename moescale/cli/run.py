@@ -33,7 +33,7 @@ def run_command(
         request = replace(request, observers=tuple(name for name in request.observers if name != "progress_bar"))
     try:
         summary = train(request)
-    except LocalRanksError as error:  # the processes have printed why
+    except LocalRanksError as error:  # the processes have printed the reason
         raise SystemExit(error.exit_status) from None
     if json and is_first_process():
         say(to_json(asdict(summary), indent=2))

@@ -1,4 +1,4 @@
-"""``moescale show``: sequences of a corpus, with what is learned in colour."""
+"""``moescale show``: print sequences of a corpus, with the learned tokens in colour."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from moescale.tools.corpus_view import CorpusView, DocumentView, Run, SequenceView, Totals
 
 _OPEN, _CLOSE = "{+", "+}"
-"""Around what is learned where there is no colour, as in git's word diff."""
+"""Marks around learned text in output without colours, as in git's word diff."""
 _GUTTER = "| "
-"""Before every line of content, which could look like a line of this command otherwise."""
+"""Prefix of every line of content, which could otherwise be mistaken for a line of this command."""
 
 
 def show_command(
@@ -30,22 +30,22 @@ def show_command(
     tokenizer: str | None = None,
     json: bool = False,
 ) -> None:
-    """Print sequences of a corpus: what is learned in green (without colours: {+so+}), documents, padding.
+    """Print sequences of a corpus: learned tokens in green (without colours: {+so+}), documents, padding.
 
-    A line break of the text is shown as ↵, and what a terminal would act on as its code.
+    Line breaks of the text are shown as ↵, and control characters as their codes.
 
     Parameters
     ----------
     data
         Folder written by `prepare`, or by `save_to_disk` of datasets.
     first
-        How many sequences to print, from the first on; default: 3.
+        Number of sequences to print, from the first one; default: 3.
     sequence
-        Number of a sequence to print, from 0; repeatable.
+        Index of a sequence to print, from 0; repeatable.
     split
         Split to print.
     tokenizer
-        Tokenizer that the corpus was made with; default: the one that its manifest names. Without any, ids are printed.
+        Tokenizer of the corpus; default: the one that its manifest names. Without any, ids are printed.
     json
         Print sequences and totals as JSON on standard output.
     """
@@ -71,7 +71,7 @@ def show_command(
 
 
 class _Page:
-    """Prints views, in colour where the terminal has any."""
+    """Prints views, in colour if the terminal supports it."""
 
     def __init__(self, view: CorpusView) -> None:
         self._console = Console(markup=False, emoji=False, highlight=False)
@@ -98,7 +98,7 @@ class _Page:
             self.line(f"padding: {view.num_padding:,} tokens", style="dim")
 
     def _content(self, document: DocumentView, *, is_marked: bool) -> Text:
-        """Lay out a document; without colours a mark stands where learning begins and where it ends."""
+        """Lay out a document; without colours, learned text is enclosed in marks."""
         is_marked = is_marked and not self._in_colour
         content = Text(_GUTTER)
         was_learned, breaks = False, ""
@@ -117,7 +117,7 @@ class _Page:
         return content.append(_CLOSE if is_marked and was_learned else "")
 
     def _spelled(self, text: str, keep: str = "\n") -> str:
-        """Spell what the terminal would act on, and what its encoding has no character for."""
+        """Escape control characters, and characters that the terminal's encoding lacks."""
         encoding = self._console.encoding
         return printable(text, keep=keep).encode(encoding, "backslashreplace").decode(encoding)
 

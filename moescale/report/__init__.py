@@ -1,4 +1,4 @@
-"""What a run tells: records of metrics, and the observers that show and keep them.
+"""Reports of a run: metrics, the observers that display and store them, and warnings.
 
 May import: moescale.config, moescale.errors, moescale.files, moescale.records.
 """

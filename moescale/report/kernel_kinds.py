@@ -1,4 +1,4 @@
-"""Sorts a GPU's kernels by what they serve in a step, from their names."""
+"""Classifies the kernels of a training step by their names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("loss", r"_softmax_kernel|_scale_kernel|cross_entropy"),
     ("element-wise", r"_forward_kernel|_backward_kernel|reduce_kernel|triton_|elementwise|CUDAFunctor_add|copy|memcpy"),
 )
-"""Name and pattern; the first that matches. Norms, rotations and what torch.compile fuses are element-wise."""
+"""Kinds with their patterns; the first match counts. Norms, RoPE and kernels of torch.compile are element-wise."""
 OTHER = "other"
 
 
 def kind_of(kernel: str) -> str:
-    """Return the kind of the kernel with this name, ``other`` for one that no pattern knows."""
+    """Return the kind of the kernel with this name; ``other`` if no pattern matches."""
     return next((name for name, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE)), OTHER)

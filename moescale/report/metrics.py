@@ -1,4 +1,4 @@
-"""What a training run tells of itself: one record per step, one per run."""
+"""Metrics of a training run: a record per step, a summary per run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def to_json(document: Any, **options: Any) -> str:
-    """``document`` as JSON, which knows no NaN and no infinity: null stands for them."""
+    """Return ``document`` as JSON, with null for NaN and infinity, which JSON does not have."""
     return json.dumps(_finite(document), allow_nan=False, **options)
 
 
@@ -24,31 +24,31 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """What is known after one step."""
+    """Metrics of one step."""
 
     step: int
     """Steps done so far, this one included."""
     loss: float
     """Nats per target token, without the auxiliary loss."""
     aux_loss: float
-    """Load-balancing loss by its definition, mean over MoE layers and micro-batches, not times alpha."""
+    """Load-balancing loss, averaged over MoE layers and micro-batches, without the factor alpha."""
     learning_rate: float
     gradient_norm: float
-    """Before clipping."""
+    """L2 norm of all gradients before clipping."""
     tokens: int
     step_seconds: float
     peak_bytes: int
     """Largest device memory allocated so far; 0 on the CPU."""
     expert_load: list[list[float]]
-    """Per MoE layer, each expert's share of the routed rows times the number of experts: 1 is balanced."""
+    """Per MoE layer, each expert's fraction of the routed rows times the number of experts: 1 is balanced."""
     allocator_retries: int = 0
-    """Times that torch's allocator found no memory in this step, gave back what it kept and asked again."""
+    """Number of times in this step that torch's allocator ran out of memory, freed its cache and retried."""
     data_seconds: float = 0.0
-    """Waiting for the step's batches, in addition to ``step_seconds``."""
+    """Time waiting for the step's batches, not included in ``step_seconds``."""
     skipped: bool = False
-    """The step's loss or gradient norm was not finite, and weights were left alone."""
+    """True if loss or gradient norm was not finite, so that the weights were not updated."""
     extra: Mapping[str, float] = field(default_factory=dict)
-    """Further metrics by name, from the hooks of the run."""
+    """Further metrics by name, returned by the run's hooks."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -57,24 +57,24 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A prompt of the validation split, and how the model continues it; texts, or ids where there is no tokenizer."""
+    """A prompt of the validation split and the model's continuation, as text, or as token ids without a tokenizer."""
 
     sequence: int
-    """The sequence of the validation split that the prompt is from."""
+    """Index of the prompt's sequence in the validation split."""
     prompt: str
     answer: str
-    """The model's."""
+    """The model's continuation."""
     wanted: str
-    """The corpus's, cut to the tokens that the model was given for its own."""
+    """The corpus's continuation, cut to the maximum length of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSummary:
-    """How a run ended."""
+    """Summary of a finished run."""
 
     steps: int
     tokens: int
-    """Tokens of the steps done by this process."""
+    """Tokens of the steps done by this process, so not those before a resume."""
     seconds: float
     """Wall time of this process's training loop."""
     final_loss: float | None

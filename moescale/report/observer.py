@@ -1,4 +1,4 @@
-"""What an observer of a run is told, and when."""
+"""The interface of observers of a run, and records of metrics for them."""
 
 from __future__ import annotations
 
@@ -16,48 +16,49 @@ from moescale.report.metrics import Sample, StepMetrics, TrainSummary
 
 
 def stderr_console() -> Console:
-    """A console on standard error that prints text as it is: brackets and colons in it are the user's own."""
+    """Return a console on standard error that prints text verbatim, without markup or emoji codes."""
     return Console(stderr=True, markup=False, emoji=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What is known of a run when it starts."""
+    """Description of a run at its start."""
 
     folder: Path
-    """The run's output folder; it exists."""
+    """The run's output folder, which exists."""
     total_steps: int
     flops_per_token: float
-    """Model FLOPs of forward and backward per token; recomputation is not counted."""
+    """Model FLOPs per token of forward and backward, without recomputation."""
     peak_flops: float | None
-    """Dense bf16 FLOP/s of all devices together; None where it is not known."""
+    """Dense bf16 FLOP/s of all devices together; None if unknown."""
     experts_per_token: int = 0
-    """Routed experts that a token chooses."""
+    """Routed experts per token."""
     device_bytes: int | None = None
     """Memory of the device; None on the CPU."""
     is_resumed: bool = False
-    """The run continues from a checkpoint: :meth:`Observer.on_resume` follows."""
+    """True if the run continues from a checkpoint; :meth:`Observer.on_resume` is called next."""
     document: Mapping[str, Any] = field(default_factory=dict)
-    """What ``run.json`` holds: model, data, settings, plan and backends, as JSON values."""
+    """Contents of ``run.json``: model, data, settings, plan and backends, as JSON values."""
     console: Console = field(default_factory=stderr_console)
-    """Shared by all observers, so that a line printed by one appears above the progress bar of another."""
+    """Console shared by all observers, so that lines of one are printed above the progress bar of another."""
 
 
 class Observer:
-    """Is told what happens in a run. Subclass it and override what you need; every method does nothing here.
+    """Base class of observers. Subclass it and override what you need; every method here does nothing.
 
-    The first rank alone has observers, and calls them between steps: a slow one holds up the training. What they raise
-    ends the run. Values are Python numbers that the trainer has read anyway, so no method waits for the device.
+    Only the first rank has observers. They are called between steps, so a slow one delays the training, and an error
+    they raise ends the run. Values are Python numbers that the trainer has already read, so no method waits for the
+    device.
     """
 
     is_default: ClassVar[bool] = False
-    """Used by every run that does not say which observers it wants; read of moescale's own observers only."""
+    """True if a run uses the observer by default. Only relevant for observers in :mod:`moescale.report.observers`."""
 
     def on_start(self, run: RunContext) -> None:
-        """Before the first step, and before :meth:`on_resume`."""
+        """Called before the first step, and before :meth:`on_resume`."""
 
     def on_resume(self, step: int, path: Path) -> None:
-        """The run continues after ``step`` from the checkpoint ``path``; later steps are told of again."""
+        """Called when the run continues after ``step`` from the checkpoint ``path``. Later steps are reported again."""
 
     def on_phase(self, step: int, phase: str) -> None:
         """After ``step`` steps something begins, such as ``validation`` or ``micro-batch 2``; many times a step.
@@ -66,28 +67,28 @@ class Observer:
         """
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """A step is done."""
+        """Called after each step."""
 
     def on_validation(self, step: int, loss: float) -> None:
-        """The mean loss over the validation split after ``step``, in nats per target token."""
+        """Called with the mean loss over the validation split after ``step``, in nats per target token."""
 
     def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """How the model continues prompts of the validation split after ``step``."""
+        """Called with the model's continuations of prompts of the validation split after ``step``."""
 
     def on_checkpoint(self, step: int, path: Path, seconds: float) -> None:
-        """The checkpoint of ``step`` is whole on disk; the training waited ``seconds`` for it."""
+        """Called when the checkpoint of ``step`` is complete on disk; the training waited ``seconds`` for it."""
 
     def on_finish(self, summary: TrainSummary) -> None:
-        """The run has done all its steps."""
+        """Called when all steps of the run are done."""
 
     def close(self) -> None:
-        """The run ends, in whatever way; called once where :meth:`on_start` has returned."""
+        """Called once when the run ends, successfully or not, if :meth:`on_start` has returned."""
 
 
 def step_record(metrics: StepMetrics, run: RunContext) -> dict[str, Any]:
     """Return a step's metrics as one flat record: numbers, booleans, and lists with a number per MoE layer.
 
-    Every number of :class:`StepMetrics` is in it by its name. An extra metric of the same name is dropped.
+    It contains every number of :class:`StepMetrics` under its name. Extra metrics of the same name are dropped.
     """
     numbers = {name: value for name, value in vars(metrics).items() if isinstance(value, (int, float))}
     record: dict[str, Any] = {
@@ -104,7 +105,7 @@ def step_record(metrics: StepMetrics, run: RunContext) -> dict[str, Any]:
 
 
 def step_scalars(metrics: StepMetrics, run: RunContext) -> dict[str, float]:
-    """A step's metrics as scalars under ``train/`` and ``experts/``, as services that draw curves take them."""
+    """Return a step's metrics as scalars under ``train/`` and ``experts/``, for services that draw curves."""
     record = step_record(metrics, run)
     scalars = {f"train/{key}": value for key, value in record.items() if isinstance(value, (int, float))}
     for layer, load in enumerate(metrics.expert_load):
@@ -114,22 +115,22 @@ def step_scalars(metrics: StepMetrics, run: RunContext) -> dict[str, float]:
 
 
 def validation_scalars(loss: float) -> dict[str, float]:
-    """A validation's mean loss, in nats per target token, as scalars under ``validation/``."""
+    """Return a validation's mean loss (nats per target token) as scalars under ``validation/``."""
     return {"validation/loss": loss, "validation/perplexity": perplexity(loss)}
 
 
 def perplexity(loss: float) -> float:
-    """``exp(loss)``, infinite where that exceeds the range of a float."""
+    """Return ``exp(loss)``, or infinity if that exceeds the range of a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write ``path`` into a MoescaleError with a remedy."""
+    """Turn an OSError from writing ``path`` into a MoescaleError with a remedy."""
     try:
         yield
     except OSError as error:
         raise MoescaleError(
-            f"{path} cannot be written: {error.strerror or error}; make room or give the right to write there, then "
-            "start the same command again: it resumes from the last checkpoint, which this did not touch"
+            f"{path} cannot be written: {error.strerror or error}; free disk space or fix permissions, then run the "
+            "same command again: it resumes from the last checkpoint, which is unaffected"
         ) from error

@@ -1,4 +1,4 @@
-"""Observers by name: those of :mod:`moescale.report.observers`, and a user's own as ``module:class``."""
+"""Finds observers by name: those of :mod:`moescale.report.observers`, and a user's own as ``module:class``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moescale.report.observer import Observer, RunContext
 
 
 def _class_in(name: str) -> type[Observer]:
-    """Return the one observer that the module ``name`` defines."""
+    """Return the observer class that the module ``name`` defines."""
     (found,) = (
         value
         for value in vars(importlib.import_module(name)).values()
@@ -29,18 +29,18 @@ OBSERVERS: dict[str, type[Observer]] = {
 }
 """The observers of :mod:`moescale.report.observers`, by the names of their modules."""
 DEFAULT = "default"
-"""Stands for DEFAULT_OBSERVERS, so that one can be added to them."""
+"""Name that stands for DEFAULT_OBSERVERS, so that others can be added to them."""
 DEFAULT_OBSERVERS = tuple(name for name, observer in OBSERVERS.items() if observer.is_default)
 
 
 def expand_default(names: Iterable[str]) -> tuple[str, ...]:
-    """``names`` with those of DEFAULT_OBSERVERS in place of ``default``; none is there twice."""
+    """Return ``names`` with ``default`` replaced by DEFAULT_OBSERVERS, without duplicates."""
     listed = ((name,) if name != DEFAULT else DEFAULT_OBSERVERS for name in names)
     return tuple(dict.fromkeys(name for part in listed for name in part))
 
 
 def make_observer(name: str) -> Observer:
-    """Make the observer called ``name`` in OBSERVERS, or of the class that ``name`` gives as ``module:class``.
+    """Make the observer ``name`` of OBSERVERS, or one of the class that ``name`` gives as ``module:class``.
 
     Raises:
         ConfigError: there is no such name, module or class, or the class is not an :class:`Observer`.
@@ -67,7 +67,7 @@ def make_observer(name: str) -> Observer:
 
 
 class ObserverList(Observer, AbstractContextManager):
-    """Tells each of several observers, in their order; a context manager that closes those that were started."""
+    """Forwards calls to several observers in order. A context manager that closes those that were started."""
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self.observers: Sequence[Observer] = tuple(observers)
@@ -107,12 +107,12 @@ class ObserverList(Observer, AbstractContextManager):
             observer.on_finish(summary)
 
     def close(self) -> None:
-        """Close every observer that was started, the last one first, and then raise the first error of any."""
+        """Close all started observers, the last one first, then raise the first error that occurred."""
         problem: Exception | None = None
         while self._started:
             try:
                 self._started.pop().close()
-            except Exception as error:  # whatever a user's own raises; the others are closed all the same
+            except Exception as error:  # of any type: a user's observer may raise it, and the others are still closed
                 problem = problem or error
         if problem is not None:
             raise problem
@@ -121,5 +121,5 @@ class ObserverList(Observer, AbstractContextManager):
         try:
             self.close()
         except Exception:
-            if kind is None:  # else an error is on its way already, most often this one's cause
+            if kind is None:  # otherwise an error is propagating, most often the cause of this one
                 raise

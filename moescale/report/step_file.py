@@ -1,4 +1,4 @@
-"""What observers share that keep some steps' records in a file of their own."""
+"""Base class of observers that write records of some steps to their own file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from moescale.report.observers.json_lines import keep_records
 
 
 class StepFile(Observer):
-    """Keeps a file of one JSON object a line. A subclass names it in ``FILE`` and calls :meth:`append`.
+    """Writes a file with one JSON object per line. A subclass names it in ``FILE`` and calls :meth:`append`.
 
-    After a resume the records of steps that are done again are dropped, when the first of these is done.
+    After a resume, the records of repeated steps are dropped when the first of them is done.
     """
 
     FILE: ClassVar[str]
@@ -33,6 +33,6 @@ class StepFile(Observer):
                 keep_records(self._path, lambda record: record["step"] <= self._first_step)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write a record, which has its ``step``."""
+        """Write a record, which must have a ``step``."""
         with writing(self._path), self._path.open("a") as file:
             file.write(to_json(record) + "\n")

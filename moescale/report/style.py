@@ -1,4 +1,4 @@
-"""The look that all pages share: colours for light and dark, plots that fit narrow screens."""
+"""The style of all HTML pages: colours for light and dark mode, plots that fit narrow screens."""
 
 from __future__ import annotations
 

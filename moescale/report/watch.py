@@ -1,7 +1,7 @@
-"""Recognises what goes wrong in a run from its step records: one rule a function, live and in a report alike.
+"""Detects problems of a run from its step metrics. Each rule is a function, used live and in reports.
 
-A rule looks at the last steps and returns a sentence, or None. It speaks once, and again only after the trouble has
-been gone, so that a run of days is not a log of the same line.
+A rule looks at the last steps and returns a sentence or None. A warning is given once, and again only after the problem
+has been gone, so that a run of days does not repeat the same line.
 """
 
 from __future__ import annotations
@@ -16,60 +16,60 @@ from functools import cached_property
 from moescale.report.metrics import StepMetrics
 
 WINDOW = 20
-"""Steps that a rule looks back on."""
+"""Number of steps that a rule looks at."""
 SPIKE_NATS = 0.5
 SPIKE_DEVIATIONS = 8.0
 DEAD_LOAD = 0.05
-"""Of an even share, over ``WINDOW`` steps."""
+"""Load below which an expert is dead: a fraction of an even share, over ``WINDOW`` steps."""
 DEAD_FRACTION = 0.1
-"""Of a layer's experts."""
+"""Fraction of a layer's experts that must be dead for a warning."""
 COLLAPSED_FRACTION = 0.5
-"""Of all tokens, that choose one expert."""
+"""Fraction of all tokens that choose the same expert."""
 STARVED_FRACTION = 0.05
 MEMORY_FRACTION = 0.97
 PLANNED_FACTOR = 1.01
 RETRYING_STEPS = 3
-"""Of the last ``WINDOW``; the first step of a run may find its memory so."""
+"""Number of the last ``WINDOW`` steps with a retry; the first step of a run may have one."""
 SLOW_FACTOR = 1.15
 NAMED = 8
-"""Experts that a warning names before it counts the others."""
+"""Number of experts that a warning lists; it only counts the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunWarning:
-    """Something that a user should look at."""
+    """A problem that the user should look at."""
 
     kind: str
     """The rule's name, e.g. ``loss spike``."""
     step: int
     message: str
-    """What was seen, with values."""
+    """The observation, with values."""
     advice: str
-    """What to do about it."""
+    """The advice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What is known of a run before it starts; None or 0 where it is not known."""
+    """Values known before a run starts; None or 0 if unknown."""
 
     top_k: int = 0
     memory_bytes: int | None = None
-    """Of the device, as the driver reports it."""
+    """Memory of the device, as the driver reports it."""
     planned_bytes: int | None = None
-    """Peak of torch's allocator, as the plan predicts it."""
+    """Peak of torch's allocator that the plan predicts."""
     step_seconds: float | None = None
-    """As the plan predicts it."""
+    """Time of a step that the plan predicts."""
 
 
 @dataclass(frozen=True)
 class Recent:
-    """The last steps, the newest last, and what several rules want of them."""
+    """The last steps, the newest last, with statistics that several rules use."""
 
     steps: list[StepMetrics]
 
     @cached_property
     def mean_loads(self) -> list[list[float]]:
-        """Per MoE layer, every expert's load over the last ``WINDOW`` steps; empty before there are so many."""
+        """Mean load of every expert per MoE layer over the last ``WINDOW`` steps; empty before that many steps."""
         loads = [step.expert_load for step in self.steps[-WINDOW:] if step.expert_load]
         if len(loads) < WINDOW:
             return []
@@ -77,7 +77,7 @@ class Recent:
 
 
 class Watcher:
-    """Looks at every step of a run and returns what is new to say."""
+    """Checks every step of a run and returns new warnings."""
 
     def __init__(self, expected: Expectation) -> None:
         self.expected = expected
@@ -85,7 +85,7 @@ class Watcher:
         self._active: set[str] = set()
 
     def on_step(self, metrics: StepMetrics) -> list[RunWarning]:
-        """Return the warnings that this step gives rise to; those that go on are not repeated."""
+        """Return the warnings that begin with this step; ongoing ones are not repeated."""
         self._steps.append(metrics)
         recent = Recent(list(self._steps))
         new = []
@@ -100,21 +100,21 @@ class Watcher:
 
 
 def loss_spike(recent: Recent, _: Expectation) -> str | None:
-    """The last loss is far above those before it, beyond their spread."""
+    """Detect a loss far above the previous ones, beyond their spread."""
     losses = [step.loss for step in recent.steps[:-1] if math.isfinite(step.loss)][-WINDOW:]
     if len(losses) < WINDOW:
         return None
     middle = statistics.median(losses)
     deviation = statistics.median(abs(loss - middle) for loss in losses)
     last = recent.steps[-1].loss
-    # A loss that is not finite ends the run, or is skipped and counted.
+    # A step with a non-finite loss ends the run, or is skipped and counted.
     if not math.isfinite(last) or last <= middle + max(SPIKE_NATS, SPIKE_DEVIATIONS * deviation):
         return None
     return f"the loss is {last:.3f}, after {middle:.3f} in the {WINDOW} steps before"
 
 
 def dead_experts(recent: Recent, _: Expectation) -> str | None:
-    """A tenth of a layer's experts are hardly chosen."""
+    """Detect layers in which a tenth of the experts are hardly chosen."""
     layers = []
     for layer, loads in enumerate(recent.mean_loads):
         dead = [expert for expert, load in enumerate(loads) if load < DEAD_LOAD]
@@ -131,14 +131,14 @@ def dead_experts(recent: Recent, _: Expectation) -> str | None:
 
 
 def collapsed_router(recent: Recent, expected: Expectation) -> str | None:
-    """Most tokens choose the same expert."""
+    """Detect a layer in which most tokens choose the same expert."""
     if not expected.top_k:
         return None
     worst: tuple[float, int, int] | None = None
     for layer, loads in enumerate(recent.mean_loads):
         expert = max(range(len(loads)), key=lambda number: loads[number])
         share = loads[expert] * expected.top_k / len(loads)
-        # Choosing K of few experts, each is chosen by K / E of the tokens when all is well.
+        # With few experts, each is chosen by K / E of the tokens even if the router is balanced.
         if share > max(COLLAPSED_FRACTION, 2 * expected.top_k / len(loads)) and (worst is None or share > worst[0]):
             worst = (share, layer, expert)
     if worst is None:
@@ -148,7 +148,7 @@ def collapsed_router(recent: Recent, expected: Expectation) -> str | None:
 
 
 def starved(recent: Recent, _: Expectation) -> str | None:
-    """Steps wait for data."""
+    """Detect steps that wait for data."""
     steps = recent.steps[-WINDOW:]
     if len(steps) < WINDOW:
         return None
@@ -160,7 +160,7 @@ def starved(recent: Recent, _: Expectation) -> str | None:
 
 
 def memory_short(recent: Recent, expected: Expectation) -> str | None:
-    """The device's memory is nearly full, and not because the plan says so."""
+    """Detect device memory that is nearly full although the plan does not predict it."""
     peak = recent.steps[-1].peak_bytes
     if not expected.memory_bytes or peak <= MEMORY_FRACTION * expected.memory_bytes:
         return None
@@ -170,7 +170,7 @@ def memory_short(recent: Recent, expected: Expectation) -> str | None:
 
 
 def memory_asked_for_again(recent: Recent, _: Expectation) -> str | None:
-    """So little memory is free that torch's allocator starts over in step after step."""
+    """Detect memory so short that torch's allocator retries in several steps."""
     steps = recent.steps[-WINDOW:]
     retrying = sum(step.allocator_retries > 0 for step in steps)
     if retrying < RETRYING_STEPS or not steps[-1].allocator_retries:
@@ -180,7 +180,7 @@ def memory_asked_for_again(recent: Recent, _: Expectation) -> str | None:
 
 
 def slower_than_planned(recent: Recent, expected: Expectation) -> str | None:
-    """Steps take longer than the plan says, the first ones left out."""
+    """Detect steps that take longer than planned, without the first ones."""
     times = [step.step_seconds for step in recent.steps[-WINDOW:]]
     if not expected.step_seconds or len(times) < WINDOW:
         return None
@@ -224,7 +224,7 @@ RULES: dict[str, tuple[Rule, str]] = {
         "moescale doctor finds a busy or throttled GPU; moescale calibrate measures this machine for compile --cluster",
     ),
 }
-"""By name: the rule, and what to do where it speaks."""
+"""The rules by name, each with its advice."""
 
 
 def _named(experts: list[int]) -> str:

@@ -85,7 +85,7 @@ def test_where_nothing_fits_the_nearest_misses_and_remedies_are_told(capsys: pyt
         (["--router-imbalance", "-1"], "compile.router_imbalance (-1.0) must be"),
         (["--output", "."], "--output (.) is a folder"),
         (["--html", "/"], "--html (/) is a folder"),
-        (["--output", f"{__file__}/plan.json"], "test_compile.py is no folder"),
+        (["--output", f"{__file__}/plan.json"], "test_compile.py is not a folder"),
         (["--output", "/proc/none/plan.json"], "plan.json) cannot be written"),
         (["--html", "/proc/none/plan.html"], "plan.html) cannot be written"),
         (["--output", "/tmp/same", "--html", "/tmp/same"], "must be two files"),

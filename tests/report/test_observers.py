@@ -120,7 +120,9 @@ def test_a_full_disk_is_an_error_with_a_remedy(tmp_path):
 def test_tensorboard_files_that_cannot_be_made_are_an_error_with_a_remedy(tmp_path):
     (tmp_path / "tensorboard").write_text("")
     with (
-        pytest.raises(MoescaleError, match=r"tensorboard cannot be written: .*; make room .* resumes from the last"),
+        pytest.raises(
+            MoescaleError, match=r"tensorboard cannot be written: .*; free disk space .* resumes from the last"
+        ),
         make_log(tmp_path) as log,
     ):
         log.on_step(metrics(1))

@@ -1,5 +1,5 @@
-"""Observers of a training run. Every module here defines one, and a run asks for it by the module's name.
+"""Observers of a training run. Each module here defines one observer, which is named like its module.
 
-A new one needs its file and nothing else: :mod:`moescale.report.registry` finds it. Importing a module here must be
-cheap, because every run imports them all; import a service's package in ``on_start``.
+A new observer needs only its file: :mod:`moescale.report.registry` finds it. Importing a module here must be cheap,
+because every run imports them all; import the package of a service in ``on_start``.
 """

@@ -1,4 +1,4 @@
-"""Prints what a user wants to know besides the progress: where a run resumed, its validations, and how it ended."""
+"""Prints resumes, validations, samples and the summary of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moescale.report.observer import Observer, RunContext, perplexity
 
 
 class ConsoleLines(Observer):
-    """One line on standard error for each event that is not a step."""
+    """Prints a line on standard error for each event other than a step."""
 
     is_default = True
 

@@ -1,4 +1,4 @@
-"""Keeps every expert's load in ``expert_load.jsonl``, a few hundred times a run: for the report's heat map."""
+"""Writes every expert's load to ``expert_load.jsonl``, a few hundred times per run, for the report's heat map."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from moescale.report.observer import RunContext
 from moescale.report.step_file import StepFile
 
 RECORDS = 200
-"""In a whole run, about: 26 layers of 64 experts are 10 kB each."""
+"""Approximate number of records in a run. A record of 26 layers with 64 experts has 10 kB."""
 
 
 class ExpertLoad(StepFile):
-    """Writes the load of every expert of every MoE layer, evenly over the run; 1 is an even share."""
+    """Writes the load of every expert of every MoE layer at regular intervals; 1 is an even share."""
 
     is_default = True
     FILE = "expert_load.jsonl"

@@ -1,4 +1,4 @@
-"""Keeps a run's numbers in ``metrics.jsonl``: one object per step, per validation and per checkpoint."""
+"""Writes a run's metrics to ``metrics.jsonl``: one object per step, validation, set of samples and checkpoint."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ _FILE = FileKind(
     error=MoescaleError,
     ignores_unknown=True,
     max_bytes=2**31,
-    remedy="move the file away; a run that goes on begins another",
+    remedy="move the file away; a run that continues starts a new one",
 )
 _MAX_LINE_BYTES = 2**20
-"""A record has some hundred bytes, and of its loads some ten thousand."""
+"""Limit of a line. A record has a few hundred bytes, or about ten thousand with loads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
-    """What is read of a line of ``metrics.jsonl`` again."""
+    """The fields of a line of ``metrics.jsonl`` that are read again."""
 
     step: Count
     validation_loss: float | None = None
 
 
 class JsonLines(Observer):
-    """Writes ``metrics.jsonl``, with null for what is not finite.
+    """Writes ``metrics.jsonl``, with null for values that are not finite.
 
-    After a resume the records of steps that are done again are dropped first, so each step appears once; so does each
-    validation, which a finished run that is started again repeats.
+    After a resume, the records of repeated steps are dropped first, so that each step appears once. The same holds for
+    validations, which a finished run repeats when it is started again.
 
     Raises:
-        MoescaleError: from any method, where the file cannot be written. No state of the training is lost by it.
+        MoescaleError: from any method, if the file cannot be written. No state of the training is lost.
     """
 
     is_default = True
@@ -86,7 +86,7 @@ class JsonLines(Observer):
             self._file = self._path.open("a")
 
     def _drop_validation(self, step: int) -> None:
-        """Drop the record of a validation after ``step`` that was done before."""
+        """Drop the record of an earlier validation after ``step``."""
         with writing(self._path):
             self._open()
             if step in self._old_validations:
@@ -97,20 +97,19 @@ class JsonLines(Observer):
 
 
 def validation_losses(records: Iterable[dict[str, Any]]) -> dict[int, float | None]:
-    """The loss of each validation in ``records``, by its step; None where it was not finite."""
+    """Return the loss of each validation in ``records`` by its step; None if it was not finite."""
     return {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of the metrics file ``path``, without lines that are none; empty where there is no file."""
+    """Return the valid records of the metrics file ``path``; empty if there is no file."""
     return [record for _, record in _parse(path)[0]]
 
 
 def keep_records(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Drop the other records from a file, whole or not at all, and return those kept.
+    """Drop all other records from a file, atomically, and return those kept.
 
-    A last line cut short by a kill is dropped too. Any other line that is not a record is moved to
-    ``metrics.damaged.jsonl``.
+    A truncated last line is dropped, too. Any other line that is not a record is moved to ``metrics.damaged.jsonl``.
     """
     if not path.is_file():
         return []
@@ -124,7 +123,7 @@ def keep_records(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> list[
 
 
 def _parse(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[bytes]]:
-    """The file's records with their lines, and the lines that are damaged; a cut-short last line is neither."""
+    """Return the file's records with their lines, and its damaged lines; a truncated last line is in neither."""
     records: list[tuple[bytes, dict[str, Any]]] = []
     damaged: list[bytes] = []
     lines = read_bytes(path, _FILE).split(b"\n") if path.is_file() else []

@@ -1,4 +1,4 @@
-"""Shows progress, the loss, the rate and the experts' balance: as a bar in a terminal, as lines in a log."""
+"""Shows progress, loss, tokens per second and expert balance, as a bar in a terminal or as lines in a log."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from moescale.report.metrics import StepMetrics
 from moescale.report.observer import Observer, RunContext
 
 LINE_SECONDS = 30.0
-"""Between two lines, where standard error is not a terminal."""
+"""Interval between lines if standard error is not a terminal."""
 OF_EVERY_STEP = ("waiting for data", "micro-batch", "gradient sums")
-"""How phases begin that every step has; they are shown before the first step is done, and later not."""
+"""Prefixes of phases that every step has; they are shown only before the first step is done."""
 
 
 class ProgressBar(Observer):
-    """A bar over the steps of the run, on standard error; where that is a file or a pipe, a line now and then."""
+    """A progress bar on standard error; if that is a file or a pipe, a line at regular intervals."""
 
     is_default = True
 

@@ -1,4 +1,4 @@
-"""Writes a run's numbers as TensorBoard scalars, in the folder ``tensorboard`` of the run."""
+"""Writes a run's metrics as TensorBoard scalars to the folder ``tensorboard`` of the run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard(Observer):
-    """Scalars under ``train/``, ``validation/`` and ``experts/``; steps done again after a resume replace the old ones.
+    """Writes the scalars ``train/``, ``validation/`` and ``experts/``; after a resume, repeated steps replace old ones.
 
     Raises:
-        MoescaleError: from any method, where the folder cannot be written. No state of the training is lost by it.
+        MoescaleError: from any method, if the folder cannot be written. No state of the training is lost.
     """
 
     is_default = True
@@ -29,7 +29,7 @@ class TensorBoard(Observer):
 
     def on_resume(self, step: int, path: Path) -> None:
         self._first_step = step
-        # A finished run that is started again repeats its last validation: equal values would be there twice.
+        # A finished run that is started again repeats its last validation, whose value would appear twice.
         self._old_validations = validation_losses(read_records(self._run.folder / METRICS_FILE))
 
     def on_step(self, metrics: StepMetrics) -> None:

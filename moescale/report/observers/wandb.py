@@ -1,4 +1,4 @@
-"""Sends a run's numbers to Weights & Biases, or keeps them for it in the folder ``wandb`` of the run (offline mode)."""
+"""Sends a run's metrics to Weights & Biases, or stores them in the folder ``wandb`` of the run (offline mode)."""
 
 from __future__ import annotations
 
@@ -23,28 +23,27 @@ from moescale.report.observer import (
 )
 
 PROJECT = "moescale"
-"""Unless WANDB_PROJECT names another."""
+"""Default project, unless WANDB_PROJECT names another."""
 FOLDER = "wandb"
 ID_FILE = "run-id"
 _FILE = FileKind(
     noun="the identifier of a run of Weights & Biases",
     error=MoescaleError,
     max_bytes=1000,
-    remedy="remove the file, and what comes becomes another run there",
+    remedy="remove the file; later steps then appear as a new run",
 )
 
 
 class WandB(Observer):
-    """The scalars of TensorBoard, what ``run.json`` holds as the configuration, and the summary.
+    """Logs the scalars of TensorBoard, the contents of ``run.json`` as the configuration, and the summary.
 
-    A run that resumes continues the same run there: its identifier is kept in ``wandb/run-id``. Steps that are done
-    again are dropped by the server, which has them. wandb's own variables (WANDB_PROJECT, WANDB_MODE, WANDB_ENTITY)
-    apply.
+    A resumed run continues the same W&B run, whose identifier is stored in ``wandb/run-id``. The server drops repeated
+    steps, which it already has. wandb's environment variables (WANDB_PROJECT, WANDB_MODE, WANDB_ENTITY) apply.
 
     Raises:
-        ConfigError: when it is made, where the package is not installed.
-        MoescaleError: from :meth:`on_start`, where the service refuses or the folder cannot be written. What fails
-            later, such as the network, is retried by wandb's own process and does not end the training.
+        ConfigError: on construction, if the package is not installed.
+        MoescaleError: from :meth:`on_start`, if the service refuses or the folder cannot be written. wandb's process
+            retries later failures, such as those of the network, which do not end the training.
     """
 
     def __init__(self) -> None:
@@ -68,7 +67,7 @@ class WandB(Observer):
                 resume="allow",
                 dir=str(run.folder),
                 config=dict(run.document),
-                # The terminal belongs to the other observers; what they print is not captured.
+                # The terminal is used by other observers, whose output must not be captured.
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.errors.Error as error:
@@ -88,7 +87,7 @@ class WandB(Observer):
         self._finish(exit_code=0)
 
     def close(self) -> None:
-        # Without on_finish the run was stopped or has failed, and is shown so.
+        # Without on_finish the run was stopped or has failed, and is marked as such.
         self._finish(exit_code=1)
 
     def _finish(self, *, exit_code: int) -> None:
@@ -98,7 +97,7 @@ class WandB(Observer):
 
 
 def _identifier(path: Path, *, is_resumed: bool) -> str:
-    """The identifier in ``path`` where the run is resumed, else a new one, which is kept there."""
+    """Return the identifier in ``path`` if the run is resumed, else a new one, which is stored there."""
     with writing(path):
         if is_resumed and path.is_file():
             identifier = read_bytes(path, _FILE).decode(errors="replace").strip()

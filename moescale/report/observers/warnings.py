@@ -1,4 +1,4 @@
-"""Prints what a user should look at, with what to do about it, and keeps it in ``warnings.jsonl``."""
+"""Prints warnings about a run with advice, and writes them to ``warnings.jsonl``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moescale.report.watch import Expectation, Watcher
 
 
 class Warnings(StepFile):
-    """Watches a run by the rules of :mod:`moescale.report.watch`."""
+    """Applies the rules of :mod:`moescale.report.watch` to every step of a run."""
 
     is_default = True
     FILE = "warnings.jsonl"
@@ -25,7 +25,7 @@ class Warnings(StepFile):
                 top_k=run.experts_per_token,
                 memory_bytes=run.device_bytes,
                 planned_bytes=prediction.get("allocated_bytes"),
-                # Predictions are for GPUs.
+                # Predictions hold for GPUs only.
                 step_seconds=prediction.get("step_seconds") if run.device_bytes else None,
             )
         )
