@@ -106,17 +106,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, stdlib_sources: Path)
 
 @pytest.fixture(scope="session")
 def stdlib_corpus(tmp_path_factory: pytest.TempPathFactory, stdlib_sources: Path, model_folder: Path) -> Path:
-    """The sources, prepared in sequences of 64 tokens with a validation split."""
+    """A fifth of the sources in sequences of 64 tokens: 1,700 for training, and 16 that a run validates with."""
     from moescale.data.prepare import prepare
     from moescale.data.prepare.settings import PrepareSettings
 
     folder = tmp_path_factory.mktemp("prepared") / "corpus"
     settings = PrepareSettings(
-        source=str(stdlib_sources),
+        source=(f"{stdlib_sources}/json_*.py", f"{stdlib_sources}/logging_*.py"),
         tokenizer=str(model_folder),
         sequence_length=64,
         output=folder,
         validation_fraction=0.1,
+        seed=4,  # which holds out one small file: every run of these tests reads all of it
         num_workers=1,
     )
     prepare(settings, progress=False)

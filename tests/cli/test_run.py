@@ -23,7 +23,7 @@ from moescale.data.corpus import open_corpus
 from moescale.models.transformer import build_on_meta
 from moescale.plan import MeshShape, ParallelPlan, Prediction, one_device_plan, save_plan
 
-STEPS = 200
+STEPS = 80
 SEQUENCES_PER_STEP = 8
 
 
@@ -62,7 +62,7 @@ def final_weights(output: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def straight_run(tmp_path_factory, model_folder, stdlib_corpus) -> Path:
-    """200 undisturbed steps."""
+    """Undisturbed."""
     output = tmp_path_factory.mktemp("straight") / "run"
     moescale(*run_arguments(model_folder, stdlib_corpus, output, "--steps", STEPS))
     return output
@@ -86,9 +86,9 @@ def test_a_run_killed_and_resumed_ends_with_the_same_losses_and_weights(
     tmp_path, model_folder, stdlib_corpus, straight_run
 ):
     output = tmp_path / "run"
-    arguments = run_arguments(model_folder, stdlib_corpus, output, "--steps", STEPS, "--checkpoint-every", 40)
+    arguments = run_arguments(model_folder, stdlib_corpus, output, "--steps", STEPS, "--checkpoint-every", 15)
     process = start(arguments)
-    wait_for_step(process, output, 90)
+    wait_for_step(process, output, 35)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
