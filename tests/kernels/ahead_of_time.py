@@ -1,6 +1,9 @@
 """Compile every kernel the operators launch, for GPUs this machine does not have; run as a script.
 
-    python ahead_of_time.py CAPABILITY...      for example 80 90 100
+    python ahead_of_time.py [--every-variant] CAPABILITY...      for example 80 90 100
+
+Every variant of a kernel is compiled for 90, and for the others the last one that is launched, which has most of the
+kernel's parts; with ``--every-variant``, every one for all of them.
 
 Operators are called on CPU tensors with the launch replaced: it records the kernel's arguments, of which the compiler
 needs only types, constants and alignment. Prints one JSON object: {capability: {kernel: bytes of shared memory}}.
@@ -61,7 +64,7 @@ def record_launches(call: Callable[[], object]) -> list[Launch]:
 
 
 def call_every_operator() -> None:
-    """Each operator's kernels at the shapes of DeepSeek-Coder-V2-Lite in bf16, and its variants."""
+    """Each operator's kernels at the shapes of DeepSeek-Coder-V2-Lite in bf16, and its variants, the fullest last."""
     from moescale.kernels.adamw import MASTERS, MOMENT_DTYPES, AdamWHyperparameters, init_adamw_state
     from moescale.kernels.adamw import triton as adamw
     from moescale.kernels.cross_entropy import triton as cross_entropy
@@ -85,15 +88,21 @@ def call_every_operator() -> None:
     q, kv, table = empty(1, 8, 16, 192), empty(1, 8, 16, 256), empty(8, 32, dtype=fp32)
     rope.forward(q, kv, empty(1, 8, 576)[..., 512:], table, table)
     rope.backward(q, q, empty(1, 8, 16, 128), table, table)
-    for num_experts, top_k, groups, top_groups, normalize in ((64, 6, 1, 1, False), (160, 6, 8, 3, True)):
-        logits, weights = empty(64, num_experts, dtype=fp32), empty(64, top_k, dtype=fp32)
-        ids, counts = empty(64, top_k, dtype=int32), empty(4, num_experts, dtype=int32)
-        for bias, mask in ((None, None), (empty(num_experts, dtype=fp32), empty(64, dtype=torch.bool))):
-            for padding in (None, empty(64, dtype=torch.bool)):
-                router.forward(logits, bias, mask, padding, top_k, groups, top_groups, normalize, 1.5, 4)
-                router.backward(
-                    weights, empty(dtype=fp32), logits, ids, counts, padding, normalize, 1.5, bias is not None
-                )
+    # The groups of a choice, the scores (softmax, or sigmoid with a bias) and padding are constants of the kernels, and
+    # every pair of two of them is here: all eight together take the compiler most of its time.
+    for num_experts, groups, top_groups, sigmoid, padded in (
+        (64, 1, 1, False, False),
+        (64, 1, 1, True, True),
+        (160, 8, 3, False, True),
+        (160, 8, 3, True, False),
+    ):
+        normalize = groups > 1
+        logits, weights = empty(64, num_experts, dtype=fp32), empty(64, 6, dtype=fp32)
+        ids, counts = empty(64, 6, dtype=int32), empty(4, num_experts, dtype=int32)
+        bias, mask = (empty(num_experts, dtype=fp32), empty(64, dtype=torch.bool)) if sigmoid else (None, None)
+        padding = empty(64, dtype=torch.bool) if padded else None
+        router.forward(logits, bias, mask, padding, 6, groups, top_groups, normalize, 1.5, 4)
+        router.backward(weights, empty(dtype=fp32), logits, ids, counts, padding, normalize, 1.5, sigmoid)
     targets = torch.zeros(4, dtype=torch.int64)
     for write_gradient in (False, True):
         cross_entropy.softmax_losses(empty(4, 102400), targets, -100, write_gradient)
@@ -143,9 +152,13 @@ def call_attention(capability: tuple[int, int]) -> None:
 def main() -> None:
     common = record_launches(call_every_operator)
     report: dict[str, dict[str, int]] = {}
-    for capability in map(int, sys.argv[1:]):
+    arguments = sys.argv[1:]
+    every_variant = "--every-variant" in arguments
+    for capability in (int(word) for word in arguments if word.isdecimal()):
         kernels = report.setdefault(str(capability), {})
         launches = common + record_launches(lambda: call_attention(divmod(capability, 10)))  # noqa: B023
+        if not every_variant and capability != 90:
+            launches = list({launch[0]: launch for launch in launches}.values())
         for kernel, signature, constants, attributes, options in launches:
             source = ASTSource(kernel, signature, constants, attributes)
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from moescale.kernels.adamw import (
     set_master_weight,
 )
 from moescale.kernels.adamw.rounding import random_bits
-from moescale.kernels.backends import KernelInputError
+from moescale.kernels.backends import KernelInputError, triton_interpreted
 
 ONE = torch.ones(())
 MOMENTS = tuple(MOMENT_DTYPES)
@@ -210,15 +211,19 @@ def check_codes_are_right_on_average(device: str, backend: str, draws: int) -> N
         assert power == 4 or not total[exact == 0].any()
 
 
-def run_interpreted(call: str) -> None:
+def run_interpreted(call: Callable[..., None], *arguments: object) -> None:
+    """Call ``call`` where kernels run in the interpreter: here, or in another process if a GPU is in use here."""
+    if triton_interpreted():
+        call(*arguments)
+        return
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = f"import test_adamw; test_adamw.{call}"
+    command = f"import test_adamw; test_adamw.{call.__name__}(*{arguments})"
     folder = os.path.dirname(__file__)
     subprocess.run([sys.executable, "-c", command], check=True, env=environment, cwd=folder)
 
 
 def test_the_kernel_in_the_interpreter_equals_plain_torch():
-    run_interpreted("compare_backends('cpu')")
+    run_interpreted(compare_backends, "cpu")
 
 
 def test_codes_of_8_bits_are_right_on_average():
@@ -226,7 +231,7 @@ def test_codes_of_8_bits_are_right_on_average():
 
 
 def test_codes_of_8_bits_are_right_on_average_in_the_interpreter():
-    run_interpreted("check_codes_are_right_on_average('cpu', 'triton', draws=100)")
+    run_interpreted(check_codes_are_right_on_average, "cpu", "triton", 100)
 
 
 @pytest.mark.gpu

@@ -18,13 +18,16 @@ SMALLEST_SHARED_MEMORY_BYTES = 99 * 2**10  # of sm_86 and sm_89; the data-centre
 HOPPER_SHARED_MEMORY_BYTES = 227 * 2**10
 
 
-def test_every_kernel_compiles_for_every_generation() -> None:
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("--every-variant",), marks=pytest.mark.slow)], ids=["some", "every variant"]
+)
+def test_every_kernel_compiles_for_every_generation(options: tuple[str, ...]) -> None:
     script = Path(__file__).with_name("ahead_of_time.py")
     # In a process of its own: kernels are defined for the interpreter here, and for the compiler there.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(script.parents[2])
     done = subprocess.run(
-        [sys.executable, str(script), *CAPABILITIES],
+        [sys.executable, str(script), *options, *CAPABILITIES],
         env=environment | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
