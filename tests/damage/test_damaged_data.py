@@ -281,20 +281,22 @@ CHILD = textwrap.dedent("""
     import sys
     from pathlib import Path
     from moescale.errors import MoescaleError
-    from moescale.convert.adapter_folder import read_adapter, read_adapter_settings
-    from moescale.convert.hf_config import read_model_config
-    from moescale.convert.weight_files import read_headers
-    from moescale.data.corpus.saved_dataset import open_saved_dataset
-    from moescale.data.prepare.encode import Encoder
-    from moescale.data.prepare.tokenizer import load_tokenizer
 
-    def read(folder):
+    def read(folder):  # what one reader needs is not imported for the others
         if sys.argv[1] == "weights.safetensors":
+            from moescale.convert.weight_files import read_headers
+
             read_headers(folder)
         elif sys.argv[1] == "adapter_model.safetensors":
+            from moescale.convert.adapter_folder import read_adapter, read_adapter_settings
+            from moescale.convert.hf_config import read_model_config
+
             config = read_model_config(folder)
             read_adapter(folder, config, read_adapter_settings(folder, config))
         elif sys.argv[1] == "tokenizer.json":
+            from moescale.data.prepare.encode import Encoder
+            from moescale.data.prepare.tokenizer import load_tokenizer
+
             made = load_tokenizer(str(folder))
             encoder = Encoder(
                 tokenizer_json=made.tokenizer.to_str(),
@@ -305,6 +307,8 @@ CHILD = textwrap.dedent("""
             )
             encoder.tokens_of("def f(x): return x + 1  # é")
         else:
+            from moescale.data.corpus.saved_dataset import open_saved_dataset
+
             corpus = open_saved_dataset(folder)
             corpus.vocabulary_size
             for index in range(corpus.num_sequences):

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from moescale.cli import main
 from moescale.models.flops import flops_per_token
 from moescale.planner.cluster import load_cluster
 from moescale.planner.request import PlanRequest
@@ -43,13 +44,13 @@ def test_a_run_leaves_a_trace_and_a_table_of_what_took_its_time(tmp_path, model_
     assert (folder / "table.txt").read_text().strip() in done.stderr
 
 
-def test_a_run_too_short_to_be_profiled_says_so(tmp_path, model_folder, stdlib_corpus):
+def test_a_run_too_short_to_be_profiled_says_so(tmp_path, model_folder, stdlib_corpus, capsys):
     inputs = ("--model", model_folder, "--data", stdlib_corpus, "--device", "cpu", "--output", tmp_path / "run")
     shape = ("--tokens-per-step", 128, "--micro-batch-sequences", 1, "--steps", 4, "--profile", 2)
-    command = [sys.executable, "-m", "moescale", "run", *map(str, (*inputs, *shape)), "--no-final-checkpoint"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0
-    assert "nothing was profiled: --profile 2 needs 5 steps" in " ".join(done.stderr.split())
+    with pytest.raises(SystemExit) as caught:
+        main(["run", *map(str, (*inputs, *shape)), "--no-final-checkpoint"])
+    assert not caught.value.code
+    assert "nothing was profiled: --profile 2 needs 5 steps" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
