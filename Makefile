@@ -33,11 +33,11 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: check
-	$(BIN)/python -m pytest -n 2 --durations=20 -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 -m "not slow and not gpu" tests
 
 test-all: check
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt wandb
-	$(BIN)/python -m pytest -n 2 --durations=20 -m "not gpu" tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 -m "not gpu" tests
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu tests
