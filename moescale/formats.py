@@ -13,6 +13,8 @@ MomentFormat = Literal["fp32", "bf16", "int8"]
 MasterFormat = Literal["fp32", "bf16_remainder", "stochastic_bf16"]
 """What is kept of a bf16 weight's fp32 master: all of it, the 16 bits that bf16 rounds away, or nothing."""
 GradientFormat = Literal["fp32", "bf16"]
+FrozenFormat = Literal["compute", "fp8"]
+"""Frozen weights of layers: in the compute dtype, or as e4m3 codes with a scale for every block."""
 
 PLANNED_MOMENTS: tuple[MomentFormat, ...] = ("fp32", "bf16", "int8")
 PLANNED_MASTERS: tuple[MasterFormat, ...] = ("fp32", "bf16_remainder", "stochastic_bf16")
@@ -24,6 +26,9 @@ EXACT_MASTERS: tuple[MasterFormat, ...] = ("fp32", "bf16_remainder")
 
 MOMENT_BLOCK = 128
 """Values of a row that share one fp32 scale in 8-bit moments."""
+
+FP8_BLOCK = 128
+"""Rows and columns of a weight in fp8 that share one fp32 scale."""
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 MOMENT_BYTES = {"fp32": 2 * 4.0, "bf16": 2 * 2.0, "int8": 2 * (1.0 + 4.0 / MOMENT_BLOCK)}

@@ -10,8 +10,10 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast, get_args
 
 from moescale.errors import ConfigError, nearest
+from moescale.formats import FrozenFormat
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": ("",),
@@ -43,6 +45,8 @@ class LoraSettings:
     """Probability with which an input of A is dropped in training; 0 where routed experts are among the targets."""
     rank_stabilised: bool = False
     """The scale is alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+    base: FrozenFormat = "compute"
+    """How the frozen weights of linear layers and routed experts are kept: in the compute dtype, or in fp8."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= MAX_RANK:
@@ -57,6 +61,12 @@ class LoraSettings:
         if not self.targets:
             raise ConfigError(f"lora.targets must name at least one of {', '.join(GROUPS)}, or a module of a layer")
 
+        if self.base not in get_args(FrozenFormat):
+            raise ConfigError(
+                f"lora.base ({self.base!r}) must be compute, the compute dtype of the plan, or fp8"
+                f"{nearest(str(self.base), get_args(FrozenFormat))}"
+            )
+
     @property
     def scale(self) -> float:
         """The factor on ``B @ A``."""
@@ -67,6 +77,7 @@ class LoraSettings:
         words = [f"rank={self.rank}", f"alpha={self.alpha:g}", f"targets={'+'.join(self.targets)}"]
         words += [f"dropout={self.dropout:g}"] if self.dropout else []
         words += ["rank_stabilised=true"] if self.rank_stabilised else []
+        words += [f"base={self.base}"] if self.base != "compute" else []
         return ",".join(words)
 
     def has_target(self, path: str) -> bool:
@@ -133,6 +144,7 @@ def parse_lora(text: str) -> LoraSettings:
         targets=tuple(dict.fromkeys(values.get("targets", "all").split("+"))),
         dropout=_number("dropout", values.get("dropout", "0"), float),
         rank_stabilised=_flag("rank_stabilised", values.get("rank_stabilised", "false")),
+        base=cast(FrozenFormat, values.get("base", "compute")),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +21,9 @@ from moescale.convert.tensor_source import TensorSource
 from moescale.convert.weight_files import has_weights
 from moescale.errors import CheckpointError, ConfigError
 from moescale.lora import LoraSettings
+from moescale.models.frozen_fp8 import weights_in_fp8
+from moescale.models.lora import add_adapters
+from moescale.models.transformer import build_on_meta
 from moescale.records import FileKind, Length, Matches, build, read_json_object
 from moescale.report.progress import bytes_progress
 from moescale.runtime.checkpoint import Checkpoint, read_training_state, verify
@@ -31,6 +34,10 @@ from moescale.runtime.frozen import source_digest
 from moescale.runtime.session import COMPUTE_DTYPES
 
 _ADAPTERS = FileKind(noun="a checkpoint's adapters", error=CheckpointError, root="plan.lora")
+_MERGED_WITH_PLAIN = (
+    "the adapters were trained on weights in fp8 and are added to the weights as the folder has them, which the run's "
+    "validation loss is not of"
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -134,6 +141,8 @@ def export(settings: ExportSettings, *, progress: bool = True) -> ExportSummary:
                 max_shard_bytes=int(settings.max_shard_gigabytes * 1e9),
                 on_progress=on_progress,
             )
+            if lora is not None and lora.base == "fp8":
+                report = replace(report, warnings=(*report.warnings, _MERGED_WITH_PLAIN))
     except DamagedCheckpointError as error:
         raise _with_remedy(error, store, checkpoint) from error
     return ExportSummary(report=report, step=checkpoint.step, dtype=dtype_name)
@@ -167,7 +176,9 @@ def _merged(
     state = read_training_state(checkpoint)
     dtype = COMPUTE_DTYPES[state["plan"]["compute_dtype"]]
     base = FolderWeights(reference, config, dtype)
-    digest, trained = source_digest(base), state["identity"].get("frozen weights")
+    model = build_on_meta(config, dtype)
+    add_adapters(model, lora)
+    digest, trained = source_digest(base, weights_in_fp8(model)), state["identity"].get("frozen weights")
     if digest != trained:
         raise CheckpointError(
             f"{reference}: holds weights with digest {digest}, {checkpoint.path} was trained on those with {trained}; "

@@ -58,6 +58,8 @@ class TrainRank:
         self.verification = verification
         self.backends = backends
         self.store = CheckpointStore(run.request.output / "checkpoints", self.settings.keep_checkpoints)
+        self.errors_in_fp8: dict[str, float] = {}
+        """Relative Frobenius norm of what frozen weights in fp8 are off by, by kind of weight."""
 
     def train(self) -> TrainSummary:
         """Build the model, initialize or resume it, and run the steps. A collective."""
@@ -223,6 +225,7 @@ class TrainRank:
             "backends": asdict(self.backends),
             "settings": asdict(self.settings),
             "plan": asdict(self.run.plan),
+            **({"errors_in_fp8": self.errors_in_fp8} if self.errors_in_fp8 else {}),
         }
 
     def _checkpoint_to_resume(self) -> Checkpoint | None:
@@ -261,6 +264,10 @@ class TrainRank:
                 )
         else:
             placed.initialize(self.settings.seed)
+        self.errors_in_fp8 = placed.errors_in_fp8(self.ranks)
+        if self.errors_in_fp8 and self.ranks.is_first:
+            errors = ", ".join(f"{kind} {error:.2%}" for kind, error in self.errors_in_fp8.items())
+            say(f"frozen weights in fp8: they differ by {errors}", sys.stderr)
 
     def _validation(self, coordinates: Coordinates) -> Callable[[], Iterable[Any]] | None:
         data = self.request.data

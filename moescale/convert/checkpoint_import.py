@@ -6,7 +6,7 @@ parameter, with one shard mapped at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ def import_checkpoint(
     parameters: Mapping[str, torch.Tensor],
     *,
     parts: Mapping[str, Box] | None = None,
+    leave_out: Collection[str] = (),
     on_progress: Progress | None = None,
 ) -> None:
     """Copy the weights of a Hugging Face folder into ``parameters``, converted to their dtype, on their device.
@@ -36,11 +37,13 @@ def import_checkpoint(
         parameters: all parameters and buffers of the model by name. With ``parts``, each tensor is only that part of
             its parameter, and only the part is read.
         parts: for each parameter, one slice with explicit bounds per dim.
+        leave_out: names of parameters of which only the headers are checked.
 
     Raises CheckpointError, before any parameter is modified, naming a tensor that is missing, extra, of the wrong shape
     or dtype, or in a truncated file. Raises NonFiniteWeightsError naming a tensor with NaN or infinity.
     """
     table, stored = read_layout(folder, config)
+    table = {name: pieces for name, pieces in table.items() if name not in leave_out}
     _check_parameters(table, parameters, parts)
     wanted: dict[Path, list[Copy]] = {}
     for name, pieces in table.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moescale.boxes import whole_box
+from moescale.boxes import Box, whole_box
 from moescale.config import ModelConfig
 from moescale.convert.stored_layout import copies_of, fill, read_layout
 from moescale.convert.weight_files import read_parts
@@ -36,6 +36,11 @@ class FolderWeights:
         box = whole_box(self.shape(name))
         if index is not None:
             box = (slice(index, index + 1), *box[1:])
+        weight = self.read_box(name, box)
+        return weight if index is None else weight[0]
+
+    def read_box(self, name: str, box: Box) -> torch.Tensor:
+        """A box of the parameter, on the CPU."""
         weight = torch.empty([part.stop - part.start for part in box], dtype=self._weights[name].dtype)
         copied = 0
         for piece in self._table[name]:
@@ -44,4 +49,4 @@ class FolderWeights:
                 fill(copy, part, self._stored)
                 copied += copy.target.numel()
         assert copied == math.prod(weight.shape), name
-        return weight if index is None else weight[0]
+        return weight

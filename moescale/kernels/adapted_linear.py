@@ -7,6 +7,8 @@ x' is x, or x after dropout. What is added goes into the result by the epilogue 
 fp32, multiplied in the dtype of x; their gradients are summed in fp32, and added to buffers where there are any, under
 the rules of :mod:`moescale.kernels.linear`. A weight of several stacked ones (gate and up of an MLP) has an adapter for
 each: with P parts A is [P * r, K] and B [N, r], of which part p takes the p-th share of rows each.
+
+A frozen weight may be in fp8 (:mod:`moescale.kernels.block_fp8`): both passes make it plain for their product.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch.library import custom_op
 
 from moescale.kernels.backends import KernelInputError, check_dtype, check_gradient_buffer, check_shape
+from moescale.kernels.block_fp8 import check_stored, plain, stored
 from moescale.kernels.linear import add_product
 
 
@@ -29,18 +32,19 @@ def adapted_linear(
     scale: float,
     num_parts: int = 1,
     dropped: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
     gradients: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
     """Return ``x @ weight.T + bias + scale * dropped @ a.T @ b.T`` of every part; no gradient for weight and bias.
 
     Shapes: x [..., K]; weight [N, K]; bias [N]; a [P * r, K] and b [N, r] fp32; ``dropped`` as x, by default x itself;
-    result [..., N]. ``gradients``: fp32 buffers for those of a and b. They are left alone where x needs no gradient:
-    autograd then gets those of the factors.
+    result [..., N]. ``weight_scale``: the scales of a weight in fp8. ``gradients``: fp32 buffers for those of a and b.
+    They are left alone where x needs no gradient: autograd then gets those of the factors.
 
     Raises KernelInputError for shapes and dtypes that do not fit.
     """
     check_shape("adapted_linear", "weight", weight, (None, x.shape[-1]), "[N, K]")
-    check_dtype("adapted_linear", "weight", weight, (x.dtype,))
+    check_stored("adapted_linear", "weight", weight, weight_scale, x.dtype)
     check_shape("adapted_linear", "b", b, (weight.shape[0], None), "[N, r]")
     check_shape("adapted_linear", "a", a, (num_parts * b.shape[1], x.shape[-1]), "[P * r, K]")
     for name, factor in (("a", a), ("b", b)):
@@ -53,7 +57,8 @@ def adapted_linear(
         if buffer is not None:
             check_gradient_buffer("adapted_linear", name, factor, buffer)
     bias = None if bias is None else bias.detach()
-    return _adapted_linear_op(x, weight.detach(), bias, a, b, dropped, *gradients, scale, num_parts)[0]
+    weight_scale = None if weight_scale is None else weight_scale.detach()
+    return _adapted_linear_op(x, weight.detach(), weight_scale, bias, a, b, dropped, *gradients, scale, num_parts)[0]
 
 
 def _scaled_b(b: torch.Tensor, scale: float, num_parts: int, dtype: torch.dtype) -> torch.Tensor:
@@ -66,6 +71,7 @@ def _scaled_b(b: torch.Tensor, scale: float, num_parts: int, dtype: torch.dtype)
 def _adapted_linear_op(
     x: torch.Tensor,
     weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -78,13 +84,13 @@ def _adapted_linear_op(
     """Return the result and the input on the rank [T, P * r], which the backward needs."""
     source = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
     on_rank = torch.mm(source, a.to(x.dtype).t())
-    out = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    out = F.linear(x.reshape(-1, x.shape[-1]), plain(stored(weight, weight_scale), x.dtype), bias)
     out.addmm_(on_rank, _scaled_b(b, scale, num_parts, x.dtype).t())
     return out.view(*x.shape[:-1], weight.shape[0]), on_rank
 
 
 @_adapted_linear_op.register_fake
-def _(x, weight, bias, a, b, *rest):
+def _(x, weight, weight_scale, bias, a, b, *rest):
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((x.shape[:-1].numel(), a.shape[0]))
 
 
@@ -93,6 +99,7 @@ def _adapted_linear_backward_op(
     grad: torch.Tensor,
     source: torch.Tensor,
     weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
     on_rank: torch.Tensor,
@@ -111,7 +118,7 @@ def _adapted_linear_backward_op(
     if is_dropped:
         grad_dropped = torch.mm(grad_on_rank, factor).view(source.shape)
     if wants_x:
-        grad_x = torch.mm(rows, weight)
+        grad_x = torch.mm(rows, plain(stored(weight, weight_scale), grad.dtype))
         if not is_dropped:
             grad_x.addmm_(grad_on_rank, factor)
         grad_x = grad_x.view(source.shape)
@@ -130,7 +137,8 @@ def _adapted_linear_backward_op(
 
 
 @_adapted_linear_backward_op.register_fake
-def _(grad, source, weight, a, b, on_rank, a_gradient, b_gradient, scale, num_parts, wants_x, is_dropped):
+def _(grad, source, weight, weight_scale, a, b, on_rank, a_gradient, b_gradient, *rest):
+    wants_x, is_dropped = rest[-2:]
     return (
         grad.new_empty(source.shape if wants_x else (0,)),
         grad.new_empty(source.shape if is_dropped else (0,)),
@@ -140,22 +148,22 @@ def _(grad, source, weight, a, b, on_rank, a_gradient, b_gradient, scale, num_pa
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, a, b, dropped, *ctx.buffers, ctx.scale, ctx.num_parts = inputs
+    x, weight, weight_scale, _, a, b, dropped, *ctx.buffers, ctx.scale, ctx.num_parts = inputs
     ctx.is_dropped = dropped is not None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if dropped is None else dropped, weight, a, b, output[1])
+    ctx.save_for_backward(x if dropped is None else dropped, weight, weight_scale, a, b, output[1])
 
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     wants_x = ctx.needs_input_grad[0]
     options = (*ctx.buffers, ctx.scale, ctx.num_parts, wants_x, ctx.is_dropped)
     grad_x, grad_dropped, *factors = _adapted_linear_backward_op(grad.contiguous(), *ctx.saved_tensors, *options)
     grad_a, grad_b = (g if buffer is None else None for g, buffer in zip(factors, ctx.buffers, strict=True))
     grad_dropped = grad_dropped if ctx.is_dropped else None
-    return grad_x if wants_x else None, None, None, grad_a, grad_b, grad_dropped, None, None, None, None
+    return grad_x if wants_x else None, *(None,) * 3, grad_a, grad_b, grad_dropped, *(None,) * 4
 
 
 _adapted_linear_op.register_autograd(_backward, setup_context=_save)

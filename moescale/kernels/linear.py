@@ -5,6 +5,8 @@ else. With one, autograd gets no gradient for the weight: that saves writing it,
 in fp32 is rounded once; one in bf16 also before it is added, as autograd would round it, too. The operators do not
 declare that they write to the buffer, for the reason given in :mod:`moescale.kernels.experts`; a compiled backward
 keeps them because it needs what else they return.
+
+A frozen weight may be in fp8 (:mod:`moescale.kernels.block_fp8`): both passes make it plain for their product.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.library import custom_op
 
-from moescale.kernels.backends import check_gradient_buffer
+from moescale.kernels.backends import check_gradient_buffer, check_shape
+from moescale.kernels.block_fp8 import BlockFp8, check_stored, plain
 
 
 def linear(
@@ -34,6 +37,18 @@ def linear(
         return F.linear(x, weight, bias)
     check_gradient_buffer("linear", "weight", weight, weight_gradient)
     return _linear_op(x, weight, bias, weight_gradient)
+
+
+def frozen_linear(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As :func:`linear` with a weight [N, K] in fp8 and its scales; neither it nor the bias has a gradient.
+
+    Raises KernelInputError for shapes and dtypes that do not fit.
+    """
+    check_shape("frozen_linear", "weight", weight, (None, x.shape[-1]), "[N, K]")
+    check_stored("frozen_linear", "weight", weight, weight_scale, x.dtype)
+    return _frozen_linear_op(x, weight.detach(), weight_scale.detach(), None if bias is None else bias.detach())
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -85,3 +100,36 @@ def _backward(ctx, grad):
 
 
 _linear_op.register_autograd(_backward, setup_context=_save)
+
+
+@custom_op("moescale::frozen_linear", mutates_args=())
+def _frozen_linear_op(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return F.linear(x, plain(BlockFp8(codes, scales), x.dtype), bias)
+
+
+@_frozen_linear_op.register_fake
+def _(x, codes, scales, bias):
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@custom_op("moescale::frozen_linear_backward", mutates_args=())
+def _frozen_linear_backward_op(grad: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(grad, plain(BlockFp8(codes, scales), grad.dtype))
+
+
+@_frozen_linear_backward_op.register_fake
+def _(grad, codes, scales):
+    return grad.new_empty((*grad.shape[:-1], codes.shape[1]))
+
+
+def _frozen_save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+
+
+def _frozen_backward(ctx, grad):
+    return _frozen_linear_backward_op(grad, *ctx.saved_tensors), None, None, None
+
+
+_frozen_linear_op.register_autograd(_frozen_backward, setup_context=_frozen_save)

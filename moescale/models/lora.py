@@ -25,6 +25,7 @@ from moescale.kernels.experts.adapted import ExpertAdapters
 from moescale.lora import LoraSettings
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.moe import RoutedExperts
+from moescale.models.frozen_fp8 import keep_in_fp8
 from moescale.models.transformer import ADAPTER, Transformer
 
 
@@ -44,7 +45,9 @@ class LinearAdapter(nn.Module):
         """Take the buffers to which the backward adds the gradients."""
         self.gradients = (buffer("a"), buffer("b"))
 
-    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None
+    ) -> torch.Tensor:
         dropped = F.dropout(x, self.lora.dropout) if self.training and self.lora.dropout else None
         return adapted_linear(
             x,
@@ -55,6 +58,7 @@ class LinearAdapter(nn.Module):
             scale=self.lora.scale,
             num_parts=self.num_parts,
             dropped=dropped,
+            weight_scale=weight_scale,
             gradients=self.gradients,
         )
 
@@ -98,6 +102,8 @@ class ExpertsAdapter(nn.Module):
 def add_adapters(model: Transformer, lora: LoraSettings) -> None:
     """Freeze all weights of ``model`` and add adapters to its targets, in place, on the model's device, not yet filled.
 
+    Frozen weights are kept as ``lora.base`` says.
+
     Comes before the model is divided over ranks. Raises ConfigError for a target that the model does not have.
     """
     for parameter in model.parameters():
@@ -106,6 +112,8 @@ def add_adapters(model: Transformer, lora: LoraSettings) -> None:
     config = model.config
     is_plain = not config.has_expert_biases and config.swiglu_clamp is None
     lora.check_targets((path for path, _ in modules), has_plain_experts=is_plain)
+    if lora.base == "fp8":
+        keep_in_fp8(module for _, module in modules)
     for path, module in modules:
         if lora.has_target(path):
             if isinstance(module, RoutedExperts) and (module.biases is not None or module.clamp is not None):

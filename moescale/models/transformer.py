@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from moescale.boxes import Box, box_shape, relative_to, whole_box
 from moescale.config import ModelConfig
 from moescale.kernels.attention import Documents
 from moescale.kernels.cross_entropy import linear_cross_entropy
 from moescale.models.blocks.moe import DenseFeedForward, FeedForwardOutput, MixtureOfExperts, Router
 from moescale.models.blocks.norm import RMSNorm
 from moescale.models.cache import KeyValueCache, LayerCache
+from moescale.models.frozen_fp8 import box_to_quantize, is_scale, quantize_into, weights_in_fp8
 from moescale.models.registry import family_of
 
 ADAPTER = ".adapter."
@@ -171,9 +173,10 @@ def build_on_meta(config: ModelConfig, dtype: torch.dtype) -> Transformer:
 def named_weights(model: Transformer) -> dict[str, torch.Tensor]:
     """Return what a checkpoint folder holds of the model: its parameters, and the buffers that training changes.
 
-    Adapters are no part of it.
+    Adapters and the scales of weights in fp8 are no part of it.
     """
-    return {name: weight for name, weight in model.state_dict(keep_vars=True).items() if ADAPTER not in name}
+    weights = model.state_dict(keep_vars=True).items()
+    return {name: weight for name, weight in weights if ADAPTER not in name and not is_scale(name)}
 
 
 def initialize(model: Transformer, seed: int) -> None:
@@ -182,16 +185,44 @@ def initialize(model: Transformer, seed: int) -> None:
     Each parameter draws in fp32 from a generator of its device, seeded by ``seed`` and the parameter's own position,
     so the weights depend on neither dtype nor on how the model is later divided. CPU and GPU draw different numbers.
     """
+    in_fp8, std = weights_in_fp8(model), model.config.initializer_std
     for position, (name, parameter) in enumerate(in_drawing_order(model)):
-        index = tuple(slice(0, size) for size in parameter.shape)
-        initialize_part(parameter, name, position, parameter.shape, index, model.config.initializer_std, seed)
+        index = whole_box(parameter.shape)
+        if name in in_fp8:
+            scales = model.get_parameter(in_fp8[name])
+            scales_index = whole_box(scales.shape)
+            draw_in_fp8(model, parameter, index, scales, scales_index, name, position, parameter.shape, seed)
+        else:
+            initialize_part(parameter, name, position, parameter.shape, index, std, seed)
     for buffer in model.buffers():
         buffer.zero_()
 
 
 def in_drawing_order(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Named parameters, those of adapters last: a model's own weights are drawn alike with and without."""
-    return sorted(model.named_parameters(), key=lambda item: ADAPTER in item[0])
+    """Named parameters, those of adapters last: a model's own weights are drawn alike with and without.
+
+    Scales of weights in fp8 are not drawn.
+    """
+    drawn = (item for item in model.named_parameters() if not is_scale(item[0]))
+    return sorted(drawn, key=lambda item: ADAPTER in item[0])
+
+
+def draw_in_fp8(
+    model: Transformer,
+    codes: torch.Tensor,
+    codes_box: Box,
+    scales: torch.Tensor,
+    scales_box: Box,
+    name: str,
+    position: int,
+    shape: tuple[int, ...],
+    seed: int,
+) -> torch.Tensor:
+    """Fill boxes of a weight's codes and scales as :func:`initialize` does; see :func:`quantize_into`."""
+    box = box_to_quantize(codes_box, scales_box, shape) or tuple(slice(0, 0) for _ in shape)
+    drawn = torch.empty(box_shape(box), dtype=model.embedding.weight.dtype, device=codes.device)
+    initialize_part(drawn, name, position, shape, box, model.config.initializer_std, seed)
+    return quantize_into(codes, codes_box, scales, scales_box, shape, lambda part: drawn[relative_to(part, box)])
 
 
 @torch.no_grad()

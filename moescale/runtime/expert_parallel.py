@@ -308,6 +308,7 @@ class AllToAllDispatcher:
                 clamp=experts.clamp,
                 backend=experts.backend,
             )
+        compute = partial(compute, scales=experts.scales)
         if experts.recompute_up and torch.is_grad_enabled():  # save only the received rows
             compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
         rows = compute(rows, experts.gate_up, experts.down, ends)

@@ -9,13 +9,14 @@ import torch
 
 from moescale.boxes import whole_box
 from moescale.convert.tensor_source import TensorSource
+from moescale.kernels.block_fp8 import CODE_DTYPE, quantize, scales_shape
 from moescale.models.transformer import Transformer
 from moescale.runtime.layout import Part, local_tensor
 from moescale.runtime.ranks import Ranks
 
 _PIECE_ELEMENTS = 2**22
 _MODULUS = 2**64
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, CODE_DTYPE: torch.int8}
 
 
 @torch.no_grad()
@@ -37,17 +38,25 @@ def frozen_digest(model: Transformer, parts: Mapping[str, Part], ranks: Ranks) -
     return f"{sum(ranks.gather(total % _MODULUS)) % _MODULUS:016x}"
 
 
-def source_digest(source: TensorSource) -> str:
-    """The same digest of weights that are read one parameter, or one expert's slice of it, at a time."""
+def source_digest(source: TensorSource, in_fp8: Mapping[str, str]) -> str:
+    """The same digest of weights that are read one parameter, or one expert's slice of it, at a time.
+
+    ``in_fp8``: which of them the model keeps in fp8, and the names of their scales.
+    """
     total = 0
     for name in source.names():
         shape = source.shape(name)
         for index in range(shape[0]) if len(shape) == 3 else (None,):
             tensor = source.read(name, index)
-            box = whole_box(shape)
-            if index is not None:
-                box, tensor = (slice(index, index + 1), *box[1:]), tensor.unsqueeze(0)
-            total += _sum_of(name, tensor, Part(shape=shape, index=box))
+            parts = [(name, tensor, shape)]
+            if name in in_fp8:
+                codes, scales = quantize(tensor)
+                parts = [(name, codes, shape), (in_fp8[name], scales, scales_shape(shape))]
+            for key, part, whole in parts:
+                box = whole_box(whole)
+                if index is not None:
+                    box, part = (slice(index, index + 1), *box[1:]), part.unsqueeze(0)
+                total += _sum_of(key, part, Part(shape=whole, index=box))
     return f"{total % _MODULUS:016x}"
 
 

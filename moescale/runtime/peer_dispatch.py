@@ -25,6 +25,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch.autograd.function import once_differentiable
 
 from moescale.kernels.backends import KernelInputError, choose_experts_backend, debug_checks_enabled
+from moescale.kernels.block_fp8 import stored
 from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
 from moescale.kernels.experts import ExpertBiases, expert_features, operators_of
 from moescale.kernels.experts.adapted import ExpertAdapters, Projected, choose_adapted_backend
@@ -132,8 +133,8 @@ class _PeerExperts(torch.autograd.Function):
         pre, projected = mlp.forward_rows(
             ops,
             rows,
-            gate_up,
-            down,
+            stored(gate_up, experts.gate_up_scale),
+            stored(down, experts.down_scale),
             order,
             kept=kept,
             expected_rows=shape.num_pairs,
@@ -149,6 +150,7 @@ class _PeerExperts(torch.autograd.Function):
             ctx.save_for_backward(x, gate_up, down, gate_up_bias, down_bias, pre, *(projected or ()), *adapters)
             ctx.addition = None if addition is None else (addition["scale"], addition["gradients"] or (None,) * 4)
             ctx.order, ctx.dispatcher, ctx.ops = order, dispatcher, ops
+            ctx.scales = (experts.gate_up_scale, experts.down_scale)
             ctx.gradient_buffers = (experts.gate_up_gradient, experts.down_gradient, experts.bias_gradients)
             ctx.clamp = experts.clamp
         return out
@@ -168,7 +170,7 @@ class _PeerExperts(torch.autograd.Function):
         dispatcher.barrier()
         rows = exchange.pull_rows(buffers, buffers.tokens, order, _new_rows(buffers))
         grad_rows = exchange.pull_rows(buffers, buffers.gradients, order, _new_rows(buffers))
-        given = (gate_up, down, order)
+        given = (stored(gate_up, ctx.scales[0]), stored(down, ctx.scales[1]), order)
         options = dict(expected_rows=buffers.shape.num_pairs, out=buffers.results.local, values=buffers.values.local)
         of_weights: tuple[torch.Tensor | None, ...] = (None,) * 4
         of_adapters: list[torch.Tensor | None] = []

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from moescale.boxes import whole_box
+from moescale.boxes import Box, num_elements, whole_box
 from moescale.config import ModelConfig
 from moescale.convert.checkpoint_import import import_checkpoint
+from moescale.convert.folder_weights import FolderWeights
 from moescale.coordinates import Coordinates
+from moescale.models.frozen_fp8 import quantize_into, weights_in_fp8
 from moescale.models.lora import is_adapter
 from moescale.models.transformer import (
     Transformer,
     build_on_meta,
+    draw_in_fp8,
     in_drawing_order,
     initialize_part,
     named_weights,
@@ -39,9 +42,12 @@ class PlacedModel:
     """This rank's part of each parameter; every rank holds all buffers whole."""
     coordinates: Coordinates
     """This rank's coordinates in the plan's mesh."""
+    quantized: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of the weights in fp8 on this rank that were set last, by kind: [2] fp64, see :func:`quantize_into`."""
 
     def initialize(self, seed: int) -> None:
         """Set random weights, which do not depend on the plan (on one kind of device)."""
+        self.quantized.clear()
         self._draw(seed, lambda name: True)
         for buffer in self.model.buffers():
             buffer.zero_()
@@ -57,10 +63,15 @@ class PlacedModel:
                 local_tensor(parameter).copy_(factors[name][self.parts[name].index])
 
     def _draw(self, seed: int, chosen: Callable[[str], bool]) -> None:
-        std = self.model.config.initializer_std
+        std, in_fp8 = self.model.config.initializer_std, weights_in_fp8(self.model)
         for position, (name, parameter) in enumerate(in_drawing_order(self.model)):
-            if chosen(name):
-                part = self.parts[name]
+            if not chosen(name):
+                continue
+            part = self.parts[name]
+            if name in in_fp8:
+                boxes = self._boxes_in_fp8(name, in_fp8[name])
+                self._note(name, draw_in_fp8(self.model, *boxes, name, position, part.shape, seed))
+            else:
                 initialize_part(local_tensor(parameter), name, position, part.shape, part.index, std, seed)
 
     def import_weights(self, folder: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
@@ -68,10 +79,48 @@ class PlacedModel:
 
         Raises CheckpointError.
         """
+        self.quantized.clear()
         tensors = {name: local_tensor(weight) for name, weight in named_weights(self.model).items()}
         index = {name: whole_box(tensor.shape) for name, tensor in tensors.items()}
         index |= {name: part.index for name, part in self.parts.items()}
-        import_checkpoint(folder, self.model.config, tensors, parts=index, on_progress=on_progress)
+        in_fp8 = weights_in_fp8(self.model)
+        import_checkpoint(
+            folder, self.model.config, tensors, parts=index, leave_out=in_fp8.keys(), on_progress=on_progress
+        )
+        if not in_fp8:
+            return
+        source = FolderWeights(folder, self.model.config, self.model.embedding.weight.dtype)
+        total = sum(num_elements(index[name]) for name in in_fp8)
+        done = 0
+        for name, of_scales in in_fp8.items():
+
+            def read(box: Box, name: str = name) -> torch.Tensor:
+                nonlocal done
+                weight = source.read_box(name, box)
+                done += weight.numel()
+                if on_progress is not None:
+                    on_progress(min(done, total), total)
+                return weight
+
+            boxes = self._boxes_in_fp8(name, of_scales)
+            self._note(name, quantize_into(*boxes, self.parts[name].shape, read))
+
+    def _boxes_in_fp8(self, name: str, of_scales: str) -> tuple[torch.Tensor, Box, torch.Tensor, Box]:
+        """This rank's codes of a weight and their box in it, its scales and theirs."""
+        codes, scales = (local_tensor(self.model.get_parameter(key)) for key in (name, of_scales))
+        return codes, self.parts[name].index, scales, self.parts[of_scales].index
+
+    def _note(self, name: str, squares: torch.Tensor) -> None:
+        """Add to what is known of the weights of this one's kind: the same module in any layer."""
+        kind = name.split(".", 2)[2].removesuffix(".weight")
+        self.quantized[kind] = self.quantized.get(kind, 0) + squares
+
+    def errors_in_fp8(self, ranks: Ranks) -> dict[str, float]:
+        """By kind the Frobenius norm of what weights in fp8 are off by, over that of the weights. A collective."""
+        if not self.quantized:
+            return {}
+        sums = ranks.sum(torch.stack(list(self.quantized.values()))).sqrt().tolist()
+        return {kind: off / max(norm, 1e-300) for kind, (off, norm) in zip(self.quantized, sums, strict=True)}
 
 
 def place_model(config: ModelConfig, plan: ParallelPlan, ranks: Ranks, device: torch.device) -> PlacedModel:

@@ -62,7 +62,9 @@ def tensors_of(output: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "lora", [LORA, "rank=4,targets=attention+shared,dropout=0.3,rank_stabilised=true"], ids=["all", "dropout"]
+    "lora",
+    [LORA, "rank=4,targets=attention+shared,dropout=0.3,rank_stabilised=true", f"{LORA},base=fp8"],
+    ids=["all", "dropout", "fp8"],
 )
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     tmp_path: Path, pretrained: Path, stdlib_corpus: Path, lora: str
@@ -78,11 +80,12 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     assert all(".adapter." in name for name in ours), "a checkpoint holds adapters alone"
 
 
+@pytest.mark.parametrize("lora", [LORA, f"{LORA},base=fp8"], ids=["compute", "fp8"])
 def test_random_weights_are_drawn_again_for_their_adapters(
-    tmp_path: Path, model_folder: Path, stdlib_corpus: Path
+    tmp_path: Path, model_folder: Path, stdlib_corpus: Path, lora: str
 ) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    options = ("--lora", LORA, "--initialize", "random", "--steps")
+    options = ("--lora", lora, "--initialize", "random", "--steps")
     run(*batch(model_folder, stdlib_corpus, straight), *options, 2)
     for steps in (1, 2):
         run(*batch(model_folder, stdlib_corpus, stopped), *options, steps)
@@ -103,6 +106,33 @@ def test_adapters_are_not_trained_on_random_weights_unless_asked_for(
     assert f"run.model ({model_folder}) has no weights" in message
     assert "give a model with weights, or --initialize random" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_in_fp8_are_near_those_of_the_folder_and_their_errors_are_told(
+    tmp_path: Path, pretrained: Path, stdlib_corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    whole, in_fp8 = tmp_path / "whole", tmp_path / "in_fp8"
+    run(*batch(pretrained, stdlib_corpus, whole), "--lora", LORA, "--steps", 1)
+    capsys.readouterr()
+    run(*batch(pretrained, stdlib_corpus, in_fp8), "--lora", f"{LORA},base=fp8", "--steps", 1)
+    assert "frozen weights in fp8: they differ by attention.q_proj 2." in capsys.readouterr().err
+    assert losses(in_fp8) != losses(whole)
+    assert losses(in_fp8) == pytest.approx(losses(whole), rel=1e-2)
+    errors = json.loads((in_fp8 / "run.json").read_text())["errors_in_fp8"]
+    assert len(errors) == 10 and "feed_forward.experts.gate_up" in errors
+    assert all(0.02 < error < 0.03 for error in errors.values())
+    assert "errors_in_fp8" not in json.loads((whole / "run.json").read_text())
+
+
+def test_a_checkpoint_on_weights_in_fp8_is_refused_on_whole_ones_and_the_other_way_round(
+    tmp_path: Path, pretrained: Path, stdlib_corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    spelt = {"": "rank=4,alpha=16,targets=all", ",base=fp8": "rank=4,alpha=16,targets=all,base=fp8"}
+    for number, (then, now) in enumerate((("", ",base=fp8"), (",base=fp8", ""))):
+        arguments = batch(pretrained, stdlib_corpus, tmp_path / str(number))
+        run(*arguments, "--lora", LORA + then, "--steps", 1)
+        message = error_of(capsys, *arguments, "--lora", LORA + now, "--steps", 2)
+        assert f"was written with adapters {spelt[then]}, this run has {spelt[now]}; use the same one" in message
 
 
 def test_a_checkpoint_is_refused_on_other_weights_and_with_other_adapters(
@@ -188,6 +218,37 @@ def finished(tmp_path_factory: pytest.TempPathFactory, pretrained: Path, stdlib_
 def trained_factors(output: Path) -> dict[str, torch.Tensor]:
     prefix = "weights."
     return {name.removeprefix(prefix): t for name, t in tensors_of(output).items() if name.startswith(prefix)}
+
+
+def test_a_merged_export_of_a_run_in_fp8_adds_to_the_weights_of_the_folder(
+    tmp_path: Path, pretrained: Path, stdlib_corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "run"
+    run(*batch(pretrained, stdlib_corpus, output), "--lora", f"{LORA},base=fp8", "--steps", 2)
+    export("--run", output, "--output", tmp_path / "merged", "--merge", "--dtype", "fp32")
+    assert "are added to the weights as the folder has them" in capsys.readouterr().out
+    merged, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", pretrained))
+    factors = trained_factors(output)
+    name, key = "layers.2.feed_forward.experts.adapter.", "model.layers.2.mlp.experts.5.down_proj.weight"
+    delta = 4 * factors[f"{name}down_b"][5] @ factors[f"{name}down_a"][5]
+    assert delta.any()
+    torch.testing.assert_close(merged[key] - base[key], delta, rtol=1e-4, atol=1e-7)
+    base["model.layers.2.self_attn.o_proj.weight"][3, 3] *= 1.5
+    other = shutil.copytree(pretrained, tmp_path / "other")
+    save_file(base, other / "model.safetensors", metadata={"format": "pt"})
+    message = export_error(capsys, "--run", output, "--output", tmp_path / "m", "--merge", "--model", other)
+    assert "was trained on those with" in message
+
+
+def test_adapters_of_a_run_in_fp8_are_exported_and_continued(
+    tmp_path: Path, pretrained: Path, stdlib_corpus: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(*batch(pretrained, stdlib_corpus, first), "--lora", f"{LORA},base=fp8", "--steps", 3)
+    export("--run", first, "--output", tmp_path / "adapter", "--adapter", "peft")
+    arguments = ("--adapter", tmp_path / "adapter", "--lora", f"{LORA},base=fp8", "--steps", 1)
+    run(*batch(pretrained, stdlib_corpus, second), *arguments)
+    assert losses(second)[0] < losses(first)[0] - 0.05, "it starts where the adapters ended"
 
 
 def test_a_merged_export_is_the_weights_with_the_adapters_added(

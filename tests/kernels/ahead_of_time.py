@@ -67,6 +67,7 @@ def call_every_operator() -> None:
     """Each operator's kernels at the shapes of DeepSeek-Coder-V2-Lite in bf16, and its variants, the fullest last."""
     from moescale.kernels.adamw import MASTERS, MOMENT_DTYPES, AdamWHyperparameters, init_adamw_state
     from moescale.kernels.adamw import triton as adamw
+    from moescale.kernels.block_fp8 import triton as block_fp8
     from moescale.kernels.cross_entropy import triton as cross_entropy
     from moescale.kernels.experts import triton as experts
     from moescale.kernels.rms_norm import triton as rms_norm
@@ -79,6 +80,9 @@ def call_every_operator() -> None:
         return torch.empty(shape, dtype=dtype)
 
     fp32, int32 = torch.float32, torch.int32
+    codes = empty(2, 2816, 2048, dtype=torch.float8_e4m3fn)
+    for dtype in (torch.bfloat16, fp32):
+        block_fp8.dequantize(codes, empty(2, 22, 16, dtype=fp32), dtype)
     x, weight, rstd = empty(64, 2048), empty(2048), empty(64, dtype=fp32)
     for other in (None, x):
         rms_norm.forward(x, other, weight, 1e-6)

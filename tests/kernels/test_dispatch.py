@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moescale.kernels.backends import triton_interpreted
+from moescale.kernels.block_fp8 import plain, quantize
 from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
 from moescale.kernels.experts import ExpertBiases, SwigluClamp, operators_of
 from moescale.kernels.experts.adapted import ExpertAdapters
@@ -105,7 +106,12 @@ def test_any_routing_gives_the_results_and_gradients_of_one_device(tokens, top_k
     check_one_device(tokens, top_k, choice, kept, has_biases=False)
 
 
-def check_one_device(tokens, top_k, choice, kept, has_biases) -> None:
+@pytest.mark.parametrize("kept", ["all", "some", "none"])
+def test_frozen_experts_in_fp8_give_the_results_and_gradients_of_one_device(kept) -> None:
+    check_one_device((6, 4), 3, "random", kept, has_biases=True, in_fp8=True)
+
+
+def check_one_device(tokens, top_k, choice, kept, has_biases, in_fp8=False) -> None:
     num_ranks, num_local = len(tokens), EXPERTS // len(tokens)
     shape = shape_of(num_ranks, max(tokens), top_k)
     buffers = make_buffers(shape)
@@ -116,6 +122,10 @@ def check_one_device(tokens, top_k, choice, kept, has_biases) -> None:
     down = (torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator) / 4).to(DEVICE)
     ops = operators_of("triton")
     local = [slice(rank * num_local, (rank + 1) * num_local) for rank in range(num_ranks)]
+    held: list = [(gate_up[part], down[part]) for part in local]
+    if in_fp8:
+        held = [tuple(quantize(weight) for weight in weights) for weights in held]
+        gate_up, down = (torch.cat([plain(weights[which], torch.float32) for weights in held]) for which in (0, 1))
     biases, clamp = None, None
     options: list[dict] = [{} for _ in local]
     if has_biases:
@@ -134,8 +144,7 @@ def check_one_device(tokens, top_k, choice, kept, has_biases) -> None:
         pre, _ = mlp.forward_rows(
             ops,
             rows[number, 0],
-            gate_up[local[number]],
-            down[local[number]],
+            *held[number],
             order,
             kept=kept_rows,
             expected_rows=shape.num_pairs,
@@ -159,8 +168,7 @@ def check_one_device(tokens, top_k, choice, kept, has_biases) -> None:
             rows[number, 0],
             rows[number, 1],
             pres[number],
-            gate_up[local[number]],
-            down[local[number]],
+            *held[number],
             order,
             expected_rows=shape.num_pairs,
             out=buffer.results.local,
@@ -168,6 +176,7 @@ def check_one_device(tokens, top_k, choice, kept, has_biases) -> None:
             gate_up_gradient=gradients[0][local[number]],
             down_gradient=gradients[1][local[number]],
             bias_gradients=ExpertBiases(*(g[local[number]] for g in gradients[2:])) if has_biases else None,
+            is_frozen=in_fp8,
             **options[number],
         )
     everywhere = [
@@ -184,12 +193,13 @@ def check_one_device(tokens, top_k, choice, kept, has_biases) -> None:
     grad_weights = torch.cat([pull_values(b, o, len(r.x)) for b, o, r in zip(buffers, orders, ranks, strict=True)])
     torch.testing.assert_close(grad_x, everywhere[0].grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad_weights, everywhere[2].grad, rtol=1e-4, atol=1e-5)
-    for ours, parameter in zip(gradients, parameters, strict=True):
+    for ours, parameter in zip(gradients, parameters, strict=True) if not in_fp8 else ():
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("in_fp8", [False, True], ids=["plain", "fp8"])
 @pytest.mark.parametrize("kept", ["all", "some"])
-def test_adapters_of_frozen_experts_get_the_gradients_of_merged_weights(kept) -> None:
+def test_adapters_of_frozen_experts_get_the_gradients_of_merged_weights(kept, in_fp8) -> None:
     shape, scale = shape_of(2, 6, 3), 0.5
     buffers, ranks = make_buffers(shape), [make_rank(count, 3, "random", rank, 2) for rank, count in enumerate((6, 4))]
     kept_rows = shape.max_rows if kept == "all" else shape.num_pairs // 2
@@ -197,6 +207,10 @@ def test_adapters_of_frozen_experts_get_the_gradients_of_merged_weights(kept) ->
     shapes = [(2 * WIDTH, HIDDEN), (HIDDEN, WIDTH), (4, HIDDEN), (2 * WIDTH, 4), (4, WIDTH), (HIDDEN, 4)]
     gate_up, down, *adapters = ((torch.randn(EXPERTS, *s, generator=generator) / 4).to(DEVICE) for s in shapes)
     ops, local = operators_of("triton"), [slice(0, 4), slice(4, 8)]
+    held: list = [(gate_up[part], down[part]) for part in local]
+    if in_fp8:
+        held = [tuple(quantize(weight) for weight in weights) for weights in held]
+        gate_up, down = (torch.cat([plain(weights[which], torch.float32) for weights in held]) for which in (0, 1))
     factors = [ExpertAdapters(*(a[part] for a in adapters)).for_rows(torch.float32, scale) for part in local]
     rows = torch.full((2, 2, shape.max_rows, HIDDEN), float("nan"), device=DEVICE)
     gradients = [torch.zeros_like(a) for a in adapters]
@@ -207,9 +221,8 @@ def test_adapters_of_frozen_experts_get_the_gradients_of_merged_weights(kept) ->
     saved = []
     for number, (buffer, order) in enumerate(zip(buffers, orders, strict=True)):
         pull_rows(buffer, buffer.tokens, order, rows[number, 0])
-        weights = (gate_up[local[number]], down[local[number]])
         options = dict(kept=kept_rows, expected_rows=shape.num_pairs, out=buffer.results.local)
-        saved.append(mlp.forward_rows(ops, rows[number, 0], *weights, order, **options, factors=factors[number]))
+        saved.append(mlp.forward_rows(ops, rows[number, 0], *held[number], order, **options, factors=factors[number]))
     out = [pull_sums(b, o, len(r.x), r.weights) for b, o, r in zip(buffers, orders, ranks, strict=True)]
     for buffer, rank in zip(buffers, ranks, strict=True):
         buffer.results.local.fill_(float("nan"))
@@ -220,8 +233,7 @@ def test_adapters_of_frozen_experts_get_the_gradients_of_merged_weights(kept) ->
             ops,
             *rows[number],
             *saved[number],
-            gate_up[local[number]],
-            down[local[number]],
+            *held[number],
             order,
             expected_rows=shape.num_pairs,
             out=buffer.results.local,

@@ -7,6 +7,7 @@ import torch
 from agreement import DEVICE, randn
 
 from moescale.kernels import adapted_linear, cross_entropy, linear, rms_norm, rope, router, swiglu
+from moescale.kernels.block_fp8 import quantize
 
 X, WEIGHT = (6, 8), (8,)
 TABLE = torch.linspace(-1, 1, 8, device=DEVICE).view(4, 2)
@@ -40,16 +41,27 @@ CASES = {
     "adapted_linear": (
         adapted_linear._adapted_linear_op,
         lambda: (
-            *(randn(2, *X), randn(4, 8, grad=False), None, randn(6, 8, seed=1), randn(4, 3, seed=2), None),
+            *(randn(2, *X), randn(4, 8, grad=False), None, None, randn(6, 8, seed=1), randn(4, 3, seed=2), None),
             *(None, None, 0.5, 2),
         ),
     ),
     "adapted_linear_after_dropout": (
         adapted_linear._adapted_linear_op,
         lambda: (
-            *(randn(*X), randn(4, 8, grad=False), randn(4, grad=False), randn(3, 8, seed=1), randn(4, 3, seed=2)),
-            *(randn(*X, seed=3), None, None, 0.5, 1),
+            *(randn(*X), randn(4, 8, grad=False), None, randn(4, grad=False), randn(3, 8, seed=1)),
+            *(randn(4, 3, seed=2), randn(*X, seed=3), None, None, 0.5, 1),
         ),
+    ),
+    "adapted_linear_in_fp8": (
+        adapted_linear._adapted_linear_op,
+        lambda: (
+            *(randn(*X), *quantize(randn(4, 8, grad=False)), randn(4, grad=False), randn(3, 8, seed=1)),
+            *(randn(4, 3, seed=2), None, None, None, 0.5, 1),
+        ),
+    ),
+    "frozen_linear": (
+        linear._frozen_linear_op,
+        lambda: (randn(2, *X), *quantize(randn(4, 8, grad=False)), randn(4, grad=False)),
     ),
     "linear": (
         linear._linear_op,

@@ -228,6 +228,7 @@ def test_targets_choose_modules_by_group_and_by_the_end_of_their_path() -> None:
         ("rank=2,drop=0.1", r"'drop=0\.1'\) must be name=value.*did you mean 'dropout'"),
         ("rank=2,dropout=1", r"lora\.dropout \(1\.0\) must be at least 0 and below 1"),
         ("rank=2,rank_stabilised=yes", r"lora\.rank_stabilised \('yes'\) must be true or false"),
+        ("rank=2,base=bf16", r"lora\.base \('bf16'\) must be compute, the compute dtype of the plan, or fp8"),
         ("rank=2,targets=atention", r"lora\.targets \('atention'\) must be one of all, .*did you mean 'attention'"),
         ("rank=2,targets=router", r"router, norms, embedding and output stay frozen"),
         (
@@ -270,7 +271,10 @@ def test_experts_with_biases_are_refused_and_attention_around_them_is_adapted() 
 
 
 def test_settings_are_read_back_from_their_text() -> None:
-    for text in ("rank=16", "rank=8,alpha=4,targets=attention+experts", "rank=4,targets=dense,dropout=0.25"):
+    for text in (
+        *("rank=16", "rank=8,alpha=4,targets=attention+experts", "rank=4,targets=dense,dropout=0.25"),
+        "rank=4,rank_stabilised=true,base=fp8",
+    ):
         lora = parse_lora(text)
         assert parse_lora(lora.text()) == lora
     assert parse_lora("rank=16").alpha == 32

@@ -2,7 +2,7 @@
 
 The first ``kept`` rows keep their pre-activation for the backward, the others compute it again there: what a layer
 keeps has a fixed size, as a recorded graph needs, and no routing is refused or cut. Ordinarily there are no others, and
-their GEMM is a launch over no tiles.
+their GEMM is a launch over no tiles. Weights in fp8 are made plain once for both.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moescale.kernels.block_fp8 import Weight, plain
 from moescale.kernels.dispatch.triton import RowOrder
 from moescale.kernels.experts import ExpertBiases, SwigluClamp, clamp_option, up_options
 from moescale.kernels.experts.adapted import ExpertAdapters, Projected, adapter_gradients
@@ -21,8 +22,8 @@ from moescale.kernels.experts.adapted import ExpertAdapters, Projected, adapter_
 def forward_rows(
     ops: SimpleNamespace,
     rows: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
     order: RowOrder,
     *,
     kept: int,
@@ -41,6 +42,7 @@ def forward_rows(
     on_rank = None if factors is None else ops.multiply_rows(rows, factors.gate_up_a, groups, kernel="project")
     act = rows.new_empty((max_rows, ffn))
     pre = rows.new_empty((kept, 2 * ffn))
+    plain_gate_up = plain(gate_up, rows.dtype)
     for part, ends, keeps in (
         (slice(0, kept), order.kept_ends, True),
         (slice(kept, max_rows), order.further_ends, False),
@@ -50,13 +52,14 @@ def forward_rows(
         part_groups = ops.group_rows(ends, part.stop - part.start, expected_rows=expected_rows)
         options = dict(write_pre=keeps, write_act=True, act=act[part]) | _addition(on_rank, part, factors)
         options |= up_options(biases and biases.gate_up, clamp)
-        ops.multiply_up(rows[part], gate_up, part_groups, **(options | {"pre": pre} if keeps else options))
+        ops.multiply_up(rows[part], plain_gate_up, part_groups, **(options | {"pre": pre} if keeps else options))
+    del plain_gate_up
     if factors is None or on_rank is None:
         bias = {} if biases is None else {"bias": biases.down}
-        ops.multiply_rows(act, down, groups, out=out, **bias)
+        ops.multiply_rows(act, plain(down, rows.dtype), groups, out=out, **bias)
         return pre, None
     of_act = ops.multiply_rows(act, factors.down_a, groups, kernel="project")
-    ops.multiply_rows(act, down, groups, out=out, low_rank=(of_act, factors.down_b))
+    ops.multiply_rows(act, plain(down, rows.dtype), groups, out=out, low_rank=(of_act, factors.down_b))
     return pre, Projected(on_rank, of_act)
 
 
@@ -71,8 +74,8 @@ def backward_rows(
     rows: torch.Tensor,
     grad_rows: torch.Tensor,
     pre: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
     order: RowOrder,
     *,
     expected_rows: int,
@@ -107,7 +110,7 @@ def backward_rows(
     del act
     if not is_frozen:
         grad_gate_up = ops.weight_gradient(grad_pre, rows, groups, buffer=gate_up_gradient, kernel="up_wgrad")
-    ops.multiply_rows(grad_pre, gate_up, groups, transposed=True, kernel="up_dgrad", out=out)
+    ops.multiply_rows(grad_pre, plain(gate_up, rows.dtype), groups, transposed=True, kernel="up_dgrad", out=out)
     return (
         grad_gate_up if gate_up_gradient is None else None,
         grad_down if down_gradient is None else None,
@@ -121,8 +124,8 @@ def backward_adapted_rows(
     grad_rows: torch.Tensor,
     pre: torch.Tensor,
     projected: Projected,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
     order: RowOrder,
     *,
     expected_rows: int,
@@ -146,8 +149,8 @@ def backward_adapted_rows(
     del act
     on_rank = ops.multiply_rows(grad_pre, factors.gate_up_b, groups, transposed=True, kernel="project")
     of_up = adapter_gradients(ops, groups, gate_up.shape[0], grad_pre, weighted.rows, on_rank, rows, buffers[:2])
-    low_rank = (on_rank, factors.gate_up_a)
-    ops.multiply_rows(grad_pre, gate_up, groups, transposed=True, kernel="up_dgrad", out=out, low_rank=low_rank)
+    options = dict(transposed=True, kernel="up_dgrad", out=out, low_rank=(on_rank, factors.gate_up_a))
+    ops.multiply_rows(grad_pre, plain(gate_up, rows.dtype), groups, **options)
     return [*of_up, *of_down]
 
 
@@ -161,20 +164,23 @@ def _backward_of_down(
     if factors is not None:
         on_rank = ops.multiply_rows(grad_rows, factors.down_b, groups, transposed=True, kernel="project")
     grad_pre, act = rows.new_empty((max_rows, 2 * ffn)), rows.new_empty((max_rows, ffn))
-    parts = [(slice(0, kept), order.kept_ends, pre), (slice(kept, max_rows), order.further_ends, None)]
-    for part, ends, part_pre in parts:
+    first, further = slice(0, kept), slice(kept, max_rows)
+    further_pre = None
+    if kept < max_rows:
+        further_groups = ops.group_rows(order.further_ends, max_rows - kept, expected_rows=expected_rows)
+        options = dict(write_pre=True, write_act=False) | up_options(biases and biases.gate_up, clamp)
+        options |= _addition(None if projected is None else projected.rows, further, factors)
+        further_pre, _ = ops.multiply_up(rows[further], plain(gate_up, rows.dtype), further_groups, **options)
+    plain_down = plain(down, rows.dtype)
+    for part, ends, part_pre in ((further, order.further_ends, further_pre), (first, order.kept_ends, pre)):
         num_rows = part.stop - part.start
         if num_rows == 0:
             continue
         part_groups = ops.group_rows(ends, num_rows, expected_rows=expected_rows)
-        if part_pre is None:
-            addition = _addition(None if projected is None else projected.rows, part, factors)
-            addition |= up_options(biases and biases.gate_up, clamp)
-            part_pre, _ = ops.multiply_up(rows[part], gate_up, part_groups, write_pre=True, write_act=False, **addition)
         addition = {} if on_rank is None else {"low_rank": (on_rank[part], factors.down_a)}
         ops.multiply_down_dgrad(
             grad_rows[part],
-            down,
+            plain_down,
             part_pre,
             part_groups,
             order.row_weights[part],
@@ -183,4 +189,5 @@ def _backward_of_down(
             **clamp_option(clamp),
         )
         del part_pre
+        further_pre = None
     return grad_pre, act, groups, on_rank

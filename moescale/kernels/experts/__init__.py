@@ -2,7 +2,8 @@
 
 Forward and backward are one custom operator each, so a compiled layer has no graph break. The backward saves the
 input, the pre-activation and the routing; everything else is computed again (see ``experts.triton``). Experts may have
-biases, and the clamped activation of gpt-oss.
+biases, and the clamped activation of gpt-oss. Frozen weights may be in fp8 (:mod:`moescale.kernels.block_fp8`): each is
+made plain for each product that it is in.
 
 Weight gradients can go straight into buffers: with ``gate_up_gradient`` / ``down_gradient`` given, the backward adds to
 them inside the weight-gradient product and autograd gets no gradient for that weight. That saves writing the gradient,
@@ -30,6 +31,8 @@ from moescale.kernels.backends import (
     choose_experts_backend,
     debug_checks_enabled,
 )
+from moescale.kernels.block_fp8 import ExpertScales as ExpertScales
+from moescale.kernels.block_fp8 import Weight, check_stored, detached_scales, plain, stored
 from moescale.kernels.experts.operators import operators_of
 from moescale.kernels.experts.reference import ExpertBiases as ExpertBiases
 from moescale.kernels.experts.sort import check_ids, sort_pairs
@@ -45,6 +48,7 @@ def experts(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     *,
+    scales: ExpertScales | None = None,
     tokens_per_expert: torch.Tensor | None = None,
     gate_up_gradient: torch.Tensor | None = None,
     down_gradient: torch.Tensor | None = None,
@@ -63,24 +67,26 @@ def experts(
     ``gate_up_gradient`` and ``down_gradient`` are buffers (the weight's shape; its dtype or fp32) to which the backward
     adds; that weight's ``.grad`` then stays untouched. ``recompute_up`` saves no pre-activation [R, 2F] and computes
     the up-projection again in the backward. ``biases`` are added to both products, and their gradients to the buffers
-    ``bias_gradients``, as those of the weights; ``clamp`` replaces the activation.
+    ``bias_gradients``, as those of the weights; ``clamp`` replaces the activation. ``scales``: of weights in fp8, which
+    are frozen.
 
     A pair whose expert id lies outside [0, E) contributes nothing; with MOESCALE_DEBUG=1 it is an error, and so
     are ``tokens_per_expert`` [E] (the router's counts) that do not fit the ids.
 
     Raises KernelInputError for shapes, dtypes and devices that do not fit.
     """
-    _check_experts(x, topk_ids, topk_weights, gate_up, down)
+    _check_experts(x, topk_ids, topk_weights, gate_up, down, scales)
     _check_buffers(gate_up, down, gate_up_gradient, down_gradient)
-    _check_biases(gate_up, down, biases, bias_gradients)
+    _check_biases(gate_up, down, biases, bias_gradients, x.dtype)
     backend = choose_experts_backend(x.device, x.dtype, backend, features=expert_features(biases, clamp))
-    _check_alignment(backend, gate_up)
+    _check_alignment(backend, gate_up, x.dtype)
     if debug_checks_enabled():
         check_ids(topk_ids, gate_up.shape[0], tokens_per_expert)
     save_pre = torch.is_grad_enabled() and not recompute_up
     buffers = (gate_up_gradient, down_gradient, *(bias_gradients or (None, None)))
+    frozen = detached_scales(scales)
     biased = biases or (None, None)
-    return _experts(x, topk_ids, topk_weights, gate_up, down, *biased, *buffers, clamp, backend, save_pre)[0]
+    return _experts(x, topk_ids, topk_weights, gate_up, down, *biased, *frozen, *buffers, clamp, backend, save_pre)[0]
 
 
 def expert_mlp(
@@ -89,6 +95,7 @@ def expert_mlp(
     down: torch.Tensor,
     ends: torch.Tensor,
     *,
+    scales: ExpertScales | None = None,
     gate_up_gradient: torch.Tensor | None = None,
     down_gradient: torch.Tensor | None = None,
     biases: ExpertBiases | None = None,
@@ -108,15 +115,16 @@ def expert_mlp(
     check_shape("expert_mlp", "ends", ends, (num_experts,), "[E]")
     check_dtype("expert_mlp", "ends", ends, (torch.int32,))
     check_device("expert_mlp", "ends", ends, rows.device)
-    _check_weights("expert_mlp", rows, gate_up, down)
+    _check_weights("expert_mlp", rows, gate_up, down, scales)
     _check_buffers(gate_up, down, gate_up_gradient, down_gradient)
-    _check_biases(gate_up, down, biases, bias_gradients)
+    _check_biases(gate_up, down, biases, bias_gradients, rows.dtype)
     backend = choose_experts_backend(rows.device, rows.dtype, backend, features=expert_features(biases, clamp))
-    _check_alignment(backend, gate_up)
+    _check_alignment(backend, gate_up, rows.dtype)
     save_pre = torch.is_grad_enabled() and not recompute_up
     buffers = (gate_up_gradient, down_gradient, *(bias_gradients or (None, None)))
+    frozen = detached_scales(scales)
     biased = biases or (None, None)
-    return _expert_mlp(rows, gate_up, down, ends, *biased, *buffers, clamp, backend, save_pre)[0]
+    return _expert_mlp(rows, gate_up, down, ends, *biased, *frozen, *buffers, clamp, backend, save_pre)[0]
 
 
 def expert_features(biases: ExpertBiases | None, clamp: SwigluClamp | None) -> tuple[ExpertsFeature, ...]:
@@ -125,7 +133,7 @@ def expert_features(biases: ExpertBiases | None, clamp: SwigluClamp | None) -> t
     return tuple(name for name, is_asked in asked.items() if is_asked)
 
 
-def _check_experts(x, topk_ids, topk_weights, gate_up, down) -> None:
+def _check_experts(x, topk_ids, topk_weights, gate_up, down, scales) -> None:
     check_shape("experts", "x", x, (None, None), "[T, H]")
     check_shape("experts", "topk_ids", topk_ids, (x.shape[0], None), "[T, K]")
     check_shape("experts", "topk_weights", topk_weights, tuple(topk_ids.shape), "[T, K]")
@@ -133,16 +141,18 @@ def _check_experts(x, topk_ids, topk_weights, gate_up, down) -> None:
     check_dtype("experts", "topk_weights", topk_weights, (torch.float32,))
     for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
         check_device("experts", name, tensor, x.device)
-    _check_weights("experts", x, gate_up, down)
+    _check_weights("experts", x, gate_up, down, scales)
 
 
-def _check_weights(operator: str, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+def _check_weights(
+    operator: str, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, scales: ExpertScales | None
+) -> None:
     check_shape(operator, "down", down, (None, x.shape[1], None), "[E, H, F]")
     num_experts, hidden, ffn = down.shape
     check_shape(operator, "gate_up", gate_up, (num_experts, 2 * ffn, hidden), "[E, 2F, H]")
     check_dtype(operator, "the input", x, FLOATING)
-    for name, weight in (("gate_up", gate_up), ("down", down)):
-        check_dtype(operator, name, weight, (x.dtype,))
+    for name, weight, of_weight in zip(("gate_up", "down"), (gate_up, down), scales or (None, None), strict=True):
+        check_stored(operator, name, weight, of_weight, x.dtype)
         check_device(operator, name, weight, x.device)
 
 
@@ -153,7 +163,11 @@ def _check_buffers(gate_up, down, gate_up_gradient, down_gradient) -> None:
 
 
 def _check_biases(
-    gate_up: torch.Tensor, down: torch.Tensor, biases: ExpertBiases | None, bias_gradients: ExpertBiases | None
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    biases: ExpertBiases | None,
+    bias_gradients: ExpertBiases | None,
+    dtype: torch.dtype,
 ) -> None:
     if biases is None:
         if bias_gradients is not None:
@@ -164,20 +178,20 @@ def _check_biases(
         ("down_bias", biases.down, down, "[E, H]"),
     ):
         check_shape("experts", name, bias, tuple(weight.shape[:2]), meaning)
-        check_dtype("experts", name, bias, (weight.dtype,))
+        check_dtype("experts", name, bias, (dtype,))
         check_device("experts", name, bias, weight.device)
     for name, bias, buffer in zip(("gate_up_bias", "down_bias"), biases, bias_gradients or (), strict=False):
         check_gradient_buffer("experts", name, bias, buffer)
 
 
-def _check_alignment(backend: str, gate_up: torch.Tensor) -> None:
+def _check_alignment(backend: str, gate_up: torch.Tensor, dtype: torch.dtype) -> None:
     """Tensor descriptors and grouped_mm need every row to start at a multiple of 16 bytes."""
     _, ffn2, hidden = gate_up.shape
-    multiple = 16 // gate_up.dtype.itemsize
+    multiple = 16 // dtype.itemsize
     if backend != "torch" and (hidden % multiple or (ffn2 // 2) % multiple):
         raise KernelInputError(
             f"experts: hidden size ({hidden}) and expert intermediate size ({ffn2 // 2}) must be multiples of "
-            f"{multiple} in {gate_up.dtype} for the back end {backend!r}; use the back end 'torch'"
+            f"{multiple} in {dtype} for the back end {backend!r}; use the back end 'torch'"
         )
 
 
@@ -193,11 +207,11 @@ def clamp_option(clamp: Sequence[float] | None) -> dict:
 
 
 def _mlp_forward(ops, rows, gate_up, down, ends, save_pre, biases, clamp, *, zero_tail=False):
-    groups = ops.group_rows(ends, rows.shape[0])
+    groups, dtype = ops.group_rows(ends, rows.shape[0]), rows.dtype
     up = up_options(biases[0], clamp)
-    pre, act = ops.multiply_up(rows, gate_up, groups, write_pre=save_pre, write_act=True, **up)
+    pre, act = ops.multiply_up(rows, plain(gate_up, dtype), groups, write_pre=save_pre, write_act=True, **up)
     bias = {} if biases[1] is None else {"bias": biases[1]}
-    return ops.multiply_rows(act, down, groups, zero_tail=zero_tail, **bias), pre
+    return ops.multiply_rows(act, plain(down, dtype), groups, zero_tail=zero_tail, **bias), pre
 
 
 def _mlp_backward(
@@ -220,13 +234,13 @@ def _mlp_backward(
 
     Those of parameters that are frozen, have a buffer, or are not there are empty.
     """
-    groups = ops.group_rows(ends, rows.shape[0])
+    groups, dtype = ops.group_rows(ends, rows.shape[0]), rows.dtype
     if pre.numel() == 0:
         up = up_options(biases[0], clamp)
-        pre, _ = ops.multiply_up(rows, gate_up, groups, write_pre=True, write_act=False, **up)
+        pre, _ = ops.multiply_up(rows, plain(gate_up, dtype), groups, write_pre=True, write_act=False, **up)
     gate_up_gradient, down_gradient, *of_biases = (None if b is None else b.data for b in buffers)
     grad_pre, act, grad_weights = ops.multiply_down_dgrad(
-        grad_rows, down, pre, groups, row_weights, **clamp_option(clamp)
+        grad_rows, plain(down, dtype), pre, groups, row_weights, **clamp_option(clamp)
     )
     if biases[1] is not None and row_weights is not None:
         ops.add_bias_products(grad_weights, grad_rows, biases[1], groups)
@@ -240,7 +254,8 @@ def _mlp_backward(
     del act
     if not is_frozen:
         grad_gate_up = ops.weight_gradient(grad_pre, rows, groups, buffer=gate_up_gradient, kernel="up_wgrad")
-    grad_rows = ops.multiply_rows(grad_pre, gate_up, groups, transposed=True, zero_tail=zero_tail, kernel="up_dgrad")
+    options = dict(transposed=True, zero_tail=zero_tail, kernel="up_dgrad")
+    grad_rows = ops.multiply_rows(grad_pre, plain(gate_up, dtype), groups, **options)
     found = (grad_gate_up, grad_down, *grad_biases)
     return (
         grad_rows,
@@ -261,6 +276,8 @@ def _experts(
     down: torch.Tensor,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    gate_up_scale: torch.Tensor | None,
+    down_scale: torch.Tensor | None,
     gate_up_gradient: torch.Tensor | None,
     down_gradient: torch.Tensor | None,
     gate_up_bias_gradient: torch.Tensor | None,
@@ -275,13 +292,18 @@ def _experts(
     row_pair, pair_row, ends = sort_pairs(topk_ids, gate_up.shape[0], backend=backend)
     rows = ops.gather_rows(x.contiguous(), row_pair, pair_row, top_k)
     biases = _contiguous(gate_up_bias, down_bias)
-    out, pre = _mlp_forward(ops, rows, gate_up.contiguous(), down.contiguous(), ends, save_pre, biases, clamp)
+    weights = _stored(gate_up, down, gate_up_scale, down_scale)
+    out, pre = _mlp_forward(ops, rows, *weights, ends, save_pre, biases, clamp)
     y = ops.combine_rows(out, pair_row, top_k, topk_weights.contiguous())
     return y, pre, row_pair, pair_row, ends
 
 
 def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _stored(gate_up, down, gate_up_scale, down_scale) -> tuple[Weight, Weight]:
+    return stored(gate_up.contiguous(), gate_up_scale), stored(down.contiguous(), down_scale)
 
 
 @_experts.register_fake
@@ -302,6 +324,8 @@ def _experts_backward(
     down: torch.Tensor,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    gate_up_scale: torch.Tensor | None,
+    down_scale: torch.Tensor | None,
     pre: torch.Tensor,
     row_pair: torch.Tensor,
     pair_row: torch.Tensor,
@@ -322,8 +346,7 @@ def _experts_backward(
         ops.gather_rows(grad.contiguous(), row_pair, pair_row, top_k),
         ops.gather_rows(x.contiguous(), row_pair, pair_row, top_k),
         pre,
-        gate_up.contiguous(),
-        down.contiguous(),
+        *_stored(gate_up, down, gate_up_scale, down_scale),
         ends,
         ops.sort_weights(weights, row_pair),
         _contiguous(gate_up_bias, down_bias),
@@ -338,7 +361,7 @@ def _experts_backward(
 
 @_experts_backward.register_fake
 def _(grad, x, topk_weights, gate_up, down, gate_up_bias, down_bias, *rest):
-    buffers, is_frozen = rest[4:8], rest[-2]
+    buffers, is_frozen = rest[6:10], rest[-2]
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(topk_weights, memory_format=torch.contiguous_format),
@@ -365,8 +388,8 @@ def _returned(gradients, parameters_need, buffers):
 
 
 def _experts_setup(ctx, inputs, output) -> None:
-    x, _, topk_weights, *parameters = inputs[:7]
-    ctx.buffers, ctx.clamp, ctx.backend = inputs[7:11], inputs[11], inputs[12]
+    x, _, topk_weights, *parameters = inputs[:9]
+    ctx.buffers, ctx.clamp, ctx.backend = inputs[9:13], inputs[13], inputs[14]
     _, pre, row_pair, pair_row, ends = output
     ctx.mark_non_differentiable(pre, row_pair, pair_row, ends)
     ctx.save_for_backward(x, topk_weights, *parameters, pre, row_pair, pair_row, ends)
@@ -377,7 +400,7 @@ def _experts_autograd(ctx, grad, *_):
     grad_x, grad_weights, *found = _experts_backward(
         grad, *ctx.saved_tensors, *ctx.buffers, ctx.clamp, not any(need), ctx.backend
     )
-    return grad_x, None, grad_weights, *_returned(found, need, ctx.buffers), *(None,) * 7
+    return grad_x, None, grad_weights, *_returned(found, need, ctx.buffers), *(None,) * 9
 
 
 _experts.register_autograd(_experts_autograd, setup_context=_experts_setup)
@@ -391,6 +414,8 @@ def _expert_mlp(
     ends: torch.Tensor,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    gate_up_scale: torch.Tensor | None,
+    down_scale: torch.Tensor | None,
     gate_up_gradient: torch.Tensor | None,
     down_gradient: torch.Tensor | None,
     gate_up_bias_gradient: torch.Tensor | None,
@@ -401,7 +426,7 @@ def _expert_mlp(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (result, pre-activation or empty)."""
     ops = operators_of(backend)
-    weights = (gate_up.contiguous(), down.contiguous())
+    weights = _stored(gate_up, down, gate_up_scale, down_scale)
     biases = _contiguous(gate_up_bias, down_bias)
     return _mlp_forward(ops, rows.contiguous(), *weights, ends, save_pre, biases, clamp, zero_tail=True)
 
@@ -421,6 +446,8 @@ def _expert_mlp_backward(
     down: torch.Tensor,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    gate_up_scale: torch.Tensor | None,
+    down_scale: torch.Tensor | None,
     ends: torch.Tensor,
     pre: torch.Tensor,
     gate_up_gradient: torch.Tensor | None,
@@ -436,8 +463,7 @@ def _expert_mlp_backward(
         grad.contiguous(),
         rows.contiguous(),
         pre,
-        gate_up.contiguous(),
-        down.contiguous(),
+        *_stored(gate_up, down, gate_up_scale, down_scale),
         ends,
         None,
         _contiguous(gate_up_bias, down_bias),
@@ -451,7 +477,7 @@ def _expert_mlp_backward(
 
 @_expert_mlp_backward.register_fake
 def _(grad, rows, gate_up, down, gate_up_bias, down_bias, *rest):
-    buffers, is_frozen = rest[2:6], rest[-2]
+    buffers, is_frozen = rest[4:8], rest[-2]
     return (
         torch.empty_like(rows, memory_format=torch.contiguous_format),
         *_fake_gradients(rows, (gate_up, down, gate_up_bias, down_bias), buffers, is_frozen),
@@ -459,10 +485,10 @@ def _(grad, rows, gate_up, down, gate_up_bias, down_bias, *rest):
 
 
 def _expert_mlp_setup(ctx, inputs, output) -> None:
-    rows, gate_up, down, ends, *biases = inputs[:6]
-    ctx.buffers, ctx.clamp, ctx.backend = inputs[6:10], inputs[10], inputs[11]
+    rows, gate_up, down, ends, *others = inputs[:8]
+    ctx.buffers, ctx.clamp, ctx.backend = inputs[8:12], inputs[12], inputs[13]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(rows, gate_up, down, *biases, ends, output[1])
+    ctx.save_for_backward(rows, gate_up, down, *others, ends, output[1])
 
 
 def _expert_mlp_autograd(ctx, grad, _):
@@ -476,7 +502,7 @@ def _expert_mlp_autograd(ctx, grad, _):
         *_returned(of_weights, need, ctx.buffers[:2]),
         None,
         *_returned(of_biases, need, ctx.buffers[2:]),
-        *(None,) * 7,
+        *(None,) * 9,
     )
 
 

@@ -7,8 +7,9 @@ GEMM, forward and backward. With x the rows, g the gradient of the result and w 
     y  = x w.T + (x A.T) (s B).T        dB = s g.T (x A.T)
     dx = g w   + (g s B) A              dA = (g s B).T x
 
-Nothing of the frozen weights' size is written: no gradient, no merged copy. The adapters are fp32, multiplied in the
-dtype of the rows; their gradients are summed in fp32 and added to buffers where there are any.
+No gradient of the frozen weights is made, and no merged copy of them. The adapters are fp32, multiplied in the dtype of
+the rows; their gradients are summed in fp32 and added to buffers where there are any. Frozen weights in fp8
+(:mod:`moescale.kernels.block_fp8`) are made plain one at a time, for each product that they are in.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from moescale.kernels.backends import (
     check_shape,
     choose_experts_backend,
 )
+from moescale.kernels.block_fp8 import ExpertScales, Weight, check_stored, detached_scales, plain, stored
 from moescale.kernels.experts.operators import operators_of
 from moescale.kernels.experts.sort import sort_pairs
 
@@ -67,9 +69,20 @@ def choose_adapted_backend(device: torch.device, dtype: torch.dtype, requested: 
 
 
 def check_adapters(
-    operator: str, gate_up: torch.Tensor, down: torch.Tensor, adapters: ExpertAdapters, backend: str
+    operator: str,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    adapters: ExpertAdapters,
+    backend: str,
+    scales: ExpertScales | None = None,
+    *,
+    dtype: torch.dtype,
 ) -> None:
-    """Refuse adapters that do not fit the weights, or a rank that the back end cannot align."""
+    """Refuse adapters that do not fit the weights, weights not in ``dtype`` or fp8, and a rank that the back end cannot
+    align.
+    """
+    for name, weight, of_weight in zip(("gate_up", "down"), (gate_up, down), scales or (None, None), strict=True):
+        check_stored(operator, name, weight, of_weight, dtype)
     num_experts, ffn2, hidden = gate_up.shape
     rank = adapters.gate_up_a.shape[1]
     shapes = {
@@ -83,10 +96,10 @@ def check_adapters(
         check_shape(operator, name, factor, shape, meaning)
         check_dtype(operator, name, factor, (torch.float32,))
         check_device(operator, name, factor, gate_up.device)
-    multiple = 16 // min(gate_up.dtype.itemsize, down.dtype.itemsize)
+    multiple = 16 // dtype.itemsize
     if backend != "torch" and rank % multiple:
         raise KernelInputError(
-            f"{operator}: lora.rank ({rank}) must be a multiple of {multiple} in {gate_up.dtype} for the back end "
+            f"{operator}: lora.rank ({rank}) must be a multiple of {multiple} in {dtype} for the back end "
             f"{backend!r}; use such a rank, or the back end 'torch'"
         )
 
@@ -100,24 +113,26 @@ def adapted_experts(
     adapters: ExpertAdapters,
     *,
     scale: float,
+    scales: ExpertScales | None = None,
     gradients: ExpertAdapters | None = None,
     backend: str = "auto",
     recompute_up: bool = False,
 ) -> torch.Tensor:
     """As :func:`moescale.kernels.experts.experts`, with ``scale * B @ A`` added to each expert's weights.
 
-    Differentiable in x, topk_weights and the adapters, not in the weights. ``gradients`` are fp32 buffers to which the
-    backward adds those of the adapters; autograd then gets none. ``recompute_up``: as there.
+    Differentiable in x, topk_weights and the adapters, not in the weights. ``scales``: of weights in fp8.
+    ``gradients`` are fp32 buffers to which the backward adds those of the adapters; autograd then gets none.
+    ``recompute_up``: as there.
 
     Raises KernelInputError for shapes, dtypes and devices that do not fit.
     """
     backend = choose_adapted_backend(x.device, x.dtype, backend)
-    check_adapters("adapted_experts", gate_up, down, adapters, backend)
+    check_adapters("adapted_experts", gate_up, down, adapters, backend, scales, dtype=x.dtype)
     _check_buffers("adapted_experts", adapters, gradients)
     save_pre = torch.is_grad_enabled() and not recompute_up
-    gate_up, down = gate_up.detach(), down.detach()
+    frozen = (gate_up.detach(), down.detach(), *detached_scales(scales))
     buffers = gradients or (None,) * 4
-    return _adapted(x, topk_ids, topk_weights, gate_up, down, *adapters, *buffers, scale, backend, save_pre)[0]
+    return _adapted(x, topk_ids, topk_weights, *frozen, *adapters, *buffers, scale, backend, save_pre)[0]
 
 
 def adapted_expert_mlp(
@@ -128,17 +143,19 @@ def adapted_expert_mlp(
     adapters: ExpertAdapters,
     *,
     scale: float,
+    scales: ExpertScales | None = None,
     gradients: ExpertAdapters | None = None,
     backend: str = "auto",
     recompute_up: bool = False,
 ) -> torch.Tensor:
     """As :func:`moescale.kernels.experts.expert_mlp` on rows [R, H] sorted by expert, with adapters as above."""
     backend = choose_adapted_backend(rows.device, rows.dtype, backend)
-    check_adapters("adapted_expert_mlp", gate_up, down, adapters, backend)
+    check_adapters("adapted_expert_mlp", gate_up, down, adapters, backend, scales, dtype=rows.dtype)
     _check_buffers("adapted_expert_mlp", adapters, gradients)
     save_pre = torch.is_grad_enabled() and not recompute_up
+    frozen = (gate_up.detach(), down.detach(), *detached_scales(scales))
     buffers = gradients or (None,) * 4
-    return _adapted_mlp(rows, gate_up.detach(), down.detach(), ends, *adapters, *buffers, scale, backend, save_pre)[0]
+    return _adapted_mlp(rows, *frozen, ends, *adapters, *buffers, scale, backend, save_pre)[0]
 
 
 def _check_buffers(operator: str, adapters: ExpertAdapters, gradients: ExpertAdapters | None) -> None:
@@ -149,8 +166,8 @@ def _check_buffers(operator: str, adapters: ExpertAdapters, gradients: ExpertAda
 def adapted_forward(
     ops: SimpleNamespace,
     rows: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
     ends: torch.Tensor,
     factors: ExpertAdapters,
     save_pre: bool,
@@ -164,9 +181,12 @@ def adapted_forward(
     groups = ops.group_rows(ends, rows.shape[0])
     on_rank = ops.multiply_rows(rows, factors.gate_up_a, groups, kernel="project")
     low_rank = (on_rank, factors.gate_up_b)
-    pre, act = ops.multiply_up(rows, gate_up, groups, write_pre=save_pre, write_act=True, low_rank=low_rank)
+    dtype = rows.dtype
+    pre, act = ops.multiply_up(
+        rows, plain(gate_up, dtype), groups, write_pre=save_pre, write_act=True, low_rank=low_rank
+    )
     of_act = ops.multiply_rows(act, factors.down_a, groups, kernel="project")
-    out = ops.multiply_rows(act, down, groups, zero_tail=zero_tail, low_rank=(of_act, factors.down_b))
+    out = ops.multiply_rows(act, plain(down, dtype), groups, zero_tail=zero_tail, low_rank=(of_act, factors.down_b))
     return out, pre, Projected(on_rank, of_act)
 
 
@@ -176,8 +196,8 @@ def adapted_backward(
     rows: torch.Tensor,
     pre: torch.Tensor,
     projected: Projected,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
     ends: torch.Tensor,
     row_weights: torch.Tensor | None,
     factors: ExpertAdapters,
@@ -187,13 +207,17 @@ def adapted_backward(
     zero_tail: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Return the gradients of the rows, of their weights, and the four of the adapters: fp32, empty with a buffer."""
-    groups = ops.group_rows(ends, rows.shape[0])
+    groups, dtype = ops.group_rows(ends, rows.shape[0]), rows.dtype
     if pre.numel() == 0:
         low_rank = (projected.rows, factors.gate_up_b)
-        pre, _ = ops.multiply_up(rows, gate_up, groups, write_pre=True, write_act=False, low_rank=low_rank)
+        pre, _ = ops.multiply_up(
+            rows, plain(gate_up, dtype), groups, write_pre=True, write_act=False, low_rank=low_rank
+        )
     on_rank = ops.multiply_rows(grad_rows, factors.down_b, groups, transposed=True, kernel="project")
     low_rank = (on_rank, factors.down_a)
-    grad_pre, act, grad_weights = ops.multiply_down_dgrad(grad_rows, down, pre, groups, row_weights, low_rank=low_rank)
+    grad_pre, act, grad_weights = ops.multiply_down_dgrad(
+        grad_rows, plain(down, dtype), pre, groups, row_weights, low_rank=low_rank
+    )
     del pre
     of_act = projected.activation * scale
     if row_weights is not None:
@@ -206,7 +230,11 @@ def adapted_backward(
     of_up = adapter_gradients(ops, groups, num_experts, grad_pre, scaled, on_rank, rows, buffers[:2])
     low_rank = (on_rank, factors.gate_up_a)
     grad = ops.multiply_rows(
-        grad_pre, gate_up, groups, transposed=True, zero_tail=zero_tail, kernel="up_dgrad", low_rank=low_rank
+        *(grad_pre, plain(gate_up, dtype), groups),
+        transposed=True,
+        zero_tail=zero_tail,
+        kernel="up_dgrad",
+        low_rank=low_rank,
     )
     return grad, grad_weights, [*of_up, *of_down]
 
@@ -247,6 +275,8 @@ def _adapted(
     topk_weights: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    gate_up_scale: torch.Tensor | None,
+    down_scale: torch.Tensor | None,
     gate_up_a: torch.Tensor,
     gate_up_b: torch.Tensor,
     down_a: torch.Tensor,
@@ -267,13 +297,14 @@ def _adapted(
     factors = ExpertAdapters(gate_up_a, gate_up_b, down_a, down_b).for_rows(x.dtype, scale)
     row_pair, pair_row, ends = sort_pairs(topk_ids, gate_up.shape[0], backend=backend)
     rows = ops.gather_rows(x.contiguous(), row_pair, pair_row, top_k)
-    out, pre, projected = adapted_forward(ops, rows, gate_up, down, ends, factors, save_pre)
+    frozen = (stored(gate_up, gate_up_scale), stored(down, down_scale))
+    out, pre, projected = adapted_forward(ops, rows, *frozen, ends, factors, save_pre)
     y = ops.combine_rows(out, pair_row, top_k, topk_weights.contiguous())
     return y, pre, *projected, row_pair, pair_row, ends
 
 
 @_adapted.register_fake
-def _(x, topk_ids, topk_weights, gate_up, down, gate_up_a, gate_up_b, down_a, down_b, *rest):
+def _(x, topk_ids, topk_weights, gate_up, down, gate_up_scale, down_scale, gate_up_a, *rest):
     save_pre = rest[-1]
     num_rows, rank = topk_ids.numel(), gate_up_a.shape[1]
     pre = x.new_empty((num_rows, gate_up.shape[1])) if save_pre else x.new_empty(0)
@@ -289,6 +320,8 @@ def _adapted_backward(
     topk_weights: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    gate_up_scale: torch.Tensor | None,
+    down_scale: torch.Tensor | None,
     gate_up_a: torch.Tensor,
     gate_up_b: torch.Tensor,
     down_a: torch.Tensor,
@@ -315,8 +348,8 @@ def _adapted_backward(
         ops.gather_rows(x.contiguous(), row_pair, pair_row, top_k),
         pre,
         Projected(on_rank, of_act),
-        gate_up,
-        down,
+        stored(gate_up, gate_up_scale),
+        stored(down, down_scale),
         ends,
         ops.sort_weights(weights, row_pair),
         ExpertAdapters(gate_up_a, gate_up_b, down_a, down_b).for_rows(x.dtype, scale),
@@ -336,25 +369,25 @@ def _fake_gradients(adapters, buffers):
 
 
 @_adapted_backward.register_fake
-def _(grad, x, topk_weights, gate_up, down, *rest):
+def _(grad, x, topk_weights, gate_up, down, gate_up_scale, down_scale, *rest):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_weights = torch.empty_like(topk_weights, memory_format=torch.contiguous_format)
     return grad_x, grad_weights, *_fake_gradients(rest[:4], rest[10:14])
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, _, topk_weights, gate_up, down, *rest = inputs
-    ctx.buffers, ctx.scale, ctx.backend = rest[4:8], rest[8], rest[9]
+    x, _, topk_weights, *rest = inputs
+    ctx.buffers, ctx.scale, ctx.backend = rest[8:12], rest[12], rest[13]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, topk_weights, gate_up, down, *rest[:4], *output[1:])
+    ctx.save_for_backward(x, topk_weights, *rest[:8], *output[1:])
 
 
 def _autograd(ctx, grad, *_):
     if grad is None:
-        return (None,) * 16
+        return (None,) * 18
     grad_x, grad_weights, *grads = _adapted_backward(grad, *ctx.saved_tensors, *ctx.buffers, ctx.scale, ctx.backend)
-    return grad_x, None, grad_weights, None, None, *_returned(grads, ctx.buffers), *(None,) * 7
+    return grad_x, None, grad_weights, *(None,) * 4, *_returned(grads, ctx.buffers), *(None,) * 7
 
 
 def _returned(gradients, buffers):
@@ -372,6 +405,8 @@ def _adapted_mlp(
     rows: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    gate_up_scale: torch.Tensor | None,
+    down_scale: torch.Tensor | None,
     ends: torch.Tensor,
     gate_up_a: torch.Tensor,
     gate_up_b: torch.Tensor,
@@ -388,14 +423,13 @@ def _adapted_mlp(
     """Return (result, pre-activation or empty, the two projections)."""
     ops = operators_of(backend)
     factors = ExpertAdapters(gate_up_a, gate_up_b, down_a, down_b).for_rows(rows.dtype, scale)
-    out, pre, projected = adapted_forward(
-        ops, rows.contiguous(), gate_up, down, ends, factors, save_pre, zero_tail=True
-    )
+    frozen = (stored(gate_up, gate_up_scale), stored(down, down_scale))
+    out, pre, projected = adapted_forward(ops, rows.contiguous(), *frozen, ends, factors, save_pre, zero_tail=True)
     return out, pre, *projected
 
 
 @_adapted_mlp.register_fake
-def _(rows, gate_up, down, ends, gate_up_a, *rest):
+def _(rows, gate_up, down, gate_up_scale, down_scale, ends, gate_up_a, *rest):
     pre = rows.new_empty((rows.shape[0], gate_up.shape[1])) if rest[-1] else rows.new_empty(0)
     projected = [rows.new_empty((rows.shape[0], gate_up_a.shape[1])) for _ in range(2)]
     return torch.empty_like(rows, memory_format=torch.contiguous_format), pre, *projected
@@ -407,6 +441,8 @@ def _adapted_mlp_backward(
     rows: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    gate_up_scale: torch.Tensor | None,
+    down_scale: torch.Tensor | None,
     ends: torch.Tensor,
     gate_up_a: torch.Tensor,
     gate_up_b: torch.Tensor,
@@ -428,8 +464,8 @@ def _adapted_mlp_backward(
         rows.contiguous(),
         pre,
         Projected(on_rank, of_act),
-        gate_up,
-        down,
+        stored(gate_up, gate_up_scale),
+        stored(down, down_scale),
         ends,
         None,
         ExpertAdapters(gate_up_a, gate_up_b, down_a, down_b).for_rows(rows.dtype, scale),
@@ -441,14 +477,14 @@ def _adapted_mlp_backward(
 
 
 @_adapted_mlp_backward.register_fake
-def _(grad, rows, gate_up, down, ends, *rest):
+def _(grad, rows, gate_up, down, gate_up_scale, down_scale, ends, *rest):
     grad_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
     return grad_rows, *_fake_gradients(rest[:4], rest[7:11])
 
 
 def _mlp_setup(ctx, inputs, output) -> None:
-    tensors, buffers = inputs[:8], inputs[8:12]
-    ctx.buffers, ctx.scale, ctx.backend = buffers, inputs[12], inputs[13]
+    tensors, buffers = inputs[:10], inputs[10:14]
+    ctx.buffers, ctx.scale, ctx.backend = buffers, inputs[14], inputs[15]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[1:])
@@ -456,9 +492,9 @@ def _mlp_setup(ctx, inputs, output) -> None:
 
 def _mlp_autograd(ctx, grad, *_):
     if grad is None:
-        return (None,) * 15
+        return (None,) * 17
     grad_rows, *grads = _adapted_mlp_backward(grad, *ctx.saved_tensors, *ctx.buffers, ctx.scale, ctx.backend)
-    return grad_rows, None, None, None, *_returned(grads, ctx.buffers), *(None,) * 7
+    return grad_rows, *(None,) * 5, *_returned(grads, ctx.buffers), *(None,) * 7
 
 
 _adapted_mlp.register_autograd(_mlp_autograd, setup_context=_mlp_setup)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from moescale.kernels.linear import linear
+from moescale.kernels.linear import frozen_linear, linear
 
 
 class Linear(nn.Linear):
@@ -22,7 +22,11 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.num_parts = num_parts
         self.adapter: Callable[..., torch.Tensor] | None = None
-        """(x, weight, bias) -> the result, where the weight is frozen and adapted (:mod:`moescale.models.lora`)."""
+        """(x, weight, bias, weight_scale) -> the result, where the weight is frozen and adapted
+        (:mod:`moescale.models.lora`)."""
+        self.weight_scale: nn.Parameter | None
+        """Where the weight is frozen and in fp8, its scales (:mod:`moescale.models.frozen_fp8`)."""
+        self.register_parameter("weight_scale", None)
 
     def set_gradient_buffers(self, buffer: Callable[[str], torch.Tensor | None]) -> None:
         """Take the buffer to which the backward adds the weight's gradient: the weight's shape, its dtype or fp32."""
@@ -30,5 +34,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.adapter is not None:
-            return self.adapter(x, self.weight, self.bias)
+            return self.adapter(x, self.weight, self.bias, self.weight_scale)
+        if self.weight_scale is not None:
+            return frozen_linear(x, self.weight, self.weight_scale, self.bias)
         return linear(x, self.weight, self.bias, weight_gradient=self.weight_gradient)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moescale.config import ModelConfig
-from moescale.kernels.experts import ExpertBiases, SwigluClamp
+from moescale.kernels.experts import ExpertBiases, ExpertScales, SwigluClamp
 from moescale.kernels.experts import experts as run_experts
 from moescale.kernels.experts.adapted import adapted_experts
 from moescale.kernels.router import Routing, route, router_logits
@@ -170,6 +170,7 @@ class LocalDispatcher:
             routing.topk_weights,
             experts.gate_up,
             experts.down,
+            scales=experts.scales,
             backend=experts.backend,
             recompute_up=experts.recompute_up,
         )
@@ -179,7 +180,8 @@ class LocalDispatcher:
 class RoutedExperts(nn.Module):
     """This rank's routed experts of a layer, stacked: ``gate_up`` [E, 2F, H] (gate rows first), ``down`` [E, H, F].
 
-    Where the family has them also their biases, ``gate_up_bias`` [E, 2F] and ``down_bias`` [E, H].
+    Where the family has them also their biases, ``gate_up_bias`` [E, 2F] and ``down_bias`` [E, H]. Weights in fp8
+    (:mod:`moescale.models.frozen_fp8`) come with their scales, ``gate_up_scale`` and ``down_scale``.
     All experts of the layer until a plan leaves it with E / P of them and sets the ``dispatcher`` for P ranks.
     """
 
@@ -193,6 +195,10 @@ class RoutedExperts(nn.Module):
         if config.has_expert_biases:
             self.gate_up_bias = nn.Parameter(torch.empty(config.num_experts, 2 * width))
             self.down_bias = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.gate_up_scale: nn.Parameter | None
+        self.down_scale: nn.Parameter | None
+        self.register_parameter("gate_up_scale", None)
+        self.register_parameter("down_scale", None)
         self.clamp = None if config.swiglu_clamp is None else SwigluClamp(*config.swiglu_clamp)
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.adapter: Adapter | None = None
@@ -208,6 +214,13 @@ class RoutedExperts(nn.Module):
         if self.gate_up_bias is None or self.down_bias is None:
             return None
         return ExpertBiases(self.gate_up_bias, self.down_bias)
+
+    @property
+    def scales(self) -> ExpertScales | None:
+        """Those of weights in fp8."""
+        if self.gate_up_scale is None or self.down_scale is None:
+            return None
+        return ExpertScales(self.gate_up_scale, self.down_scale)
 
     def forward(
         self, x: torch.Tensor, routing: Routing, overlapped: Callable[[], torch.Tensor] | None = None

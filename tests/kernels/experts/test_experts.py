@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescale.kernels.backends import HOPPER, KernelInputError, cute_available
+from moescale.kernels.block_fp8 import quantize
 from moescale.kernels.experts import expert_mlp, experts
 from moescale.kernels.experts.reference import experts_reference
 from synchronisation import synchronisation_refused
@@ -157,15 +158,19 @@ def test_rows_that_belong_to_no_expert_have_zero_result_and_gradient(backend):
     assert y[:7].isfinite().all() and y[:7].abs().min() > 0 and gate_up.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("in_fp8", [False, True])
 @pytest.mark.parametrize("operator", ["experts", "expert_mlp"])
-def test_passes_opcheck(operator):
+def test_passes_opcheck(operator, in_fp8):
     ids, (x, weights, gate_up, down) = make_inputs(6, 2, 3, 16, 8)
+    scales = (None, None)
+    if in_fp8:
+        (gate_up, down), scales = zip(*(quantize(weight.detach()) for weight in (gate_up, down)), strict=True)
     if operator == "experts":
-        arguments = (x, ids, weights, gate_up, down, *(None,) * 7, "torch", True)
+        arguments = (x, ids, weights, gate_up, down, None, None, *scales, *(None,) * 5, "torch", True)
         torch.library.opcheck(torch.ops.moescale.experts.default, arguments)
     else:
         ends = torch.tensor([2, 2, 6], dtype=torch.int32)
-        arguments = (x, gate_up, down, ends, *(None,) * 7, "torch", True)
+        arguments = (x, gate_up, down, ends, None, None, *scales, *(None,) * 5, "torch", True)
         torch.library.opcheck(torch.ops.moescale.expert_mlp.default, arguments)
 
 
