@@ -18,7 +18,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from moescale.formats import DTYPE_BYTES, MASTER_BYTES, MOMENT_BYTES
-from moescale.operators import Operator, forward_flops, moved_bytes
+from moescale.operators import Operator, forward_flops, is_routed, moved_bytes
 from moescale.plan import LayerPlan, MeshShape
 from moescale.planner.cluster import Cluster
 from moescale.planner.exchange import PeerExchange, is_recorded, reads_peers, row_factor
@@ -31,6 +31,8 @@ KERNELS_PER_OPERATOR = {"dense_gemm": (1, 2), "grouped_gemm": (5, 8), "attention
 """Launches of an operator's forward and backward."""
 
 
+MADE_PLAIN = "weights from fp8"
+"""What makes frozen weights plain for their products, in every forward and backward."""
 SLOWED = "slowed by communication"
 """What computation loses to collectives beside it, a part of the time."""
 
@@ -106,7 +108,7 @@ class CostModel:
         self.request = request
         self.itemsize = DTYPE_BYTES[request.compute_dtype]
         self._kinds = {kind.name: kind for kind in (*workload.layers, workload.outside)}
-        self._layer_parameters = {kind.name: workload.layer_parameters(kind) for kind in workload.layers}
+        self._own_bytes = {kind.name: workload.layer_bytes(kind, self.itemsize) for kind in workload.layers}
         self._outside_parameters = workload.outside_parameters()
         self._adapters = {kind.name: workload.adapter_parameters(kind) for kind in workload.layers}
         self._trained_parameters = {kind.name: workload.trained_parameters(kind) for kind in workload.layers}
@@ -265,8 +267,11 @@ class CostModel:
         again = 0.0
         for op in self._kinds[kind].operators:  # one that occurs several times takes its time several times
             seconds = self._operator_seconds(op, dims, tp, ep)
-            forward[op.name] += seconds[0]
-            backward[op.name] += seconds[1]
+            plain = self._plain_seconds(op, tp, ep)
+            for part, of_part in ((forward, seconds[0]), (backward, seconds[1])):
+                part[op.name] += of_part - plain
+                if plain:
+                    part[MADE_PLAIN] += plain
             if recompute == "block":
                 again += seconds[0]
             elif op.recompute is not None and op.name in recompute:
@@ -295,7 +300,16 @@ class CostModel:
                 rate /= 8  # no tensor cores in full fp32
             seconds = flops / (rate * cluster.sustained_clock)
             ratio = op.backward_flops_ratio
-        return seconds + launches[0] * cluster.launch_seconds, seconds * ratio + launches[1] * cluster.launch_seconds
+        plain = self._plain_seconds(op, tp, ep)
+        forward, backward = (number * cluster.launch_seconds + plain for number in launches)
+        return seconds + forward, seconds * ratio + backward
+
+    def _plain_seconds(self, op: Operator, tp: int, ep: int) -> float:
+        """Making the weights of ``op`` in fp8 plain for one pass: codes and scales are read, weights written, once."""
+        weights = self.workload.in_fp8(op)
+        moved: float = sum(weight.stored_bytes + weight.elements * self.itemsize for weight in weights)
+        moved /= tp * (ep if is_routed(op) else 1)
+        return moved / self.cluster.elementwise_bytes_per_second + len(weights) * self.cluster.launch_seconds
 
     @staticmethod
     def _without_table(op: Operator, dims: dict[str, int]) -> dict[str, int]:
@@ -306,9 +320,9 @@ class CostModel:
         """Bytes of a layer's weights on the ranks that gather them: (without routed experts, routed experts)."""
         if kind is self.workload.outside:
             return self._outside_parameters * self.itemsize / mesh.tp, 0.0
-        dense, routed = self._gathered(self._layer_parameters[kind.name], mesh, sharding)
+        dense, routed = self._gathered(self._own_bytes[kind.name], mesh, sharding)
         more_dense, more_routed = self._gathered(self._adapters[kind.name], mesh, sharding)
-        return dense * self.itemsize + more_dense * 4, routed * self.itemsize + more_routed * 4
+        return dense + more_dense * 4, routed + more_routed * 4
 
     def _gathered(self, weights: tuple[float, float], mesh: MeshShape, sharding: str) -> tuple[float, float]:
         padding = expert_padding(self.workload.config, mesh) if sharding == "fsdp" else 1.0

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moescale.planner.cost import MADE_PLAIN
 from moescale.planner.remedies import find_remedies
 from moescale.planner.request import decision_text
 from moescale.planner.result import Evaluated, PlanResult, alternative_summary, excess_bytes, excess_text, limits_text
@@ -109,6 +110,7 @@ def group_time(workload: Workload, evaluated: Evaluated) -> dict[str, float]:
     """Exposed seconds of a step, operators gathered into the groups that they name, largest first."""
     operators = (op for kind in (*workload.layers, workload.outside) for op in kind.operators)
     groups = {f"compute {op.name}": op.group for op in operators if op.group is not None}
+    groups[f"compute {MADE_PLAIN}"] = MADE_PLAIN
     parts: dict[str, float] = defaultdict(float)
     for name, seconds in evaluated.time.exposed.items():
         parts[groups.get(name, name)] += seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moescale.formats import DTYPE_BYTES
+from moescale.operators import is_routed
 from moescale.plan import LayerPlan, MeshShape
 from moescale.planner.exchange import PeerExchange, row_factor
 from moescale.planner.request import PlanRequest, recompute_name
@@ -18,10 +19,28 @@ class LayerBytes:
         self.request = request
         self.itemsize = DTYPE_BYTES[request.compute_dtype]
         self._gradient_itemsize = self.itemsize if workload.lora is None else DTYPE_BYTES["fp32"]
-        self._layer_parameters = {kind.name: workload.layer_parameters(kind) for kind in workload.layers}
+        self._layer_bytes = {kind.name: workload.layer_bytes(kind, self.itemsize) for kind in workload.layers}
         self._adapters = {kind.name: workload.adapter_parameters(kind) for kind in workload.layers}
         self._trained_parameters = {kind.name: workload.trained_parameters(kind) for kind in workload.layers}
         self._outside_parameters = workload.outside_parameters()
+        self._made_plain = {kind.name: self._plain_bytes(kind) for kind in workload.layers}
+
+    def _plain_bytes(self, kind: LayerKind) -> tuple[list[int], int]:
+        """Sizes of weights in fp8 once made plain: of the routed experts in their order, and the largest other one."""
+        found: tuple[list[int], list[int]] = ([], [0])
+        for op in kind.operators:
+            sizes = [weight.elements * self.itemsize for weight in self.workload.in_fp8(op)]
+            found[0 if is_routed(op) else 1].extend(sizes)
+        return found[0], max(found[1])
+
+    def made_plain(self, kind: LayerKind, mesh: MeshShape) -> float:
+        """The largest weight of a layer that is no routed expert, made plain from fp8 for its product."""
+        return self._made_plain[kind.name][1] / mesh.tp
+
+    def experts_made_plain(self, kind: str, mesh: MeshShape) -> tuple[float, float]:
+        """A rank's routed experts of a layer, made plain from fp8 one after the other: gate and up, and down."""
+        sizes = [size / (mesh.tp * mesh.ep) for size in self._made_plain[kind][0]]
+        return (sizes[0], sizes[1]) if sizes else (0.0, 0.0)
 
     def exchange(self, mesh: MeshShape, sequences: int) -> PeerExchange:
         dims = self.workload.dims(sequences * self.request.sequence_length, self.request.sequence_length)
@@ -78,17 +97,22 @@ class LayerBytes:
         return max(
             self.expert_buffers(plans[kind.name], dims, mesh)
             if kind.is_routed
-            else dims["n"] * 5 * dims["i"] * self.itemsize / mesh.tp
+            else dims["n"] * 5 * dims["i"] * self.itemsize / mesh.tp + self.made_plain(kind, mesh)
             for kind in self.workload.layers
         )
 
     def expert_buffers(self, plan: LayerPlan, dims: dict[str, int], mesh: MeshShape) -> float:
-        """Gathered rows and their gradients, the gradient of the pre-activation, the activation."""
+        """Gathered rows and their gradients, the gradient of the pre-activation, the activation; and a plain weight.
+
+        The activation is gone when the gradient of the rows is made, with gate and up.
+        """
         rows = dims["n"] * dims["k"] * (self.row_factor(mesh) if mesh.ep > 1 else 1.0)
         size = rows * (2 * dims["h"] + 3 * dims["f"] / mesh.tp) * self.itemsize
         if "experts" in recompute_name(plan).split("+"):
             size += rows * 2 * dims["f"] * self.itemsize / mesh.tp
-        return size
+        gate_up, down = self.experts_made_plain(plan.kind, mesh)
+        at_last = rows * (3 * dims["h"] + 2 * dims["f"] / mesh.tp) * self.itemsize + gate_up if gate_up else 0.0
+        return max(size + down, at_last)
 
     def expert_gradients(self, kind: LayerKind, mesh: MeshShape) -> float:
         """A layer's gradients of its own experts, unless the product adds to their buffers itself."""
@@ -103,7 +127,7 @@ class LayerBytes:
 
         FSDP2 keeps a gathered copy also of weights that are only replicated, not sharded.
         """
-        own = self._gathered_layer(self._layer_parameters[kind.name], mesh) * self.itemsize
+        own = self._gathered_layer(self._layer_bytes[kind.name], mesh)
         return own + self._gathered_layer(self._adapters[kind.name], mesh) * DTYPE_BYTES["fp32"]
 
     def gathered_again(self, kind: LayerKind, plan: LayerPlan, mesh: MeshShape) -> float:
@@ -119,7 +143,7 @@ class LayerBytes:
         return self._gathered_layer(self._trained_parameters[kind.name], mesh) * DTYPE_BYTES[gradient]
 
     def _gathered_layer(self, weights: tuple[int, int], mesh: MeshShape) -> float:
-        """Of a layer's weights (without routed experts, routed experts) those that a rank gathers."""
+        """Of a layer's weights or bytes (without routed experts, routed experts) those that a rank gathers."""
         ranks = mesh.dp_shard * mesh.cp
         if ranks * mesh.dp_replicate == 1:
             return 0.0

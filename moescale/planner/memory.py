@@ -56,7 +56,7 @@ class MemoryModel:
         self.moments = Moments(workload, cluster, request)
         self.transient = functools.cache(self._transient_uncached)
         self._partly_recomputed_bytes = functools.cache(self._partly_recomputed_bytes_uncached)
-        self._own = functools.cache(functools.partial(local_parameters, workload.weights))
+        self._own_bytes = functools.cache(functools.partial(local_parameters, workload.stored(self.itemsize)))
         self._trained = functools.cache(functools.partial(local_parameters, workload.trained))
         self._updated = functools.cache(functools.partial(updated_parameters, workload.trained))
         self.outside_allocator = functools.cache(self._outside_allocator_uncached)
@@ -80,7 +80,7 @@ class MemoryModel:
         trained, updated = self._trained(mesh, sharding), self._updated(mesh, sharding)
         adapters = {} if self.workload.lora is None else {"adapters": trained * DTYPE_BYTES["fp32"]}
         return {
-            "weights": self._own(mesh, sharding) * self.itemsize,
+            "weights": self._own_bytes(mesh, sharding),
             **adapters,
             "gradients": trained * DTYPE_BYTES[formats.gradient_dtype],
             "optimizer": 0.0 if formats.offload_optimizer else updated * self._state_bytes(formats),

@@ -152,6 +152,7 @@ class Moments:
             rows = dims["r"] * 2 * dims["f"] * self.itemsize if keeps else 0
             more: float = exchange.kept_bytes(keeps_pre_activation=keeps) - rows
             inside: float = exchange.backward_bytes(keeps_pre_activation=keeps)
+            inside += max(self.bytes.experts_made_plain(kind.name, mesh))
         else:
             more = self.bytes.exchanged_rows(dims, mesh) + self.bytes.padding(dims, mesh, keeps)
             inside = self.bytes.operator_buffers(plans, dims, mesh)
@@ -220,6 +221,7 @@ class Moments:
             ahead = self.bytes.gathered_again(kind, plans[kind.name], mesh)
             moments[f"gradient of the last {kind.name} activation"] = there | {
                 "temporary buffers": gradients,
+                "inside operators": self.bytes.made_plain(kind, mesh),
                 "communication": gathered + ahead,
             }
             if kind is last and ahead:
@@ -269,6 +271,7 @@ class Moments:
             },
             "gradient of the last experts": {
                 "temporary buffers": again + 3 * hidden + in_experts,
+                "inside operators": max(self.bytes.experts_made_plain(last.name, mesh)),
                 "communication": communication,
             },
         }

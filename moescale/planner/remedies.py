@@ -44,7 +44,11 @@ def find_remedies(result: PlanResult) -> tuple[Remedy, ...]:
 def _try(result: PlanResult, change: str, request: PlanRequest) -> Remedy | None:
     try:
         changed = compile_plan(
-            result.config, result.cluster, request, workload=result.workload, with_alternatives=False
+            result.config,
+            result.cluster,
+            request,
+            workload=dataclasses.replace(result.workload, lora=request.lora),
+            with_alternatives=False,
         )
     except ConfigError:
         return None
@@ -79,6 +83,9 @@ def _changes(result: PlanResult) -> Iterator[tuple[str, _Requests]]:
             "--allow-stochastic-rounding: bf16 weights without a master copy",
             _once(replace(request, exact_weights=False)),
         )
+    if request.lora is not None and request.lora.base == "compute":
+        lora = replace(request.lora, base="fp8")
+        yield f"--lora {lora.text()}: frozen weights in fp8", _once(replace(request, lora=lora))
     yield "--sequence-length {}", lambda: _shorter_sequences(request)
     yield "--runtime-gpus {0} --plan-gpus {0}: more GPUs", lambda: _more_gpus(request)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
+from moescale.formats import FP8_BLOCK
 from moescale.lora import LoraSettings
 from moescale.models.registry import family_of
 from moescale.operators import (
@@ -57,12 +58,31 @@ class LayerKind:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """How many weights of a kind there are in a whole model."""
+    """How many weights of a kind there are in a whole model, or their bytes."""
 
     config: ModelConfig
     others: int
     routed: int
     """Those of routed experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightInFp8:
+    """A frozen weight that is kept as codes and scales (:mod:`moescale.kernels.block_fp8`)."""
+
+    rows: int
+    columns: int
+    experts: int
+    """1 of what is no routed expert."""
+
+    @property
+    def elements(self) -> int:
+        return self.experts * self.rows * self.columns
+
+    @property
+    def stored_bytes(self) -> int:
+        blocks = -(-self.rows // FP8_BLOCK) * -(-self.columns // FP8_BLOCK)
+        return self.elements + 4 * self.experts * blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +107,28 @@ class Workload:
         others, routed = self._elements(op for op in kind.operators if not op.is_adapter)
         return others + family_of(self.config).biases(self.config), routed
 
+    def in_fp8(self, op: Operator) -> list[WeightInFp8]:
+        """Weights of ``op`` that are kept in fp8."""
+        if self.lora is None or self.lora.base != "fp8":
+            return []
+        dims = self.dims(1, 1)
+        return [
+            WeightInFp8(
+                rows=Tensor.parse(spot.outputs).size(dims),
+                columns=Tensor.parse(spot.inputs).size(dims),
+                experts=dims["e"] if is_routed(op) else 1,
+            )
+            for spot in op.adaptable
+        ]
+
+    def layer_bytes(self, kind: LayerKind, itemsize: int) -> tuple[int, int]:
+        """Bytes of :meth:`layer_parameters` where a weight in the compute dtype has ``itemsize``."""
+        others, routed = (number * itemsize for number in self.layer_parameters(kind))
+        for op in kind.operators:
+            saved = sum(weight.elements * itemsize - weight.stored_bytes for weight in self.in_fp8(op))
+            others, routed = (others, routed - saved) if is_routed(op) else (others - saved, routed)
+        return others, routed
+
     def adapter_parameters(self, kind: LayerKind) -> tuple[int, int]:
         """The same of the adapters."""
         return self._elements(op for op in kind.operators if op.is_adapter)
@@ -106,6 +148,12 @@ class Workload:
         """The model's own."""
         routed = sum(kind.count * self.layer_parameters(kind)[1] for kind in self.layers)
         return Weights(config=self.config, others=self.parameters() - routed, routed=routed)
+
+    def stored(self, itemsize: int) -> Weights:
+        """Bytes of the model's own weights, as :meth:`layer_bytes`."""
+        counts = [(kind.count, *self.layer_bytes(kind, itemsize)) for kind in self.layers]
+        others, routed = (sum(item[0] * item[part] for item in counts) for part in (1, 2))
+        return Weights(config=self.config, others=others + self.outside_parameters() * itemsize, routed=routed)
 
     @property
     def adapters(self) -> Weights:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moescale.convert.hf_config import read_model_config
+from moescale.lora import parse_lora
 from moescale.planner.cluster import load_cluster
 from moescale.planner.request import PlanRequest
 from moescale.planner.result import Evaluated
@@ -62,3 +63,29 @@ def test_hidden_communication_costs_the_part_that_the_cluster_file_says() -> Non
     assert free.hidden == half.hidden and sum(free.hidden.values()) > 0.1
     assert half.total - free.total == pytest.approx(0.5 * sum(free.hidden.values()))
     assert half.exposed["slowed by communication"] == pytest.approx(half.total - free.total)
+
+
+@pytest.mark.parametrize("recompute, passes", [("none", 2), ("block", 3)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_in_fp8_cost_their_bytes_in_every_pass(recompute: str, passes: int, ranks: int) -> None:
+    """A byte of code is read and two of bf16 are written for an element, and four of scale read for 16,384."""
+    cluster = dataclasses.replace(load_cluster("h100-sxm"), memory_bytes=2**38)
+
+    def time_of(base: str) -> dict[str, float]:
+        pins = {"moe_recompute": recompute, "micro_batch_sequences": "4", "ep": str(ranks), "dense_sharding": "zero1"}
+        lora = parse_lora(f"rank=16,base={base}")
+        request = PlanRequest(
+            runtime_gpus=ranks, tokens_per_step=131072, sequence_length=2048, lora=lora, plan_gpus=ranks, pins=pins
+        )
+        best = compile_plan(QWEN3, cluster, request, with_alternatives=False).best
+        assert best is not None and best.candidate.gradient_accumulation_steps == 16 / ranks
+        return best.time.exposed
+
+    in_fp8, whole = time_of("fp8"), time_of("compute")
+    experts, others = 128 * 3 * 2048 * 768, 2048 * (2 * 4096 + 2 * 512)
+    bytes_moved = 8 * (experts / ranks + others) * (1 + 2 + 4 / 128**2)
+    once = bytes_moved / cluster.elementwise_bytes_per_second + 8 * 6 * cluster.launch_seconds
+    added = sum(in_fp8.values()) - sum(whole.values())
+    assert added == pytest.approx(16 / ranks * passes * once, rel=1e-6)
+    assert in_fp8["compute weights from fp8"] == pytest.approx(16 / ranks * 2 * once, rel=1e-6)
+    assert "compute weights from fp8" not in whole

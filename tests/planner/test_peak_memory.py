@@ -26,15 +26,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import moescale.runtime.expert_parallel as expert_parallel
 import moescale.runtime.mapping as mapping
 from moescale.config import ModelConfig
-from moescale.convert.hf_config import read_model_config
+from moescale.convert.hf_config import PRESETS, read_model_config
 from moescale.errors import ConfigError
 from moescale.lora import LoraSettings, parse_lora
-from moescale.models.lora import add_adapters
+from moescale.models.lora import add_adapters, is_adapter
 from moescale.models.transformer import Transformer, build_on_meta
-from moescale.plan import MeshShape, ParallelPlan, one_device_plan
+from moescale.plan import LayerPlan, MeshShape, ParallelPlan, one_device_plan
 from moescale.planner.cluster import load_cluster
 from moescale.planner.layer_bytes import LayerBytes
 from moescale.planner.memory import MemoryModel
+from moescale.planner.moments import Moments
 from moescale.planner.request import PlanRequest
 from moescale.planner.result import PlanResult
 from moescale.planner.search import compile_plan
@@ -227,7 +228,10 @@ LORA_PLANS = {
     # Of frozen experts without adapters eager autograd makes a gradient of zeros for the pre-activation.
     "one GPU, attention": ("attention", {}, 0.02),
     "one GPU, blocks recomputed": ("all", BLOCKS, 0.01),
+    "one GPU, fp8": ("all,base=fp8", {}, 0.01),
+    "one GPU, blocks recomputed, fp8": ("all,base=fp8", BLOCKS, 0.01),
     "sharded": ("all", {"dp_shard": "8", "ep": "1"}, 0.06),
+    "sharded, fp8": ("all,base=fp8", {"dp_shard": "8", "ep": "1"}, 0.06),
     "ep 8": ("attention+shared+experts", {"dp_shard": "8", "ep": "8"}, 0.06),
 }
 
@@ -254,6 +258,47 @@ def test_adapters_are_counted_as_the_model_has_them(model: str, targets: str) ->
     routed = sum(p.numel() for name, p in built.named_parameters() if ".experts.adapter." in name)
     assert (found.trained.others + found.trained.routed, found.trained.routed) == (trained, routed)
     assert found.parameters() + trained == sum(parameter.numel() for parameter in built.parameters())
+
+
+@pytest.mark.parametrize("base", ["compute", "fp8"])
+@pytest.mark.parametrize("dtype, itemsize", [(torch.bfloat16, 2), (torch.float32, 4)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("model", PRESETS)
+def test_frozen_weights_take_the_bytes_that_the_model_has(
+    model: str, dtype: torch.dtype, itemsize: int, base: str
+) -> None:
+    config = read_model_config(model)
+    config = dataclasses.replace(config, num_layers=min(4, config.num_layers))
+    lora = parse_lora(f"rank=16,targets=attention,base={base}")
+    built = build_on_meta(config, dtype)
+    add_adapters(built, lora)
+    sizes = {name: parameter.nbytes for name, parameter in built.named_parameters() if not is_adapter(name)}
+    routed = sum(size for name, size in sizes.items() if ".experts." in name and not name.endswith("_bias"))
+    found = build_workload(config, lora=lora).stored(itemsize)
+    assert (found.others + found.routed, found.routed) == (sum(sizes.values()), routed)
+
+
+def plain_weights_at_the_peak(mesh: MeshShape, recompute: str) -> dict[str, float]:
+    """By moment what operators make and give back with frozen weights in fp8, over that with plain ones."""
+    inside = []
+    for base in ("fp8", "compute"):
+        lora = parse_lora(f"rank=16,base={base}")
+        request = PlanRequest(runtime_gpus=8, tokens_per_step=8 * 2048, sequence_length=2048, lora=lora)
+        moments = Moments(build_workload(CONFIG, lora=lora), load_cluster("h200"), request)
+        kinds = [LayerPlan(kind=kind, recompute=recompute) for kind in ("dense", "moe")]
+        found = moments.breakdowns(mesh, 1, tuple(kinds), "fp32")
+        inside.append({moment: parts.get("inside operators", 0.0) for moment, parts in found.items()})
+    return {moment: size - inside[1][moment] for moment, size in inside[0].items()}
+
+
+def test_one_weight_at_a_time_is_plain_at_the_peak() -> None:
+    """Of 64 experts of 1,408: gate and up, when the activation (of 6 rows a token) has been given back for a gradient."""
+    gate_up, down, rows = (64 * 2048 * 1408 * 2 * 2, 64 * 2048 * 1408 * 2, 2048 * 6)
+    whole = plain_weights_at_the_peak(MeshShape(), "none")
+    assert whole["gradient of the last experts"] == gate_up + rows * (2048 - 1408) * 2
+    divided = plain_weights_at_the_peak(MeshShape(dp_shard=8, ep=8), "none")
+    assert divided["gradient of the last experts"] == gate_up / 8
+    assert whole["loss"] == divided["loss"] == 0
+    assert gate_up == 2 * down
 
 
 def test_a_target_that_the_model_lacks_is_refused_by_the_planner_too() -> None:

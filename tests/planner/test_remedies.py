@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from moescale.lora import parse_lora
 from moescale.planner.cluster import load_cluster
 from moescale.planner.fit import fit_json, fit_text, fit_to_gpus
 from moescale.planner.remedies import find_remedies
@@ -58,6 +59,20 @@ def test_pins_prohibitions_and_limits_are_dropped_before_gpus_are_added() -> Non
     limit = sum(peak_with(plan_gpus=4, forbidden=in_memory, **more) for more in ({}, {"pins": pins})) / 2
     found = find_remedies(compile_plan(CONFIG, cluster_with(limit), only_pinned))
     assert found[0].change == "drop --pin optimizer_state_dtype=fp32"
+
+
+def test_frozen_weights_in_fp8_are_offered_where_they_fit_and_fit_on_fewer_gpus() -> None:
+    lora = parse_lora("rank=4,alpha=8")
+    in_fp8 = dataclasses.replace(lora, base="fp8")
+    whole, coded = (peak_with(runtime_gpus=1, plan_gpus=1, lora=settings) for settings in (lora, in_fp8))
+    cluster = cluster_with((whole + coded) / 2)
+    request = dataclasses.replace(REQUEST, runtime_gpus=1, lora=lora)
+    remedies = {remedy.change: remedy for remedy in find_remedies(compile_plan(CONFIG, cluster, request))}
+    change = "--lora rank=4,alpha=8,targets=all,base=fp8: frozen weights in fp8"
+    applied = compile_plan(CONFIG, cluster, dataclasses.replace(request, lora=in_fp8))
+    assert applied.best is not None and applied.best.time.total == remedies[change].step_seconds
+    smallest = [fit_to_gpus(CONFIG, cluster, dataclasses.replace(request, lora=s), 4).smallest for s in (lora, in_fp8)]
+    assert [point and point.gpus for point in smallest] == [2, 1]
 
 
 def test_the_smallest_number_of_gpus_is_one_that_fits_where_fewer_do_not() -> None:

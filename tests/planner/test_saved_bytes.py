@@ -95,7 +95,9 @@ def test_a_layer_keeps_exactly_what_its_annotations_say(name: str, layer: int, g
     assert saved_bytes(workload.layers[layer], dims, 2) == measured
 
 
-@pytest.mark.parametrize("targets", ["all", "attention", "experts", "dense+shared", "kv_up+output"])
+@pytest.mark.parametrize(
+    "targets", ["all", "attention", "experts", "dense+shared", "kv_up+output", "all,base=fp8", "attention,base=fp8"]
+)
 @pytest.mark.parametrize("name", ["low_rank_query", "published_sizes"])
 @pytest.mark.parametrize("layer", [0, 1], ids=["dense", "moe"])
 def test_a_frozen_layer_keeps_exactly_what_its_adapters_need(

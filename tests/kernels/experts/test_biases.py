@@ -136,7 +136,7 @@ def test_rows_of_a_rank_give_the_gradients_of_the_whole_layer():
 @pytest.mark.parametrize("operator", ["experts", "expert_mlp"])
 def test_passes_opcheck(operator):
     ids, (x, weights, gate_up, down, *biases) = make_biased(6, 2, 3, 16, 8)
-    rest = (*(None,) * 4, [1.702, 1.0], "torch", True)
+    rest = (*(None,) * 6, [1.702, 1.0], "torch", True)
     if operator == "experts":
         arguments = (x, ids, weights, gate_up, down, *biases, *rest)
         torch.library.opcheck(torch.ops.moescale.experts.default, arguments)
