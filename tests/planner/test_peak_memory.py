@@ -291,7 +291,7 @@ def plain_weights_at_the_peak(mesh: MeshShape, recompute: str) -> dict[str, floa
 
 
 def test_one_weight_at_a_time_is_plain_at_the_peak() -> None:
-    """Of 64 experts of 1,408: gate and up, when the activation (of 6 rows a token) has been given back for a gradient."""
+    """Of 64 experts: gate and up, once the activation of 6 rows a token has been given back, for a gradient."""
     gate_up, down, rows = (64 * 2048 * 1408 * 2 * 2, 64 * 2048 * 1408 * 2, 2048 * 6)
     whole = plain_weights_at_the_peak(MeshShape(), "none")
     assert whole["gradient of the last experts"] == gate_up + rows * (2048 - 1408) * 2

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from moescale.convert.hf_config import read_model_config
 from moescale.lora import parse_lora
 from moescale.planner.cluster import load_cluster
 from moescale.planner.fit import fit_json, fit_text, fit_to_gpus
@@ -61,7 +62,7 @@ def test_pins_prohibitions_and_limits_are_dropped_before_gpus_are_added() -> Non
     assert found[0].change == "drop --pin optimizer_state_dtype=fp32"
 
 
-def test_frozen_weights_in_fp8_are_offered_where_they_fit_and_fit_on_fewer_gpus() -> None:
+def test_frozen_weights_in_fp8_are_offered_where_they_fit() -> None:
     lora = parse_lora("rank=4,alpha=8")
     in_fp8 = dataclasses.replace(lora, base="fp8")
     whole, coded = (peak_with(runtime_gpus=1, plan_gpus=1, lora=settings) for settings in (lora, in_fp8))
@@ -71,8 +72,21 @@ def test_frozen_weights_in_fp8_are_offered_where_they_fit_and_fit_on_fewer_gpus(
     change = "--lora rank=4,alpha=8,targets=all,base=fp8: frozen weights in fp8"
     applied = compile_plan(CONFIG, cluster, dataclasses.replace(request, lora=in_fp8))
     assert applied.best is not None and applied.best.time.total == remedies[change].step_seconds
-    smallest = [fit_to_gpus(CONFIG, cluster, dataclasses.replace(request, lora=s), 4).smallest for s in (lora, in_fp8)]
-    assert [point and point.gpus for point in smallest] == [2, 1]
+
+
+def test_adapters_of_the_16b_model_fit_on_one_gpu_of_24_gib_in_fp8_alone() -> None:
+    config, pins = read_model_config("deepseek-coder-v2-lite"), {"moe_recompute": "block", "micro_batch_sequences": "1"}
+    request = PlanRequest(
+        runtime_gpus=1, tokens_per_step=65536, sequence_length=4096, memory_limit_bytes=24 * 2**30, pins=pins
+    )
+
+    def fewest_gpus(base: str) -> int:
+        lora = parse_lora(f"rank=16,targets=attention+shared+experts,base={base}")
+        smallest = fit_to_gpus(config, load_cluster("h100-sxm"), dataclasses.replace(request, lora=lora), 2).smallest
+        assert smallest is not None
+        return smallest.gpus
+
+    assert (fewest_gpus("compute"), fewest_gpus("fp8")) == (2, 1)
 
 
 def test_the_smallest_number_of_gpus_is_one_that_fits_where_fewer_do_not() -> None:
