@@ -1,10 +1,12 @@
 """Adapters on the whole 16B model on one GPU as a user trains them: prepare, compile, run; then PEFT, beside it.
 
     python benchmarks/lora.py --cluster h100-sxm --output benchmarks/results/h100/lora.json
+    python benchmarks/lora.py --cluster h100-sxm --base fp8 --memory-limit 48GB 24GB --output lora_fp8.json
 
 Rank 16 on attention, shared and routed experts, packs of 4,096 tokens, random weights of the public configuration made
 on the GPU. Ours runs twice: in 48 GB, and with whatever the GPU has. Micro-batch and recomputation are the plan's; the
-figures are the run's own in ``metrics.jsonl``, optimizer included, after two steps of warming up. The peer is
+figures are the run's own in ``metrics.jsonl``, optimizer included, after two steps of warming up. ``--base fp8`` keeps
+frozen weights in fp8; the run in the compute dtype within the first limit then takes the peer's place. The peer is
 transformers with PEFT (packages ``peft`` and ``accelerate``), every layer compiled if that runs, with what suits it
 best: adapters in bf16, grouped GEMMs for the experts, shared experts as layers, not as parameters, fused AdamW. What
 does not fit or compile is said in its place. Parts are left out that would begin after ``--seconds``.
@@ -31,11 +33,13 @@ from moescale.tools.measurement import describe_measurement, write_result
 TARGETS = "attention+shared+experts"
 
 
-def ours(folder: Path, corpus: Path, arguments: argparse.Namespace, memory_limit: str | None) -> dict[str, Any]:
+def ours(
+    folder: Path, corpus: Path, arguments: argparse.Namespace, memory_limit: str | None, base: str
+) -> dict[str, Any]:
     """Plan within ``memory_limit`` and run."""
     folder.mkdir()
     plan_file = folder / "plan.json"
-    lora = f"rank={arguments.rank},alpha={2 * arguments.rank},targets={TARGETS}"
+    lora = f"rank={arguments.rank},alpha={2 * arguments.rank},targets={TARGETS},base={base}"
     shape = ("--sequence-length", arguments.sequence_length, "--tokens-per-step", arguments.tokens_per_step)
     limit = ("--memory-limit", memory_limit) if memory_limit else ()
     where = ("--model", arguments.model, "--cluster", arguments.cluster, "--plan-gpus", 1, "--lora", lora)
@@ -53,6 +57,8 @@ def ours(folder: Path, corpus: Path, arguments: argparse.Namespace, memory_limit
     seconds = statistics.median(record["step_seconds"] for record in measured)
     peak, predicted = max(record["peak_bytes"] for record in measured), plan["prediction"]["allocated_bytes"]
     return {
+        "base": base,
+        "errors_in_fp8": json.loads((folder / "run" / "run.json").read_text()).get("errors_in_fp8"),
         "memory_limit": memory_limit,
         "tokens_per_second": arguments.tokens_per_step / seconds,
         "step_seconds": seconds,
@@ -189,6 +195,13 @@ def peer(folder: Path, left: Callable[[], float]) -> dict[str, Any]:
     return {"error": failures}
 
 
+def without_plans(value: Any) -> Any:
+    """What is printed of a result: plans are long."""
+    if isinstance(value, dict):
+        return {key: without_plans(part) for key, part in value.items() if key != "plan"}
+    return [without_plans(part) for part in value] if isinstance(value, list) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deepseek-coder-v2-lite")
@@ -199,7 +212,8 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--tokens-per-step", type=int, default=65536)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--memory-limit", default="48GB", help="of the first of our runs")
+    parser.add_argument("--base", default="compute", choices=("compute", "fp8"), help="format of the frozen weights")
+    parser.add_argument("--memory-limit", default=["48GB"], nargs="+", help="of our runs but the last, in order")
     parser.add_argument("--peer-sequences", type=int, default=1, help="of a micro-batch of the peer's")
     parser.add_argument("--peer-micro-batches", type=int, default=4)
     parser.add_argument("--peer-steps", type=int, default=3)
@@ -221,22 +235,29 @@ def main() -> None:
         folder = Path(name)
         corpus = arguments.data or prepare_corpus(folder, arguments.sequence_length)
         print(f"corpus after {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-        first = ours(folder / "limited", corpus, arguments, arguments.memory_limit)
+        limit, *others = arguments.memory_limit
+        first = ours(folder / "limited", corpus, arguments, limit, arguments.base)
         print(f"first run after {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-        peers = {"transformers + PEFT": peer(folder, left)}
+        if arguments.base == "fp8":
+            peers = {"ours in the compute dtype": ours(folder / "whole", corpus, arguments, limit, "compute")}
+        else:
+            peers = {"transformers + PEFT": peer(folder, left)}
         print(f"peer after {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-        unlimited = ours(folder / "unlimited", corpus, arguments, None) if left() > 100 else None
+        other_limits = [
+            ours(folder / other, corpus, arguments, other, arguments.base) for other in others if left() > 100
+        ]
+        unlimited = ours(folder / "unlimited", corpus, arguments, None, arguments.base) if left() > 100 else None
     result = describe_measurement("transformers", "peft") | {
         "model": arguments.model,
-        "lora": {"rank": arguments.rank, "targets": TARGETS},
+        "lora": {"rank": arguments.rank, "targets": TARGETS, "base": arguments.base},
         "sequence_length": arguments.sequence_length,
         "tokens_per_step": arguments.tokens_per_step,
         **first,
+        "other_limits": other_limits,
         "without_a_limit": unlimited,
         "peers": peers,
     }
-    shown = {key: value for key, value in result.items() if key not in ("plan", "without_a_limit")}
-    print(json.dumps(shown | {"without_a_limit": (unlimited or {}) | {"plan": "..."}}, indent=1))
+    print(json.dumps(without_plans(result), indent=1))
     if arguments.output:
         write_result(arguments.output, result)
 

@@ -37,7 +37,8 @@ class RunInputs:
     """Without a plan: compute dtype; default: bf16 on a GPU, fp32 on the CPU."""
     lora: str | None = None
     """Train adapters only, as in rank=16,alpha=32,targets=attention+experts; targets: all, attention, dense, shared,
-    experts, or a module such as q_proj; also dropout=0.05, rank_stabilised=true. With a plan, the plan decides."""
+    experts, or a module such as q_proj; also dropout=0.05, rank_stabilised=true, base=fp8 (frozen weights in fp8).
+    With a plan, the plan decides."""
     adapter: Path | None = None
     """Folder of adapters to start from, of PEFT 0.19.1 and later or with matrices for every expert. It determines their
     settings, unless the plan or --lora does."""
