@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moescale.errors import ConfigError
+
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
 """What file systems without locks answer."""
 
@@ -57,6 +59,18 @@ def remedy(error: BaseException) -> str | None:
     if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(found[1])
     return _REMEDIES.get(number)
+
+
+def check_can_be_written(path: Path, option: str) -> None:
+    """Raise ConfigError, naming ``option``, where a file ``path`` could not be written; for before the work."""
+    if os.path.isdir(path):
+        raise ConfigError(f"{option} ({path}) is a folder; name a file in it")
+    # Without permission os.path returns False, while Path.exists raises; the closed folder is then found above.
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not folder.is_dir():
+        raise ConfigError(f"{option} ({path}) cannot be written: {folder} is not a folder; give another path")
+    if not os.access(folder, os.W_OK | os.X_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
+        raise ConfigError(f"{option} ({path}) cannot be written: Permission denied; give another path")
 
 
 def sync(path: Path) -> None:

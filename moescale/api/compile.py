@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config, resolve_model
 from moescale.data.corpus.manifest import read_manifest
 from moescale.errors import ConfigError
-from moescale.files import write_atomically
+from moescale.files import check_can_be_written, write_atomically
 from moescale.lora import parse_lora
 from moescale.plan import save_plan
 from moescale.planner.cluster import Cluster, load_cluster
@@ -90,16 +89,8 @@ def _sequence_length(settings: CompileSettings) -> int:
 def _check_files(settings: CompileSettings) -> None:
     """Raise ConfigError before planning if a file could not be written afterwards."""
     for option, path in (("--output", settings.output), ("--html", settings.html)):
-        if path is None:
-            continue
-        if os.path.isdir(path):
-            raise ConfigError(f"{option} ({path}) is a folder; name a file in it")
-        # Without permission os.path returns False, while Path.exists raises; the closed folder is then found above.
-        folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
-        if not folder.is_dir():
-            raise ConfigError(f"{option} ({path}) cannot be written: {folder} is not a folder; give another path")
-        if not os.access(folder, os.W_OK | os.X_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
-            raise ConfigError(f"{option} ({path}) cannot be written: Permission denied; give another path")
+        if path is not None:
+            check_can_be_written(path, option)
     if settings.output is not None and settings.html is not None and settings.output == settings.html:
         raise ConfigError(f"--output and --html ({settings.html}) must be two files; give one of them another name")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moescale.errors import ConfigError, MoescaleError, say
-from moescale.files import write_atomically
+from moescale.files import check_can_be_written, write_atomically
 
 COLUMNS = ("scope", "tokens", "num_experts", "routing", "backend", "forward_ms", "backward_ms", "tflops", "peak_bytes")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -64,6 +64,8 @@ def bench_command(
     for option, path in (("--output", output), ("--plot", plot)):
         if path is not None and not path.resolve().parent.is_dir():
             raise ConfigError(f"{option} ({path}) lies in a folder that does not exist; create {path.parent} first")
+        if path is not None:
+            check_can_be_written(path, option)
     if what == "reference":
         document = _reference(cluster or "h100-sxm", results, plot)
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moescale.errors import printable, say
-from moescale.files import write_atomically
+from moescale.files import check_can_be_written, write_atomically
 from moescale.planner.cluster import parse_cluster_text
 
 
@@ -23,6 +23,7 @@ def calibrate_command(output: Path, *, name: str | None = None) -> None:
     """
     from moescale.runtime.calibrate import calibrate_machine, to_toml
 
+    check_can_be_written(output, "--output")
     document = calibrate_machine(Console(stderr=True, markup=False, emoji=False).print)
     if document is None:
         return

@@ -22,6 +22,17 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["calibrate", "bench"])
+def test_an_output_that_is_a_folder_is_refused_before_anything_is_measured(command, tmp_path, monkeypatch, capsys):
+    for module, name in (("moescale.runtime.calibrate", "calibrate_machine"), ("moescale.cli.bench", "_measured")):
+        monkeypatch.setattr(f"{module}.{name}", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("moescale.cli.bench._require_gpu", lambda: None)
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--output", str(tmp_path)])
+    assert caught.value.code == 2
+    assert f"--output ({tmp_path}) is a folder; name a file in it" in capsys.readouterr().err
+
+
 def without_none(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     """As calibrate leaves out what it did not measure; tuples as lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields if value is not None}
