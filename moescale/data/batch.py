@@ -23,9 +23,9 @@ class Batch:
     sequence_ids: torch.Tensor
     """[B] int64: indices of the sequences in the corpus; -1 for one that only keeps ranks in step."""
     document_starts: torch.Tensor | None
-    """[B, S] bool, or None where the corpus does not tell."""
+    """[B, S] bool: True at the start of each document; None if the corpus does not record it."""
     padding: torch.Tensor | None
-    """[B, S] bool: tokens that only fill a sequence; None where no sequence of the corpus has any."""
+    """[B, S] bool: True for padding; None if no sequence of the corpus has any."""
 
 
 def read_batch(corpus: Corpus, sequence_ids: np.ndarray) -> Batch:

@@ -30,7 +30,7 @@ _STATE = FileKind(noun="a loader's state", error=DataError, remedy="start a new 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderState:
-    """What a checkpoint keeps of a :class:`Loader`."""
+    """The state of a :class:`Loader` in a checkpoint."""
 
     position: Annotated[int, Range(least=0, most=MAX_POSITION)]
     seed: int
@@ -116,7 +116,7 @@ class Loader:
                 while not stopped.is_set():
                     ahead.put(self._step(start))
                     start += self.sequences_per_step
-            except BaseException as error:  # of any type: raised again where the step is wanted
+            except BaseException as error:  # of any type: raised again when the step is requested
                 ahead.put(error)
 
         thread = threading.Thread(target=read_ahead, name="moescale-loader", daemon=True)

@@ -1,4 +1,4 @@
-"""Prompts of a corpus: what precedes the first answer of its conversations, or how its documents begin."""
+"""Finds prompts in a corpus: the text before the first answer of a conversation, or the beginning of a document."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from moescale.data.batch import NO_TARGET
 from moescale.data.corpus import Corpus
 
 PLAIN_PROMPT_TOKENS = 32
-"""Of a document that is learned from its beginning so many tokens are the prompt, at most half of it."""
+"""Length of the prompt, at most half of the document, if a document is learned from its beginning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt and what follows it in the corpus."""
+    """A prompt and its continuation in the corpus."""
 
     sequence: int
-    """The sequence it is from."""
+    """Index of its sequence."""
     tokens: list[int]
     wanted: list[int]
     """The answer in the corpus: the learned tokens right after the prompt, or of plain text the rest of the

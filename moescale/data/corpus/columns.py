@@ -71,7 +71,7 @@ class Block:
         return self._rows(TOKENS, row, row + 1)[0]
 
     def labels(self, row: int) -> np.ndarray | None:
-        """Return int64 [S], or None where every token is its own target."""
+        """Return int64 [S], or None if every token is its own label."""
         if LABELS not in self.columns and not self._masks:
             return None
         labels = self._rows(LABELS if LABELS in self.columns else TOKENS, row, row + 1)[0].astype(np.int64)
@@ -108,7 +108,7 @@ class Block:
         return largest
 
     def _padded_left(self) -> bool:
-        """Whether a row has padding before its tokens; raise if it has some between them."""
+        """Return True if a row has padding before its tokens. Raises DataError if it has some between them."""
         found = False
         for mask in self._parts(ATTENTION_MASK) if ATTENTION_MASK in self.columns else ():
             begins = np.diff(mask.astype(np.int8), axis=1) == 1
@@ -120,7 +120,7 @@ class Block:
         return found
 
     def _positions_start_again(self) -> bool:
-        """Whether positions tell of documents; raise where they are no positions of documents laid end to end."""
+        """Return True if positions mark documents. Raises DataError if they are not those of concatenated documents."""
         found = False
         for positions in self._parts(POSITIONS) if POSITIONS in self.columns else ():
             follows = np.diff(positions.astype(np.int64), axis=1) == 1

@@ -25,7 +25,7 @@ class Corpus(Protocol):
 
     @property
     def name(self) -> str:
-        """Where it is, for messages."""
+        """Its location, for messages."""
         ...
 
     @property
@@ -46,17 +46,17 @@ class Corpus(Protocol):
 
     @property
     def document_boundaries(self) -> bool:
-        """Whether sequences come with the places where documents start."""
+        """True if the starts of documents are recorded."""
         ...
 
     @property
     def has_padding(self) -> bool:
-        """Whether any sequence has tokens that only fill it."""
+        """True if any sequence has padding."""
         ...
 
     @property
     def notices(self) -> list[str]:
-        """What a user should know of how the corpus is read; empty where nothing is left out."""
+        """Notices about parts of the corpus that are not used; empty if all are."""
         ...
 
     def sequence(self, index: int) -> PackedSequence: ...

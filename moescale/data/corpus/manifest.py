@@ -1,4 +1,4 @@
-"""``manifest.json``: what a prepared corpus was made from, what is in it, and the checksums of its files."""
+"""``manifest.json`` of a prepared corpus: its origin, its contents, and the checksums of its files."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from moescale.records import (
 
 MANIFEST = "manifest.json"
 SOURCE_FILES = "source.jsonl"
-"""One JSON line per file read: its name, size in bytes and time of change."""
+"""File with one JSON line per source file: its name, size in bytes and modification time."""
 FIRST_POSITIONS = 10
-"""Of items of one kind, how many positions are kept."""
+"""Number of positions that are recorded per kind of fault."""
 MAX_SEQUENCE_LENGTH = 2**30
 MAX_VOCABULARY_SIZE = 2**31
 """Token ids are int32 on the device."""
@@ -52,7 +52,7 @@ class Shard:
     tokens: WrittenFile
     starts: WrittenFile | None
     targets: WrittenFile | None = None
-    """Which tokens are to be predicted; None: all of them."""
+    """File that marks the target tokens; None if all tokens are targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,21 +86,21 @@ class BadItems:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything about a corpus but its tokens."""
+    """Description of a corpus without its tokens."""
 
     made_from: dict[str, Any]
     """The input: source, tokenizer and the settings that shape the result. Equal input gives equal bytes."""
     sequence_length: Annotated[int, Range(least=1, most=MAX_SEQUENCE_LENGTH)]
     vocabulary_size: Annotated[int, Range(least=1, most=MAX_VOCABULARY_SIZE)]
     dtype: TokenDtype
-    """Of token ids: the only ones that `prepare` writes, and that memory of a file is read as."""
+    """Dtype of token ids in the files; `prepare` writes no others."""
     document_boundaries: bool
     bad: dict[str, BadItems]
-    """What was left out of the documents, by the kind of fault."""
+    """Items that were left out of the documents, by kind of fault."""
     skipped: dict[str, BadItems]
-    """Files passed over, by reason."""
+    """Files that were skipped, by reason."""
     read: dict[str, BadItems]
-    """Files that were read, by the way in which they were."""
+    """Files that were read, by how they were read."""
     counts: dict[FileName, SplitCounts]
     shards: dict[FileName, Annotated[list[Shard], Length(least=1)]]
 
@@ -168,7 +168,7 @@ class Manifest:
 
 
 def recorded_origin(folder: Path) -> dict[str, Any]:
-    """What a corpus was made from, as its manifest says; empty where it has none, as saved datasets."""
+    """Return the origin of a corpus from its manifest; empty if it has none, as saved datasets."""
     return read_manifest(folder).made_from if (folder / MANIFEST).is_file() else {}
 
 
@@ -199,7 +199,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_source_files(folder: Path) -> dict[str, list[Any]]:
-    """What ``folder``'s list of source files says of each, by name. Raises DataError."""
+    """Return the entries of the list of source files in ``folder``, by name. Raises DataError."""
     path = folder / SOURCE_FILES
     kind = FileKind(noun="a list of source files", error=DataError, max_bytes=2**30)
     found: dict[str, list[Any]] = {}

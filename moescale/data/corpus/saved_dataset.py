@@ -3,7 +3,7 @@
 Such a folder holds Arrow streams, listed in ``state.json``; that of a dataset dictionary has ``dataset_dict.json`` and
 a folder per split. The files are mapped; a sequence is a view into them.
 
-Columns mean what they mean to transformers: ``labels`` and ``attention_mask`` decide which tokens are targets.
+Columns have the meaning they have in transformers: ``labels`` and ``attention_mask`` decide which tokens are targets.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class SavedDataset:
 
     @cached_property
     def vocabulary_size(self) -> int:
-        """The largest id plus one: nothing in the folder says more, so the first use reads all of it."""
+        """The largest id plus one. The folder does not record it, so the first use reads all tokens."""
         return max(block.largest_id() for block in self._blocks) + 1
 
     @property
@@ -117,7 +117,7 @@ class SavedDataset:
         return PackedSequence(block.tokens(row), starts, block.labels(row), block.padding(row))
 
     def _place(self, index: int) -> tuple[Block, int]:
-        """The block that holds a sequence, and its row there."""
+        """Return the block of a sequence, and its row in the block."""
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -136,7 +136,7 @@ class SavedDataset:
 
 
 def data_file_name(entry: Any, folder: Path) -> str:
-    """The file name in an entry of ``_data_files``. Raises DataError."""
+    """Return the file name in an entry of ``_data_files``. Raises DataError."""
     return build(DataFile, entry, f"{folder / 'state.json'}: _data_files", _FILE).filename
 
 

@@ -1,4 +1,4 @@
-"""What a corpus gives for one of its sequences."""
+"""One sequence of a corpus: tokens, labels, documents and padding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 NO_TARGET = -100
-"""The label of a token that is not to be predicted, as everywhere in the field."""
+"""The label of a token that is not a target, by the usual convention."""
 
 
 class PackedSequence(NamedTuple):
@@ -16,9 +16,9 @@ class PackedSequence(NamedTuple):
     tokens: np.ndarray
     """An integer type [S]."""
     document_starts: np.ndarray | None
-    """bool [S]: where documents start; None where the corpus does not tell."""
+    """bool [S]: True at the start of each document; None if the corpus does not record it."""
     labels: np.ndarray | None = None
-    """int64 [S]: what each token counts as when it is to be predicted, -100 if it is not; None: every token itself."""
+    """int64 [S]: the label of each token, -100 if it is not a target; None if every token is its own label."""
     padding: np.ndarray | None = None
     """bool [S]: tokens that only fill it, no targets and no part of what is told of experts' load; None: there are
     none."""

@@ -1,4 +1,4 @@
-"""Writing the corpus's folder whole or not at all, with errors that say what to do."""
+"""Writes the corpus's folder atomically, with errors that have a remedy."""
 
 from __future__ import annotations
 

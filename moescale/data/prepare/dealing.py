@@ -23,7 +23,7 @@ class Dealer(Protocol):
         ...
 
     def finish(self) -> None:
-        """Give away what is still held, once all chunks have come."""
+        """Assign the documents still held, once all chunks have arrived."""
         ...
 
 
@@ -71,7 +71,7 @@ class _Documents:
     targets: np.ndarray | None
 
     def extend(self, rest: _Documents) -> None:
-        """Append the rest of the last document, and what follows it."""
+        """Append the rest of the last document, and the documents after it."""
         lengths = rest.lengths.copy()
         lengths[0] += self.lengths[-1]
         self.lengths = np.concatenate([self.lengths[:-1], lengths])
@@ -107,7 +107,7 @@ class ByNumber:
         token_ends = np.concatenate([[0], np.cumsum(chunk.lengths)])
 
         def documents(first: int, end: int) -> _Documents:
-            """Those of the origins ``first .. end - 1`` of the chunk."""
+            """Return the documents of the chunk's origins ``first .. end - 1``."""
             start, stop = np.searchsorted(origins, [first, end])
             tokens = slice(token_ends[start], token_ends[stop])
             targets = None if chunk.targets is None else chunk.targets[tokens].copy()
@@ -135,7 +135,7 @@ class ByNumber:
 
     @property
     def _limit(self) -> int:
-        """The largest hash of those held."""
+        """The largest hash of the held documents."""
         return -self._worst[0][0]
 
     def _offer(self, origin: int, value: int, documents: _Documents) -> None:

@@ -30,7 +30,7 @@ _TEXT_SUFFIXES = frozenset({"", ".txt", ".text", ".tokens", ".raw"})
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """One file of a source, and how it is read (see ``file_kinds``)."""
+    """One file of a source, with its kind (see ``file_kinds``)."""
 
     path: Path
     name: str
@@ -60,7 +60,7 @@ class FoundFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What is asked for of a source."""
+    """The request for a source: patterns, split and columns."""
 
     text_column: str | None
     """None: conversations are asked for."""
@@ -102,7 +102,7 @@ def find_files(sources: Sequence[str], wanted: Wanted) -> FoundFiles:
 
 
 def is_pattern(source: str) -> bool:
-    """Whether ``source`` is a pattern of file names; one with such a character in its own name is that file."""
+    """Return True if ``source`` is a pattern; an existing file with a wildcard character in its name is not."""
     return glob.has_magic(source)
 
 
@@ -183,7 +183,7 @@ def _is_excluded(name: str, wanted: Wanted) -> bool:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a path matches a pattern, by itself or by its last part as in .gitignore."""
+    """Return True if a path or its last component matches a pattern, as in .gitignore."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], pattern)
 
 
@@ -287,7 +287,7 @@ class _DataFile:
 
 
 def _is_saved_dataset(folder: Path) -> bool:
-    """Whether ``datasets.save_to_disk`` wrote ``folder``; the names of its files are ordinary ones by themselves."""
+    """Return True if ``datasets.save_to_disk`` wrote ``folder``, which the names of its files alone do not show."""
     splits = _list_in(folder / "dataset_dict.json", "splits")
     if splits is not None and all(isinstance(name, str) for name in splits):
         return True
@@ -332,7 +332,7 @@ def _add_saved_splits(root: Path, splits: list[str], prefix: str, found: FoundFi
 
 
 def _list_in(path: Path, key: str) -> list[Any] | None:
-    """Return the list under ``key`` of a JSON object; None where there is no such file, object or list.
+    """Return the list under ``key`` of a JSON object; None if there is no such file, object or list.
 
     Raises:
         DataError: it is one that `datasets` wrote, by the files next to it, and damaged.

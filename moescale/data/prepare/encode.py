@@ -1,4 +1,4 @@
-"""A chunk of a source to tokens: its documents are read, checked and tokenised.
+"""Encodes a chunk of a source: reads, checks and tokenises its documents.
 
 Runs in spawned processes: imports neither torch nor anything that does.
 """
@@ -52,7 +52,7 @@ class Fault(NamedTuple):
     """The item's number within the chunk, or its path."""
     amount: int = 1
     detail: str = ""
-    """What helps to see why, such as the fields that a record has."""
+    """Details that help to find the cause, such as the fields of a record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,9 @@ class EncodedChunk:
     """int64 [documents]: tokens per document, the end token included."""
     bad: list[Fault]
     binary: list[str] = field(default_factory=list)
-    """Files passed over because they are not text."""
+    """Files skipped because they are not text."""
     continues: bool = False
-    """The first document here was begun in the chunk before."""
+    """True if the first document began in the previous chunk."""
     targets: np.ndarray | None = None
     """bool [tokens]: which tokens are learned; None: all of them."""
     origins: np.ndarray | None = None
@@ -267,7 +267,7 @@ class Encoder:
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
-    """The narrowest of the two little-endian types that a corpus may hold."""
+    """Return the narrower of a corpus's two little-endian dtypes that can hold all ids."""
     return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
 
 

@@ -1,4 +1,4 @@
-"""How a file is read: by its extension, and where that leaves it open by how it begins."""
+"""Determines the kind of a file by its extension, or by its first bytes if the extension is ambiguous."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DOCUMENT, LINES, ARRAY, CSV, TSV, PARQUET, ARROW = "text", "JSON Lines", "JSON a
 RECORDS = frozenset({LINES, ARRAY, CSV, TSV, PARQUET, ARROW})
 """Kinds of which a field or column holds the documents."""
 TABLES = frozenset({PARQUET, ARROW})
-"""Those of them that a process of its own reads (``table_process``)."""
+"""Kinds that a separate process reads (``table_process``)."""
 _KINDS = {
     ".jsonl": LINES,
     ".ndjson": LINES,
@@ -46,7 +46,7 @@ _FIRST_LINE_BYTES = 1 << 26
 
 
 def kind_of(path: Path, text_column: str | None, *, is_named: bool) -> str | None:
-    """Return the kind of a file; None for records without ``text_column``, which are no documents either.
+    """Return the kind of a file; None for records without ``text_column``, which are not documents either.
 
     Args:
         text_column: None where records are to be conversations; then a file that holds no records has the kind None.
@@ -85,7 +85,7 @@ def _document_kind(path: Path, text_column: str | None, is_named: bool) -> str |
 
 
 def columns_of(file: Path, kind: str) -> list[str]:
-    """Return the names that the first record of a file of JSON or CSV has; none where it cannot be read."""
+    """Return the field names of the first record of a JSON or CSV file; none if it cannot be read."""
     if kind in (CSV, TSV):
         return header_of(file, delimiter_of(file, None))
     if kind == ARRAY:
@@ -100,7 +100,7 @@ def columns_of(file: Path, kind: str) -> list[str]:
 
 
 def check_head(head: bytes, path: Path | str) -> None:
-    """Refuse a file of records that begins as no such file does, with what to do about it."""
+    """Raise DataError for a file of records whose first bytes contradict its kind."""
     problem = problem_of(head)
     if problem == "git_lfs_pointer":
         raise DataError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
@@ -109,7 +109,7 @@ def check_head(head: bytes, path: Path | str) -> None:
 
 
 def problem_of(head: bytes) -> str | None:
-    """Return what keeps a file that begins with ``head`` from being text, where its content tells."""
+    """Return the reason why a file that begins with ``head`` is not text, if its content shows one."""
     if head.startswith(_LFS_POINTER):
         return "git_lfs_pointer"
     return "utf16_text" if head.startswith(_UTF16) else None

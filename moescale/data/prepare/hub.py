@@ -1,4 +1,4 @@
-"""A dataset on the Hugging Face hub, streamed through the optional ``datasets`` library."""
+"""Streams a dataset on the Hugging Face hub through the optional ``datasets`` library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many processes `prepare` starts and how much each holds at a time, so that all stay within the stated memory."""
+"""Chooses the number of `prepare`'s processes and the sizes of their work, to stay within the memory limit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moescale.errors import ConfigError, DataError
 _PROCESS_BYTES = 140_000_000
 """Interpreter, libraries, a full table of words and one text part in the works."""
 _VOCABULARY_ENTRY_BYTES = 800
-"""Of a tokenizer, per token of its vocabulary."""
+"""Memory of a tokenizer per token of its vocabulary."""
 _BYTES_PER_CHUNK_BYTE = 16
-"""A chunk in flight is bytes, strings and tokens, in two processes and in the pipe between them."""
+"""Memory of a chunk in flight, per byte: bytes, strings and tokens, in two processes and in the pipe between them."""
 _TABLE_READER_BYTES = 150_000_000
-"""The process that reads Parquet and Arrow files, with a batch of ordinary rows."""
+"""Memory of the process that reads Parquet and Arrow files, with a batch of ordinary rows."""
 _PACKING_BYTES = 140_000_000
-"""The window of conversations that a split is packed from, at its most: of conversations of 128 tokens."""
+"""Maximum memory of a split's packing window, for conversations of 128 tokens."""
 _BYTES_PER_DOCUMENT_BYTE = 8
 """A document is bytes, text, and tokens in parts and in one piece; measured 4.5 times its size."""
 _IN_FLIGHT_PER_WORKER = 3
@@ -88,7 +88,7 @@ def resources_for(
 
 
 def check_document_bytes(path: str, num_bytes: int, most_bytes: int) -> None:
-    """Raise DataError where a document, or so much of it, has more than ``most_bytes``."""
+    """Raise DataError if a document, or the part read so far, has more than ``most_bytes``."""
     if num_bytes > most_bytes:
         raise DataError(
             f"{path}: a document has more than {most_bytes:,} bytes, which takes more than prepare.memory_gigabytes "

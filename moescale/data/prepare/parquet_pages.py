@@ -1,4 +1,4 @@
-"""How large the pages of a Parquet column are, by their headers: a reader holds a page at a time, decompressed.
+"""Reads the sizes of a Parquet column's pages from their headers: a reader holds one decompressed page at a time.
 
 The file's footer has sums only. A page header is a Thrift struct in the compact protocol (parquet.thrift, PageHeader):
 field 2 is the size of the page decompressed, field 3 as it is in the file.

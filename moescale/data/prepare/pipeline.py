@@ -88,7 +88,7 @@ def prepare(settings: PrepareSettings, progress: bool = True) -> PrepareReport:
 
 
 def _check_output(output: Path) -> None:
-    """Refuse at once what would fail when all the work is done: the finished folder is renamed to ``output``.
+    """Raise an error now for an output that would fail at the end, when the finished folder is renamed to ``output``.
 
     Raises:
         DataError: ``output`` is a file, cannot be read, or is a folder that nothing can be renamed to.
@@ -111,7 +111,7 @@ def _chat_options(settings: PrepareSettings, tokenizer: CorpusTokenizer) -> Chat
     template = find_template(tokenizer.files, settings.chat_template)
     date = settings.template_date
     if date is None and template.uses_date:
-        with suppress(DataError):  # of an output that is not there yet, or is no corpus, which is said elsewhere
+        with suppress(DataError):  # an output that does not exist or is not a corpus is reported elsewhere
             date = read_manifest(settings.output).made_from.get("template_date")
         date = date or datetime.now().date().isoformat()
     return ChatOptions(
@@ -226,7 +226,7 @@ class _Accounts:
         self.bad[fault.kind] = _added(known, fault.amount, position, fault.detail)
 
     def to_text(self) -> str:
-        """What was left out, for the error of a corpus with nothing in it."""
+        """Describe the omitted items, for the error of an empty corpus."""
         lines = [
             f"{items.count:,} {kind.replace('_', ' ')} ({', '.join(items.first[:3])})"
             + (f": {items.detail}" if items.detail else "")

@@ -11,7 +11,7 @@ from moescale.data.prepare.work_items import Chunk, LineRange, Lines, LongFile, 
 from moescale.errors import DataError
 
 BYTE_ORDER_MARK = codecs.BOM_UTF8
-"""Which some programs write at the beginning of a file; in JSON Lines it is no part of the first record."""
+"""Byte order mark, which some programs write at the beginning of a file; in JSON Lines it is not part of a record."""
 _SNIFFED_BYTES = 8192
 _VALIDATED_BYTES = 1 << 16
 
@@ -58,7 +58,7 @@ def record_chunks(path: str, records: Iterable[bytes], chunk_bytes: int) -> Iter
 
 
 def looks_binary(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is no text: text has no zero bytes."""
+    """Return True if a file that begins with ``head`` is not text: text has no zero bytes."""
     return b"\0" in head[:_SNIFFED_BYTES]
 
 

@@ -19,7 +19,7 @@ from moescale.errors import DataError
 
 _DELIMITERS = (",", ";", "\t", "|")
 _LONGEST_FIRST_BYTES = 1 << 26
-"""Of a header, or an element of an array, by which the kind of a file is known."""
+"""Limit of a header, or of an element of an array, that is read to determine the kind of a file."""
 _PIECE_BYTES = 1 << 20
 _STRUCTURE = re.compile(rb'["\[\]{},]')
 _STRING_END = re.compile(rb'["\\]')
@@ -28,7 +28,7 @@ _SPACE = b" \t\r\n"
 
 
 def value_at(record: Mapping[str, Any], column: str) -> Any:
-    """Return the field ``column`` of a record; a dotted name that is no field leads through nested records."""
+    """Return the field ``column`` of a record; a dotted name that is not a field leads through nested records."""
     if column in record or "." not in column:
         return record.get(column)
     value: Any = record
@@ -111,7 +111,7 @@ def _bounded_lines(path: Path | str, text: io.TextIOWrapper, most_bytes: int) ->
 
 
 def first_element(path: Path | str) -> Any:
-    """Return the first element of a file that holds a JSON array; None where it is not valid."""
+    """Return the first element of a file that holds a JSON array; None if it is not valid."""
     try:
         return json.loads(next(array_elements(str(path), _LONGEST_FIRST_BYTES), b"null"))
     except (DataError, ValueError, RecursionError):

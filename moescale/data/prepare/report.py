@@ -1,4 +1,4 @@
-"""What `prepare` tells when it is done."""
+"""The report of `prepare`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PrepareReport:
 
     output: Path
     unchanged: bool
-    """The output was there already, made from the same input, and nothing was done."""
+    """True if the output existed already, made from the same input, so that nothing was done."""
     sequence_length: int
     splits: dict[str, SplitCounts]
     bad: dict[str, BadItems]
@@ -28,7 +28,7 @@ class PrepareReport:
     memory_limited: bool = False
     """Fewer processes than cores were used, for want of memory."""
     notices: tuple[str, ...] = ()
-    """What the records were taken for."""
+    """The interpretation of the records."""
 
     @staticmethod
     def of(
@@ -112,7 +112,7 @@ class PrepareReport:
         return "\n".join(map(printable, lines))
 
     def _least_fraction(self) -> float:
-        """A share of the documents that most likely holds a sequence, by the documents' mean length."""
+        """Return a fraction of the documents that most likely fills a sequence, by their mean length."""
         return min(0.5, 2 * max(self.sequence_length / (self.tokens_in / self.documents), 2.0) / self.documents)
 
 

@@ -109,5 +109,5 @@ class PrepareSettings:
 
     @property
     def has_validation(self) -> bool:
-        """Whether documents are set aside for validation."""
+        """True if documents are set aside for validation."""
         return self.validation_fraction > 0 or self.validation_documents is not None

@@ -1,4 +1,4 @@
-"""Writing packed sequences: flat files of tokens, with a bit per token for document starts where asked.
+"""Writes packed sequences: flat files of tokens, optionally with a bit per token for document starts.
 
 ``train-00000.bin`` holds whole sequences one after the other, little-endian uint16 or uint32; ``train-00000.starts``
 holds one bit per token, first token in the lowest bit, set where a document begins. ``train-00000.targets`` holds one
@@ -177,14 +177,14 @@ class SplitWriter:
         self._open, self._open_sequences = None, 0
 
     def abandon(self) -> None:
-        """Close the open files; what they hold is not wanted any more."""
+        """Close the open files, whose contents are discarded."""
         for file in self._open or ():
             if file is not None:
                 with suppress(OSError):  # of a full disk, once more
                     file.stream.close()
 
     def close(self) -> SplitCounts:
-        """Write the last whole sequences, drop what is left over, sync every file, and return the accounts."""
+        """Write the last whole sequences, drop the remaining tokens, sync every file, and return the counts."""
         if self._packing is not None:
             self._add_sequences(self._packing.rest())
         self._write_sequences()

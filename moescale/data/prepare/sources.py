@@ -65,12 +65,12 @@ class Source(Protocol):
 
     @property
     def notices(self) -> list[str]:
-        """What records are taken for, one line each."""
+        """The interpretation of the records, one line each."""
         ...
 
     @property
     def num_bytes(self) -> int | None:
-        """Size of the text, None where it is known only when all is read."""
+        """Size of the text; None if it is known only after reading."""
         ...
 
     @property
@@ -80,16 +80,16 @@ class Source(Protocol):
 
     @property
     def holds_conversations(self) -> bool:
-        """Whether records are conversations, not texts."""
+        """True if records are conversations, not texts."""
         ...
 
     @property
     def has_tables(self) -> bool:
-        """Whether a process of its own reads some of it."""
+        """True if a separate process reads part of it."""
         ...
 
     def identity(self) -> list[list[str | int]]:
-        """What must be equal for two runs to have read the same: a line per file, its name first."""
+        """Lines that are equal for two runs with the same input: one per file, beginning with its name."""
         ...
 
     def chunks(self, chunk_bytes: int, most_bytes: int) -> Iterator[Chunk]:
@@ -111,7 +111,7 @@ class LocalSource:
     """None: records are conversations."""
     files: list[SourceFile]
     memory_bytes: int
-    """What the process that reads tables may take."""
+    """Memory of the process that reads tables."""
     skipped: dict[str, BadItems] = field(default_factory=dict)
     other_form: str | None = None
     """The form of conversation that records have in addition to the text column."""

@@ -1,11 +1,11 @@
-"""Where a long text can be cut so that the tokens of its parts are those of the whole.
+"""Finds places where a long text can be split without changing its tokens.
 
 A tokenizer looks only at the neighbourhood of a place to decide how it splits there. So a place is taken as a cut where
 the text around it, encoded in one, gives the same tokens as both sides encoded apart. Most tokenizers pass that between
 a word and the space after it; one that marks the beginning of its input passes nowhere, and its texts stay whole.
 
-A neighbourhood does not tell how a long run of one thing is cut up, because that goes by distances from where the run
-began. So no place within whitespace is taken, and within a word only one that passes also where the neighbourhood
+Inside a long run of one kind of character the segmentation depends on the run's start, which the neighbourhood may not
+contain. So no place within whitespace is taken, and within a word only one that passes also where the neighbourhood
 begins a character later, which moves the tokens within a run.
 """
 

@@ -1,4 +1,4 @@
-"""Reads Parquet and Arrow files in a process of its own, because the library ends its process on some damaged files.
+"""Reads Parquet and Arrow files in a separate process, because the library ends its process on some damaged files.
 
 Validating what was read (see ``tables``) is not enough for that: reading itself can abort or fault. So one child reads
 all tables of a source and sends their texts, pickled, in the pieces that workers take. A child that dies is an error
@@ -33,9 +33,9 @@ class TableRequest(NamedTuple):
     """None: the columns of conversations, as JSON objects."""
     chunk_bytes: int
     memory_bytes: int
-    """What the reading process may take."""
+    """Memory limit of the reading process."""
     most_bytes: int
-    """Of one text."""
+    """Limit of the bytes of one text."""
 
 
 COLUMN_NAMES = "\n"
@@ -124,7 +124,7 @@ def _receive(stream: IO[bytes]) -> tuple[bytes, bytes]:
 
 
 def serve() -> None:
-    """Answer requests from standard input until it ends: what the child does."""
+    """Answer requests from standard input until it ends: the main loop of the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     while True:
@@ -141,7 +141,7 @@ def serve() -> None:
             _send(answers, _ERROR, _too_large(request).encode(errors="surrogatepass"))
         except BrokenPipeError:
             return
-        except Exception as error:  # whatever the library raises for what it did not expect, such as SystemError
+        except Exception as error:  # of any type: the library raises unexpected ones, such as SystemError
             text = f"{request.path} cannot be read as {request.kind}: {error}; it is damaged"
             _send(answers, _ERROR, text.encode(errors="surrogatepass"))
 
@@ -182,7 +182,7 @@ def _answer(request: TableRequest, answers: IO[bytes]) -> None:
 
 
 def _bounded(texts: Iterable[str | bytes | None], request: TableRequest) -> Iterator[str | bytes | None]:
-    """Yield ``texts``; raise DataError where one is too long, or all are more than such a file can hold."""
+    """Yield ``texts``. Raises DataError if one is too long, or if all exceed what such a file can hold."""
     from moescale.data.prepare.compression import check_expansion
     from moescale.data.prepare.memory_budget import check_document_bytes
 

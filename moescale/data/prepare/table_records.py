@@ -61,7 +61,7 @@ def table_records(path: str, kind: str, *, memory_bytes: int) -> Iterator[str]:
 
 
 def table_texts(path: str, kind: str, column: str, *, memory_bytes: int) -> Iterator[str | bytes | None]:
-    """Yield the texts of ``column``; bytes where a text is not valid UTF-8. Raises DataError, as ``tables`` does."""
+    """Yield the texts of ``column``; bytes if a text is not valid UTF-8. Raises DataError, as ``tables`` does."""
     return _FORMATS[kind].texts(path, column, memory_bytes)
 
 
@@ -112,7 +112,7 @@ def _arrow_texts(path: str, column: str, memory_bytes: int) -> Iterator[str | by
 
 @dataclass(frozen=True, kw_only=True)
 class _Format:
-    """How files of a kind are read; ``memory_bytes`` bounds what a piece that is read at once may take."""
+    """Reader of files of a kind; ``memory_bytes`` limits a piece that is read at once."""
 
     schema: Callable[[str], Any]
     """(path)"""

@@ -1,4 +1,4 @@
-"""The tokenizer of a corpus: found, read, and stripped of what would lose text; and the token that ends a document."""
+"""Finds and reads the tokenizer of a corpus, without options that lose text, and the token that ends a document."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class CorpusTokenizer:
 
     tokenizer: tokenizers.Tokenizer
     sha256: str
-    """Of tokenizer.json, and of the tokens that the files next to it add."""
+    """Digest of tokenizer.json and of the tokens that the files next to it add."""
     end_token: str
     end_token_id: int
     vocabulary_size: int
-    """Every id is below this."""
+    """All ids are below this."""
     files: dict[str, Path]
     """tokenizer.json and the files next to it, by name."""
 
@@ -123,13 +123,13 @@ def _end_token(tokenizer: tokenizers.Tokenizer, files: dict[str, Path], wanted: 
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     candidates = ", ".join(f"'{token}'" for token in special[:10]) or "none is marked special"
     raise DataError(
-        f"no end token is configured beside {files['tokenizer.json']}; name one with end_token "
+        f"no end token is configured next to {files['tokenizer.json']}; name one with end_token "
         f"(candidates: {candidates})"
     )
 
 
 def _configured_end_tokens(files: dict[str, Path]) -> Iterator[str | int]:
-    """Yield what the files beside the tokenizer name as the end token, the most specific first."""
+    """Yield the end tokens named in the files next to the tokenizer, the most specific first."""
     for name in _SIDE_FILES:
         if name not in files:
             continue

@@ -39,7 +39,7 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, bytes]:
 
 
 def _problem_of(document: Mapping[str, Any]) -> str | None:
-    """The rule that the model of a tokenizer breaks, or None. What has another form is left to the library."""
+    """Return the rule that the model of a tokenizer breaks, or None. Malformed models are left to the library."""
     model = document.get("model")
     if not isinstance(model, dict):
         return "model must be an object"

@@ -42,7 +42,7 @@ class UnknownText:
         return sum(1 for token_id in ids if token_id == self._unknown_id), ""
 
     def faults(self, text: str, ids: Sequence[int] | np.ndarray) -> list[tuple[str, int, str]]:
-        """Return what of ``text`` has no tokens, as kind, amount and detail: one at most."""
+        """Return at most one entry (kind, amount, detail) for the parts of ``text`` without tokens."""
         if not self.is_possible:
             return []
         count, first = self.count(text, ids if isinstance(ids, list) else np.asarray(ids).tolist())
@@ -88,7 +88,7 @@ def _stands_for_words(model: object) -> bool:
 
 
 def _spells_bytes(description: dict, model: dict) -> bool:
-    """Whether every byte has a token, so that every text has."""
+    """Return True if every byte has a token, so that every text can be tokenised."""
     vocabulary = model["vocab"]
     tokens = set(vocabulary) if isinstance(vocabulary, dict) else {token for token, _ in vocabulary}
     if model.get("byte_fallback"):

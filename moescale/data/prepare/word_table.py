@@ -1,4 +1,4 @@
-"""Byte-level BPE by looking up whole words: the same tokens as the tokenizer's own, several times as fast.
+"""Byte-level BPE by a lookup table of whole words: the same tokens as the tokenizer's, several times as fast.
 
 `tokenizers` tracks where every character of a text comes from, which a corpus does not need and which takes most of
 its time. A text's words repeat, though: here Python's regular expressions cut the text as the tokenizer's first
@@ -59,7 +59,7 @@ class WordEncoder:
         self._find_added = _any_of([token["content"] for token in description["added_tokens"]]).search
 
     def __call__(self, text: str) -> np.ndarray | None:
-        """Return the tokens of ``text`` [tokens], or None where the tokenizer itself must be asked."""
+        """Return the tokens of ``text`` [tokens], or None if the tokenizer itself must be used."""
         if self._find_unstable(text) or self._find_added(text):
             return None
         pieces = [text]
@@ -147,7 +147,7 @@ def _stages(description: dict) -> list[str]:
 
 
 class _Plan(NamedTuple):
-    """How many stages Python cuts by, and what is left to do with a piece when it comes up first."""
+    """The number of stages that Python applies, and the remaining work for a piece that is seen first."""
 
     cuts: list[Cut]
     remaining: list[str]

@@ -1,4 +1,4 @@
-"""Parts of a source that worker processes read, check and tokenise, each by itself.
+"""Parts of a source that worker processes read, check and tokenise independently.
 
 A chunk names a part of the source (files, a range of bytes) wherever a worker can read that part alone, and carries
 the text itself only where the reader is sequential (compressed files, tables, the hub).
@@ -36,7 +36,7 @@ class Lines:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Values of the text column; None where a row has none, bytes where they are not valid UTF-8."""
+    """Values of the text column; None if a row has none, bytes if they are not valid UTF-8."""
 
     path: str
     texts: Sequence[str | bytes | None]

@@ -1,4 +1,4 @@
-"""Worker processes that tokenise chunks, and what they make, in the source's order."""
+"""Worker processes that tokenise chunks, and their results in the source's order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moescale.data.prepare.work_items import ReadableChunk
 from moescale.errors import DataError
 
 _LONG_FILE_PART_BYTES = 1 << 17
-"""The size of the smallest chunks, whatever memory there is: where a text is cut must not depend on that."""
+"""Size of the smallest chunks, independent of the available memory, which must not affect where a text is split."""
 _worker_encoder: Encoder | None = None
 
 

@@ -23,7 +23,7 @@ _SHAREGPT_ROLES = {
 
 
 class RecordFault(Exception):
-    """What keeps a record from being a conversation: the kind that it is counted under, and what helps to see why."""
+    """A record is not a conversation; has the kind under which it is counted, and details for the user."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -43,7 +43,7 @@ class Conversation:
 
 
 def form_of(columns: Mapping[str, Any]) -> str | None:
-    """Return the form that a record with these columns has, or None where it is no conversation."""
+    """Return the form of a record with these columns, or None if it is not a conversation."""
     return next((name for name, (needed, _) in _FORMS.items() if all(column in columns for column in needed)), None)
 
 
@@ -67,7 +67,7 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
     """Read one record.
 
     Raises:
-        RecordFault: it is no conversation.
+        RecordFault: it is not a conversation.
     """
     form = form_of(record)
     if form is None:
@@ -147,7 +147,7 @@ COLUMNS = (
     "tools",
     "chat_template_kwargs",
 )
-"""All columns that are read of a record."""
+"""All columns of a record that are read."""
 
 
 def _system(record: Mapping[str, Any]) -> list[Message]:

@@ -20,12 +20,12 @@ _UNDECIDED = "spans_undecided"
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """How conversations become sequences."""
+    """Options for turning conversations into sequences."""
 
     render: RenderOptions
     sequence_length: int
     too_long: str
-    """'drop', 'split' or 'error': what becomes of a conversation longer than a sequence."""
+    """'drop', 'split' or 'error': the treatment of conversations longer than a sequence."""
 
 
 class EncodedConversation(NamedTuple):

@@ -1,4 +1,4 @@
-"""Renders conversations in a process of its own, limited in time and memory: a template is somebody's program.
+"""Renders conversations in a separate process with limits of time and memory: a template is third-party code.
 
 The sandbox keeps a template from the machine, but not from running forever or filling the memory. So records go to a
 child, a JSON line each, and renderings come back the same way. A child that does not answer in time is ended, and the
@@ -132,7 +132,7 @@ class Renderer:
 
 
 def serve() -> None:
-    """Answer the requests of standard input until it ends: what the child does."""
+    """Answer requests from standard input until it ends: the main loop of the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     lines: Iterator[bytes] = iter(sys.stdin.buffer.readline, b"")
     values = json.loads(next(lines))
@@ -173,7 +173,7 @@ def _answer(line: bytes, templates: dict[str, ChatTemplate], options: RenderOpti
             f"{options.source.path}: the chat template does what its sandbox forbids: {error}; give another one as "
             "prepare.chat_template"
         ) from error
-    except Exception as error:  # what a template does with a conversation that it was not written for, or refuses
+    except Exception as error:  # of any type, from a template that does not support the conversation
         return {"fault": ["refused_by_template", f"{type(error).__name__}: {error}"[:500]]}
     if len(rendering.text) > max(_LEAST_TEXT_BYTES, _MOST_EXPANSION * len(line)):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation the assistant wrote: told by the template, or found by differences.
+"""Finds the characters of a rendered conversation that the assistant wrote: by the template's marks, or by differences.
 
 A template with ``generation`` blocks tells. For any other, an answer begins where the conversation before it, rendered
 with its invitation to answer, ends. It ends after its content and whatever closes an answer: the text that follows a
@@ -30,7 +30,7 @@ class Rendering:
     text: str
     spans: list[tuple[int, int]]
     notes: list[tuple[str, str]] = field(default_factory=list)
-    """Kind and detail of what is missing in the text, though the conversation is kept."""
+    """Kind and detail of parts missing in the text although the conversation is kept."""
 
 
 def render(template: ChatTemplate, conversation: Conversation, loss_on: str) -> Rendering:
@@ -77,7 +77,7 @@ def render(template: ChatTemplate, conversation: Conversation, loss_on: str) -> 
 
 
 def _is_within(spans: list[tuple[int, int]], text: str, message: Message) -> bool:
-    """Whether a message is in the marked text, or has no content that could be."""
+    """Return True if a message is in the marked text or has no content."""
     marked = "\n".join(text[start:end] for start, end in spans)
     return all(_missing_of(marked, content, message["role"]) != DROPPED for content in _contents(message))
 

@@ -1,4 +1,4 @@
-"""Chat templates: where a tokenizer keeps them, and rendering them exactly as transformers does.
+"""Chat templates: finds them in a tokenizer's files, and renders them exactly as transformers does.
 
 The settings of the Jinja environment are those that transformers documents for chat templates: blocks trimmed, an
 immutable sandbox, loop controls, ``tojson`` without escaping of HTML, ``raise_exception``, ``strftime_now``, and the
@@ -52,7 +52,7 @@ def find_template(files: Mapping[str, Path], given: Path | None) -> TemplateSour
     """Read the templates among a tokenizer's ``files``, or the one in the file ``given``.
 
     Raises:
-        DataError: there is none, or a file is damaged.
+        DataError: there is no template, or a file is damaged.
     """
     config_path = files.get("tokenizer_config.json")
     config = read_json_object(config_path, _CONFIG) if config_path is not None else {}
@@ -209,7 +209,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Generation(jinja2.ext.Extension):
-    """The ``generation`` tag, around what the assistant writes."""
+    """The ``generation`` tag, which encloses the assistant's text."""
 
     tags = {"generation"}
 
@@ -225,7 +225,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-    """``dict`` without what a type's attributes lead to."""
+    """``dict`` without access to the attributes of its type."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
