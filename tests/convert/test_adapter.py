@@ -52,7 +52,7 @@ def own_deltas(model: Transformer, lora: LoraSettings) -> dict[str, torch.Tensor
         else:
             weight = model.get_parameter(f"{name}.weight")
             unit = torch.eye(weight.shape[1])
-            wholes = {f"{name}.weight": adapter(unit, torch.zeros_like(weight), None).T}
+            wholes = {f"{name}.weight": adapter(unit, torch.zeros_like(weight), None, None).T}
         for key, delta in wholes.items():
             for piece in build_key_table(model.config)[key]:
                 found[piece.key] = delta.detach()[piece.index].reshape(piece.shape)
