@@ -117,7 +117,7 @@ class TrainSettings:
 
     @property
     def writes_checkpoints(self) -> bool:
-        """Whether a run that is not asked to stop writes any."""
+        """True if a run writes checkpoints without being asked to stop."""
         return self.final_checkpoint or self.checkpoint_every > 0 or self.checkpoint_minutes > 0
 
 

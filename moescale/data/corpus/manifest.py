@@ -57,7 +57,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCounts:
-    """What went into a split: ``tokens_in == tokens_packed + tokens_dropped``, end tokens included.
+    """Counts of a split: ``tokens_in == tokens_packed + tokens_dropped``, end tokens included.
 
     Sequences hold ``tokens_packed`` tokens and ``tokens_padding`` others.
     """
@@ -70,18 +70,18 @@ class SplitCounts:
     tokens_padding: Count = 0
     """At the ends of sequences that hold whole conversations."""
     tokens_learned: Count | None = None
-    """Of those packed; None: all of them."""
+    """Number of packed tokens that are learned; None if all are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BadItems:
-    """Lines, rows, files or characters that have something in common, such as a fault."""
+    """Lines, rows, files or characters with the same property, such as a fault."""
 
     count: Count
     first: list[str]
     """Positions of the first ones, as ``path:line`` (counted from 1) or ``path``."""
     detail: str = ""
-    """What is wrong with the first of them, and what to do about it, where that is known."""
+    """The fault of the first one, with a remedy if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)

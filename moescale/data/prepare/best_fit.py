@@ -22,9 +22,9 @@ _WINDOW_DOCUMENTS = 1 << 17
 """So short are documents then that they fit everywhere, and cost more memory than their tokens do."""
 _LEAST_WINDOW_SEQUENCES = 128
 _FULL_SHARE = 1 / 512
-"""Padding that a sequence may have to be handed out before the end."""
+"""Fraction of padding up to which a sequence is emitted before the end."""
 _MOST_KEPT_SHARE = 0.8
-"""Of the window, in sequences and in documents: whatever else there is is handed out, so that it makes progress."""
+"""Fraction of the window, in sequences and in documents, that is kept; the rest is emitted, to guarantee progress."""
 
 
 class Document(NamedTuple):

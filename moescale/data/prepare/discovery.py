@@ -25,7 +25,7 @@ from moescale.records import FileKind, FileName, build, read_json_object
 ALL_SPLITS = "all"
 OTHER_SPLIT, EXCLUDED = "of another split", "excluded"
 _TEXT_SUFFIXES = frozenset({"", ".txt", ".text", ".tokens", ".raw"})
-"""Of plain text that may come in splits; a program's train.py and test.py are no splits of anything."""
+"""Suffixes of plain text that may be divided into splits; train.py and test.py of a program are not splits."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,14 +57,14 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedChunk:
-    """The documents of a chunk as tokens, each closed with the end token, and what was wrong with the others."""
+    """The documents of a chunk as tokens, each followed by the end token, and the faults of bad items."""
 
     path: str | None
-    """Of the file whose lines or rows these are; None where each item is a file."""
+    """The file whose lines or rows these are; None if each item is a file."""
     num_items: int
     """Lines, rows or files in the chunk, good and bad."""
     num_bytes: int
-    """Of text, bad items included."""
+    """Bytes of text, bad items included."""
     tokens: np.ndarray
     """uint16 or uint32 [tokens]"""
     lengths: np.ndarray

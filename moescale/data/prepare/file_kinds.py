@@ -116,7 +116,7 @@ def problem_of(head: bytes) -> str | None:
 
 
 def is_about_data(name: str) -> bool:
-    """Whether a file of a dataset's folder is named as those are that describe it and hold none of its documents."""
+    """Return True if the name of a file in a dataset's folder is that of a description, not of documents."""
     base = name.rsplit("/", 1)[-1].lower()
     return base in _BOOKKEEPING or base.split(".")[0].split("-")[0].split("_")[0] in _ABOUT_DATA
 

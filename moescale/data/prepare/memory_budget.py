@@ -33,12 +33,12 @@ class Resources:
     num_workers: int
     """1: everything happens in the calling process."""
     memory_limited: bool
-    """There would be more workers if more memory were allowed."""
+    """True if more memory would allow more workers."""
     chunk_bytes: int
     max_in_flight: int
-    """Chunks begun and not yet written."""
+    """Maximum number of chunks that are started and not yet written."""
     most_document_bytes: int
-    """Of a document that is read in one piece; every worker may have one."""
+    """Limit of a document that is read in one piece; every worker may hold one."""
 
 
 def resources_for(

@@ -107,7 +107,7 @@ _RUNS = re.compile(r"(?P<characters>\[(?:[^\\\]]|\\.)+\])(?:\+|\{1,[0-9]*\})?")
 
 class MergedStages(NamedTuple):
     expression: str
-    """What finds in one pass the pieces that the stages find in turn."""
+    """Matches in one pass the pieces that the stages find one after the other."""
     num_stages: int
     run_characters: frozenset[int]
     """Code points of the runs. Later stages, in their turn, would cut these pieces further: they are still to be put

@@ -14,7 +14,7 @@ DEFAULT_TEXT_COLUMN = "text"
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
-    """What to tokenise, with what, and into which sequences."""
+    """Source, tokenizer, sequences and splits of a corpus."""
 
     source: tuple[str, ...]
     """Files, folders and patterns such as 'data/*.jsonl', read one after the other, or names of datasets on the Hugging
@@ -28,13 +28,13 @@ class PrepareSettings:
     text_column: str = DEFAULT_TEXT_COLUMN
     """Field of a record, or column of a table, that holds a document's text; 'doc.text' is the field text of doc."""
     format: Literal["text", "chat"] | None = None
-    """What records hold: a text each, or a conversation each, rendered by the tokenizer's chat template; default: by
-    their columns. A conversation is a record with messages, conversations (ShareGPT), prompt and completion, or
+    """Content of a record: a text, or a conversation rendered by the tokenizer's chat template; default: determined by
+    the columns. A conversation is a record with messages, conversations (ShareGPT), prompt and completion, or
     instruction, input and output."""
     loss_on: Literal["answers", "last-answer", "all"] = "answers"
-    """Which tokens of a conversation are learned: the assistant's answers, the last of them, or all tokens."""
+    """Tokens of a conversation that are learned: the assistant's answers, the last answer, or all tokens."""
     too_long: Literal["drop", "split", "error"] = "drop"
-    """What becomes of a conversation longer than a sequence: it is left out and counted, cut into sequences, or an
+    """Treatment of a conversation longer than a sequence: drop and count it, split it into sequences, or raise an
     error."""
     chat_template: Path | None = None
     """File with a chat template to use instead of the tokenizer's own."""

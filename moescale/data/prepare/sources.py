@@ -1,4 +1,4 @@
-"""Where documents come from, and the order in which they are read."""
+"""The sources of documents, and the order in which documents are read."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class LocalSource:
 
 @dataclass(frozen=True, kw_only=True)
 class _Limits:
-    """Of a chunk's texts, of one text, and of the memory that reading may take."""
+    """Limits of a chunk's texts, of one text, and of the memory for reading."""
 
     chunk_bytes: int
     most_bytes: int
@@ -347,11 +347,11 @@ def _wanted(settings: PrepareSettings, text_column: str | None) -> Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class _Held:
-    """What the first records of files have."""
+    """Columns found in the first records of files."""
 
     has_text: bool = False
     form: str | None = None
-    """Of a conversation."""
+    """Form of the conversations."""
 
 
 def _held_in(names: Sequence[str], settings: PrepareSettings) -> _Held:

@@ -46,7 +46,7 @@ def last_cut(text: str, encode: Encode) -> int | None:
 
 
 def _is_cut(text: str, place: int, before: int, encode: Encode) -> bool:
-    """Whether ``before`` characters before ``place`` and the context after it have the same tokens in one as apart."""
+    """Return True if a split at ``place`` keeps the tokens of the ``before`` characters and the context after it."""
     left, right = text[place - before : place], text[place : place + _CONTEXT]
     return list(encode(left + right)) == [*encode(left), *encode(right)]
 

@@ -75,7 +75,7 @@ class UnknownText:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether ``text`` is free of lone surrogates, which JSON escapes can spell and UTF-8 cannot."""
+    """Return True if ``text`` has no lone surrogates, which JSON escapes can express and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -28,7 +28,7 @@ _TABLE_WORDS = 200_000
 _LONGEST_WORD = 128
 _SHORT_PIECE = 16
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""What the byte-level stage splits by (Radford et al. 2019) where its ``use_regex`` is set."""
+"""Pattern by which the byte-level stage splits (Radford et al. 2019) if its ``use_regex`` is set."""
 _HARD_CASES = (
     "def f(x):\n\treturn  x+1  # it's they'LL 12345 3.14e-7\r\n\r\n   \n \t \n'quoted' \"text\" [0]\u00a0\u3000é ñandú"
     " naïve Ωμέγα Привет שלום 漢字かな한글 “curly” — … €5 ½ x²\x1c\x85\n    if a>=b:  c[i]= {'k':v}  \n\n\n end   "
@@ -152,7 +152,7 @@ class _Plan(NamedTuple):
     cuts: list[Cut]
     remaining: list[str]
     run_characters: frozenset[int]
-    """Of pieces that all stages are still to be applied to, by their first character."""
+    """First characters of pieces to which all stages must still be applied."""
 
 
 def _plan(patterns: list[str]) -> _Plan:

@@ -39,7 +39,7 @@ _START = "import sys; sys.path[:] = {path!r}; from moescale.data.prepare.chat.re
 
 @dataclass(frozen=True, kw_only=True)
 class RenderOptions:
-    """What a rendering process needs to know; ``date`` is what a template takes for today, in ISO form."""
+    """Options of a rendering process; ``date`` is the current date for templates, in ISO form."""
 
     source: TemplateSource
     loss_on: str

@@ -105,7 +105,7 @@ def _variables(config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str
 
 
 class MisplacedMark(Exception):
-    """Where the assistant's text has ended up is not known."""
+    """The position of the assistant's text in the rendered text is not known."""
 
 
 class ChatTemplate:
