@@ -46,7 +46,11 @@ class LinearAdapter(nn.Module):
         self.gradients = (buffer("a"), buffer("b"))
 
     def forward(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         dropped = F.dropout(x, self.lora.dropout) if self.training and self.lora.dropout else None
         return adapted_linear(

@@ -10,15 +10,20 @@ import pytest
 import torch
 
 from gloo_ranks import GlooRanks
+from moescale.convert.folder_weights import FolderWeights
 from moescale.lora import LoraSettings
-from moescale.models.lora import is_adapter
-from moescale.runtime.frozen import frozen_digest
+from moescale.models.frozen_fp8 import weights_in_fp8
+from moescale.models.lora import add_adapters, is_adapter
+from moescale.models.transformer import build_on_meta, initialize
+from moescale.runtime.frozen import frozen_digest, source_digest
 from moescale.runtime.layout import find_parts, local_tensor
 from moescale.runtime.meshes import build_meshes
 from moescale.runtime.ranks import current_ranks
+from moescale.runtime.session import place_model
 from plans import make_plan, make_trainer
 from recorded_runs import assert_same_run, record_run
 from tests.distributed.test_resume import train
+from tests.parity.test_parity import export
 from tiny import tiny_config
 
 LORA = LoraSettings(rank=4, alpha=8)
@@ -104,6 +109,30 @@ def test_the_digest_of_frozen_weights_is_the_same_in_every_layout_and_tells_a_bi
     for fields in (dict(dp_shard=2, ep=2), dict(dp_shard=2, dense_sharding="fsdp"), dict(dp_replicate=2)):
         for flipped in (False, True):
             assert set(two_ranks.run(digest_of, fields, flipped, base)) == {digest_of({}, flipped, base)}
+
+
+def imported_digest(folder: Path, fields: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """Of the frozen weights in fp8 that a rank has read from a folder; and their errors."""
+    ranks, config = current_ranks(), tiny_config(**UNALIGNED)
+    plan = make_plan(config, lora=BASES["fp8"], **fields)
+    placed = place_model(config, plan, ranks, torch.device("cpu"))
+    placed.import_weights(folder)
+    return frozen_digest(placed.model, placed.parts, ranks), placed.errors_in_fp8(ranks)
+
+
+def test_every_layout_reads_the_same_weights_in_fp8_from_a_folder(two_ranks: GlooRanks, tmp_path: Path) -> None:
+    config = tiny_config(**UNALIGNED)
+    bare = build_on_meta(config, torch.float32).to_empty(device="cpu")
+    initialize(bare, seed=4)
+    folder = export(config, bare, tmp_path)
+    digest, errors = imported_digest(folder, {})
+    adapted = build_on_meta(config, torch.float32)
+    add_adapters(adapted, BASES["fp8"])
+    assert digest == source_digest(FolderWeights(folder, config, torch.float32), weights_in_fp8(adapted))
+    assert errors.keys() >= {"attention.q_proj", "feed_forward.experts.down"}
+    for fields in (dict(dp_shard=2, ep=2), dict(dp_shard=2, dense_sharding="fsdp"), dict(dp_replicate=2)):
+        for found, of_rank in two_ranks.run(imported_digest, folder, fields):
+            assert found == digest and of_rank == pytest.approx(errors, rel=1e-9)
 
 
 @pytest.mark.parametrize("base", BASES)
