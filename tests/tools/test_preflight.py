@@ -69,9 +69,9 @@ def run(model: Path, corpus: Path, output: Path, *more: object, steps: int = 2) 
     return int(caught.value.code or 0)
 
 
-@pytest.mark.parametrize("lora", [None, "rank=4,targets=experts"])
+@pytest.mark.parametrize("lora", [None, "rank=4,targets=experts", "rank=4,base=fp8"])
 def test_the_size_of_a_checkpoint_is_known_before_it_is_written(tmp_path, model_folder, stdlib_corpus, lora):
-    adapters = () if lora is None else ("--lora", lora)
+    adapters = () if lora is None else ("--lora", lora, "--initialize", "random")
     assert run(model_folder, stdlib_corpus, tmp_path, *adapters, steps=1) == 0
     config = read_model_config(model_folder, ())
     expected = preflight.checkpoint_bytes(config, plan_of(config, lora=None if lora is None else parse_lora(lora)))
