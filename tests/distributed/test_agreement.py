@@ -137,7 +137,7 @@ def end_of_run(folder: Path, fields: dict[str, Any], fault: str, rank: int, skip
     except (NonFiniteLossError, Preempted) as caught:
         error = f"{type(caught).__name__}: {caught}"
     stored = [checkpoint.step for checkpoint in one.store.list()]
-    return Ending(one.step, one.skipped_steps, one.observer.losses, error, stored, moved)
+    return Ending(one.step, one.nonfinite.skipped_steps, one.observer.losses, error, stored, moved)
 
 
 @pytest.mark.parametrize("culprit", ["first", "last"])

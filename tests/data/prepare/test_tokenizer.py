@@ -99,7 +99,9 @@ def test_a_vocabulary_that_contradicts_itself_is_refused(folder, change, message
 
 def test_a_name_the_hub_does_not_answer_is_refused(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="'no-one/nothing' does not exist: .* has no such folder, and fetching it from the hub"):
+    with pytest.raises(
+        DataError, match="'no-one/nothing' does not exist: .* has no such folder, and fetching it from the hub"
+    ):
         load_tokenizer("no-one/nothing")
 
 
