@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from moescale.config import ModelConfig
 from moescale.data.corpus.manifest import MANIFEST, read_manifest
 from moescale.data.prepare.tokenizer import load_tokenizer
 from moescale.errors import ConfigError, DataError
+from moescale.files import file_digest
 
 LEAST_VOCABULARY_SHARE = 0.9
 """Fraction of a model's vocabulary that its own tokenizer uses. Models pad theirs: DeepSeek-V2-Lite by 2.3%, Qwen3 by
@@ -59,7 +59,7 @@ def _fingerprint(model: Path, end_token: object, recorded: object) -> str | None
     if not path.is_file():
         return None
     try:
-        plain = hashlib.sha256(path.read_bytes()).hexdigest()
+        plain = file_digest(path)
         if plain == recorded:  # without reading 100,000 tokens
             return plain
         return load_tokenizer(str(model), end_token if isinstance(end_token, str) else None).sha256
