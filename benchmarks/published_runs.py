@@ -21,6 +21,7 @@ from moescale.convert.hf_config import read_model_config
 from moescale.plan import MeshShape
 from moescale.planner.cluster import Cluster, Rates, load_cluster
 from moescale.planner.cost import CostModel, StepTime
+from moescale.planner.problem import Problem
 from moescale.planner.request import Candidate, Formats, GradientFormat, MomentFormat, PlanRequest, layer_plan
 from moescale.planner.workload import build_workload
 from moescale.tools.measurement import describe_measurement, write_result
@@ -254,7 +255,7 @@ def predict(run: PublishedRun, variant: Variant, router_imbalance: float) -> flo
             offload_optimizer=False,
         ),
     )
-    time = CostModel(workload, run.cluster, request).step(candidate)
+    time = CostModel(Problem(workload, run.cluster, request)).step(candidate)
     return time.total + _exchange_correction(time, variant)
 
 

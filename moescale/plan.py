@@ -55,11 +55,21 @@ class MeshShape:
         """GPUs that hold one copy of the weights."""
         return self.pp * self.dp_shard * self.cp * self.tp
 
+    @property
+    def gpus(self) -> int:
+        """GPUs of all copies."""
+        return self.copy_gpus * self.dp_replicate
+
 
 UNSUPPORTED_AXES = ("pp", "cp", "tp")
-"""Mesh axes that the planner prices and that this version's runtime does not have; everything else asks here."""
+"""Mesh axes that the planner prices and that this version's runtime does not have; read by the two functions below."""
 FSDP_AXES = ("pp", "cp", "tp")
 """Mesh axes that only ``dense_sharding`` fsdp knows: zero1 keeps whole weights along data-parallel axes alone."""
+
+
+def is_supported(axis: str) -> bool:
+    """Whether this version can run a mesh in which ``axis`` is larger than 1."""
+    return axis not in UNSUPPORTED_AXES
 
 
 def unsupported_sizes(mesh: MeshShape) -> dict[str, int]:
@@ -358,10 +368,10 @@ def _check_mesh(plan: ParallelPlan) -> None:
             f"plan.plan_gpus ({plan.plan_gpus}) must be pp * dp_shard * cp * tp "
             f"({mesh.pp} * {mesh.dp_shard} * {mesh.cp} * {mesh.tp} = {product})"
         )
-    if plan.runtime_gpus != product * mesh.dp_replicate:
+    if plan.runtime_gpus != mesh.gpus:
         raise ConfigError(
             f"plan.runtime_gpus ({plan.runtime_gpus}) must be plan_gpus * dp_replicate "
-            f"({product} * {mesh.dp_replicate} = {product * mesh.dp_replicate})"
+            f"({product} * {mesh.dp_replicate} = {mesh.gpus})"
         )
     if (mesh.dp_shard * mesh.cp) % mesh.ep:
         raise ConfigError(

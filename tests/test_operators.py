@@ -17,6 +17,7 @@ from moescale.operators import (
     moved_bytes,
     splits,
 )
+from moescale.planner.axes.registry import meshes
 from moescale.planner.cluster import load_cluster
 from moescale.planner.explain import explain_text, group_time, model_text
 from moescale.planner.remedies import find_remedies
@@ -199,7 +200,9 @@ def test_experts_are_known_by_their_annotation_and_a_router_is_none(own_operator
     # Recomputing is by operator: without one called so, 'experts' is no choice.
     request = PlanRequest(runtime_gpus=1, tokens_per_step=4096, sequence_length=128)
     search = Search(config, load_cluster("h100-sxm"), request, replaced)
-    choices = {recompute_name(layers[-1]) for mesh in search.meshes() for layers in search.layer_plans(mesh, "fsdp")}
+    choices = {
+        recompute_name(layers[-1]) for mesh in meshes(search.problem) for layers in search.layer_plans(mesh, "fsdp")
+    }
     assert choices == {"none", "block"}
 
 

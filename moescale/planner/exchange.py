@@ -104,6 +104,6 @@ def reads_peers(mesh: MeshShape, sharding: str, cluster: Cluster) -> bool:
 
 def is_recorded(mesh: MeshShape, sharding: str, cluster: Cluster, compute_dtype: str) -> bool:
     """Whether a micro-batch is one CUDA graph, for which the host launches no kernels one by one."""
-    if mesh.dp_shard * mesh.dp_replicate * mesh.pp * mesh.cp * mesh.tp == 1:
+    if mesh.gpus == 1:
         return True
     return compute_dtype == "bf16" and sharding == "zero1" and (mesh.ep == 1 or reads_peers(mesh, sharding, cluster))

@@ -12,20 +12,14 @@ from dataclasses import dataclass
 
 from moescale.formats import DTYPE_BYTES, MASTER_BYTES, MOMENT_BYTES
 from moescale.plan import LayerPlan, MeshShape
-from moescale.planner.cluster import Cluster
-from moescale.planner.exchange import reads_peers
+from moescale.planner.axes.registry import AXES, division_of, micro_batch
 from moescale.planner.moments import Moments, both_ends
-from moescale.planner.request import Candidate, Formats, PlanRequest
-from moescale.planner.shares import gate_up_padding, local_parameters, updated_parameters
-from moescale.planner.workload import Workload
+from moescale.planner.problem import Problem
+from moescale.planner.request import Candidate, Formats
+from moescale.planner.shares import gate_up_padding
 
 OUTSIDE_ALLOCATED = ("context", "NCCL", "symmetric memory", "buckets of the update", "allocator slack")
-"""Classes that are on the device, but no part of what torch counts as allocated at the peak.
-
-Buckets of the update come after the micro-batches: their memory is new where these are a CUDA graph, whose pool keeps
-its own."""
-BUCKET_ELEMENTS = 64 * 2**20
-"""Of the sums of gradients with whole weights (``runtime.zero``)."""
+"""Classes that are on the device, but no part of what torch counts as allocated at the peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +42,13 @@ class PeakMemory:
 class MemoryModel:
     """Peaks of candidates for one model, cluster and request; partial results are kept."""
 
-    def __init__(self, workload: Workload, cluster: Cluster, request: PlanRequest) -> None:
-        self.workload = workload
-        self.cluster = cluster
-        self.request = request
-        self.itemsize = DTYPE_BYTES[request.compute_dtype]
-        self.moments = Moments(workload, cluster, request)
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.workload = problem.workload
+        self.cluster = problem.cluster
+        self.moments = Moments(problem)
         self.transient = functools.cache(self._transient_uncached)
         self._partly_recomputed_bytes = functools.cache(self._partly_recomputed_bytes_uncached)
-        self._own_bytes = functools.cache(functools.partial(local_parameters, workload.stored(self.itemsize)))
-        self._trained = functools.cache(functools.partial(local_parameters, workload.trained))
-        self._updated = functools.cache(functools.partial(updated_parameters, workload.trained))
         self.outside_allocator = functools.cache(self._outside_allocator_uncached)
 
     def peak(self, candidate: Candidate) -> PeakMemory:
@@ -72,52 +62,56 @@ class MemoryModel:
         if at_update > sum(transient.values()):
             transient, moment = {"states from the host": at_update}, "update"
         persistent = self.persistent(candidate.mesh, candidate.formats, sharding)
-        outside = self.outside_allocator(candidate.mesh, candidate.micro_batch_sequences, sharding)
+        outside = self.outside_allocator(
+            candidate.mesh, candidate.micro_batch_sequences, candidate.formats.gradient_dtype, sharding
+        )
         return PeakMemory(breakdown=persistent | outside | transient, moment=moment)
 
     def persistent(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> dict[str, float]:
         """Weights, adapters, gradients and optimizer state of one rank."""
-        trained, updated = self._trained(mesh, sharding), self._updated(mesh, sharding)
+        trained = self.problem.local_parameters(mesh, sharding)
+        updated = self.problem.updated_parameters(mesh, sharding)
         adapters = {} if self.workload.lora is None else {"adapters": trained * DTYPE_BYTES["fp32"]}
         return {
-            "weights": self._own_bytes(mesh, sharding),
+            "weights": self.problem.own_local_bytes(mesh, sharding),
             **adapters,
             "gradients": trained * DTYPE_BYTES[formats.gradient_dtype],
             "optimizer": 0.0 if formats.offload_optimizer else updated * self._state_bytes(formats),
         }
 
-    def _outside_allocator_uncached(self, mesh: MeshShape, sequences: int, sharding: str) -> dict[str, float]:
+    def _outside_allocator_uncached(
+        self, mesh: MeshShape, sequences: int, gradient: str, sharding: str
+    ) -> dict[str, float]:
         """What a rank's process takes of the GPU besides its tensors, and tensors after the micro-batches' graph."""
         found = {"context": float(self.cluster.context_bytes)}
-        if mesh.pp * mesh.dp_replicate * mesh.dp_shard * mesh.cp * mesh.tp > 1:
+        if mesh.gpus > 1:
             found["NCCL"] = float(self.cluster.nccl_bytes)
-        if reads_peers(mesh, sharding, self.cluster):
-            found["symmetric memory"] = float(self.moments.bytes.exchange(mesh, sequences).symmetric_bytes())
-        if sharding == "zero1" and mesh.dp_shard * mesh.dp_replicate > 1:
-            elements = min(BUCKET_ELEMENTS, self._trained(mesh, sharding))
-            found["buckets of the update"] = 4 * elements * (1 + 1 / mesh.dp_shard)
+        batch = micro_batch(self.problem, mesh, sequences, sharding, gradient)
+        for axis in AXES:
+            found |= axis.outside_bytes(batch)
         return found
 
     def host_bytes(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> float:
         """Host memory of one rank's offloaded states."""
         if not formats.offload_optimizer:
             return 0.0
-        return self._updated(mesh, sharding) * self._state_bytes(formats)
+        return self.problem.updated_parameters(mesh, sharding) * self._state_bytes(formats)
 
     def update_bytes(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> float:
         """Offloaded states visit the device tensor by tensor: those of the largest parameter that this rank holds."""
         if not formats.offload_optimizer:
             return 0.0
-        config, ranks = self.workload.config, mesh.dp_shard * mesh.cp
-        largest = config.vocab_size * config.hidden_size / (mesh.tp * ranks)
+        config, division = self.workload.config, division_of(mesh)
+        shares = division.features * division.weights
+        largest = config.vocab_size * config.hidden_size / shares
         if config.num_moe_layers:
             gate_up = 2 * config.expert_intermediate_size * config.hidden_size * (config.num_experts or 0)
-            largest = max(largest, gate_up * gate_up_padding(config, mesh) / (mesh.tp * ranks))
+            largest = max(largest, gate_up * gate_up_padding(config, mesh) / shares)
         return largest * self._state_bytes(formats)
 
     def _state_bytes(self, formats: Formats) -> float:
         """Bytes of optimizer state of one weight; a weight in fp32, as adapters are, is its own master."""
-        in_fp32 = self.request.compute_dtype == "fp32" or self.workload.lora is not None
+        in_fp32 = self.problem.request.compute_dtype == "fp32" or self.workload.lora is not None
         master = 0.0 if in_fp32 else MASTER_BYTES[formats.master_weight_format]
         return MOMENT_BYTES[formats.optimizer_state_dtype] + master
 
@@ -139,7 +133,7 @@ class MemoryModel:
     ) -> tuple[float, float]:
         """What a peak is at least because of the update, and what is there all the time: both without activations."""
         resident = sum(self.persistent(mesh, formats, sharding).values())
-        resident += sum(self.outside_allocator(mesh, sequences, sharding).values())
+        resident += sum(self.outside_allocator(mesh, sequences, formats.gradient_dtype, sharding).values())
         return self.update_bytes(mesh, formats, sharding), resident
 
     def _transient_uncached(

@@ -24,23 +24,21 @@ import dataclasses
 
 from moescale.formats import DTYPE_BYTES, logit_chunk_tokens
 from moescale.plan import LayerPlan, MeshShape
-from moescale.planner.cluster import Cluster
+from moescale.planner import layer_bytes
+from moescale.planner.axes.axis import Division, MicroBatch
+from moescale.planner.axes.registry import AXES, DP_SHARD, EP, micro_batch
 from moescale.planner.exchange import reads_peers
-from moescale.planner.layer_bytes import LayerBytes
-from moescale.planner.request import PlanRequest, recompute_name, replace_layer
-from moescale.planner.shares import rank_parameters
-from moescale.planner.workload import LayerKind, Workload
+from moescale.planner.problem import Problem
+from moescale.planner.request import recompute_name, replace_layer
+from moescale.planner.workload import LayerKind
 
 
 class Moments:
     """What lives beside weights, gradients and states, moment by moment, for one model, cluster and request."""
 
-    def __init__(self, workload: Workload, cluster: Cluster, request: PlanRequest) -> None:
-        self.workload = workload
-        self.cluster = cluster
-        self.request = request
-        self.bytes = LayerBytes(workload, request)
-        self.itemsize = self.bytes.itemsize
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.workload = problem.workload
 
     def breakdowns(
         self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], gradient: str, sharding: str = "fsdp"
@@ -53,39 +51,36 @@ class Moments:
             )
             assert partly.recompute_layers is not None
             return self.partly(partly.kind, nowhere, everywhere, partly.recompute_layers)
-        if sharding == "zero1":
-            return self._whole_moments(mesh, sequences, layers, gradient)
-        tokens = sequences * self.request.sequence_length // mesh.cp
-        dims = self.workload.dims(tokens, self.request.sequence_length)
+        batch = micro_batch(self.problem, mesh, sequences, sharding, gradient)
         plans = {layer.kind: layer for layer in layers}
-        # The first pipeline stage holds the activations of as many micro-batches as there are stages: of pp times
-        # 1 / pp of the layers, so of all of them.
+        return self._whole_moments(batch, plans) if sharding == "zero1" else self._moments(batch, plans)
+
+    def _moments(self, batch: MicroBatch, plans: dict[str, LayerPlan]) -> dict[str, dict[str, float]]:
+        """With weights sharded by FSDP2, or on one GPU."""
         kept = {
-            f"activations {kind.name}": kind.count * self.bytes.kept(kind, plans[kind.name], dims, mesh)
+            f"activations {kind.name}": kind.count * layer_bytes.kept(batch, kind, plans[kind.name])
             for kind in self.workload.layers
         }
         first = min(self.workload.layers, key=lambda kind: kind.indices[0])
         if self.workload.lora is not None and recompute_name(plans[first.name]) != "block":
             # Nothing before the first layer is trained, so its norm has no backward.
-            kept[f"activations {first.name}"] -= dims["n"] * dims["h"] * self.itemsize
-        gathered = self.bytes.gathered(plans, mesh)
+            kept[f"activations {first.name}"] -= batch.hidden_bytes
+        gathered = DP_SHARD.staying_bytes(batch, plans)
         moments = {
-            "loss": kept | self._at_loss(dims, mesh) | {"communication": gathered},
-            "gradient of the loss": kept | self._at_loss_gradient(plans, dims, mesh, gathered),
-            "backward of the last layers": self._at_backward(kept, plans, dims, mesh, gradient, gathered),
+            "loss": kept | self._at_loss(batch) | {"communication": gathered},
+            "gradient of the loss": kept | self._at_loss_gradient(batch, plans, gathered),
+            "backward of the last layers": self._at_backward(batch, kept, plans, gathered),
         }
         if self.workload.lora is not None:  # else the gradients of weights make other moments larger
-            moments |= self._in_feed_forwards(kept, plans, dims, mesh, gathered)
-        if mesh.ep > 1:
-            moments |= {
-                name: kept | parts for name, parts in self._in_divided_experts(plans, dims, mesh, gathered).items()
-            }
+            moments |= self._in_feed_forwards(batch, kept, plans, gathered)
+        if batch.division.experts > 1:
+            moments |= {name: kept | parts for name, parts in self._in_divided_experts(batch, plans, gathered).items()}
         elif self._last_kind().is_routed:
-            moments["gradient of the last experts"] = kept | self._in_own_experts(plans, dims, mesh, gathered)
-        if mesh.dp_replicate > 1 and self._accumulates(mesh, sequences):
-            share = rank_parameters(self.workload.trained, mesh)
+            moments["gradient of the last experts"] = kept | self._in_own_experts(batch, plans, gathered)
+        for axis in AXES:
+            throughout = axis.micro_batch_bytes(batch)
             for breakdown in moments.values():
-                breakdown["sums for replicas"] = share * DTYPE_BYTES[gradient]
+                breakdown |= throughout
         return moments
 
     def partly(
@@ -120,42 +115,40 @@ class Moments:
                 moments[moment.replace("last", "last recomputed")] = parts | left
         return moments
 
-    def _whole_moments(
-        self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], gradient: str
-    ) -> dict[str, dict[str, float]]:
+    def _whole_moments(self, batch: MicroBatch, plans: dict[str, LayerPlan]) -> dict[str, dict[str, float]]:
         """With whole weights: those of one GPU, whose experts' rows lie in the exchange's workspaces where ep > 1."""
-        moments = self.breakdowns(MeshShape(), sequences, layers, gradient)
-        if mesh.ep == 1:
+        alone = dataclasses.replace(batch, mesh=MeshShape(), division=Division(), sharding="fsdp")
+        moments = self._moments(alone, plans)
+        if batch.division.experts == 1:
             return moments
-        plans = {layer.kind: layer for layer in layers}
         routed = sorted((kind for kind in self.workload.layers if kind.is_routed), key=lambda kind: kind.indices[-1])
         for kind in routed:
-            self._add_exchanged_rows(moments, kind, plans, mesh, sequences, is_last=kind is routed[-1])
+            self._add_exchanged_rows(moments, batch, kind, plans, is_last=kind is routed[-1])
+        last = plans[routed[-1].name]
+        # The last layer's experts run while every layer's activations are still there.
+        kept = {key: size for key, size in moments["loss"].items() if key.startswith("activations")}
+        hidden = 4 * batch.hidden_bytes + layer_bytes.recomputed(alone, routed[-1], last)
+        inside = self._inside_exchange(batch, plans, last)
+        moments["gradient of the last experts"] = kept | {"temporary buffers": hidden, "inside operators": inside}
         return moments
 
     def _add_exchanged_rows(
         self,
         moments: dict[str, dict[str, float]],
+        batch: MicroBatch,
         kind: LayerKind,
         plans: dict[str, LayerPlan],
-        mesh: MeshShape,
-        sequences: int,
         *,
         is_last: bool,
     ) -> None:
         """Add what the exchange keeps for the layers of ``kind``, and what its last layer's backward needs at once."""
         name = recompute_name(plans[kind.name])
         keeps = "experts" not in name.split("+")
-        exchange = self.bytes.exchange(mesh, sequences)
-        dims = self.workload.dims(sequences * self.request.sequence_length, self.request.sequence_length)
-        if reads_peers(mesh, "zero1", self.cluster):
-            rows = dims["r"] * 2 * dims["f"] * self.itemsize if keeps else 0
-            more: float = exchange.kept_bytes(keeps_pre_activation=keeps) - rows
-            inside: float = exchange.backward_bytes(keeps_pre_activation=keeps)
-            inside += max(self.bytes.experts_made_plain(kind.name, mesh))
+        if reads_peers(batch.mesh, batch.sharding, self.problem.cluster):
+            rows = batch.dims["r"] * 2 * batch.dims["f"] * self.problem.itemsize if keeps else 0
+            more: float = EP.peer_exchange(batch).kept_bytes(keeps_pre_activation=keeps) - rows
         else:
-            more = self.bytes.exchanged_rows(dims, mesh) + self.bytes.padding(dims, mesh, keeps)
-            inside = self.bytes.operator_buffers(plans, dims, mesh)
+            more = EP.exchanged_rows(batch) + EP.padding(batch, keeps_pre_activation=keeps)
         layers = int(is_last) if name == "block" else kind.count  # a block recomputes its rows in its own backward
         for moment, breakdown in moments.items():
             if f"activations {kind.name}" not in breakdown:  # the backward has passed these layers
@@ -164,41 +157,34 @@ class Moments:
             own = layers - 1 if given_back else layers
             breakdown[f"activations {kind.name}"] += own * more
         last = moments["backward of the last layers"]
-        last["inside operators"] = max(last["inside operators"], inside)
-        if not is_last:
-            return
-        # The last layer's experts run while every layer's activations are still there.
-        hidden: float = 4 * dims["n"] * dims["h"] * self.itemsize
-        kept = {key: size for key, size in moments["loss"].items() if key.startswith("activations")}
-        hidden += self.bytes.recomputed(kind, plans[kind.name], dims, MeshShape())
-        moments["gradient of the last experts"] = kept | {"temporary buffers": hidden, "inside operators": inside}
+        last["inside operators"] = max(last["inside operators"], self._inside_exchange(batch, plans, plans[kind.name]))
 
-    def _at_loss(self, dims: dict[str, int], mesh: MeshShape) -> dict[str, float]:
-        tokens = min(dims["n"], logit_chunk_tokens(dims["n"]))
-        logits = tokens * dims["w"] * self.itemsize / mesh.tp
-        return {"loss": self.bytes.loss(dims, mesh), "inside operators": logits}
+    def _inside_exchange(self, batch: MicroBatch, plans: dict[str, LayerPlan], plan: LayerPlan) -> float:
+        """What the backward of experts makes and gives back, in layers of ``plan``."""
+        if reads_peers(batch.mesh, batch.sharding, self.problem.cluster):
+            keeps = "experts" not in recompute_name(plan).split("+")
+            size = EP.peer_exchange(batch).backward_bytes(keeps_pre_activation=keeps)
+            return size + max(layer_bytes.experts_made_plain(batch, plan.kind))
+        return layer_bytes.operator_buffers(batch, plans)
 
-    def _at_loss_gradient(
-        self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape, gathered: float
-    ) -> dict[str, float]:
+    def _at_loss(self, batch: MicroBatch) -> dict[str, float]:
+        tokens = min(batch.dims["n"], logit_chunk_tokens(batch.dims["n"]))
+        logits = tokens * batch.dims["w"] * self.problem.itemsize / batch.division.features
+        return {"loss": layer_bytes.loss(batch), "inside operators": logits}
+
+    def _at_loss_gradient(self, batch: MicroBatch, plans: dict[str, LayerPlan], gathered: float) -> dict[str, float]:
         last = self._last_kind()
-        ahead = self.bytes.gathered_again(last, plans[last.name], mesh)
-        undivided = mesh.dp_shard * mesh.cp * mesh.dp_replicate == 1
-        in_buffer = undivided and self.request.compute_dtype == "bf16"
-        weight = 0.0 if in_buffer else self.bytes.output_gradient(mesh)
+        ahead = DP_SHARD.gathered_again_bytes(batch, last, plans[last.name])
+        in_buffer = DP_SHARD.is_whole(batch) and self.problem.request.compute_dtype == "bf16"
+        weight = 0.0 if in_buffer else layer_bytes.output_gradient(batch)
         return {
-            "loss": self.bytes.loss(dims, mesh),
-            "temporary buffers": weight + dims["n"] * dims["h"] * self.itemsize,
+            "loss": layer_bytes.loss(batch),
+            "temporary buffers": weight + batch.hidden_bytes,
             "communication": gathered + ahead,
         }
 
     def _in_feed_forwards(
-        self,
-        kept: dict[str, float],
-        plans: dict[str, LayerPlan],
-        dims: dict[str, int],
-        mesh: MeshShape,
-        gathered: float,
+        self, batch: MicroBatch, kept: dict[str, float], plans: dict[str, LayerPlan], gathered: float
     ) -> dict[str, dict[str, float]]:
         """The gradient of the activation in the dense MLP of a kind's last layer, whose result was its first gradient.
 
@@ -207,63 +193,61 @@ class Moments:
         moments = {}
         last = self._last_kind()
         there = dict(kept)
+        dims, itemsize = batch.dims, self.problem.itemsize
         for kind in reversed(self.workload.layers):
             if kind is not last and recompute_name(plans[kind.name]) != "block":
                 continue  # later layers have given back more than this one makes
-            width = (dims["s"] if kind.is_routed else dims["i"]) / mesh.tp
-            gradients = dims["n"] * (dims["h"] + 3 * width) * self.itemsize
+            width = (dims["s"] if kind.is_routed else dims["i"]) / batch.division.features
+            gradients = dims["n"] * (dims["h"] + 3 * width) * itemsize
             name = "shared_activation" if kind.is_routed else "dense_activation"
             if any(tensor.name == name for op in kind.operators for tensor in op.saved):
-                gradients -= dims["n"] * width * self.itemsize  # given back by then
+                gradients -= dims["n"] * width * itemsize  # given back by then
             if recompute_name(plans[kind.name]) == "block":
-                again = self.bytes.full_layer(kind, dims, mesh) - dims["n"] * dims["h"] * self.itemsize
+                again = layer_bytes.full_layer(batch, kind) - batch.hidden_bytes
                 gradients += again  # without its input, which the block keeps
-            ahead = self.bytes.gathered_again(kind, plans[kind.name], mesh)
+            ahead = DP_SHARD.gathered_again_bytes(batch, kind, plans[kind.name])
             moments[f"gradient of the last {kind.name} activation"] = there | {
                 "temporary buffers": gradients,
-                "inside operators": self.bytes.made_plain(kind, mesh),
+                "inside operators": layer_bytes.made_plain(batch, kind),
                 "communication": gathered + ahead,
             }
             if kind is last and ahead:
                 moments["weights of the last layer"] = there | {
-                    "temporary buffers": dims["n"] * dims["h"] * self.itemsize,
+                    "temporary buffers": batch.hidden_bytes,
                     "communication": gathered + 2 * ahead,
                 }
             there = {key: size for key, size in there.items() if key != f"activations {kind.name}"}
         return moments
 
-    def _in_own_experts(
-        self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape, gathered: float
-    ) -> dict[str, float]:
+    def _in_own_experts(self, batch: MicroBatch, plans: dict[str, LayerPlan], gathered: float) -> dict[str, float]:
         """The backward of the last layer's experts, all of which the rank computes itself."""
         last = self._last_kind()
         plan = plans[last.name]
-        again = self.bytes.recomputed(last, plan, dims, mesh)
-        ahead = self.bytes.gathered_again(last, plan, mesh)
-        ranks = mesh.dp_shard * mesh.cp * mesh.dp_replicate
+        again = layer_bytes.recomputed(batch, last, plan)
+        ahead = DP_SHARD.gathered_again_bytes(batch, last, plan)
         return {
             # Of the residual stream: what entered the last norm, its gradients, and those of the layer's two branches.
-            "temporary buffers": again
-            + 6 * dims["n"] * dims["h"] * self.itemsize
-            + self.bytes.expert_gradients(last, mesh),
-            "inside operators": self.bytes.expert_buffers(plan, dims, mesh),
-            "communication": gathered + ahead + (self.bytes.output_gradient(mesh) if ranks > 1 else 0.0),
+            "temporary buffers": again + 6 * batch.hidden_bytes + DP_SHARD.expert_gradient_bytes(batch, last),
+            "inside operators": layer_bytes.expert_buffers(batch, plan),
+            "communication": gathered
+            + ahead
+            + (0.0 if DP_SHARD.is_whole(batch) else layer_bytes.output_gradient(batch)),
         }
 
     def _in_divided_experts(
-        self, plans: dict[str, LayerPlan], dims: dict[str, int], mesh: MeshShape, gathered: float
+        self, batch: MicroBatch, plans: dict[str, LayerPlan], gathered: float
     ) -> dict[str, dict[str, float]]:
         """The two moments in the backward of the last layer's experts."""
         last = self._last_kind()
-        plan = plans[last.name]
-        again = self.bytes.recomputed(last, plan, dims, mesh)
-        hidden = dims["n"] * dims["h"] * self.itemsize
-        rows = dims["k"] * hidden * (self.bytes.row_factor(mesh) if mesh.ep == 2 else 1.0)
-        ahead = self.bytes.gathered_again(last, plan, mesh)
-        communication = gathered + ahead + self.bytes.output_gradient(mesh)
-        in_experts: float = 2 * rows + self.bytes.expert_gradients(last, mesh)
+        plan, dims, division = plans[last.name], batch.dims, batch.division
+        again = layer_bytes.recomputed(batch, last, plan)
+        hidden = batch.hidden_bytes
+        rows = dims["k"] * hidden * (EP.row_factor(batch) if division.experts == 2 else 1.0)
+        ahead = DP_SHARD.gathered_again_bytes(batch, last, plan)
+        communication = gathered + ahead + layer_bytes.output_gradient(batch)
+        in_experts: float = 2 * rows + DP_SHARD.expert_gradient_bytes(batch, last)
         if "experts" in recompute_name(plan).split("+"):
-            in_experts += dims["n"] * dims["k"] * 2 * dims["f"] * self.itemsize / mesh.tp
+            in_experts += dims["n"] * dims["k"] * 2 * dims["f"] * self.problem.itemsize / division.features
         return {
             "gradient of the last combination": {
                 "temporary buffers": again + 3 * hidden + 3 * rows,
@@ -271,41 +255,30 @@ class Moments:
             },
             "gradient of the last experts": {
                 "temporary buffers": again + 3 * hidden + in_experts,
-                "inside operators": max(self.bytes.experts_made_plain(last.name, mesh)),
+                "inside operators": max(layer_bytes.experts_made_plain(batch, last.name)),
                 "communication": communication,
             },
         }
 
     def _at_backward(
-        self,
-        kept: dict[str, float],
-        plans: dict[str, LayerPlan],
-        dims: dict[str, int],
-        mesh: MeshShape,
-        gradient: str,
-        gathered: float,
+        self, batch: MicroBatch, kept: dict[str, float], plans: dict[str, LayerPlan], gathered: float
     ) -> dict[str, float]:
         kind = self._last_kind()
         plan = plans[kind.name]
         activations = dict(kept)
         if kind.count > 1:
             activations[f"activations {kind.name}"] -= kept[f"activations {kind.name}"] / kind.count
-        again = self.bytes.recomputed(kind, plan, dims, mesh)
-        in_flight = 4 * dims["n"] * dims["h"] * self.itemsize
-        communication = gathered + 2 * self.bytes.gathered_again(kind, plan, mesh)
-        if self.bytes.layer_gathered(kind, mesh):
-            reduced = self.bytes.reduced_layer(kind, mesh, gradient)
-            communication += self.bytes.layer_gradients(kind, mesh) + reduced + self.bytes.output_gradient(mesh)
+        again = layer_bytes.recomputed(batch, kind, plan)
+        communication = gathered + 2 * DP_SHARD.gathered_again_bytes(batch, kind, plan)
+        if DP_SHARD.layer_bytes(batch, kind):
+            made = DP_SHARD.gradient_bytes(batch, kind, self.problem.trained_itemsize)
+            reduced = DP_SHARD.gradient_bytes(batch, kind, DTYPE_BYTES[batch.gradient])
+            communication += made + reduced + layer_bytes.output_gradient(batch)
         return activations | {
-            "temporary buffers": again + in_flight,
-            "inside operators": self.bytes.operator_buffers(plans, dims, mesh),
+            "temporary buffers": again + 4 * batch.hidden_bytes,
+            "inside operators": layer_bytes.operator_buffers(batch, plans),
             "communication": communication,
         }
-
-    def _accumulates(self, mesh: MeshShape, sequences: int) -> bool:
-        """Whether a step has several micro-batches: their gradients are summed before replicas add theirs."""
-        request = self.request
-        return request.tokens_per_step > request.sequence_length * sequences * mesh.dp_replicate * mesh.dp_shard
 
     def _last_kind(self) -> LayerKind:
         return max(self.workload.layers, key=lambda kind: kind.indices[-1])

@@ -6,8 +6,8 @@ order of a bound: their time with nothing recomputed, nothing gathered twice and
 the best plan found, so does every plan behind it, and the search ends. The result is that of trying every point, which
 a test does.
 
-Order among equals: fewer GPUs per copy first, then smaller pp, tp, cp, ep; larger micro-batches; less recomputation;
-more precise formats.
+Order among equals: that of the meshes (:mod:`moescale.planner.axes.registry`), fewer GPUs per copy first, then smaller
+pp, tp, cp, ep; larger micro-batches; less recomputation; more precise formats.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from collections.abc import Iterator
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError
 from moescale.models.registry import family_of
-from moescale.plan import UNSUPPORTED_AXES, LayerPlan, MeshShape, fsdp_sizes, unsupported_sizes
+from moescale.plan import LayerPlan, MeshShape, fsdp_sizes, unsupported_sizes
+from moescale.planner.axes.axis import divisors
+from moescale.planner.axes.registry import division_of, meshes
 from moescale.planner.cluster import Cluster
 from moescale.planner.cost import CostModel
+from moescale.planner.decisions import check_request
 from moescale.planner.memory import MemoryModel
+from moescale.planner.problem import Problem
 from moescale.planner.request import (
     Candidate,
     DenseSharding,
@@ -53,7 +57,7 @@ def compile_plan(
     ``workload``: what :func:`~moescale.planner.workload.build_workload` makes of ``config``, with operators of the
     user's own; None: the model as it is.
     """
-    request.validate(config)
+    check_request(request, config)
     return Search(config, cluster, request, workload).run(with_alternatives=with_alternatives)
 
 
@@ -75,8 +79,9 @@ class Search:
         # A plan names what is run again by operator, so a layer without that operator has nothing to gain from it.
         operators = {kind.name: frozenset(op.name for op in kind.operators) for kind in self.workload.layers}
         self._kinds = tuple((kind.name, operators.get(kind.name)) for kind in family_of(config).layers(config))
-        self.cost = CostModel(self.workload, cluster, request)
-        self.memory = MemoryModel(self.workload, cluster, request)
+        self.problem = Problem(self.workload, cluster, request)
+        self.cost = CostModel(self.problem)
+        self.memory = MemoryModel(self.problem)
         # Who pins what is recomputed means all layers, unless they say in how many.
         self._partly_recomputed = tuple(
             kind.name
@@ -158,7 +163,7 @@ class Search:
         """Meshes and micro-batches with a time none of their plans goes below, by that time: (bound, order, ...)."""
         groups: list[_Group] = []
         free = tuple(LayerPlan(kind=name, reshard_after_forward=False) for name, _ in self._kinds)
-        for mesh, sharding in ((m, sharding) for m in self.meshes() for sharding in self.shardings(m)):
+        for mesh, sharding in ((m, sharding) for m in meshes(self.problem) for sharding in self.shardings(m)):
             if not any(True for _ in self.layer_plans(mesh, sharding)):
                 continue
             for sequences in self._micro_batches(mesh):
@@ -197,7 +202,7 @@ class Search:
         """How weights outside the experts may be kept on ``mesh``; on one GPU there is nothing to decide."""
         request = self.request
         if not fsdp_sizes(mesh):
-            several = mesh.dp_shard * mesh.dp_replicate > 1
+            several = mesh.gpus > 1
             if request.allows("dense_sharding", "zero1") and (several or not request.allows("dense_sharding", "fsdp")):
                 yield "zero1"
         if request.allows("dense_sharding", "fsdp"):
@@ -211,40 +216,12 @@ class Search:
         choices = []
         for name, operators in reversed(self._kinds):
             reshards: tuple[bool, ...] = (False,) if sharding == "zero1" else (True,)
-            if sharding == "fsdp" and operators is not None and mesh.dp_shard * mesh.cp > 1:
+            if sharding == "fsdp" and operators is not None and division_of(mesh).weights > 1:
                 reshards = (True, False)
             recompute = ("none",) if operators is None else recompute_choices(operators)
             choices.append(tuple(self._choices(name, recompute, reshards)))
         for layers in itertools.product(*choices):
             yield layers[::-1]
-
-    def meshes(self) -> Iterator[MeshShape]:
-        """Every mesh of the request's GPUs that the model's sizes divide into, in the order of preference."""
-        request, config = self.request, self.config
-        units = [request.plan_gpus] if request.plan_gpus else _divisors(request.runtime_gpus)
-        for unit in units:
-            for pp in self._sizes("pp", unit):
-                if pp > config.num_layers:
-                    continue
-                for tp in self._sizes("tp", unit // pp):
-                    if config.num_heads % tp or config.expert_intermediate_size % tp or tp > self.cluster.gpus_per_node:
-                        continue
-                    for cp in self._sizes("cp", unit // pp // tp):
-                        if request.sequence_length % (2 * cp) and cp > 1:
-                            continue
-                        shard = unit // pp // tp // cp
-                        for ep in _divisors(shard * cp) if config.num_moe_layers else (1,):
-                            if (config.num_experts or 1) % ep:
-                                continue
-                            mesh = MeshShape(
-                                pp=pp, dp_replicate=request.runtime_gpus // unit, dp_shard=shard, cp=cp, tp=tp, ep=ep
-                            )
-                            if all(request.allows(name, size) for name, size in vars(mesh).items()):
-                                yield mesh
-
-    def _sizes(self, axis: str, gpus: int) -> list[int]:
-        """The sizes that ``axis`` may have of ``gpus``: 1 alone for one that this version cannot run, unless asked."""
-        return [1] if axis in UNSUPPORTED_AXES and not self.request.allow_unsupported else _divisors(gpus)
 
     def evaluate(self, candidate: Candidate) -> Evaluated:
         """Time and memory of one candidate, by their parts."""
@@ -258,13 +235,13 @@ class Search:
         )
 
     def _sequences_per_rank(self, mesh: MeshShape) -> int:
-        return self.request.tokens_per_step // self.request.sequence_length // (mesh.dp_replicate * mesh.dp_shard)
+        return self.request.tokens_per_step // self.request.sequence_length // division_of(mesh).sequences
 
     def _micro_batches(self, mesh: MeshShape) -> Iterator[int]:
         total = self.request.tokens_per_step // self.request.sequence_length
-        if total % (mesh.dp_replicate * mesh.dp_shard):
+        if total % division_of(mesh).sequences:
             return
-        for sequences in reversed(_divisors(self._sequences_per_rank(mesh))):
+        for sequences in reversed(divisors(self._sequences_per_rank(mesh))):
             if self.request.allows("micro_batch_sequences", sequences):
                 yield sequences
 
@@ -284,9 +261,9 @@ class Search:
         around = Search(self.config, self.cluster, free, self.workload)
         chosen = best.candidate
         found = []
-        for mesh in around.meshes():
+        for mesh in meshes(around.problem):
             per_rank = around._sequences_per_rank(mesh)
-            whole = around._sequences_per_rank(mesh) * mesh.dp_replicate * mesh.dp_shard * free.sequence_length
+            whole = per_rank * division_of(mesh).sequences * free.sequence_length
             if whole == free.tokens_per_step and per_rank % chosen.micro_batch_sequences == 0:
                 steps = per_rank // chosen.micro_batch_sequences
                 changed_mesh = dataclasses.replace(chosen, mesh=mesh, gradient_accumulation_steps=steps)
@@ -368,7 +345,3 @@ def _candidate(
         formats=formats,
         dense_sharding=sharding,
     )
-
-
-def _divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

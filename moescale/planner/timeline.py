@@ -1,7 +1,7 @@
 """A step as a sequence of spans, for the page: what runs when, and the communication hidden beneath it.
 
 The cost model adds a step up by what it goes to; here the same seconds are put in order. Micro-batches are drawn as
-one. Communication hidden on an axis is drawn beneath the spans it runs beside (:mod:`moescale.planner.cost`), divided
+one. Communication hidden on an axis is drawn beneath the spans that hide it (:mod:`moescale.planner.axes`), divided
 among them by their length: how much of it falls in which is not part of a prediction.
 """
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moescale.planner.axes.registry import AXES, division_of
 from moescale.planner.cost import CostModel
+from moescale.planner.problem import Problem
 from moescale.planner.result import Evaluated, PlanResult
 from moescale.planner.workload import LayerKind
 
@@ -51,16 +53,14 @@ def step_timeline(result: PlanResult, evaluated: Evaluated) -> Timeline:
 def _parts(result: PlanResult, evaluated: Evaluated) -> Iterator[tuple[str, float]]:
     """Name and seconds of every span, in order."""
     candidate = evaluated.candidate
-    mesh = candidate.mesh
     workload = result.workload
-    cost = CostModel(workload, result.cluster, result.request)
-    dims = workload.dims(
-        candidate.micro_batch_sequences * result.request.sequence_length // mesh.cp, result.request.sequence_length
-    )
+    problem = Problem(workload, result.cluster, result.request)
+    cost, division = CostModel(problem), division_of(candidate.mesh)
+    dims = problem.dims(candidate.micro_batch_sequences, division.tokens)
 
     def compute(kind: LayerKind) -> tuple[float, float]:
-        times = [cost._operator_seconds(op, dims, mesh.tp, mesh.ep) for op in kind.operators]
-        count = kind.count if kind is workload.outside else kind.count / mesh.pp
+        times = [cost.operator_seconds(op, dims, division.features, division.experts) for op in kind.operators]
+        count = kind.count if kind is workload.outside else kind.count / division.layers
         scale = count * candidate.gradient_accumulation_steps
         return scale * sum(time[0] for time in times), scale * sum(time[1] for time in times)
 
@@ -80,15 +80,10 @@ def _parts(result: PlanResult, evaluated: Evaluated) -> Iterator[tuple[str, floa
 
 
 def _beneath(name: str, seconds: float, spans: list[Span]) -> tuple[Span, ...]:
-    if name == "communication dp_replicate":  # once a step, at the end of the backward
+    starts = next(axis.hidden_beneath for axis in AXES if name == f"communication {axis.name}")
+    if not starts:
         end = max(span.end for span in spans if span.name.startswith("backward"))
         return (Span(name="beneath the last backward", start=end - seconds, seconds=seconds),)
-    if name == "communication ep":  # beside the shared experts
-        starts: tuple[str, ...] = ("forward, moe", "backward, moe")
-    elif name == "communication dp_shard":  # beside whatever is computed
-        starts = ("forward", "embedding and loss", "recompute", "backward")
-    else:
-        starts = ("forward", "backward")
-    beside = [span for span in spans if span.name.startswith(starts)]
-    share = seconds / sum(span.seconds for span in beside)
-    return tuple(Span(name=f"beneath {span.name}", start=span.start, seconds=share * span.seconds) for span in beside)
+    hiding = [span for span in spans if span.name.startswith(starts)]
+    share = seconds / sum(span.seconds for span in hiding)
+    return tuple(Span(name=f"beneath {span.name}", start=span.start, seconds=share * span.seconds) for span in hiding)

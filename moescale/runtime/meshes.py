@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moescale.coordinates import Coordinates
 from moescale.errors import ConfigError
-from moescale.plan import ParallelPlan, unsupported_sizes
+from moescale.plan import ParallelPlan, is_supported, unsupported_sizes
 from moescale.runtime.ranks import Ranks
 
 
@@ -33,8 +33,9 @@ class Meshes:
 def check_runnable(plan: ParallelPlan, ranks: Ranks) -> None:
     """Raise ConfigError unless this runtime supports every axis of the plan and ``ranks`` has the plan's size."""
     for axis, size in unsupported_sizes(plan.mesh).items():
+        *most, last = (name for name in vars(plan.mesh) if is_supported(name))
         raise ConfigError(
-            f"plan.mesh.{axis} ({size}) must be 1: this version runs the axes dp_replicate, dp_shard and ep; "
+            f"plan.mesh.{axis} ({size}) must be 1: this version runs the axes {', '.join(most)} and {last}; "
             f"compile the plan with {axis} 1"
         )
     if plan.runtime_gpus != ranks.size:

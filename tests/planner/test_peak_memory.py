@@ -32,10 +32,11 @@ from moescale.lora import LoraSettings, parse_lora
 from moescale.models.lora import add_adapters, is_adapter
 from moescale.models.transformer import Transformer, build_on_meta
 from moescale.plan import LayerPlan, MeshShape, ParallelPlan, one_device_plan
+from moescale.planner.axes.ep import ExpertParallel
 from moescale.planner.cluster import load_cluster
-from moescale.planner.layer_bytes import LayerBytes
 from moescale.planner.memory import MemoryModel
 from moescale.planner.moments import Moments
+from moescale.planner.problem import Problem
 from moescale.planner.request import PlanRequest
 from moescale.planner.result import PlanResult
 from moescale.planner.search import compile_plan
@@ -105,7 +106,7 @@ def fake_runtime(gpu_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_parallel, "_row_operators", lambda backend: operators)
     monkeypatch.setattr(expert_parallel.SplitExchange, "lay_out", lay_out)
     # What is divided here is sent as it is, also between two ranks, whose exchange on GPUs is padded.
-    monkeypatch.setattr(LayerBytes, "row_factor", lambda self, mesh: self.request.router_imbalance)
+    monkeypatch.setattr(ExpertParallel, "row_factor", lambda self, batch: batch.problem.request.router_imbalance)
     monkeypatch.setattr(
         mapping,
         "choose_dispatcher",
@@ -135,7 +136,7 @@ def predicted_bytes(result: PlanResult) -> float:
     """The peak over the moments, without what happens inside operators."""
     assert result.best is not None
     candidate = result.best.candidate
-    model = MemoryModel(result.workload, result.cluster, result.request)
+    model = MemoryModel(Problem(result.workload, result.cluster, result.request))
     moments = model.moments.breakdowns(
         candidate.mesh,
         candidate.micro_batch_sequences,
@@ -282,7 +283,7 @@ def plain_weights_at_the_peak(mesh: MeshShape, recompute: str) -> dict[str, floa
     for base in ("fp8", "compute"):
         lora = parse_lora(f"rank=16,base={base}")
         request = PlanRequest(runtime_gpus=8, tokens_per_step=8 * 2048, sequence_length=2048, lora=lora)
-        moments = Moments(build_workload(CONFIG, lora=lora), load_cluster("h200"), request)
+        moments = Moments(Problem(build_workload(CONFIG, lora=lora), load_cluster("h200"), request))
         kinds = [LayerPlan(kind=kind, recompute=recompute) for kind in ("dense", "moe")]
         found = moments.breakdowns(mesh, 1, tuple(kinds), "fp32")
         inside.append({moment: parts.get("inside operators", 0.0) for moment, parts in found.items()})

@@ -21,6 +21,7 @@ from moescale.planner.cluster import Cluster, Link, load_cluster
 from moescale.planner.cost import CostModel
 from moescale.planner.explain import alternative_text, explain_html, explain_json, explain_text
 from moescale.planner.memory import MemoryModel
+from moescale.planner.problem import Problem as PlannerProblem
 from moescale.planner.request import (
     Candidate,
     DenseSharding,
@@ -54,7 +55,7 @@ class Problem:
 
         It is not part of the strategy: hypothesis gives up most of what it draws, and this takes longer than a draw.
         """
-        memory = MemoryModel(build_workload(self.config), self.cluster, self.request)
+        memory = MemoryModel(PlannerProblem(build_workload(self.config), self.cluster, self.request))
         candidates = every_candidate(self)
         some = candidates[:: math.ceil(len(candidates) / 500) or 1]
         if not some:
@@ -213,9 +214,8 @@ def allowed(candidate: Candidate, request: PlanRequest) -> bool:
 
 
 def brute_force(problem: Problem) -> list[Point]:
-    workload = build_workload(problem.config)
-    cost = CostModel(workload, problem.cluster, problem.request)
-    memory = MemoryModel(workload, problem.cluster, problem.request)
+    planned = PlannerProblem(build_workload(problem.config), problem.cluster, problem.request)
+    cost, memory = CostModel(planned), MemoryModel(planned)
     points = []
     for candidate in every_candidate(problem):
         host = (
@@ -443,8 +443,7 @@ def test_adapters_are_planned_where_experts_lie_on_several_ranks_and_dense_block
 @pytest.mark.parametrize("axis", ["pp", "cp", "tp"])
 def test_an_axis_that_this_version_runs_is_searched_without_asking(monkeypatch, axis):
     others = tuple(other for other in UNSUPPORTED_AXES if other != axis)
-    for module in ("moescale.plan", "moescale.planner.search", "moescale.planner.request"):
-        monkeypatch.setattr(f"{module}.UNSUPPORTED_AXES", others)
+    monkeypatch.setattr("moescale.plan.UNSUPPORTED_AXES", others)
     request = PlanRequest(runtime_gpus=4, tokens_per_step=512, sequence_length=64, pins={axis: "2"})
     result = compile_plan(read_model_config("tiny"), H100, request)
     assert result.best is not None and result.best.supported

@@ -1,0 +1,73 @@
+"""What a plan is searched for, and what holds of all plans for it: counts of weights, sizes of dims."""
+
+from __future__ import annotations
+
+import functools
+
+from moescale.formats import DTYPE_BYTES
+from moescale.operators import is_routed
+from moescale.plan import MeshShape
+from moescale.planner.cluster import Cluster
+from moescale.planner.request import PlanRequest
+from moescale.planner.shares import local_parameters, rank_parameters, updated_parameters
+from moescale.planner.workload import LayerKind, Workload
+
+
+class Problem:
+    """A model on a cluster under a request."""
+
+    def __init__(self, workload: Workload, cluster: Cluster, request: PlanRequest) -> None:
+        self.workload = workload
+        self.cluster = cluster
+        self.request = request
+        self.itemsize = DTYPE_BYTES[request.compute_dtype]
+        """Bytes of a weight or an activation as it is computed with."""
+        self.trained_itemsize = self.itemsize if workload.lora is None else DTYPE_BYTES["fp32"]
+        """Bytes of a weight that is trained, and of its gradient as autograd makes it."""
+        self.own_bytes = {kind.name: workload.layer_bytes(kind, self.itemsize) for kind in workload.layers}
+        """By kind, of one layer's own weights: (without routed experts, routed experts)."""
+        self.made_plain = {kind.name: self._plain_bytes(kind) for kind in workload.layers}
+        """By kind, sizes of weights in fp8 once made plain: of the routed experts in their order, and the largest other
+        one."""
+        # By kind, how many weights a layer has: (without routed experts, routed experts).
+        self.adapters = {kind.name: workload.adapter_parameters(kind) for kind in workload.layers}
+        self.trained_parameters = {kind.name: workload.trained_parameters(kind) for kind in workload.layers}
+        self.outside_parameters = workload.outside_parameters()
+        self.trained = workload.trained
+        """Weights with gradients and optimizer state, of the whole model."""
+        self._rank_parameters = functools.cache(functools.partial(rank_parameters, self.trained))
+        self._own_local_bytes = functools.cache(functools.partial(local_parameters, workload.stored(self.itemsize)))
+        self._local_parameters = functools.cache(functools.partial(local_parameters, self.trained))
+        self._updated_parameters = functools.cache(functools.partial(updated_parameters, self.trained))
+
+    def _plain_bytes(self, kind: LayerKind) -> tuple[list[int], int]:
+        found: tuple[list[int], list[int]] = ([], [0])
+        for op in kind.operators:
+            sizes = [weight.elements * self.itemsize for weight in self.workload.in_fp8(op)]
+            found[0 if is_routed(op) else 1].extend(sizes)
+        return found[0], max(found[1])
+
+    def is_outside(self, kind: LayerKind) -> bool:
+        """Whether ``kind`` stands for what is in no layer."""
+        return kind is self.workload.outside
+
+    def dims(self, sequences: int, shards: int = 1) -> dict[str, int]:
+        """Dim sizes of a micro-batch of ``sequences``, of whose tokens a rank has one of ``shards``."""
+        length = self.request.sequence_length
+        return self.workload.dims(sequences * length // shards, length)
+
+    def rank_parameters(self, mesh: MeshShape) -> float:
+        """Trained weights whose state the fullest rank keeps where all weights are sharded."""
+        return self._rank_parameters(mesh)
+
+    def own_local_bytes(self, mesh: MeshShape, sharding: str) -> float:
+        """Bytes of the model's own weights in the fullest rank's memory."""
+        return self._own_local_bytes(mesh, sharding)
+
+    def local_parameters(self, mesh: MeshShape, sharding: str) -> float:
+        """Trained weights in the fullest rank's memory."""
+        return self._local_parameters(mesh, sharding)
+
+    def updated_parameters(self, mesh: MeshShape, sharding: str) -> float:
+        """Trained weights whose optimizer state the fullest rank keeps."""
+        return self._updated_parameters(mesh, sharding)
