@@ -130,7 +130,7 @@ def parse_lora(text: str) -> LoraSettings:
         if not equals or not value or name not in names:
             raise ConfigError(
                 f"lora ('{word.strip()}') must be name=value, as in rank=16,alpha=32,targets=attention+experts; names "
-                f"are {', '.join(names)}{nearest(name, names)}"
+                f"are {', '.join(names)}{'' if name in names else nearest(name, names)}"
             )
         if name in values:
             raise ConfigError(f"lora.{name} is given twice ({values[name]}, {value}); keep one of them")

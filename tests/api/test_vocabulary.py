@@ -15,7 +15,7 @@ from moescale.api.vocabulary import check_vocabulary, vocabulary_notice
 from moescale.cli import main
 from moescale.convert.hf_config import read_model_config
 from moescale.data.corpus.manifest import read_manifest
-from moescale.errors import ConfigError
+from moescale.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -85,3 +85,10 @@ def test_a_plan_for_a_corpus_has_its_sequences_and_says_what_a_run_says(folder, 
         with pytest.raises(SystemExit):
             main([*command, *arguments])
         assert f"warning: {corpus_notice(settings)}" in capsys.readouterr().err
+
+
+def test_a_plan_for_a_corpus_that_is_not_there_names_the_folder_spelt_like_it(folder, stdlib_corpus, tmp_path):
+    (tmp_path / "corpus").symlink_to(stdlib_corpus)
+    settings = CompileSettings(model=str(folder), data=tmp_path / "corpsu", tokens_per_step=128)
+    with pytest.raises(DataError, match=r"corpsu is not a folder; did you mean '.*/corpus'\?; make one with"):
+        compile(settings)

@@ -225,6 +225,7 @@ def test_targets_choose_modules_by_group_and_by_the_end_of_their_path() -> None:
         ("alpha=4", r"lacks a rank"),
         ("rank=2,alpha=inf", r"lora\.alpha \(inf\) must be at least 1e-06 and at most 1e\+06"),
         ("rank=2,rank=4", r"lora\.rank is given twice \(2, 4\)"),
+        ("rank=2,base=", r"\('base='\) must be name=value.*rank_stabilised, base$"),
         ("rank=2,drop=0.1", r"'drop=0\.1'\) must be name=value.*did you mean 'dropout'"),
         ("rank=2,dropout=1", r"lora\.dropout \(1\.0\) must be at least 0 and below 1"),
         ("rank=2,rank_stabilised=yes", r"lora\.rank_stabilised \('yes'\) must be true or false"),

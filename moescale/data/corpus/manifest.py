@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from moescale.config import fingerprint
 from moescale.errors import DataError
+from moescale.hub import nearest_here
 from moescale.records import (
     Count,
     FileKind,
@@ -176,8 +177,10 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check ``folder``'s manifest.
 
     Raises:
-        DataError: it is missing, damaged or of another format.
+        DataError: the folder does not exist, or the manifest is missing, damaged or of another format.
     """
+    if not folder.is_dir():
+        raise DataError(f"corpus {folder} is not a folder{nearest_here(folder)}; make one with `moescale prepare`")
     path = folder / MANIFEST
     remedy = f"remove {folder} and prepare the corpus again"
     kind = FileKind(
