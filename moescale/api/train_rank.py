@@ -35,6 +35,7 @@ from moescale.runtime.join import Membership
 from moescale.runtime.mapping import compile_layers, optimizer_format
 from moescale.runtime.profiling import KERNELS_FILE, WARM_UP_STEPS, StepProfiler
 from moescale.runtime.ranks import Ranks
+from moescale.runtime.resume_checks import check_resumable
 from moescale.runtime.samples import Sampler
 from moescale.runtime.session import PlacedModel, place_model
 from moescale.runtime.train import Trainer
@@ -67,6 +68,14 @@ class TrainRank:
         self.member.progress(0, "building the model")
         checkpoint = self._checkpoint_to_resume()
         total_steps = self.settings.steps or _steps_of_one_epoch(self.run.corpus, plan, checkpoint)
+        if checkpoint is not None:  # before the weights are loaded, which takes minutes
+            check_resumable(
+                checkpoint.path,
+                read_training_state(checkpoint),
+                total_steps=total_steps,
+                identity=self._identity(),
+                optimizer_format=optimizer_format(plan),
+            )
         self._examine_machine(total_steps - (checkpoint.step if checkpoint else 0))
         placed = place_model(self.run.config, plan, self.ranks, device)
         if self.request.compile or (self.request.compile is None and device.type == "cuda"):
@@ -174,7 +183,7 @@ class TrainRank:
             optimizer_format=optimizer_format(plan),
             validation=self._validation(placed.coordinates),
             sampler=self._sampler(),
-            identity={"model": run.config.fingerprint(), "corpus": run.corpus.fingerprint} | self._frozen(placed),
+            identity=self._identity() | self._frozen(placed),
             ranks=self.ranks,
             coordinates=placed.coordinates,
             parts=placed.parts,
@@ -192,14 +201,21 @@ class TrainRank:
 
         return tell
 
-    def _frozen(self, placed: PlacedModel) -> dict[str, str]:
-        """Return the adapters' settings and a digest of the frozen weights, which checkpoints do not contain."""
+    def _identity(self) -> dict[str, str]:
+        """Return fingerprints of the model and the corpus, and the adapters' settings."""
         lora = self.run.plan.lora
-        if lora is None:
-            return {"adapters": "none"}
+        return {
+            "model": self.run.config.fingerprint(),
+            "corpus": self.run.corpus.fingerprint,
+            "adapters": "none" if lora is None else lora.text(),
+        }
+
+    def _frozen(self, placed: PlacedModel) -> dict[str, str]:
+        """Return a digest of the frozen weights, which checkpoints of adapters do not contain."""
+        if self.run.plan.lora is None:
+            return {}
         self.member.progress(0, "digest of the frozen weights")
-        digest = frozen_digest(placed.model, placed.parts, self.ranks)
-        return {"adapters": lora.text(), "frozen weights": digest}
+        return {"frozen weights": frozen_digest(placed.model, placed.parts, self.ranks)}
 
     def _context(self, total_steps: int, *, is_resumed: bool) -> RunContext:
         device = self.member.device

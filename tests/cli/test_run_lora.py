@@ -131,8 +131,10 @@ def test_a_checkpoint_on_weights_in_fp8_is_refused_on_whole_ones_and_the_other_w
     for number, (then, now) in enumerate((("", ",base=fp8"), (",base=fp8", ""))):
         arguments = batch(pretrained, stdlib_corpus, tmp_path / str(number))
         run(*arguments, "--lora", LORA + then, "--steps", 1)
+        capsys.readouterr()
         message = error_of(capsys, *arguments, "--lora", LORA + now, "--steps", 2)
         assert f"was written with adapters {spelt[then]}, this run has {spelt[now]}; use the same one" in message
+        assert "weights: from" not in message, "before they are loaded"
 
 
 def test_a_checkpoint_is_refused_on_other_weights_and_with_other_adapters(
