@@ -141,6 +141,7 @@ def test_adapters_are_planned_and_the_plan_says_so(tmp_path: Path, capsys: pytes
         "targets": ["attention", "shared", "experts"],
         "dropout": 0,
         "rank_stabilised": False,
+        "base": "compute",
     }
     assert plan["prediction"]["peak_bytes"] < 48e9
     with pytest.raises(SystemExit):

@@ -131,7 +131,7 @@ def test_biased_experts_with_the_gradients_products_in_cute_match_plain_torch(wi
     def run(backend):
         buffers = [torch.full_like(t, 0.5) if with_buffers else None for t in inputs[2:]]
         y = experts_module._experts(
-            x, ids, *inputs[1:], *buffers, SwigluClamp(1.702, 1.0), backend, True
+            x, ids, *inputs[1:], None, None, *buffers, SwigluClamp(1.702, 1.0), backend, True
         )[0]  # fmt: skip
         found = torch.autograd.grad(y, inputs, grad, allow_unused=True)
         return [y.detach(), *(f if b is None else b for f, b in zip(found, [None, None, *buffers], strict=True))]
