@@ -35,14 +35,14 @@ def vocabulary_notice(data: Path, config: ModelConfig, model: Path) -> str | Non
     manifest = read_manifest(data)
     name, recorded = manifest.made_from.get("tokenizer"), manifest.made_from.get("tokenizer_sha256")
     own = _fingerprint(model, manifest.made_from.get("end_token"), recorded)
-    if own is not None and own == recorded:
+    if own is not None and (own == recorded or _same_tokens(str(name), model)):
         return None
     remedy = f"prepare it with --tokenizer {model}, unless this is meant"
     if own is not None and recorded is not None:
         return (
             f"{data} was prepared with another tokenizer ({name}, {manifest.vocabulary_size:,} tokens, SHA-256 "
-            f"{recorded[:12]}) than the model's own ({model}, SHA-256 {own[:12]}): the same id may stand for other "
-            f"text than the weights have learned; {remedy}"
+            f"{recorded[:12]}) than the model's own ({model}, SHA-256 {own[:12]}), or with the same one saved again: "
+            f"if it is another, the same id may stand for other text than the weights have learned; {remedy}"
         )
     if manifest.vocabulary_size < LEAST_VOCABULARY_SHARE * config.vocab_size:
         return (
@@ -51,6 +51,20 @@ def vocabulary_notice(data: Path, config: ModelConfig, model: Path) -> str | Non
             "it with the model's own, or set vocab_size in a config.json of your own"
         )
     return None
+
+
+def _same_tokens(recorded: str, model: Path) -> bool:
+    """Whether the tokenizer that a corpus names is still there, and gives every id the same text as the model's own.
+
+    A tokenizer that is saved again has other bytes and the same tokens.
+    """
+    try:
+        theirs, own = (
+            load_tokenizer(name).tokenizer.get_vocab(with_added_tokens=True) for name in (recorded, str(model))
+        )
+    except (DataError, ConfigError, OSError):
+        return False
+    return theirs == own
 
 
 def _fingerprint(model: Path, end_token: object, recorded: object) -> str | None:

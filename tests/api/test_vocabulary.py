@@ -30,8 +30,13 @@ def with_vocabulary(folder: Path, size: int) -> Path:
 
 
 def with_another_tokenizer(folder: Path) -> Path:
+    """Two of its tokens change places."""
     path = folder / "tokenizer.json"
-    path.write_text(path.read_text() + "\n")
+    document = json.loads(path.read_text())
+    vocabulary = document["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(document))
     return folder
 
 
@@ -48,6 +53,17 @@ def test_another_tokenizer_than_the_models_is_named_with_both(folder, stdlib_cor
     notice = vocabulary_notice(stdlib_corpus, read_model_config(folder), folder)
     assert f"{stdlib_corpus} was prepared with another tokenizer" in notice
     assert f"prepare it with --tokenizer {folder}, unless this is meant" in notice
+
+
+def test_the_same_tokenizer_saved_again_is_no_news_while_the_corpuss_own_is_there(folder, stdlib_corpus, tmp_path):
+    path, config = folder / "tokenizer.json", read_model_config(folder)
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
+    assert vocabulary_notice(stdlib_corpus, config, folder) is None
+    corpus = Path(shutil.copytree(stdlib_corpus, tmp_path / "corpus"))
+    document = json.loads((corpus / "manifest.json").read_text())
+    document["made_from"]["tokenizer"] = str(tmp_path / "gone")
+    (corpus / "manifest.json").write_text(json.dumps(document))
+    assert "or with the same one saved again" in vocabulary_notice(corpus, config, folder)
 
 
 @pytest.mark.parametrize(("padding", "is_said"), [(1.0, False), (1.1, False), (1.2, True), (100, True)])
