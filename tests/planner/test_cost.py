@@ -10,7 +10,8 @@ import pytest
 
 from moescale.convert.hf_config import read_model_config
 from moescale.lora import parse_lora
-from moescale.planner.cluster import load_cluster
+from moescale.planner.cluster import Link, load_cluster
+from moescale.planner.cost import StepTime
 from moescale.planner.request import PlanRequest
 from moescale.planner.result import Evaluated
 from moescale.planner.search import compile_plan
@@ -89,3 +90,41 @@ def test_weights_in_fp8_cost_their_bytes_in_every_pass(recompute: str, passes: i
     assert added == pytest.approx(16 / ranks * passes * once, rel=1e-6)
     assert in_fp8["compute weights from fp8"] == pytest.approx(16 / ranks * 2 * once, rel=1e-6)
     assert "compute weights from fp8" not in whole
+
+
+def test_where_gpus_wait_for_their_host_faster_kernels_leave_as_much_to_hide_replicas_sums_beneath() -> None:
+    slow_link = Link(latency_seconds=1e-5, bytes_per_second=5e9)
+    cluster = dataclasses.replace(
+        load_cluster("h100-sxm"), memory_bytes=2**40, host_layer_seconds=0.5, intra_node=slow_link
+    )
+    pins = {
+        "dense_sharding": "fsdp",
+        "dp_shard": "2",
+        "ep": "1",
+        "micro_batch_sequences": "16",
+        "moe_recompute": "none",
+    }
+    request = PlanRequest(
+        runtime_gpus=4,
+        plan_gpus=2,
+        tokens_per_step=16 * 4 * 2048,
+        sequence_length=2048,
+        pins=pins,
+        compute_dtype="bf16",
+    )
+
+    def time_of(factor: float) -> StepTime:
+        rates = {
+            name: dataclasses.replace(
+                getattr(cluster, name),
+                flops_per_second=tuple(factor * rate for rate in getattr(cluster, name).flops_per_second),
+            )
+            for name in ("dense_gemm", "grouped_gemm", "attention")
+        }
+        found = compile_plan(QWEN3, dataclasses.replace(cluster, **rates), request, with_alternatives=False).best
+        assert found is not None and found.candidate.mesh.dp_replicate == 2
+        return found.time
+
+    slow, fast = time_of(0.2), time_of(0.4)
+    assert slow.exposed["host launches"] > 0 and slow.hidden["communication dp_replicate"] > 0
+    assert fast.total <= slow.total * (1 + 1e-12)
