@@ -50,12 +50,16 @@ class Preempted(MoescaleError):
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name closest to ``name``, or an empty string.
 
-    The first known name that continues ``name`` after a hyphen counts as the closest: ``h100-sxm`` for ``h100``.
+    The first known name that continues ``name`` after a hyphen counts as the closest: ``h100-sxm`` for ``h100``. Upper
+    and lower case do not matter.
     """
-    known = list(known)
-    continuations = [other for other in known if name and other.startswith(f"{name}-")]
-    matches = continuations or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
+    by_lower: dict[str, str] = {}
+    for other in known:
+        by_lower.setdefault(other.lower(), other)
+    name = name.lower()
+    continuations = [other for other in by_lower if name and other.startswith(f"{name}-")]
+    matches = continuations or difflib.get_close_matches(name, by_lower, n=1, cutoff=cutoff)
+    return f"; did you mean '{by_lower[matches[0]]}'?" if matches else ""
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -16,7 +16,7 @@ from moescale.api.train_request import RunInputs
 from moescale.convert.hf_config import resolve_model
 from moescale.data.prepare.settings import PrepareSettings
 from moescale.data.prepare.tokenizer import load_tokenizer
-from moescale.errors import ConfigError, DataError, MoescaleError
+from moescale.errors import ConfigError, DataError, MoescaleError, nearest
 from moescale.hub import looks_like_path
 from moescale.runtime.settings import TrainSettings
 from moescale.user_values import parse_size
@@ -174,3 +174,9 @@ def test_a_folder_that_does_not_exist_is_called_so_with_the_one_spelt_like_it(na
         with pytest.raises(MoescaleError, match="does not exist|is neither a folder") as caught:
             read(name)
         assert said in str(caught.value)
+
+
+def test_the_nearest_name_is_found_in_any_case() -> None:
+    assert nearest("FP8", ("compute", "fp8")) == "; did you mean 'fp8'?"
+    assert nearest("h100", ("H100-SXM", "h200")) == "; did you mean 'H100-SXM'?"
+    assert nearest("zzz", ("compute", "fp8")) == ""

@@ -10,7 +10,7 @@ from moescale.api.compile_settings import CompileSettings
 from moescale.api.vocabulary import check_vocabulary, vocabulary_notice
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config, resolve_model
-from moescale.data.corpus.manifest import read_manifest
+from moescale.data.corpus.manifest import MANIFEST, read_manifest
 from moescale.errors import ConfigError
 from moescale.files import check_can_be_written, write_atomically
 from moescale.lora import parse_lora
@@ -62,6 +62,7 @@ def fit(settings: CompileSettings) -> FitResult:
 def _read(settings: CompileSettings) -> tuple[ModelConfig, Cluster, PlanRequest]:
     config = read_model_config(resolve_model(settings.model, config_only=True), settings.ignore_config_field)
     if settings.data is not None:
+        _check_is_no_saved_dataset(settings.data)
         check_vocabulary(read_manifest(settings.data).vocabulary_size, config)
     return config, load_cluster(settings.cluster), _request(settings)
 
@@ -84,6 +85,15 @@ def _sequence_length(settings: CompileSettings) -> int:
             f"{length}; leave one of the two out"
         )
     return length
+
+
+def _check_is_no_saved_dataset(data: Path) -> None:
+    """Raise ConfigError for a folder of ``datasets.save_to_disk``: it records no lengths, and reading them is slow."""
+    if not (data / MANIFEST).is_file() and any((data / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise ConfigError(
+            f"compile.data ({data}) is a saved dataset, which does not record its sequence length; leave it out and "
+            "give --sequence-length. `moescale run` takes the dataset as it is"
+        )
 
 
 def _check_files(settings: CompileSettings) -> None:

@@ -53,6 +53,8 @@ def resolve_model(name: str, *, config_only: bool = False) -> Path:
     With ``config_only`` the folder need only contain a config.json, and published models are not downloaded.
     Raises ConfigError if there is no such model.
     """
+    if not name.strip():
+        raise ConfigError(f"model ('{name}') is empty; give a folder with a {CONFIG_FILE}, a preset, or a hub name")
     path = Path(name)
     if path.is_dir():
         return path

@@ -144,9 +144,8 @@ def fit_text(result: FitResult) -> str:
         table.add_column(heading, justify="left" if heading == "plan" else "right")
     for point in result.points:
         table.add_row(str(point.gpus), f"{point.tokens_per_step:,}", *_cells(point))
-    answer = (
-        f"fits on {result.smallest.gpus} GPUs" if result.smallest else f"does not fit on {result.points[-1].gpus} GPUs"
-    )
+    gpus = (result.smallest or result.points[-1]).gpus
+    answer = f"{'fits' if result.smallest else 'does not fit'} on {gpus} GPU{'' if gpus == 1 else 's'}"
     if result.smallest and result.smallest.unsupported:
         answer += f", by a plan that this version's runtime cannot run ({result.smallest.unsupported})"
     with io.StringIO() as text:

@@ -103,6 +103,14 @@ def test_a_plan_for_a_corpus_has_its_sequences_and_says_what_a_run_says(folder, 
         assert f"warning: {corpus_notice(settings)}" in capsys.readouterr().err
 
 
+def test_a_plan_for_a_saved_dataset_asks_for_the_length(folder, tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match="is a saved dataset, which does not record its sequence length; leave it out"
+    ):
+        compile(CompileSettings(model=str(folder), data=tmp_path, tokens_per_step=32))
+
+
 def test_a_plan_for_a_corpus_that_is_not_there_names_the_folder_spelt_like_it(folder, stdlib_corpus, tmp_path):
     (tmp_path / "corpus").symlink_to(stdlib_corpus)
     settings = CompileSettings(model=str(folder), data=tmp_path / "corpsu", tokens_per_step=128)

@@ -215,3 +215,11 @@ def test_a_field_that_counts_or_is_not_there_cannot_be_ignored():
         ConfigError, match="--ignore-config-field hidden_siz: .* has no such field; did you mean 'hidden_"
     ):
         parse_hf_config(document(), ignored_fields=("hidden_siz",))
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_folder_one_is_in(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"model \(' *'\) is empty; give a folder"):
+        resolve_model(name)
