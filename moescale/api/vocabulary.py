@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moescale.config import ModelConfig
 from moescale.data.corpus.manifest import MANIFEST, read_manifest
-from moescale.data.prepare.tokenizer import load_tokenizer
+from moescale.data.prepare.tokenizer import CorpusTokenizer, load_tokenizer
 from moescale.errors import ConfigError, DataError
 from moescale.files import file_digest
 
@@ -34,15 +34,19 @@ def vocabulary_notice(data: Path, config: ModelConfig, model: Path) -> str | Non
         return None
     manifest = read_manifest(data)
     name, recorded = manifest.made_from.get("tokenizer"), manifest.made_from.get("tokenizer_sha256")
-    own = _fingerprint(model, manifest.made_from.get("end_token"), recorded)
-    if own is not None and (own == recorded or _same_tokens(str(name), model)):
+    own = None
+    if (path := model / "tokenizer.json").is_file():
+        if recorded is not None and _digest(path) == recorded:  # without reading 100,000 tokens
+            return None
+        own = _load(str(model), manifest.made_from.get("end_token"))
+    if own is not None and (own.sha256 == recorded or _has_tokens_of(own, name)):
         return None
     remedy = f"prepare it with --tokenizer {model}, unless this is meant"
     if own is not None and recorded is not None:
         return (
             f"{data} was prepared with another tokenizer ({name}, {manifest.vocabulary_size:,} tokens, SHA-256 "
-            f"{recorded[:12]}) than the model's own ({model}, SHA-256 {own[:12]}), or with the same one saved again: "
-            f"if it is another, the same id may stand for other text than the weights have learned; {remedy}"
+            f"{recorded[:12]}) than the model's own ({model}, SHA-256 {own.sha256[:12]}), or with the same one saved "
+            f"again: if it is another, the same id may stand for other text than the weights have learned; {remedy}"
         )
     if manifest.vocabulary_size < LEAST_VOCABULARY_SHARE * config.vocab_size:
         return (
@@ -53,29 +57,27 @@ def vocabulary_notice(data: Path, config: ModelConfig, model: Path) -> str | Non
     return None
 
 
-def _same_tokens(recorded: str, model: Path) -> bool:
-    """Whether the tokenizer that a corpus names is still there, and gives every id the same text as the model's own.
+def _has_tokens_of(own: CorpusTokenizer, recorded: object) -> bool:
+    """Whether the tokenizer that a corpus names is still on this machine, and gives every id the same text as ``own``.
 
-    A tokenizer that is saved again has other bytes and the same tokens.
+    A tokenizer that is saved again has other bytes and the same tokens. Nothing is fetched to find out.
     """
-    try:
-        theirs, own = (
-            load_tokenizer(name).tokenizer.get_vocab(with_added_tokens=True) for name in (recorded, str(model))
-        )
-    except (DataError, ConfigError, OSError):
+    if not isinstance(recorded, str) or not Path(recorded).exists():
         return False
-    return theirs == own
+    theirs = _load(recorded)
+    return theirs is not None and theirs.tokenizer.get_vocab() == own.tokenizer.get_vocab()
 
 
-def _fingerprint(model: Path, end_token: object, recorded: object) -> str | None:
-    """Return the fingerprint of the tokenizer in ``model`` as a corpus records it; None if it cannot be read."""
-    path = model / "tokenizer.json"
-    if not path.is_file():
-        return None
+def _digest(path: Path) -> str | None:
     try:
-        plain = file_digest(path)
-        if plain == recorded:  # without reading 100,000 tokens
-            return plain
-        return load_tokenizer(str(model), end_token if isinstance(end_token, str) else None).sha256
+        return file_digest(path)
+    except (DataError, OSError):
+        return None
+
+
+def _load(name: str, end_token: object = None) -> CorpusTokenizer | None:
+    """The tokenizer in the folder ``name``; None if it cannot be read."""
+    try:
+        return load_tokenizer(name, end_token if isinstance(end_token, str) else None)
     except (DataError, ConfigError, OSError):
         return None

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from moescale.api import vocabulary
 from moescale.api.compile import compile, corpus_notice
 from moescale.api.compile_settings import CompileSettings
 from moescale.api.vocabulary import check_vocabulary, vocabulary_notice
 from moescale.cli import main
 from moescale.convert.hf_config import read_model_config
 from moescale.data.corpus.manifest import read_manifest
+from moescale.data.prepare.tokenizer import load_tokenizer
 from moescale.errors import ConfigError, DataError
 
 
@@ -64,6 +66,20 @@ def test_the_same_tokenizer_saved_again_is_no_news_while_the_corpuss_own_is_ther
     document["made_from"]["tokenizer"] = str(tmp_path / "gone")
     (corpus / "manifest.json").write_text(json.dumps(document))
     assert "or with the same one saved again" in vocabulary_notice(corpus, config, folder)
+
+
+def test_a_tokenizer_of_the_hub_is_not_fetched_to_be_compared(folder, stdlib_corpus, tmp_path, monkeypatch):
+    corpus = Path(shutil.copytree(stdlib_corpus, tmp_path / "corpus"))
+    document = json.loads((corpus / "manifest.json").read_text())
+    document["made_from"]["tokenizer"] = "owner/name"
+    (corpus / "manifest.json").write_text(json.dumps(document))
+    loaded = []
+    monkeypatch.setattr(
+        vocabulary, "load_tokenizer", lambda name, end_token: loaded.append(name) or load_tokenizer(name, end_token)
+    )
+    config = read_model_config(with_another_tokenizer(folder))
+    assert "another tokenizer (owner/name" in vocabulary_notice(corpus, config, folder)
+    assert loaded == [str(folder)]
 
 
 @pytest.mark.parametrize(("padding", "is_said"), [(1.0, False), (1.1, False), (1.2, True), (100, True)])
