@@ -8,6 +8,7 @@ linear cross-entropy, which never holds a micro-batch's logits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -185,44 +186,51 @@ def initialize(model: Transformer, seed: int) -> None:
     Each parameter draws in fp32 from a generator of its device, seeded by ``seed`` and the parameter's own position,
     so the weights depend on neither dtype nor on how the model is later divided. CPU and GPU draw different numbers.
     """
-    in_fp8, std = weights_in_fp8(model), model.config.initializer_std
-    for position, (name, parameter) in enumerate(in_drawing_order(model)):
-        index = whole_box(parameter.shape)
-        if name in in_fp8:
-            scales = model.get_parameter(in_fp8[name])
-            scales_index = whole_box(scales.shape)
-            draw_in_fp8(model, parameter, index, scales, scales_index, name, position, parameter.shape, seed)
-        else:
-            initialize_part(parameter, name, position, parameter.shape, index, std, seed)
+    draw(model, seed, lambda name, parameter: PlacedPart(parameter, whole_box(parameter.shape), parameter.shape))
     for buffer in model.buffers():
         buffer.zero_()
 
 
-def in_drawing_order(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Named parameters, those of adapters last: a model's own weights are drawn alike with and without.
+class PlacedPart(NamedTuple):
+    """A part of a parameter, the box that it is of it, and the parameter's shape."""
 
-    Scales of weights in fp8 are not drawn.
-    """
-    drawn = (item for item in model.named_parameters() if not is_scale(item[0]))
-    return sorted(drawn, key=lambda item: ADAPTER in item[0])
+    tensor: torch.Tensor
+    box: Box
+    shape: tuple[int, ...]
 
 
-def draw_in_fp8(
+def draw(
     model: Transformer,
-    codes: torch.Tensor,
-    codes_box: Box,
-    scales: torch.Tensor,
-    scales_box: Box,
-    name: str,
-    position: int,
-    shape: tuple[int, ...],
     seed: int,
-) -> torch.Tensor:
-    """Fill boxes of a weight's codes and scales as :func:`initialize` does; see :func:`quantize_into`."""
-    box = box_to_quantize(codes_box, scales_box, shape) or tuple(slice(0, 0) for _ in shape)
-    drawn = torch.empty(box_shape(box), dtype=model.embedding.weight.dtype, device=codes.device)
-    initialize_part(drawn, name, position, shape, box, model.config.initializer_std, seed)
-    return quantize_into(codes, codes_box, scales, scales_box, shape, lambda part: drawn[relative_to(part, box)])
+    place: Callable[[str, nn.Parameter], PlacedPart],
+    chosen: Callable[[str], bool] = lambda name: True,
+) -> dict[str, torch.Tensor]:
+    """Fill the ``chosen`` parameters' parts, which ``place`` returns, as :func:`initialize` does.
+
+    Adapters come last: a model's own weights are drawn alike with and without. Returns by name what
+    :func:`quantize_into` says of the weights in fp8; their scales are not drawn.
+    """
+    in_fp8, std, quantized = weights_in_fp8(model), model.config.initializer_std, {}
+    drawn = (item for item in model.named_parameters() if not is_scale(item[0]))
+    for position, (name, parameter) in enumerate(sorted(drawn, key=lambda item: ADAPTER in item[0])):
+        if not chosen(name):
+            continue
+        part = place(name, parameter)
+        if name not in in_fp8:
+            initialize_part(part.tensor, name, position, part.shape, part.box, std, seed)
+            continue
+        scales = place(in_fp8[name], model.get_parameter(in_fp8[name]))
+        box = box_to_quantize(part.box, scales.box, part.shape) or tuple(slice(0, 0) for _ in part.shape)
+        weight = torch.empty(box_shape(box), dtype=model.embedding.weight.dtype, device=part.tensor.device)
+        initialize_part(weight, name, position, part.shape, box, std, seed)
+        read = partial(_box_of, weight, box)
+        quantized[name] = quantize_into(part.tensor, part.box, scales.tensor, scales.box, part.shape, read)
+    return quantized
+
+
+def _box_of(part: torch.Tensor, box: Box, wanted: Box) -> torch.Tensor:
+    """The box ``wanted`` of a parameter, of which ``part`` is the box ``box``."""
+    return part[relative_to(wanted, box)]
 
 
 @torch.no_grad()

@@ -15,14 +15,7 @@ from moescale.convert.folder_weights import FolderWeights
 from moescale.coordinates import Coordinates
 from moescale.models.frozen_fp8 import quantize_into, weights_in_fp8
 from moescale.models.lora import is_adapter
-from moescale.models.transformer import (
-    Transformer,
-    build_on_meta,
-    draw_in_fp8,
-    in_drawing_order,
-    initialize_part,
-    named_weights,
-)
+from moescale.models.transformer import PlacedPart, Transformer, build_on_meta, draw, named_weights
 from moescale.plan import ParallelPlan
 from moescale.runtime.layout import Part, find_parts, local_tensor
 from moescale.runtime.mapping import apply_plan
@@ -63,16 +56,8 @@ class PlacedModel:
                 local_tensor(parameter).copy_(factors[name][self.parts[name].index])
 
     def _draw(self, seed: int, chosen: Callable[[str], bool]) -> None:
-        std, in_fp8 = self.model.config.initializer_std, weights_in_fp8(self.model)
-        for position, (name, parameter) in enumerate(in_drawing_order(self.model)):
-            if not chosen(name):
-                continue
-            part = self.parts[name]
-            if name in in_fp8:
-                boxes = self._boxes_in_fp8(name, in_fp8[name])
-                self._note(name, draw_in_fp8(self.model, *boxes, name, position, part.shape, seed))
-            else:
-                initialize_part(local_tensor(parameter), name, position, part.shape, part.index, std, seed)
+        for name, squares in draw(self.model, seed, self._place, chosen).items():
+            self._note(name, squares)
 
     def import_weights(self, folder: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Load all weights but the adapters from a Hugging Face folder; each rank reads its part.
@@ -102,13 +87,14 @@ class PlacedModel:
                     on_progress(min(done, total), total)
                 return weight
 
-            boxes = self._boxes_in_fp8(name, of_scales)
-            self._note(name, quantize_into(*boxes, self.parts[name].shape, read))
+            codes, scales = (self._place(key, self.model.get_parameter(key)) for key in (name, of_scales))
+            squares = quantize_into(codes.tensor, codes.box, scales.tensor, scales.box, codes.shape, read)
+            self._note(name, squares)
 
-    def _boxes_in_fp8(self, name: str, of_scales: str) -> tuple[torch.Tensor, Box, torch.Tensor, Box]:
-        """This rank's codes of a weight and their box in it, its scales and theirs."""
-        codes, scales = (local_tensor(self.model.get_parameter(key)) for key in (name, of_scales))
-        return codes, self.parts[name].index, scales, self.parts[of_scales].index
+    def _place(self, name: str, parameter: torch.nn.Parameter) -> PlacedPart:
+        """This rank's part of a parameter."""
+        part = self.parts[name]
+        return PlacedPart(local_tensor(parameter), part.index, part.shape)
 
     def _note(self, name: str, squares: torch.Tensor) -> None:
         """Add to what is known of the weights of this one's kind: the same module in any layer."""
