@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
+
 from moescale.models.deepseek_v2.config import DeepSeekV2Config
 from moescale.models.deepseek_v3.config import DeepSeekV3Config
 from moescale.models.glm4_moe_lite.config import Glm4MoeLiteConfig
+from moescale.models.lora import is_adapter
 
 
 def tiny_config(**overrides: Any) -> DeepSeekV2Config:
@@ -59,3 +62,12 @@ def tiny_glm_config(**overrides: Any) -> Glm4MoeLiteConfig:
     shared = {field.name: getattr(tiny_v3_config(), field.name) for field in dataclasses.fields(Glm4MoeLiteConfig)}
     own = dict(q_lora_rank=24, v_head_dim=24, top_k=4, routed_scaling_factor=1.8, rms_norm_eps=1e-5)
     return Glm4MoeLiteConfig(**(shared | own | overrides))
+
+
+def randomize_adapters(model: torch.nn.Module) -> None:
+    """Give all adapters of ``model`` factors of which none is zero, the same ones every time."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.2, generator=generator))

@@ -20,7 +20,7 @@ from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW
 from moescale.runtime.settings import TrainSettings
 from tests.parity.test_parity import batch_of
-from tiny import tiny_config
+from tiny import randomize_adapters, tiny_config
 
 FAMILIES = {
     name: read_model_config(name)
@@ -34,11 +34,7 @@ def with_base(config: ModelConfig, lora: LoraSettings, base: str, dtype: torch.d
     model = build_on_meta(config, dtype)
     add_adapters(model, dataclasses.replace(lora, base=base))
     initialize(model.to_empty(device="cpu"), seed=3)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if is_adapter(name):
-                parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.2, generator=generator))
+    randomize_adapters(model)
     return model
 
 

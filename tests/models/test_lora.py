@@ -18,7 +18,7 @@ from moescale.planner.workload import build_workload
 from moescale.runtime.optimizer import AdamW
 from moescale.runtime.settings import TrainSettings
 from tests.parity.test_parity import batch_of, error, export, load
-from tiny import tiny_config
+from tiny import randomize_adapters, tiny_config
 
 LORA = LoraSettings(rank=4, alpha=6)
 
@@ -28,11 +28,7 @@ def adapted_model(lora: LoraSettings = LORA, dtype: torch.dtype = torch.float32,
     model = build_on_meta(tiny_config(**({"initializer_std": 0.2} | overrides)), dtype)
     add_adapters(model, lora)
     initialize(model.to_empty(device="cpu"), seed=3)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if is_adapter(name):
-                parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.2, generator=generator))
+    randomize_adapters(model)
     return model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from agreement import DEVICE, randn
@@ -279,23 +281,11 @@ def test_the_shapes_of_the_families_are_as_exact_as_rounding_allows(
         assert (a.double() - b).norm() < 0.006 * b.norm() + 1e-4, name
 
 
-@pytest.mark.gpu
-def test_the_triton_kernels_give_the_same_bits_every_time_and_in_a_graph_with_other_documents() -> None:
-    from moescale.kernels.attention import triton
-
-    dtype = torch.bfloat16
-    q, k = (randn(2, 512, 4, 192, dtype=dtype, seed=seed, grad=False) for seed in range(2))
-    v, grad = (randn(2, 512, 4, 128, dtype=dtype, seed=seed, grad=False) for seed in (2, 3))
-    some, others = documents_at((100, 300), (), length=512), documents_at((5,), (64, 65, 400), length=512)
+def replayed_and_computed(
+    results: Callable[[Documents], list[torch.Tensor]], some: Documents, others: Documents
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of results: replayed from a CUDA graph whose documents are overwritten, and computed for them."""
     held = Documents(*(x.clone() for x in some))
-
-    def results(documents: Documents) -> list[torch.Tensor]:
-        out, sums = triton.forward(q, k, v, documents.first, None, None, 0.07)
-        gradients = triton.backward(
-            grad, q, k, v, out, sums, documents.first, documents.last, None, None, 0.07
-        )  # fmt: skip
-        return [out, *gradients]
-
     expected = {id(documents): results(documents) for documents in (some, others)}
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -304,8 +294,27 @@ def test_the_triton_kernels_give_the_same_bits_every_time_and_in_a_graph_with_ot
         for target, source in zip(held, documents, strict=True):
             target.copy_(source)
         graph.replay()
-        for a, b in zip(recorded, expected[id(documents)], strict=True):
-            assert torch.equal(a, b)
+        yield from zip(recorded, expected[id(documents)], strict=True)
+
+
+@pytest.mark.gpu
+def test_the_triton_kernels_give_the_same_bits_every_time_and_in_a_graph_with_other_documents() -> None:
+    from moescale.kernels.attention import triton
+
+    dtype = torch.bfloat16
+    q, k = (randn(2, 512, 4, 192, dtype=dtype, seed=seed, grad=False) for seed in range(2))
+    v, grad = (randn(2, 512, 4, 128, dtype=dtype, seed=seed, grad=False) for seed in (2, 3))
+    some, others = documents_at((100, 300), (), length=512), documents_at((5,), (64, 65, 400), length=512)
+
+    def results(documents: Documents) -> list[torch.Tensor]:
+        out, sums = triton.forward(q, k, v, documents.first, None, None, 0.07)
+        gradients = triton.backward(
+            grad, q, k, v, out, sums, documents.first, documents.last, None, None, 0.07
+        )  # fmt: skip
+        return [out, *gradients]
+
+    for a, b in replayed_and_computed(results, some, others):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.gpu
@@ -316,20 +325,11 @@ def test_attention_in_cute_is_recorded_with_windows_sinks_and_documents_that_cha
     q, k, v = (randn(2, 512, heads, 64, dtype=dtype, seed=seed) for seed, heads in enumerate((8, 2, 2)))
     sinks = randn(8, seed=3)
     some, others = documents_at((100, 300), (), length=512), documents_at((5,), (64, 65, 400), length=512)
-    held = Documents(*(x.clone() for x in some))
     direction = randn(2, 512, 8, 64, dtype=dtype, seed=4, grad=False)
 
     def results(documents: Documents) -> list[torch.Tensor]:
         out = attention(q, k, v, softmax_scale=0.1, documents=documents, window=60, sinks=sinks, backend="cute")
         return [out.detach(), *torch.autograd.grad(out, (q, k, v, sinks), direction)]
 
-    expected = {id(documents): results(documents) for documents in (some, others)}
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = results(held)
-    for documents in (some, others, some):
-        for target, source in zip(held, documents, strict=True):
-            target.copy_(source)
-        graph.replay()
-        for a, b in zip(recorded, expected[id(documents)], strict=True):  # sums over blocks come in any order
-            assert (a.float() - b.float()).norm() <= 1e-3 * b.float().norm()
+    for a, b in replayed_and_computed(results, some, others):  # sums over blocks come in any order
+        assert (a.float() - b.float()).norm() <= 1e-3 * b.float().norm()
