@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import statistics
 import sysconfig
@@ -20,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loss_curves import LAST, SEQUENCES, VOCABULARY, batches, start_model
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from loss_curves import LAST, SEQUENCES, VOCABULARY, batches, encode, start_model, train, train_tokenizer
 
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config
@@ -30,9 +28,8 @@ from moescale.lora import LoraSettings
 from moescale.models.frozen_fp8 import quantize_into, weights_in_fp8
 from moescale.models.lora import add_adapters, is_adapter
 from moescale.models.transformer import Transformer, build_on_meta, initialize
-from moescale.runtime.micro_batch import MicroBatches
-from moescale.runtime.optimizer import AdamW, OptimizerFormat
-from moescale.runtime.settings import TrainSettings, learning_rate_at
+from moescale.runtime.optimizer import OptimizerFormat
+from moescale.runtime.settings import TrainSettings
 from moescale.tools.measurement import describe_measurement, write_result
 
 FORMAT = OptimizerFormat(moments="fp32", master="fp32", gradients=torch.float32)
@@ -45,39 +42,6 @@ def read_texts() -> tuple[list[str], list[str]]:
     python = sorted(library.glob("*.py")) + sorted(library.glob("[a-k]*/*.py"))
     cpp = sorted(headers.rglob("*.h"))[:1500]
     return [p.read_text(errors="ignore") for p in python], [p.read_text(errors="ignore") for p in cpp]
-
-
-def tokenize(python: list[str], cpp: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A row of token ids each, by one tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(python + cpp, trainer)
-
-    def ids(texts: list[str]) -> torch.Tensor:
-        rows = [encoding.ids + [0] for encoding in tokenizer.encode_batch(texts)]
-        return torch.tensor(list(itertools.chain.from_iterable(rows)))
-
-    return ids(python), ids(cpp)
-
-
-def train(model: Transformer, settings: TrainSettings, data: list[torch.Tensor]) -> list[float]:
-    """The loss of every step."""
-    optimizer = AdamW(
-        ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad), settings, FORMAT
-    )
-    optimizer.accumulate_in_gemms(model)
-    runner = MicroBatches(model, capture=True)
-    losses = []
-    for step, tokens in enumerate(data):
-        targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], dim=1)
-        num_targets = targets.numel() - len(targets)
-        runner.start_step(num_targets=num_targets, num_micro_batches=1)
-        runner.run(tokens, targets, None)
-        losses.append(runner.loss_sum / num_targets)
-        optimizer.step(learning_rate_at(settings, step, len(data)), optimizer.gradient_norm())
-    return torch.stack(losses).tolist()
 
 
 def adapted(
@@ -137,10 +101,12 @@ def main() -> None:
         expert_intermediate_size=arguments.hidden_size // 2,
         num_layers=arguments.layers,
     )
-    python, cpp = tokenize(*read_texts())
+    texts = read_texts()
+    tokenizer = train_tokenizer(texts[0] + texts[1])
+    python, cpp = (encode(tokenizer, of_language) for of_language in texts)
     before = start_model(config, 0, device).bfloat16()
     settings = TrainSettings(learning_rate=1e-3, warmup_steps=50)
-    learned = train(before, settings, batches(python, arguments.steps, device))
+    learned = train(before, settings, batches(python, arguments.steps, device), FORMAT)
     weights = {name: parameter.detach().clone() for name, parameter in before.named_parameters()}
     every = max(1, arguments.steps // 150)
     result = describe_measurement() | {
@@ -158,9 +124,8 @@ def main() -> None:
         text = cpp[: len(order) * 256].view(-1, 256)[order].flatten()
         for base in BASES:
             model = adapted(config, weights, base, seed, device)
-            losses = train(
-                model, dataclasses.replace(settings, weight_decay=0.0), batches(text, arguments.steps, device)
-            )
+            undecayed = dataclasses.replace(settings, weight_decay=0.0)
+            losses = train(model, undecayed, batches(text, arguments.steps, device), FORMAT)
             row = {"base": base, "seed": seed, "first_loss": losses[0], "final_loss": statistics.mean(losses[-LAST:])}
             print(json.dumps(row), flush=True)
             result["runs"].append(row | {"losses": [round(loss, 4) for loss in losses[::every]]})

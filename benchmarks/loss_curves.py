@@ -47,11 +47,21 @@ def tokenize() -> torch.Tensor:
         Path(sysconfig.get_paths()["stdlib"]).glob("[a-k]*/*.py")
     )
     texts = [path.read_text(errors="ignore") for path in files]
+    return encode(train_tokenizer(texts), texts)
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """A byte-level BPE of ``VOCABULARY`` tokens, of which 0 ends a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
+    """All texts as one row of token ids."""
     rows = [encoding.ids + [0] for encoding in tokenizer.encode_batch(texts)]
     return torch.tensor(list(itertools.chain.from_iterable(rows)))
 
@@ -99,9 +109,16 @@ def train_reference(model: Transformer, settings: TrainSettings, data: list[torc
 def train_ours(
     model: Transformer, settings: TrainSettings, data: list[torch.Tensor], format: OptimizerFormat
 ) -> list[float]:
-    """Weights in bf16 and what ``format`` keeps beside them, two micro-batches a step."""
-    model = model.bfloat16()
-    optimizer = AdamW(model.named_parameters(), settings, format)
+    """Weights in bf16 and what ``format`` keeps beside them."""
+    return train(model.bfloat16(), settings, data, format)
+
+
+def train(
+    model: Transformer, settings: TrainSettings, data: list[torch.Tensor], format: OptimizerFormat
+) -> list[float]:
+    """The loss of every step of two micro-batches; trains what is not frozen."""
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    optimizer = AdamW(trained, settings, format)
     optimizer.accumulate_in_gemms(model)
     runner = MicroBatches(model, capture=True)
     losses = []
