@@ -23,6 +23,7 @@ operator; a layer that lists it (``planner.workload``) is planned like any other
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -79,6 +80,7 @@ class Annotation:
     outputs: tuple[Tensor, ...]
 
     @classmethod
+    @functools.cache  # a search asks for the same few hundreds of thousands of times
     def parse(cls, text: str) -> Annotation:
         left, arrow, right = text.partition("->")
         if not arrow:
@@ -90,9 +92,15 @@ class Annotation:
                 raise ConfigError(f"annotation '{text}': output dim '{min(tensor.names - known)}' is in no input")
         return cls(inputs, outputs)
 
-    @property
+    @functools.cached_property
     def weights(self) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in self.inputs if tensor.is_weight)
+
+    @functools.cached_property
+    def is_routed(self) -> bool:
+        """Whether a weight has an expert dim that is summed away."""
+        has_expert_dim = any(EXPERT_DIM in tensor.names for tensor in self.weights)
+        return has_expert_dim and not any(EXPERT_DIM in tensor.names for tensor in self.outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +197,7 @@ def splits(operator: Operator) -> tuple[Split, ...]:
             if dim in TOKEN_DIMS:
                 cost: Communication = "gather_weights_reduce_gradients" if annotation.weights else "none"
                 found[dim] = Split(dim=dim, axis="dp", communication=cost)
-            elif dim == EXPERT_DIM and dim in weights and dim not in results:
+            elif dim == EXPERT_DIM and annotation.is_routed:
                 found[dim] = Split(dim=dim, axis="ep", communication="all_to_all")
             elif dim in weights and operator.tp == "shard":
                 survives = dim in results
@@ -223,7 +231,7 @@ def weight_elements(operator: Operator, dims: Dims) -> int:
 
 def is_routed(operator: Operator) -> bool:
     """Whether tokens meet only some of the operator's weights: those of the experts they are sent to."""
-    return any(split.axis == "ep" for split in splits(operator))
+    return operator.parsed.is_routed
 
 
 def routed_weight_elements(operator: Operator, dims: Dims) -> int:
