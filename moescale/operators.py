@@ -49,6 +49,7 @@ class Tensor:
     terms: tuple[tuple[int, str], ...]
 
     @classmethod
+    @functools.cache
     def parse(cls, text: str) -> Tensor:
         """``"n 2f"`` -> n times 2f. Raises ConfigError where a term is no name with an optional factor."""
         terms = []
