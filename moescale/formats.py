@@ -15,6 +15,9 @@ MasterFormat = Literal["fp32", "bf16_remainder", "stochastic_bf16"]
 GradientFormat = Literal["fp32", "bf16"]
 FrozenFormat = Literal["compute", "fp8"]
 """Frozen weights of layers: in the compute dtype, or as e4m3 codes with a scale for every block."""
+GemmFormat = Literal["compute", "fp8"]
+"""Operands of GEMMs of weights that are trained: in the compute dtype, or quantised to e4m3 with a scale for every row
+and weight. The weights themselves stay in the compute dtype."""
 
 PLANNED_MOMENTS: tuple[MomentFormat, ...] = ("fp32", "bf16", "int8")
 PLANNED_MASTERS: tuple[MasterFormat, ...] = ("fp32", "bf16_remainder", "stochastic_bf16")

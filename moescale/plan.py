@@ -24,7 +24,7 @@ from moescale import __version__
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError
 from moescale.files import write_atomically
-from moescale.formats import ComputeFormat, GradientFormat, MasterFormat, MomentFormat
+from moescale.formats import ComputeFormat, GemmFormat, GradientFormat, MasterFormat, MomentFormat
 from moescale.lora import LoraSettings
 from moescale.records import FileKind, build, parse_json_object, read_bytes, show
 
@@ -65,6 +65,8 @@ UNSUPPORTED_AXES = ("pp", "cp", "tp")
 """Mesh axes that the planner prices and that this version's runtime does not have; read by the two functions below."""
 FSDP_AXES = ("pp", "cp", "tp")
 """Mesh axes that only ``dense_sharding`` fsdp knows: zero1 keeps whole weights along data-parallel axes alone."""
+FP8_GEMMS_MAX_GPUS = 1
+"""GPUs of a run whose GEMMs can be in fp8 in this version: the fp8 copies are made from whole weights."""
 
 
 def is_supported(axis: str) -> bool:
@@ -167,6 +169,12 @@ class ParallelPlan:
     """
     offload_optimizer: bool = False
     """Keep optimizer state in host memory."""
+    expert_gemms: GemmFormat = "compute"
+    """Of the routed experts: fp8 means all six GEMMs of forward and backward. Plans without the field are ``compute``,
+    and so with the next."""
+    dense_gemms: GemmFormat = "compute"
+    """Of linear layers in the decoder layers (attention's projections, shared experts, dense MLPs): fp8 means the
+    result and the gradient of the input. Gradients of weights are computed in the compute dtype."""
     lora: LoraSettings | None = None
     """Adapters to train with all other weights frozen; None: all weights are trained."""
     prediction: Prediction | None = None
@@ -309,6 +317,7 @@ def validate(plan: ParallelPlan) -> None:
     _check_kinds(plan)
     _check_dense_sharding(plan)
     _check_recompute(plan)
+    _check_gemms(plan)
     if plan.prediction is not None:
         _check_prediction(plan.prediction)
     tokens = plan.sequence_length * plan.micro_batch_sequences * plan.gradient_accumulation_steps
@@ -349,6 +358,27 @@ def _check_recompute(plan: ParallelPlan) -> None:
                     f"{path}.recompute ('{name}') must be none, block, or of these operators: "
                     f"{', '.join(RECOMPUTABLE_OPERATORS)}; compile the plan with this version"
                 )
+
+
+def _check_gemms(plan: ParallelPlan) -> None:
+    for name in ("expert_gemms", "dense_gemms"):
+        if getattr(plan, name) != "fp8":
+            continue
+        if plan.compute_dtype != "bf16":
+            raise ConfigError(
+                f"plan.{name} (fp8) needs plan.compute_dtype bf16, which is {plan.compute_dtype}; compile it with "
+                "--precision fp8"
+            )
+        if plan.lora is not None:
+            raise ConfigError(
+                f"plan.{name} (fp8) must be compute where plan.lora ({plan.lora.text()}) trains adapters: this version "
+                "computes with weights in fp8 only where they are trained; compile the plan without --precision fp8"
+            )
+        if plan.runtime_gpus > FP8_GEMMS_MAX_GPUS:
+            raise ConfigError(
+                f"plan.{name} (fp8) must be compute where plan.runtime_gpus is {plan.runtime_gpus}: this version "
+                f"multiplies in fp8 on {FP8_GEMMS_MAX_GPUS} GPU only; compile the plan without --precision fp8"
+            )
 
 
 def _check_prediction(prediction: Prediction) -> None:

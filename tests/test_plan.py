@@ -4,6 +4,7 @@ import json
 import pytest
 
 from moescale.errors import ConfigError
+from moescale.lora import LoraSettings
 from moescale.plan import LayerPlan, MeshShape, ParallelPlan, Prediction, load_plan, one_device_plan, save_plan
 from tiny import tiny_config
 
@@ -63,6 +64,46 @@ def test_a_file_without_dense_sharding_is_one_of_fsdp_and_whole_weights_survive_
         layers=tuple(LayerPlan(kind=kind, reshard_after_forward=False) for kind in ("sliding", "full")),
     )
     assert ParallelPlan.from_json(whole.to_json()) == whole
+
+
+ONE_GPU = dict(
+    plan_gpus=1, runtime_gpus=1, mesh=MeshShape(), tokens_per_step=128 * 2 * 3, expert_gemms="fp8", dense_gemms="fp8"
+)
+
+
+def test_a_file_without_formats_of_gemms_computes_them_in_the_compute_dtype_and_fp8_survives_its_file():
+    fp8 = plan(**ONE_GPU)
+    assert ParallelPlan.from_json(fp8.to_json()) == fp8
+    old = json.loads(fp8.to_json())
+    del old["expert_gemms"], old["dense_gemms"]
+    assert ParallelPlan.from_json(json.dumps(old)) == plan(
+        **ONE_GPU | dict(expert_gemms="compute", dense_gemms="compute")
+    )
+
+
+@pytest.mark.parametrize("name", ["expert_gemms", "dense_gemms"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(compute_dtype="fp32", master_weight_format="fp32"),
+            r"plan\.{} \(fp8\) needs plan\.compute_dtype bf16, which is fp32; compile .* --precision fp8",
+        ),
+        (
+            dict(lora=LoraSettings(rank=4, alpha=8.0, targets=("all",))),
+            r"plan\.{} \(fp8\) must be compute where plan\.lora \(rank=4,.* without --precision fp8",
+        ),
+        (
+            dict(runtime_gpus=2, mesh=MeshShape(dp_replicate=2), tokens_per_step=128 * 2 * 3 * 2),
+            r"plan\.{} \(fp8\) must be compute where plan\.runtime_gpus is 2: this version .* 1 GPU only; compile",
+        ),
+    ],
+)
+def test_gemms_in_fp8_are_those_of_trained_bf16_weights_on_one_gpu(name, changes, message):
+    fields = ONE_GPU | dict(expert_gemms="compute", dense_gemms="compute") | changes
+    assert plan(**fields)
+    with pytest.raises(ConfigError, match=message.format(name)):
+        plan(**fields | {name: "fp8"})
 
 
 def test_a_file_of_format_1_has_the_kinds_dense_and_moe():
@@ -131,6 +172,7 @@ def test_a_plan_that_cannot_be_written_names_its_path(tmp_path):
             )
             for axis in ("pp", "cp", "tp")
         ),
+        ({"expert_gemms": "fp16"}, r"plan\.expert_gemms \('fp16'\) must be one of compute, fp8"),
         ({"compute_dtype": "fp16"}, r"plan\.compute_dtype \('fp16'\) must be one of bf16, fp32"),
         ({"compute_dtype": "fp32"}, r"plan\.master_weight_format \('bf16_remainder'\) must be fp32"),
         ({"optimizer_state_dtyp": "fp32"}, r"did you mean 'optimizer_state_dtype'"),

@@ -38,6 +38,7 @@ def test_a_plan_is_read_and_is_for_the_model_it_was_compiled_for():
     plan.check_model(read_model_config("tiny"))
     assert plan.mesh.dp_shard == plan.runtime_gpus == 8
     assert plan.dense_sharding == "fsdp", "what there was in 0.1.0"
+    assert plan.expert_gemms == plan.dense_gemms == "compute", "what there was in 0.1.0"
     assert plan.prediction is not None and plan.prediction.peak_bytes > 0 and plan.alternatives
 
 
