@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import tomllib
 from pathlib import Path
@@ -14,6 +15,7 @@ from moescale.planner.request import PlanRequest
 from moescale.planner.search import compile_plan
 from tiny import tiny_config
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 NAMES = ("a100-80", "b200", "h100-sxm", "h200")
 
 
@@ -42,6 +44,30 @@ def test_no_kernel_is_faster_than_the_data_sheet(name: str) -> None:
     cluster = load_cluster(name)
     for rates in (cluster.dense_gemm, cluster.grouped_gemm, cluster.attention):
         assert max(rates.flops_per_second) < cluster.peak_flops_per_second
+    for in_fp8 in (cluster.fp8_dense_gemm, cluster.fp8_grouped_gemm):
+        assert in_fp8 is None or max(in_fp8.flops_per_second) < 2 * cluster.peak_flops_per_second
+
+
+def test_only_gpus_with_fp8_have_rates_of_it() -> None:
+    with_fp8 = {name for name in NAMES if load_cluster(name).fp8_grouped_gemm is not None}
+    assert with_fp8 == {name for name in NAMES if load_cluster(name).fp8_dense_gemm is not None}
+    assert with_fp8 == {"h100-sxm", "h200"}
+
+
+@pytest.mark.parametrize("gpu, name", [("h100", "h100-sxm"), ("h200", "h200")])
+def test_rates_of_experts_in_fp8_are_those_that_were_measured(gpu: str, name: str) -> None:
+    rows = json.loads((RESULTS / gpu / "fp8_experts.json").read_text())["rows"]
+    rates = load_cluster(name).fp8_grouped_gemm
+    assert rates is not None
+    for tokens in (4096, 8192, 16384):
+        (row,) = [
+            row
+            for row in rows
+            if row["scope"] == "mlp" and row["tokens"] == tokens and row["form"] == "fp8, transposed in passes"
+        ]
+        flops = 18 * tokens * 6 * 2048 * 1408
+        seconds = (row["forward_ms"] + row["backward_ms"]) / 1e3
+        assert rates.at(tokens * 6 / 64) == pytest.approx(flops / seconds, rel=1e-3)
 
 
 def test_rates_are_linear_in_the_logarithm_and_constant_outside() -> None:
@@ -90,6 +116,11 @@ def test_a_name_with_brackets_is_printed_as_it_is() -> None:
             {"grouped_gemm": {"sizes": [1.0], "flops_per_second": [1.2e15]}},
             r"grouped_gemm.flops_per_second \(1.2e\+15\) must not exceed peak_flops_per_second \(9.89e\+14\)",
         ),
+        (
+            {"fp8_dense_gemm": {"sizes": [1.0], "flops_per_second": [2.2e15]}},
+            r"fp8_dense_gemm.flops_per_second \(2.2e\+15\) must not exceed 2 times peak_flops_per_second \(9.89e",
+        ),
+        ({"fp8_grouped_gemm": {"sizes": [1.0], "flops_per_second": []}}, "fp8_grouped_gemm needs as many"),
         ({"allocator_slack": 4.0}, r"allocator_slack \(4.0\) must be at most 0.5"),
         ({"exchange": {"latency_seconds": 1e-6, "bytes_per_second": 0}}, "exchange.bytes_per_second .* must be pos"),
         ({"attention": {"sizes": [1.0], "flops_per_second": []}}, "attention needs as many"),
@@ -144,6 +175,7 @@ def test_a_missing_field_is_named() -> None:
 def test_the_fingerprint_follows_the_figures_and_not_their_sources() -> None:
     cluster = load_cluster("h200")
     assert dataclasses.replace(cluster, sources={}).fingerprint() == cluster.fingerprint()
+    assert dataclasses.replace(cluster, fp8_dense_gemm=None).fingerprint() == cluster.fingerprint()
     assert dataclasses.replace(cluster, launch_seconds=1e-6).fingerprint() != cluster.fingerprint()
 
 
