@@ -31,7 +31,9 @@ MOMENT_BLOCK = 128
 """Values of a row that share one fp32 scale in 8-bit moments."""
 
 FP8_BLOCK = 128
-"""Rows and columns of a weight in fp8 that share one fp32 scale."""
+"""Rows and columns of a frozen weight in fp8 that share one fp32 scale."""
+FP8_COPY_ROWS = 128
+"""To a multiple of which each expert's rows are padded in the transposed fp8 copy of its weight."""
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 MOMENT_BYTES = {"fp32": 2 * 4.0, "bf16": 2 * 2.0, "int8": 2 * (1.0 + 4.0 / MOMENT_BLOCK)}

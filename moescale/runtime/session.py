@@ -13,6 +13,7 @@ from moescale.config import ModelConfig
 from moescale.convert.checkpoint_import import import_checkpoint
 from moescale.convert.folder_weights import FolderWeights
 from moescale.coordinates import Coordinates
+from moescale.models.fp8_gemms import use_fp8
 from moescale.models.frozen_fp8 import quantize_into, weights_in_fp8
 from moescale.models.lora import is_adapter
 from moescale.models.transformer import PlacedPart, Transformer, build_on_meta, draw, named_weights
@@ -119,5 +120,6 @@ def place_model(config: ModelConfig, plan: ParallelPlan, ranks: Ranks, device: t
     model = build_on_meta(config, COMPUTE_DTYPES[plan.compute_dtype])
     apply_plan(model, plan, meshes)
     model.to_empty(device=device)
+    use_fp8(model, experts=plan.expert_gemms == "fp8", dense=plan.dense_gemms == "fp8")
     coordinates = Coordinates(mesh=plan.mesh, rank=ranks.rank)
     return PlacedModel(model=model, parts=find_parts(model, meshes), coordinates=coordinates)

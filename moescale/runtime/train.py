@@ -21,6 +21,7 @@ import torch
 
 from moescale.coordinates import ONE_DEVICE, Coordinates
 from moescale.errors import MoescaleError, NonFiniteLossError, Preempted
+from moescale.models.fp8_gemms import write_weight_copies
 from moescale.models.transformer import Transformer
 from moescale.report.metrics import StepMetrics, TrainSummary
 from moescale.report.observer import Observer
@@ -109,6 +110,7 @@ class Trainer:
         self.clock = clock
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
         self.optimizer.accumulate_in_gemms(model)
+        write_weight_copies(model)
         self.buffers = {} if model.is_frozen else dict(model.named_buffers())
         """Buffers that training updates, the same on every rank."""
         self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs)
@@ -145,6 +147,7 @@ class Trainer:
         self.source.load_state_dict(stored["source"])
         state = load(checkpoint, self._tensors(), self._tensor_parts(), self.ranks, loading)
         self.optimizer.finish_load(state["num_updates"])
+        write_weight_copies(self.model)
         restore_random_state(state, self.device, checkpoint.path)
         self.step = state["step"]
         self.nonfinite.skipped_steps = state["skipped_steps"]
@@ -266,6 +269,7 @@ class Trainer:
             self.nonfinite.skip(self.step + 1, batches, mean_loss, norm)
         else:
             self.optimizer.step(learning_rate, gradient_norm)
+            write_weight_copies(self.model)
             if not self.model.is_frozen:  # frozen weights keep the biases they were trained with
                 self.model.move_choice_biases(sums.expert_rows, self.settings.router_bias_update_rate)
             self._last_loss = mean_loss

@@ -97,11 +97,14 @@ def trainer(
     validation=None,
     hooks=(),
     format=OptimizerFormat(),  # noqa: B008 - frozen
+    config=None,
+    prepare=lambda model: None,
     **settings,
 ) -> Trainer:
     fields = {"learning_rate": 1e-2, "warmup_steps": 2} | settings
-    config = tiny_config()
+    config = config or tiny_config()
     model = build_on_meta(config, dtype).to_empty(device="cpu")
+    prepare(model)
     initialize(model, seed=0)
     return Trainer(
         model=model,

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from moescale.kernels.fp8 import Copies
+from moescale.kernels.fp8.linear import fp8_linear
 from moescale.kernels.linear import frozen_linear, linear
 
 
@@ -27,6 +29,8 @@ class Linear(nn.Linear):
         self.weight_scale: nn.Parameter | None
         """Where the weight is frozen and in fp8, its scales (:mod:`moescale.models.frozen_fp8`)."""
         self.register_parameter("weight_scale", None)
+        self.copies: Copies | None = None
+        """Where products are in fp8, what they read of the weight (:mod:`moescale.models.fp8_gemms`)."""
 
     def set_gradient_buffers(self, buffer: Callable[[str], torch.Tensor | None]) -> None:
         """Take the buffer to which the backward adds the weight's gradient: the weight's shape, its dtype or fp32."""
@@ -37,4 +41,6 @@ class Linear(nn.Linear):
             return self.adapter(x, self.weight, self.bias, self.weight_scale)
         if self.weight_scale is not None:
             return frozen_linear(x, self.weight, self.weight_scale, self.bias)
+        if self.copies is not None:
+            return fp8_linear(x, self.weight, self.copies, self.bias, weight_gradient=self.weight_gradient)
         return linear(x, self.weight, self.bias, weight_gradient=self.weight_gradient)

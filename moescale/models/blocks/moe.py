@@ -18,6 +18,8 @@ from moescale.config import ModelConfig
 from moescale.kernels.experts import ExpertBiases, ExpertScales, SwigluClamp
 from moescale.kernels.experts import experts as run_experts
 from moescale.kernels.experts.adapted import adapted_experts
+from moescale.kernels.fp8 import Copies
+from moescale.kernels.fp8.experts import fp8_experts
 from moescale.kernels.router import Routing, route, router_logits
 from moescale.kernels.swiglu import swiglu
 from moescale.models.blocks.linear import Linear
@@ -151,6 +153,21 @@ class LocalDispatcher:
         routing: Routing,
         overlapped: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
+        if experts.gate_up_copies is not None and experts.down_copies is not None:
+            out = fp8_experts(
+                x,
+                routing.topk_ids,
+                routing.topk_weights,
+                experts.gate_up,
+                experts.down,
+                experts.gate_up_copies,
+                experts.down_copies,
+                tokens_per_expert=routing.tokens_per_expert,
+                gate_up_gradient=experts.gate_up_gradient,
+                down_gradient=experts.down_gradient,
+                recompute_up=experts.recompute_up,
+            )
+            return out if overlapped is None else out + overlapped()
         run: Callable[..., torch.Tensor]
         if experts.adapter is not None:
             run = partial(adapted_experts, **experts.adapter.arguments(x))
@@ -207,6 +224,9 @@ class RoutedExperts(nn.Module):
         self.gate_up_gradient: torch.Tensor | None = None
         self.down_gradient: torch.Tensor | None = None
         self.bias_gradients: ExpertBiases | None = None
+        self.gate_up_copies: Copies | None = None
+        """Where products are in fp8, what they read of the weight (:mod:`moescale.models.fp8_gemms`)."""
+        self.down_copies: Copies | None = None
 
     @property
     def biases(self) -> ExpertBiases | None:

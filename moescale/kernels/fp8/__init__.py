@@ -1,0 +1,71 @@
+"""GEMMs whose operands are both in fp8: routed experts and linear layers that are trained (decision 26).
+
+Weights stay in bf16, and gradients and results too. What a product reads is quantised to e4m3 by the kernel that makes
+it: a row of tokens has a scale of its own, and so has each weight, of stacked experts each expert's. Scales are powers
+of two and are applied to the sum, once. Hopper's tensor cores take 8-bit operands only where they lie contiguous along
+the contraction, so a weight has two copies: as it is, for the forward, and transposed, for the gradient of its input.
+The copies are written after each update of the weight (:func:`write_copies`), not in a micro-batch.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from moescale.formats import FP8_COPY_ROWS
+from moescale.kernels.backends import runs_triton
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""The largest number of e4m3."""
+
+
+class Scaled(NamedTuple):
+    """A matrix in e4m3 with the numbers that its elements are multiplied by."""
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    """fp32, powers of two: one a row, or one an expert."""
+
+
+class Copies(NamedTuple):
+    """The two copies of a weight [E, N, K]; of a linear layer's [N, K], E is 1."""
+
+    rows: torch.Tensor
+    """[E, N, K] e4m3"""
+    columns: torch.Tensor
+    """[K, E * N'] e4m3, transposed; N' is N rounded up to a multiple of 128, zero behind N."""
+    scales: torch.Tensor
+    """[E] fp32, of both."""
+
+
+def empty_copies(weight: torch.Tensor) -> Copies:
+    """Memory for the copies of a weight [E, N, K] or [N, K], not written yet."""
+    num_experts, n, k = weight.shape if weight.dim() == 3 else (1, *weight.shape)
+    padded = -(-n // FP8_COPY_ROWS) * FP8_COPY_ROWS
+    return Copies(
+        torch.empty((num_experts, n, k), dtype=E4M3, device=weight.device),
+        torch.empty((k, num_experts * padded), dtype=E4M3, device=weight.device),
+        torch.empty(num_experts, dtype=torch.float32, device=weight.device),
+    )
+
+
+@torch.no_grad()
+def write_copies(weight: torch.Tensor, copies: Copies) -> None:
+    """Quantise a weight [E, N, K] or [N, K] into its copies, in place: two reads of it, one write of each copy."""
+    stacked = weight.detach() if weight.dim() == 3 else weight.detach().unsqueeze(0)
+    largest = torch.linalg.vector_norm(stacked.flatten(1), float("inf"), dim=1, dtype=torch.float32)
+    kernels_for(stacked).write_copies(stacked.contiguous(), largest, copies)
+
+
+def kernels_for(tensor: torch.Tensor) -> ModuleType:
+    """Return the module that implements the parts on the tensor's device: the kernels, or their definitions."""
+    if runs_triton(tensor.device, torch.bfloat16, "auto"):
+        from moescale.kernels.fp8 import triton
+
+        return triton
+    from moescale.kernels.fp8 import reference
+
+    return reference

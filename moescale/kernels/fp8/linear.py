@@ -1,0 +1,105 @@
+"""A linear layer whose result and gradient of the input are products in e4m3; its weight's gradient is one in bf16."""
+
+from __future__ import annotations
+
+import torch
+
+from moescale.kernels.backends import KernelInputError, check_dtype, check_gradient_buffer, check_shape
+from moescale.kernels.fp8 import Copies, Scaled, kernels_for
+from moescale.kernels.linear import add_product
+
+
+def fp8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    copies: Copies,
+    bias: torch.Tensor | None = None,
+    *,
+    weight_gradient: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``x @ weight.T + bias`` with x and weight rounded to e4m3.
+
+    Shapes: x [..., K] bf16; weight [N, K] bf16; ``copies`` of it; bias [N]; result [..., N]. K and N are multiples of
+    16. ``weight_gradient``: as of :func:`moescale.kernels.linear.linear`. Raises KernelInputError.
+    """
+    check_shape("fp8_linear", "weight", weight, (None, x.shape[-1]), "[N, K]")
+    check_shape("fp8_linear", "copies", copies.rows, (1, *weight.shape), "those of weight")
+    for name, tensor in (("the input", x), ("weight", weight)):
+        check_dtype("fp8_linear", name, tensor, (torch.bfloat16,))
+    if any(size % 16 for size in weight.shape):
+        raise KernelInputError(
+            f"fp8_linear: weight has shape {tuple(weight.shape)}; both must be multiples of 16; use linear for it"
+        )
+    if weight_gradient is not None:
+        check_gradient_buffer("fp8_linear", "weight", weight, weight_gradient)
+    return _linear(x, weight, bias, *copies, weight_gradient)
+
+
+def multiply(x: Scaled, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return x [T, K] times ``weight`` [N, K] e4m3, whose rows are contiguous, times its ``scale`` [1]: [T, N] bf16."""
+    if not x.data.is_cuda:
+        scaled = x.data.float() * x.scales.unsqueeze(-1)
+        return (scaled @ (weight.float() * scale).T).bfloat16()
+    scales = scale.expand(1, weight.shape[0]).contiguous()
+    return torch._scaled_mm(
+        x.data, weight.t(), x.scales.unsqueeze(-1), scales, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+@torch.library.custom_op("moescale::fp8_linear", mutates_args=())
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    scale: torch.Tensor,
+    weight_gradient: torch.Tensor | None,
+) -> torch.Tensor:
+    found = multiply(kernels_for(x).quantize_rows(x.reshape(-1, x.shape[-1])), rows[0], scale)
+    return (found if bias is None else found + bias).view(*x.shape[:-1], weight.shape[0])
+
+
+@_linear.register_fake
+def _(x, weight, bias, rows, columns, scale, weight_gradient):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("moescale::fp8_linear_backward", mutates_args=())
+def _linear_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    columns: torch.Tensor,
+    scale: torch.Tensor,
+    weight_gradient: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of x and of the weight; the latter is empty where it was added to its buffer."""
+    n = grad.shape[-1]
+    gradient, rows = grad.reshape(-1, n), x.reshape(-1, x.shape[-1])
+    found = grad.new_empty(0)
+    if weight_gradient is None:
+        found = gradient.t() @ rows
+    else:
+        add_product(weight_gradient.data, gradient.t(), rows)
+    return multiply(kernels_for(grad).quantize_rows(gradient), columns[:, :n], scale).view(x.shape), found
+
+
+@_linear_backward.register_fake
+def _(grad, x, columns, scale, weight_gradient):
+    shape = (grad.shape[-1], x.shape[-1]) if weight_gradient is None else (0,)
+    return x.new_empty(x.shape), grad.new_empty(shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, _, _, _, columns, scale, ctx.weight_gradient = inputs
+    ctx.save_for_backward(x, columns, scale)
+
+
+def _backward(ctx, grad):
+    grad_x, found = _linear_backward(grad.contiguous(), *ctx.saved_tensors, ctx.weight_gradient)
+    grad_weight = found if ctx.weight_gradient is None and ctx.needs_input_grad[1] else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+    return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,63 @@
+"""Which modules of a model multiply in fp8 (:mod:`moescale.kernels.fp8`), and the copies of their weights.
+
+Routed experts, and linear layers inside the blocks. Router, norms, embedding, output and loss stay as they are. Copies
+follow from the weights, so no checkpoint holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from moescale.errors import ConfigError
+from moescale.kernels.fp8 import Copies, empty_copies, write_copies
+from moescale.models.blocks.linear import Linear
+from moescale.models.blocks.moe import RoutedExperts
+from moescale.models.transformer import Transformer
+
+MULTIPLE = 16
+"""Of which the dims of a weight in fp8 are: its rows begin at multiples of 16 bytes."""
+
+
+def use_fp8(model: Transformer, *, experts: bool, dense: bool) -> None:
+    """Let the routed experts and the linear layers of ``model``, in bf16 and allocated, multiply in fp8.
+
+    Their copies are not written yet. Raises ConfigError for a model whose experts cannot.
+    """
+    for module in model.layers.modules():
+        if isinstance(module, RoutedExperts) and experts:
+            _check_experts(module)
+            module.gate_up_copies, module.down_copies = empty_copies(module.gate_up), empty_copies(module.down)
+        if isinstance(module, Linear) and dense and all(size % MULTIPLE == 0 for size in module.weight.shape):
+            module.copies = empty_copies(module.weight)
+
+
+def write_weight_copies(model: Transformer) -> None:
+    """Bring the copies up to date with the weights: after they were set, loaded or updated."""
+    for weight, copies in _copied(model):
+        write_copies(weight, copies)
+
+
+def _copied(model: Transformer) -> Iterator[tuple[torch.Tensor, Copies]]:
+    for module in model.layers.modules():
+        if isinstance(module, Linear) and module.copies is not None:
+            yield module.weight, module.copies
+        if isinstance(module, RoutedExperts) and module.gate_up_copies is not None:
+            assert module.down_copies is not None
+            yield module.gate_up, module.gate_up_copies
+            yield module.down, module.down_copies
+
+
+def _check_experts(module: RoutedExperts) -> None:
+    if module.biases is not None or module.clamp is not None:
+        raise ConfigError(
+            "plan.expert_gemms ('fp8') has no experts with biases or a clamped activation in this version; compile "
+            "with --pin expert_gemms=compute"
+        )
+    _, hidden, width = module.down.shape
+    if hidden % MULTIPLE or width % MULTIPLE:
+        raise ConfigError(
+            f"plan.expert_gemms ('fp8'): model.hidden_size ({hidden}) and model.expert_intermediate_size ({width}) "
+            f"must be multiples of {MULTIPLE}; compile with --pin expert_gemms=compute"
+        )

@@ -1,0 +1,119 @@
+"""Training with products in fp8: which modules, their copies through updates and resumption, and what they compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moescale.errors import ConfigError
+from moescale.kernels.fp8 import empty_copies, write_copies
+from moescale.models.blocks.linear import Linear
+from moescale.models.blocks.moe import RoutedExperts
+from moescale.models.fp8_gemms import use_fp8, write_weight_copies
+from moescale.models.transformer import Transformer, build_on_meta, initialize
+from moescale.runtime.optimizer import OptimizerFormat
+from tests.models.test_frozen_fp8 import FAMILIES
+from tests.parity.test_parity import batch_of
+from tests.runtime.test_train import trainer, weights
+from tiny import tiny_config
+
+PLAIN = {name: config for name, config in FAMILIES.items() if config.swiglu_clamp is None}
+WIDE = dict(hidden_size=64, expert_intermediate_size=48)
+FORMAT = OptimizerFormat(moments="bf16", master="bf16_remainder")
+
+
+def model_of(config, *, experts: bool = False, dense: bool = False) -> Transformer:
+    model = build_on_meta(config, torch.bfloat16).to_empty(device="cpu")
+    initialize(model, seed=3)
+    use_fp8(model, experts=experts, dense=dense)
+    write_weight_copies(model)
+    return model
+
+
+def gradients(model: Transformer) -> dict[str, torch.Tensor]:
+    tokens, targets = batch_of(model.config)
+    output = model(tokens, targets=targets)
+    output.loss_sum.backward()
+    found = {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+    return found | {"loss": output.loss_sum.detach().double()}
+
+
+def copied(model: Transformer) -> list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+    found = [(module.weight, module.copies) for module in model.modules() if isinstance(module, Linear)]
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            found += [(module.gate_up, module.gate_up_copies), (module.down, module.down_copies)]
+    return [(weight, copies) for weight, copies in found if copies is not None]
+
+
+@pytest.mark.parametrize(("experts", "dense"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("family", sorted(PLAIN))
+def test_loss_and_gradients_differ_from_bf16_by_the_rounding_of_fp8(family, experts, dense):
+    config = PLAIN[family]
+    if experts and config.expert_intermediate_size % 16:
+        pytest.skip("experts of this width are refused, which is tested below")
+    plain, fp8 = (gradients(model_of(config, experts=e, dense=d)) for e, d in ((False, False), (experts, dense)))
+    assert abs(fp8["loss"] / plain["loss"] - 1) < 0.02
+    norm = torch.stack([gradient.norm() for gradient in plain.values()]).norm()
+    off = torch.stack([(fp8[name] - plain[name]).norm() for name in plain]).norm() / norm
+    assert 0 < off < 0.15, "nothing was quantised, or far too coarsely"
+
+
+def test_everything_but_experts_and_linear_layers_of_blocks_stays_as_it_is():
+    model = model_of(tiny_config(**WIDE), experts=True, dense=True)
+    found = {id(weight) for weight, _ in copied(model)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in found}
+    assert {name.split(".", 2)[2] for name in names} >= {
+        "feed_forward.experts.gate_up",
+        "feed_forward.experts.down",
+        "feed_forward.shared_experts.gate_up.weight",
+        "attention.output.weight",
+        "feed_forward.down.weight",
+    }
+    assert not any("router" in name or "norm" in name or name.startswith(("embedding", "output")) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (FAMILIES["tiny-gpt-oss"], "biases or a clamped activation"),
+        (tiny_config(hidden_size=64, expert_intermediate_size=24), r"expert_intermediate_size \(24\)"),
+    ],
+)
+def test_experts_that_cannot_are_refused(config, words):
+    with pytest.raises(ConfigError, match=words):
+        model_of(config, experts=True)
+
+
+def training(folder, **settings):
+    return trainer(
+        folder,
+        config=tiny_config(**WIDE),
+        dtype=torch.bfloat16,
+        format=FORMAT,
+        prepare=lambda model: use_fp8(model, experts=True, dense=True),
+        **settings,
+    )
+
+
+def test_the_loss_falls_and_copies_follow_the_weights(tmp_path):
+    one = training(tmp_path, total_steps=40)
+    before = [copies.rows.float().clone() for _, copies in copied(one.model)]
+    one.train()
+    assert sum(one.observer.losses[-3:]) / 3 < one.observer.losses[0] - 0.5
+    for (weight, copies), old in zip(copied(one.model), before, strict=True):
+        fresh = empty_copies(weight)
+        write_copies(weight, fresh)
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(copies, fresh, strict=True))
+        assert not torch.equal(copies.rows.float(), old), "the weight never changed: nothing was tested"
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path):
+    straight = training(tmp_path, total_steps=8, checkpoint_every=4)
+    straight.train()
+    second = training(tmp_path, total_steps=8)
+    second.resume(second.store.at(4))
+    second.train()
+    assert second.observer.losses == straight.observer.losses[4:]
+    other = weights(second)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in weights(straight).items())
