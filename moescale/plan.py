@@ -67,6 +67,10 @@ FSDP_AXES = ("pp", "cp", "tp")
 """Mesh axes that only ``dense_sharding`` fsdp knows: zero1 keeps whole weights along data-parallel axes alone."""
 FP8_GEMMS_MAX_GPUS = 1
 """GPUs of a run whose GEMMs can be in fp8 in this version: the fp8 copies are made from whole weights."""
+FP8_GEMM_MULTIPLE = 16
+"""Of which the dims of a weight are whose GEMMs are in fp8: rows of its copies begin at multiples of 16 bytes."""
+FP8_COPY_ROWS = 128
+"""To a multiple of which each expert's rows are padded in the transposed fp8 copy of its weight."""
 
 
 def is_supported(axis: str) -> bool:

@@ -26,10 +26,12 @@ from moescale.planner.axes.registry import BY_CLAIM, micro_batch
 from moescale.planner.exchange import is_recorded
 from moescale.planner.ledger import SLOWED, Ledger, Pass
 from moescale.planner.problem import Problem
-from moescale.planner.request import Candidate, Formats
+from moescale.planner.request import IN_COMPUTE_DTYPE, Candidate, Formats, Gemms
 
 KERNELS_PER_OPERATOR = {"dense_gemm": (1, 2), "grouped_gemm": (5, 8), "attention": (1, 3), "elementwise": (1, 1)}
 """Launches of an operator's forward and backward."""
+COPIED = "fp8 copies"
+"""Writing the copies of weights that GEMMs in fp8 read, once a step."""
 MADE_PLAIN = "weights from fp8"
 """What makes frozen weights plain for their GEMMs, in every forward and backward."""
 
@@ -73,7 +75,7 @@ class CostModel:
         without = self.without_optimizer(
             candidate.mesh, candidate.micro_batch_sequences, candidate.gradient_accumulation_steps,
             candidate.layers, candidate.formats.gradient_dtype,
-            candidate.dense_sharding,
+            candidate.dense_sharding, candidate.gemms,
         )  # fmt: skip
         optimizer = self.optimizer_seconds(candidate.mesh, candidate.formats, candidate.dense_sharding)
         return StepTime(exposed=without.exposed | optimizer, hidden=without.hidden)
@@ -86,16 +88,27 @@ class CostModel:
         layers: tuple[LayerPlan, ...],
         gradient: str,
         sharding: str = "fsdp",
+        gemms: Gemms = IN_COMPUTE_DTYPE,
     ) -> StepTime:
-        """Forward, backward and communication of all micro-batches."""
-        ledger = self._micro_batch(mesh, sequences, layers, gradient, sharding)
+        """Forward, backward and communication of all micro-batches; once a step, the copies of weights in fp8."""
+        ledger = self._micro_batch(mesh, sequences, layers, gradient, sharding, gemms)
         total = {name: seconds * accumulation for name, seconds in ledger.exposed.items()}
         covered = {name: seconds * accumulation for name, seconds in ledger.hidden.items()}
-        batch = micro_batch(self.problem, mesh, sequences, sharding, gradient)
+        batch = micro_batch(self.problem, mesh, sequences, sharding, gradient, gemms)
         for axis in BY_CLAIM:
             axis.communicate_once(batch, ledger, total, covered)
+        if gemms != IN_COMPUTE_DTYPE:
+            total[COPIED] = self._copy_seconds(gemms)
         total["step overhead"] = self.cluster.step_overhead_seconds
         return StepTime(exposed=total, hidden=covered)
+
+    def _copy_seconds(self, gemms: Gemms) -> float:
+        """Both copies in fp8 of all weights, after the update: read for the largest element and again, written."""
+        seconds = 0.0
+        for count, weight in self.problem.all_fp8_weights(gemms):
+            moved = 2 * weight.elements * self.problem.itemsize + weight.fp8_copies_bytes
+            seconds += count * (moved / self.cluster.elementwise_bytes_per_second + 2 * self.cluster.launch_seconds)
+        return seconds
 
     def optimizer_seconds(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> dict[str, float]:
         """One pass over this rank's states, the gradient norm before it and the clearing after it."""
@@ -118,11 +131,11 @@ class CostModel:
         return 0.0 if self.problem.trained_itemsize == 4 else MASTER_BYTES[formats.master_weight_format]
 
     def _micro_batch_uncached(
-        self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], gradient: str, sharding: str
+        self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], gradient: str, sharding: str, gemms: Gemms
     ) -> Ledger:
         """Forward and backward of one micro-batch on one rank."""
         ledger = Ledger()
-        batch = micro_batch(self.problem, mesh, sequences, sharding, gradient)
+        batch = micro_batch(self.problem, mesh, sequences, sharding, gradient, gemms)
         division = batch.division
         plans = {layer.kind: layer for layer in layers}
         plans[self.workload.outside.name] = LayerPlan(kind=self.workload.outside.name, reshard_after_forward=False)
@@ -131,7 +144,7 @@ class CostModel:
             # A stage has its share of the layers; the loss comes on top of one of them.
             count = kind.count if kind is self.workload.outside else kind.count / division.layers
             shares = division.features, division.tokens, division.experts
-            time = self._layer_time(kind.name, *shares, sequences, plan.recompute)
+            time = self._layer_time(kind.name, *shares, sequences, plan.recompute, gemms)
             forward = Pass(count=count, compute=time.forward)
             again = time.recompute * plan.recomputed_share(kind.count)
             backward = Pass(count=count, compute=time.backward, recompute=again)
@@ -171,6 +184,7 @@ class CostModel:
         experts: int,
         sequences: int,
         recompute: str | tuple[str, ...],
+        gemms: Gemms,
     ) -> _LayerTime:
         """``features``, ``tokens`` and ``experts``: into how many shares each is divided."""
         dims = self.problem.dims(sequences, tokens)
@@ -178,7 +192,7 @@ class CostModel:
         backward: dict[str, float] = defaultdict(float)
         again = 0.0
         for op in self._kinds[kind].operators:  # one that occurs several times takes its time several times
-            seconds = self.operator_seconds(op, dims, features, experts)
+            seconds = self.operator_seconds(op, dims, features, experts, gemms)
             plain = self._plain_seconds(op, features, experts)
             for part, of_part in ((forward, seconds[0]), (backward, seconds[1])):
                 part[op.name] += of_part - plain
@@ -191,12 +205,20 @@ class CostModel:
         return _LayerTime(forward=forward, backward=backward, recompute=again)
 
     def operator_seconds(
-        self, op: Operator, dims: dict[str, int], features: int = 1, experts: int = 1
+        self,
+        op: Operator,
+        dims: dict[str, int],
+        features: int = 1,
+        experts: int = 1,
+        gemms: Gemms = IN_COMPUTE_DTYPE,
     ) -> tuple[float, float]:
         """Forward and backward of one operator on one rank, which has one of so many shares of features and experts."""
         shares = features if op.tp == "shard" else 1
         launches = KERNELS_PER_OPERATOR[op.kind]
         cluster = self.cluster
+        in_fp8 = self.problem.fp8_weights(op, gemms)
+        if in_fp8 and op.kind == "dense_gemm":
+            return self._fp8_dense_seconds(op, dims)
         if op.kind == "elementwise":
             seconds = moved_bytes(op, self._without_table(op, dims), self.problem.itemsize) / shares
             seconds /= cluster.elementwise_bytes_per_second
@@ -206,7 +228,9 @@ class CostModel:
             if op.kind == "dense_gemm":
                 rate = cluster.dense_gemm.at(flops)
             elif op.kind == "grouped_gemm":
-                rate = cluster.grouped_gemm.at(dims["n"] * dims["k"] * experts / max(1, dims["e"]))
+                rates = cluster.fp8_grouped_gemm if in_fp8 else cluster.grouped_gemm
+                assert rates is not None, "checked before the search"
+                rate = rates.at(dims["n"] * dims["k"] * experts / max(1, dims["e"]))
                 flops *= self.request.router_imbalance if experts > 1 else 1.0
             else:
                 rate = cluster.attention.at(dims["x"])
@@ -218,10 +242,27 @@ class CostModel:
         forward, backward = (number * cluster.launch_seconds + plain for number in launches)
         return seconds + forward, seconds * ratio + backward
 
+    def _fp8_dense_seconds(self, op: Operator, dims: dict[str, int]) -> tuple[float, float]:
+        """Forward and backward of a linear layer in fp8, on one GPU.
+
+        The result and the gradient of the input are GEMMs in fp8, whose input and gradient of the result are read in
+        bf16 and written in fp8 first; other gradients are GEMMs in bf16.
+        """
+        cluster, flops = self.cluster, forward_flops(op, dims)
+        assert cluster.fp8_dense_gemm is not None, "checked before the search"
+        fast = flops / (cluster.fp8_dense_gemm.at(flops) * cluster.sustained_clock)
+        plain = flops * (op.backward_flops_ratio - 1) / (cluster.dense_gemm.at(flops) * cluster.sustained_clock)
+        quantized = [
+            tensor.size(dims) * (self.problem.itemsize + 1) / cluster.elementwise_bytes_per_second
+            for tensor in (op.parsed.inputs[0], op.parsed.outputs[0])
+        ]
+        forward, backward = ((number + 1) * cluster.launch_seconds for number in KERNELS_PER_OPERATOR[op.kind])
+        return fast + quantized[0] + forward, fast + plain + quantized[1] + backward
+
     def _plain_seconds(self, op: Operator, features: int, experts: int) -> float:
         """Making the weights of ``op`` in fp8 plain for one pass: codes and scales are read, weights written, once."""
         weights = self.workload.in_fp8(op)
-        moved: float = sum(weight.stored_bytes + weight.elements * self.problem.itemsize for weight in weights)
+        moved: float = sum(weight.frozen_fp8_bytes + weight.elements * self.problem.itemsize for weight in weights)
         moved /= features * (experts if is_routed(op) else 1)
         return moved / self.cluster.elementwise_bytes_per_second + len(weights) * self.cluster.launch_seconds
 

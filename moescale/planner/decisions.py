@@ -9,16 +9,19 @@ from typing import get_args
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
-from moescale.formats import PLANNED_GRADIENTS, PLANNED_MASTERS, PLANNED_MOMENTS
+from moescale.formats import PLANNED_GRADIENTS, PLANNED_MASTERS, PLANNED_MOMENTS, GemmFormat
 from moescale.models.registry import family_of
-from moescale.plan import DenseSharding, MeshShape, is_supported
+from moescale.plan import FP8_GEMMS_MAX_GPUS, DenseSharding, MeshShape, is_supported
 from moescale.planner.axes.registry import AXES
-from moescale.planner.request import PlanRequest, recompute_choices
+from moescale.planner.cluster import FP8_RATES, Cluster
+from moescale.planner.request import PlanRequest, no_experts_in_fp8, recompute_choices
 
+GEMM_DECISIONS = ("expert_gemms", "dense_gemms")
 DECISIONS = (
     *(axis.name for axis in dataclasses.fields(MeshShape)),
     *("dense_sharding", "micro_batch_sequences"),
     *("optimizer_state_dtype", "master_weight_format", "gradient_dtype", "offload_optimizer"),
+    *GEMM_DECISIONS,
 )
 """Names under which a decision of the whole plan can be pinned or forbidden."""
 VALUES: Mapping[str, tuple[str, ...]] = {
@@ -27,6 +30,7 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "master_weight_format": PLANNED_MASTERS,
     "gradient_dtype": PLANNED_GRADIENTS,
     "offload_optimizer": ("true", "false"),
+    **dict.fromkeys(GEMM_DECISIONS, get_args(GemmFormat)),
 }
 """What such a decision can be, as it is written in ``--pin name=value``; all others are whole numbers."""
 ADAPTER_FORMATS = {
@@ -106,6 +110,43 @@ def check_request(request: PlanRequest, config: ModelConfig) -> None:
         _check_pin(request, config, name, value)
 
 
+def check_fp8(request: PlanRequest, cluster: Cluster) -> None:
+    """Raise ConfigError where GEMMs in fp8 are asked for and ``cluster`` has none, or other weights are trained."""
+    if not request.fp8_gemms:
+        return
+    if request.compute_dtype != "bf16":
+        raise ConfigError(
+            f"compile.precision (fp8) computes everything but GEMMs in bf16, not {request.compute_dtype}; leave one out"
+        )
+    if request.lora is not None:
+        raise ConfigError(
+            f"compile.precision (fp8) is for weights that are trained, and compile.lora ({request.lora.text()}) trains "
+            "adapters; drop one of the two (base=fp8 in --lora keeps frozen weights in fp8)"
+        )
+    missing = [name for name in FP8_RATES if getattr(cluster, name) is None]
+    if missing:
+        raise ConfigError(
+            f"compile.precision (fp8) needs the rates of GEMMs in fp8, and cluster '{cluster.name}' ({cluster.gpu}) "
+            f"has no {' and no '.join(f'[{name}]' for name in missing)}; give a cluster with fp8 such as h200, add the "
+            "tables to this one's file where its GPUs have fp8, or plan with --precision bf16"
+        )
+
+
+def _check_gemms_pin(request: PlanRequest, config: ModelConfig, name: str) -> None:
+    """Refuse GEMMs in fp8 that no plan of this request has."""
+    pin = f"--pin {name}=fp8"
+    if not request.fp8_gemms:
+        raise ConfigError(f"{pin}: {name} must be compute without --precision fp8; add that option, or drop the pin")
+    if request.runtime_gpus > FP8_GEMMS_MAX_GPUS:
+        raise ConfigError(
+            f"{pin}: {name} must be compute where compile.runtime_gpus is {request.runtime_gpus}: this version "
+            f"multiplies in fp8 on {FP8_GEMMS_MAX_GPUS} GPU only; drop the pin, or plan for {FP8_GEMMS_MAX_GPUS} GPU"
+        )
+    obstacle = no_experts_in_fp8(config) if name == "expert_gemms" else None
+    if obstacle is not None:
+        raise ConfigError(f"{pin}: {name} must be compute: {obstacle}; drop the pin")
+
+
 def _check_pin(request: PlanRequest, config: ModelConfig, name: str, value: str) -> None:
     """Refuse a value that the decision has in no plan of this model, these GPUs and tokens."""
     if not is_supported(name) and value != "1" and not request.allow_unsupported:
@@ -120,6 +161,8 @@ def _check_pin(request: PlanRequest, config: ModelConfig, name: str, value: str)
         )
     if name == "master_weight_format" and request.compute_dtype == "fp32" and value != "fp32":
         raise ConfigError(f"--pin {name}={value}: {name} must be fp32 where compile.precision is fp32")
+    if name in GEMM_DECISIONS and value == "fp8":
+        _check_gemms_pin(request, config, name)
     if name not in DECISIONS:
         _check_number_of_layers(config, name, value)
         return

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moescale.plan import FP8_GEMMS_MAX_GPUS
 from moescale.planner.cost import MADE_PLAIN
 from moescale.planner.remedies import find_remedies
 from moescale.planner.request import decision_text
@@ -151,6 +152,11 @@ def _print_plan(console: Console, result: PlanResult, best: Evaluated) -> None:
         f"step {best.time.total:.3f} s, {rate:,.0f} tokens/s ({rate / request.runtime_gpus:,.0f} per GPU), "
         f"peak {best.memory.total / GIB:.1f} of {result.limit_bytes / GIB:.1f} GiB; best of {result.num_candidates:,}"
     )
+    if request.fp8_gemms and request.runtime_gpus > FP8_GEMMS_MAX_GPUS:
+        console.print(
+            f"GEMMs are in fp8 on {FP8_GEMMS_MAX_GPUS} GPU only in this version: this plan's are in "
+            f"{request.compute_dtype}."
+        )
     if not best.supported:
         console.print("This version's runtime cannot run this plan.")
     table = Table("decision", "value", title="Plan", title_justify="left")

@@ -172,6 +172,9 @@ def _cells(point: FitPoint) -> tuple[str, ...]:
         f"unit of {unit}, ep {decisions['ep']}, micro-batch {decisions['micro_batch_sequences']}, "
         f"recompute {_recompute(point.best)}, moments {decisions['optimizer_state_dtype']}"
     )
+    in_fp8 = [name.removesuffix("_gemms") for name, value in vars(point.best.candidate.gemms).items() if value == "fp8"]
+    if in_fp8:
+        plan += f", GEMMs in fp8: {' and '.join(name.replace('expert', 'experts') for name in in_fp8)}"
     if point.unsupported:
         plan += f"; not supported by this version's runtime: {point.unsupported}"
     speed = point.tokens_per_second

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moescale.plan import LayerPlan
+from moescale.plan import FP8_COPY_ROWS, LayerPlan
 from moescale.planner.axes.axis import MicroBatch
 from moescale.planner.axes.registry import AXES, EP
 from moescale.planner.request import recompute_name
@@ -47,12 +47,33 @@ def output_gradient(batch: MicroBatch) -> float:
 def operator_buffers(batch: MicroBatch, plans: dict[str, LayerPlan]) -> float:
     """Largest buffers that an operator's backward makes and gives back before it returns."""
     return max(
-        expert_buffers(batch, plans[kind.name])
-        if kind.is_routed
-        else batch.dims["n"] * 5 * batch.dims["i"] * batch.problem.itemsize / batch.division.features
-        + made_plain(batch, kind)
+        expert_buffers(batch, plans[kind.name]) if kind.is_routed else dense_buffers(batch) + made_plain(batch, kind)
         for kind in batch.problem.workload.layers
     )
+
+
+def dense_buffers(batch: MicroBatch) -> float:
+    """A dense MLP's activation and gradients; with GEMMs in fp8 also the gradient of gate and up in e4m3."""
+    size = 5 * batch.problem.itemsize + (2 if batch.gemms.dense_gemms == "fp8" else 0)
+    return batch.dims["n"] * size * batch.dims["i"] / batch.division.features
+
+
+def fp8_expert_buffers(batch: MicroBatch, plan: LayerPlan) -> float:
+    """The same of experts in fp8 on one GPU, in bytes (``kernels.fp8.experts``).
+
+    At most, when the gradient of gate and up is computed: the gradient of the pre-activation and the activation, their
+    transposed copies and that of the rows; tokens and their gradients, which the rows are read from. Later, when the
+    gradient of the rows is there, in bf16, the transposed copies are gone.
+    """
+    dims = batch.dims
+    rows = dims["n"] * dims["k"]
+    # Each expert's rows are padded, and memory is there for any routing.
+    transposed = (rows // FP8_COPY_ROWS + dims["e"]) * FP8_COPY_ROWS
+    stays = rows * 3 * dims["f"] + dims["n"] * dims["h"]
+    gate_up = transposed * (dims["h"] + 3 * dims["f"]) + dims["n"] * dims["h"]
+    of_rows = rows * 2 * dims["h"]
+    again = rows * 2 * dims["f"] * batch.problem.itemsize if "experts" in recompute_name(plan).split("+") else 0
+    return float(stays + max(gate_up, of_rows) + again)
 
 
 def expert_buffers(batch: MicroBatch, plan: LayerPlan) -> float:
@@ -60,6 +81,8 @@ def expert_buffers(batch: MicroBatch, plan: LayerPlan) -> float:
 
     The activation is gone when the gradient of the rows is made, with gate and up.
     """
+    if batch.gemms.expert_gemms == "fp8":
+        return fp8_expert_buffers(batch, plan)
     dims, division, itemsize = batch.dims, batch.division, batch.problem.itemsize
     rows = dims["n"] * dims["k"] * (EP.row_factor(batch) if division.experts > 1 else 1.0)
     size = rows * (2 * dims["h"] + 3 * dims["f"] / division.features) * itemsize

@@ -15,7 +15,7 @@ from moescale.plan import LayerPlan, MeshShape
 from moescale.planner.axes.registry import AXES, division_of, micro_batch
 from moescale.planner.moments import Moments, both_ends
 from moescale.planner.problem import Problem
-from moescale.planner.request import Candidate, Formats
+from moescale.planner.request import IN_COMPUTE_DTYPE, Candidate, Formats, Gemms
 from moescale.planner.shares import gate_up_padding
 
 OUTSIDE_ALLOCATED = ("context", "NCCL", "symmetric memory", "buckets of the update", "allocator slack")
@@ -50,34 +50,43 @@ class MemoryModel:
         self.transient = functools.cache(self._transient_uncached)
         self._partly_recomputed_bytes = functools.cache(self._partly_recomputed_bytes_uncached)
         self.outside_allocator = functools.cache(self._outside_allocator_uncached)
+        self._fp8_copies_bytes = functools.cache(self._fp8_copies_bytes_uncached)
 
     def peak(self, candidate: Candidate) -> PeakMemory:
         """The peak of ``candidate``, by class."""
         transient, moment = self.transient(
             candidate.mesh, candidate.micro_batch_sequences, candidate.layers,
-            candidate.formats.gradient_dtype, candidate.dense_sharding,
+            candidate.formats.gradient_dtype, candidate.dense_sharding, candidate.gemms,
         )  # fmt: skip
         sharding = candidate.dense_sharding
         at_update = self.update_bytes(candidate.mesh, candidate.formats, sharding)
         if at_update > sum(transient.values()):
             transient, moment = {"states from the host": at_update}, "update"
-        persistent = self.persistent(candidate.mesh, candidate.formats, sharding)
+        persistent = self.persistent(candidate.mesh, candidate.formats, sharding, candidate.gemms)
         outside = self.outside_allocator(
             candidate.mesh, candidate.micro_batch_sequences, candidate.formats.gradient_dtype, sharding
         )
         return PeakMemory(breakdown=persistent | outside | transient, moment=moment)
 
-    def persistent(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> dict[str, float]:
-        """Weights, adapters, gradients and optimizer state of one rank."""
+    def persistent(
+        self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp", gemms: Gemms = IN_COMPUTE_DTYPE
+    ) -> dict[str, float]:
+        """Weights, adapters, copies of weights in fp8, gradients and optimizer state of one rank."""
         trained = self.problem.local_parameters(mesh, sharding)
         updated = self.problem.updated_parameters(mesh, sharding)
         adapters = {} if self.workload.lora is None else {"adapters": trained * DTYPE_BYTES["fp32"]}
+        copies = {} if gemms == IN_COMPUTE_DTYPE else {"fp8 copies": self._fp8_copies_bytes(gemms)}
         return {
             "weights": self.problem.own_local_bytes(mesh, sharding),
             **adapters,
+            **copies,
             "gradients": trained * DTYPE_BYTES[formats.gradient_dtype],
             "optimizer": 0.0 if formats.offload_optimizer else updated * self._state_bytes(formats),
         }
+
+    def _fp8_copies_bytes_uncached(self, gemms: Gemms) -> float:
+        """Copies of whole weights in e4m3, row by row and transposed, which stand through the step."""
+        return float(sum(count * weight.fp8_copies_bytes for count, weight in self.problem.all_fp8_weights(gemms)))
 
     def _outside_allocator_uncached(
         self, mesh: MeshShape, sequences: int, gradient: str, sharding: str
@@ -122,34 +131,42 @@ class MemoryModel:
         layers: tuple[LayerPlan, ...],
         formats: Formats,
         sharding: str = "fsdp",
+        gemms: Gemms = IN_COMPUTE_DTYPE,
     ) -> float:
         """The peak of :meth:`peak`, without its classes."""
-        transient, _ = self.transient(mesh, sequences, layers, formats.gradient_dtype, sharding)
-        at_least, resident = self._around_transient(mesh, sequences, formats, sharding)
+        transient, _ = self.transient(mesh, sequences, layers, formats.gradient_dtype, sharding, gemms)
+        at_least, resident = self._around_transient(mesh, sequences, formats, sharding, gemms)
         return max(sum(transient.values()), at_least) + resident
 
     def _around_transient(
-        self, mesh: MeshShape, sequences: int, formats: Formats, sharding: str
+        self, mesh: MeshShape, sequences: int, formats: Formats, sharding: str, gemms: Gemms
     ) -> tuple[float, float]:
         """What a peak is at least because of the update, and what is there all the time: both without activations."""
-        resident = sum(self.persistent(mesh, formats, sharding).values())
+        resident = sum(self.persistent(mesh, formats, sharding, gemms).values())
         resident += sum(self.outside_allocator(mesh, sequences, formats.gradient_dtype, sharding).values())
         return self.update_bytes(mesh, formats, sharding), resident
 
     def _transient_uncached(
-        self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], gradient: str, sharding: str
+        self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], gradient: str, sharding: str, gemms: Gemms
     ) -> tuple[dict[str, float], str]:
-        moments = self.moments.breakdowns(mesh, sequences, layers, gradient, sharding)
+        moments = self.moments.breakdowns(mesh, sequences, layers, gradient, sharding, gemms)
         moment, breakdown = max(moments.items(), key=lambda item: sum(item[1].values()))
         breakdown["allocator slack"] = sum(breakdown.values()) * self.cluster.allocator_slack
         return breakdown, moment
 
     def _partly_recomputed_bytes_uncached(
-        self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], name: str, gradient: str, sharding: str
+        self,
+        mesh: MeshShape,
+        sequences: int,
+        layers: tuple[LayerPlan, ...],
+        name: str,
+        gradient: str,
+        sharding: str,
+        gemms: Gemms,
     ) -> tuple[float, ...]:
         layer = next(layer for layer in layers if layer.kind == name)
         nowhere, everywhere = (
-            self.moments.breakdowns(mesh, sequences, changed, gradient, sharding)
+            self.moments.breakdowns(mesh, sequences, changed, gradient, sharding, gemms)
             for changed in both_ends(layers, layer)
         )
         slack = 1 + self.cluster.allocator_slack
@@ -163,9 +180,9 @@ class MemoryModel:
     def partly_recomputed_bytes(self, candidate: Candidate, kind: str) -> tuple[float, ...]:
         """The peak of ``candidate`` if only the first 1, 2, ... layers of ``kind`` did what all of them do."""
         mesh, formats, sharding = candidate.mesh, candidate.formats, candidate.dense_sharding
-        sequences = candidate.micro_batch_sequences
+        sequences, gemms = candidate.micro_batch_sequences, candidate.gemms
         transient = self._partly_recomputed_bytes(
-            mesh, sequences, candidate.layers, kind, formats.gradient_dtype, sharding
+            mesh, sequences, candidate.layers, kind, formats.gradient_dtype, sharding, gemms
         )
-        at_least, resident = self._around_transient(mesh, sequences, formats, sharding)
+        at_least, resident = self._around_transient(mesh, sequences, formats, sharding, gemms)
         return tuple(max(size, at_least) + resident for size in transient)

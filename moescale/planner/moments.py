@@ -29,7 +29,7 @@ from moescale.planner.axes.axis import Division, MicroBatch
 from moescale.planner.axes.registry import AXES, DP_SHARD, EP, micro_batch
 from moescale.planner.exchange import reads_peers
 from moescale.planner.problem import Problem
-from moescale.planner.request import recompute_name, replace_layer
+from moescale.planner.request import IN_COMPUTE_DTYPE, Gemms, recompute_name, replace_layer
 from moescale.planner.workload import LayerKind
 
 
@@ -41,17 +41,24 @@ class Moments:
         self.workload = problem.workload
 
     def breakdowns(
-        self, mesh: MeshShape, sequences: int, layers: tuple[LayerPlan, ...], gradient: str, sharding: str = "fsdp"
+        self,
+        mesh: MeshShape,
+        sequences: int,
+        layers: tuple[LayerPlan, ...],
+        gradient: str,
+        sharding: str = "fsdp",
+        gemms: Gemms = IN_COMPUTE_DTYPE,
     ) -> dict[str, dict[str, float]]:
         """What lives beside weights, gradients and states, at every moment that can be the peak, by class."""
         partly = next((layer for layer in layers if layer.recompute_layers is not None), None)
         if partly is not None:
             nowhere, everywhere = (
-                self.breakdowns(mesh, sequences, changed, gradient, sharding) for changed in both_ends(layers, partly)
+                self.breakdowns(mesh, sequences, changed, gradient, sharding, gemms)
+                for changed in both_ends(layers, partly)
             )
             assert partly.recompute_layers is not None
             return self.partly(partly.kind, nowhere, everywhere, partly.recompute_layers)
-        batch = micro_batch(self.problem, mesh, sequences, sharding, gradient)
+        batch = micro_batch(self.problem, mesh, sequences, sharding, gradient, gemms)
         plans = {layer.kind: layer for layer in layers}
         return self._whole_moments(batch, plans) if sharding == "zero1" else self._moments(batch, plans)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 
 from moescale.formats import DTYPE_BYTES
-from moescale.operators import is_routed
-from moescale.plan import MeshShape
+from moescale.operators import Operator, is_routed
+from moescale.plan import FP8_GEMM_MULTIPLE, MeshShape
 from moescale.planner.cluster import Cluster
-from moescale.planner.request import PlanRequest
+from moescale.planner.request import Gemms, PlanRequest
 from moescale.planner.shares import local_parameters, rank_parameters, updated_parameters
-from moescale.planner.workload import LayerKind, Workload
+from moescale.planner.workload import LayerKind, LinearWeight, Workload
 
 
 class Problem:
@@ -39,6 +39,23 @@ class Problem:
         self._own_local_bytes = functools.cache(functools.partial(local_parameters, workload.stored(self.itemsize)))
         self._local_parameters = functools.cache(functools.partial(local_parameters, self.trained))
         self._updated_parameters = functools.cache(functools.partial(updated_parameters, self.trained))
+
+    def fp8_weights(self, op: Operator, gemms: Gemms) -> list[LinearWeight]:
+        """Weights of ``op`` whose GEMMs are in fp8: all of them or none."""
+        if (gemms.expert_gemms if is_routed(op) else gemms.dense_gemms) == "compute":
+            return []
+        weights = self.workload.linear_weights(op)
+        sizes = (size for weight in weights for size in (weight.rows, weight.columns))
+        return [] if any(size % FP8_GEMM_MULTIPLE for size in sizes) else weights
+
+    def all_fp8_weights(self, gemms: Gemms) -> list[tuple[int, LinearWeight]]:
+        """Those of the whole model, each with the number of layers that have it."""
+        return [
+            (kind.count, weight)
+            for kind in self.workload.layers
+            for op in kind.operators
+            for weight in self.fp8_weights(op, gemms)
+        ]
 
     def _plain_bytes(self, kind: LayerKind) -> tuple[list[int], int]:
         found: tuple[list[int], list[int]] = ([], [0])

@@ -7,18 +7,20 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moescale.config import ModelConfig
 from moescale.formats import (
     EXACT_MASTERS,
     PLANNED_GRADIENTS,
     PLANNED_MASTERS,
     PLANNED_MOMENTS,
     ComputeFormat,
+    GemmFormat,
     GradientFormat,
     MasterFormat,
     MomentFormat,
 )
 from moescale.lora import LoraSettings
-from moescale.plan import DenseSharding, LayerPlan, MeshShape
+from moescale.plan import FP8_GEMM_MULTIPLE, FP8_GEMMS_MAX_GPUS, DenseSharding, LayerPlan, MeshShape
 
 RECOMPUTE_CHOICES = ("none", "experts", "block")
 """Keep everything; recompute the experts' up-projection; recompute the whole block."""
@@ -41,6 +43,8 @@ class PlanRequest:
     memory_limit_bytes: int | None = None
     """Per GPU, below what the cluster file says."""
     compute_dtype: ComputeFormat = "bf16"
+    fp8_gemms: bool = False
+    """Also GEMMs of trained weights in fp8, where that is faster and fits."""
     lora: LoraSettings | None = None
     """Adapters to train with all other weights frozen; in fp32, gradients and optimizer state too."""
     exact_weights: bool = True
@@ -71,6 +75,17 @@ class Formats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gemms:
+    """Operands of the GEMMs of trained weights inside the layers."""
+
+    expert_gemms: GemmFormat = "compute"
+    dense_gemms: GemmFormat = "compute"
+
+
+IN_COMPUTE_DTYPE = Gemms()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One point of the search space."""
 
@@ -81,6 +96,7 @@ class Candidate:
     """One for each layer kind of the model's family, in its order."""
     formats: Formats
     dense_sharding: DenseSharding = "fsdp"
+    gemms: Gemms = IN_COMPUTE_DTYPE
 
     def with_layer(self, layer: LayerPlan) -> Candidate:
         """The same with another plan for one kind of layers."""
@@ -96,6 +112,7 @@ class Candidate:
             **{f"{layer.kind}_recompute_layers": layer.recompute_layers or "all" for layer in self.layers},
             **{f"{layer.kind}_reshard": layer.reshard_after_forward for layer in self.layers},
             **vars(self.formats),
+            **vars(self.gemms),
         }
 
 
@@ -148,3 +165,31 @@ def format_choices(request: PlanRequest) -> list[Formats]:
         and request.allows("gradient_dtype", gradient)
         and request.allows("offload_optimizer", offload)
     ]
+
+
+def gemm_choices(request: PlanRequest, config: ModelConfig) -> list[Gemms]:
+    """Every combination of formats of GEMMs that the request allows a plan of ``config``'s model; exact ones first."""
+    experts: list[GemmFormat] = ["compute"]
+    dense: list[GemmFormat] = ["compute"]
+    if request.fp8_gemms and request.runtime_gpus <= FP8_GEMMS_MAX_GPUS:
+        dense.append("fp8")
+        if no_experts_in_fp8(config) is None:
+            experts.append("fp8")
+    return [
+        Gemms(expert_gemms=of_experts, dense_gemms=of_dense)
+        for of_experts in experts
+        for of_dense in dense
+        if request.allows("expert_gemms", of_experts) and request.allows("dense_gemms", of_dense)
+    ]
+
+
+def no_experts_in_fp8(config: ModelConfig) -> str | None:
+    """Why the routed experts of ``config``'s model cannot multiply in fp8; None where they can."""
+    if not config.num_moe_layers:
+        return "the model has no routed experts"
+    if config.has_expert_biases or config.swiglu_clamp is not None:
+        return "this version has no experts with biases or a clamped activation in fp8"
+    for name in ("hidden_size", "expert_intermediate_size"):
+        if getattr(config, name) % FP8_GEMM_MULTIPLE:
+            return f"model.{name} ({getattr(config, name)}) is no multiple of {FP8_GEMM_MULTIPLE}"
+    return None

@@ -75,6 +75,7 @@ class PlanResult:
             compute_dtype=request.compute_dtype,
             **vars(candidate.formats),
             dense_sharding=candidate.dense_sharding,
+            **vars(candidate.gemms),
             lora=request.lora,
             prediction=Prediction(
                 step_seconds=best.time.total,

@@ -1,13 +1,13 @@
 """The exact search: of all plans that fit, the one predicted fastest; ties go to the first in a fixed order.
 
-The space is the product of meshes, micro-batches, what each layer kind recomputes and reshards, and formats. Times add
-up from parts that depend on few of these each, so a part is computed once. Meshes and micro-batches are visited in the
-order of a bound: their time with nothing recomputed, nothing gathered twice and no optimizer. Where the bound exceeds
-the best plan found, so does every plan behind it, and the search ends. The result is that of trying every point, which
-a test does.
+The space is the product of meshes, micro-batches, formats of GEMMs, what each layer kind recomputes and reshards, and
+formats of states. Times add up from parts that depend on few of these each, so a part is computed once. Meshes,
+micro-batches and formats of GEMMs are visited in the order of a bound: their time with nothing recomputed, nothing
+gathered twice and no optimizer. Where the bound exceeds the best plan found, so does every plan behind it, and the
+search ends. The result is that of trying every point, which a test does.
 
 Order among equals: that of the meshes (:mod:`moescale.planner.axes.registry`), fewer GPUs per copy first, then smaller
-pp, tp, cp, ep; larger micro-batches; less recomputation; more precise formats.
+pp, tp, cp, ep; larger micro-batches; GEMMs in the compute dtype; less recomputation; more precise formats.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from moescale.planner.axes.axis import divisors
 from moescale.planner.axes.registry import division_of, meshes
 from moescale.planner.cluster import Cluster
 from moescale.planner.cost import CostModel
-from moescale.planner.decisions import check_request
+from moescale.planner.decisions import check_fp8, check_request
 from moescale.planner.memory import MemoryModel
 from moescale.planner.problem import Problem
 from moescale.planner.request import (
     Candidate,
     DenseSharding,
     Formats,
+    Gemms,
     PlanRequest,
     format_choices,
+    gemm_choices,
     layer_plan,
     recompute_choices,
 )
@@ -58,10 +60,32 @@ def compile_plan(
     user's own; None: the model as it is.
     """
     check_request(request, config)
+    check_fp8(request, cluster)
     return Search(config, cluster, request, workload).run(with_alternatives=with_alternatives)
 
 
-_Group = tuple[float, int, MeshShape, DenseSharding, int, int]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Plans of one mesh, micro-batch and format of GEMMs, none of which takes less time than ``bound``."""
+
+    bound: float
+    order: int
+    mesh: MeshShape
+    sharding: DenseSharding
+    sequences: int
+    accumulation: int
+    gemms: Gemms
+
+    def candidate(self, layers: tuple[LayerPlan, ...], formats: Formats) -> Candidate:
+        return Candidate(
+            mesh=self.mesh,
+            micro_batch_sequences=self.sequences,
+            gradient_accumulation_steps=self.accumulation,
+            layers=layers,
+            formats=formats,
+            dense_sharding=self.sharding,
+            gemms=self.gemms,
+        )
 
 
 class Search:
@@ -98,24 +122,21 @@ class Search:
         groups = self._bounded_groups(formats)
         best: tuple[float, tuple[int, int, int], Candidate] | None = None
         misses: dict[MeshShape, tuple[float, Candidate]] = {}
-        for bound, order, mesh, sharding, sequences, accumulation in groups:
-            if best is not None and bound > best[0]:
+        for group in groups:
+            if best is not None and group.bound > best[0]:
                 break
-            for inner, layers in enumerate(self.layer_plans(mesh, sharding)):
-                for number, choice, time, excess in self._formats(
-                    mesh, sharding, sequences, accumulation, layers, formats
-                ):
+            for inner, layers in enumerate(self.layer_plans(group.mesh, group.sharding)):
+                for number, choice, time, excess in self._formats(group, layers, formats):
                     if excess > 0:
-                        if best is None and (mesh not in misses or excess < misses[mesh][0]):
-                            missed = _candidate(mesh, sharding, sequences, accumulation, layers, choice)
-                            misses[mesh] = excess, missed
+                        if best is None and (group.mesh not in misses or excess < misses[group.mesh][0]):
+                            misses[group.mesh] = excess, group.candidate(layers, choice)
                         continue
-                    candidate = _candidate(mesh, sharding, sequences, accumulation, layers, choice)
+                    candidate = group.candidate(layers, choice)
                     partly = self._least_recomputed(candidate, best and best[0])
                     if partly is not None:
                         candidate, time = partly, self.cost.step(partly).total
-                    if best is None or (time, (order, inner, number)) < best[:2]:
-                        best = time, (order, inner, number), candidate
+                    if best is None or (time, (group.order, inner, number)) < best[:2]:
+                        best = time, (group.order, inner, number), candidate
         found = self.evaluate(best[2]) if best else None
         nearest = sorted(misses.values(), key=lambda item: item[0])[:3]
         return PlanResult(
@@ -124,7 +145,8 @@ class Search:
             workload=self.workload,
             cluster=self.cluster,
             limit_bytes=self.limit,
-            num_candidates=sum(len(list(self.layer_plans(group[2], group[3]))) for group in groups) * len(formats),
+            num_candidates=sum(len(list(self.layer_plans(group.mesh, group.sharding))) for group in groups)
+            * len(formats),
             best=found,
             alternatives=self._alternatives(found) if found and with_alternatives else (),
             near_misses=() if found else tuple(self.evaluate(candidate) for _, candidate in nearest),
@@ -160,41 +182,51 @@ class Search:
         return found
 
     def _bounded_groups(self, formats: list[Formats]) -> list[_Group]:
-        """Meshes and micro-batches with a time none of their plans goes below, by that time: (bound, order, ...)."""
+        """Meshes, micro-batches and formats of GEMMs, by the time that none of their plans goes below."""
+        gemm_formats = gemm_choices(self.request, self.config)
         groups: list[_Group] = []
         free = tuple(LayerPlan(kind=name, reshard_after_forward=False) for name, _ in self._kinds)
         for mesh, sharding in ((m, sharding) for m in meshes(self.problem) for sharding in self.shardings(m)):
             if not any(True for _ in self.layer_plans(mesh, sharding)):
                 continue
-            for sequences in self._micro_batches(mesh):
+            for sequences, gemms in itertools.product(self._micro_batches(mesh), gemm_formats):
                 accumulation = self._sequences_per_rank(mesh) // sequences
                 bound = min(
                     (
-                        self.cost.without_optimizer(mesh, sequences, accumulation, free, gradient, sharding).total
+                        self.cost.without_optimizer(
+                            mesh, sequences, accumulation, free, gradient, sharding, gemms
+                        ).total
                         for gradient in {choice.gradient_dtype for choice in formats}
                     ),
                     default=0.0,
                 )
-                groups.append((bound, len(groups), mesh, sharding, sequences, accumulation))
+                groups.append(
+                    _Group(
+                        bound=bound,
+                        order=len(groups),
+                        mesh=mesh,
+                        sharding=sharding,
+                        sequences=sequences,
+                        accumulation=accumulation,
+                        gemms=gemms,
+                    )
+                )
         if not groups or not formats:
             raise ConfigError(self._why_empty())
-        return sorted(groups, key=lambda group: group[:2])
+        return sorted(groups, key=lambda group: (group.bound, group.order))
 
     def _formats(
-        self,
-        mesh: MeshShape,
-        sharding: DenseSharding,
-        sequences: int,
-        accumulation: int,
-        layers: tuple[LayerPlan, ...],
-        formats: list[Formats],
+        self, group: _Group, layers: tuple[LayerPlan, ...], formats: list[Formats]
     ) -> Iterator[tuple[int, Formats, float, float]]:
         """Of every format its number, step time, and bytes by which it exceeds the memory (at most 0: it fits)."""
+        mesh, sharding, sequences, gemms = group.mesh, group.sharding, group.sequences, group.gemms
         for number, choice in enumerate(formats):
             gradient = choice.gradient_dtype
-            time = self.cost.without_optimizer(mesh, sequences, accumulation, layers, gradient, sharding).total
+            time = self.cost.without_optimizer(
+                mesh, sequences, group.accumulation, layers, gradient, sharding, gemms
+            ).total
             time += sum(self.cost.optimizer_seconds(mesh, choice, sharding).values())
-            memory = self.memory.total_bytes(mesh, sequences, layers, choice, sharding)
+            memory = self.memory.total_bytes(mesh, sequences, layers, choice, sharding, gemms)
             host = self.memory.host_bytes(mesh, choice, sharding) - self.cluster.host_memory_bytes
             yield number, choice, time, max(memory - self.limit, host)
 
@@ -283,6 +315,8 @@ class Search:
         found += [other for other in (around._other_sharding(chosen),) if other is not None]
         for formats in format_choices(free):
             found.append(dataclasses.replace(chosen, formats=formats))
+        for gemms in gemm_choices(free, self.config):
+            found.append(dataclasses.replace(chosen, gemms=gemms))
         mine = best.decisions
         unit = chosen.mesh.copy_gpus
         neighbours = []
@@ -326,22 +360,4 @@ def _recomputing_as_often(layers: tuple[LayerPlan, ...], others: tuple[LayerPlan
     return tuple(
         layer if layer.recompute == "none" else dataclasses.replace(layer, recompute_layers=numbers[layer.kind])
         for layer in layers
-    )
-
-
-def _candidate(
-    mesh: MeshShape,
-    sharding: DenseSharding,
-    sequences: int,
-    accumulation: int,
-    layers: tuple[LayerPlan, ...],
-    formats: Formats,
-) -> Candidate:
-    return Candidate(
-        mesh=mesh,
-        micro_batch_sequences=sequences,
-        gradient_accumulation_steps=accumulation,
-        layers=layers,
-        formats=formats,
-        dense_sharding=sharding,
     )

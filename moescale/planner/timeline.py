@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moescale.planner.axes.registry import AXES, division_of
-from moescale.planner.cost import CostModel
+from moescale.planner.cost import COPIED, CostModel
 from moescale.planner.problem import Problem
 from moescale.planner.result import Evaluated, PlanResult
 from moescale.planner.workload import LayerKind
@@ -59,14 +59,16 @@ def _parts(result: PlanResult, evaluated: Evaluated) -> Iterator[tuple[str, floa
     dims = problem.dims(candidate.micro_batch_sequences, division.tokens)
 
     def compute(kind: LayerKind) -> tuple[float, float]:
-        times = [cost.operator_seconds(op, dims, division.features, division.experts) for op in kind.operators]
+        shares = division.features, division.experts
+        times = [cost.operator_seconds(op, dims, *shares, candidate.gemms) for op in kind.operators]
         count = kind.count if kind is workload.outside else kind.count / division.layers
         scale = count * candidate.gradient_accumulation_steps
         return scale * sum(time[0] for time in times), scale * sum(time[1] for time in times)
 
     layers = [(kind.name, *compute(kind)) for kind in workload.layers]
     rest = {name: seconds for name, seconds in evaluated.time.exposed.items() if not name.startswith("compute ")}
-    last = [(name, rest.pop(name, 0.0)) for name in ("communication dp_replicate", "optimizer", "step overhead")]
+    at_end = ("communication dp_replicate", "optimizer", COPIED, "step overhead")
+    last = [(name, rest.pop(name, 0.0)) for name in at_end]
     for name, forward, _ in layers:
         yield f"forward, {name} layers", forward
     yield "embedding and loss", sum(compute(workload.outside))

@@ -25,6 +25,7 @@ from moescale.operators import (
     routed_weight_elements,
     weight_elements,
 )
+from moescale.plan import FP8_COPY_ROWS
 
 RANK_DIM = "z"
 """The rank of adapters."""
@@ -67,8 +68,8 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightInFp8:
-    """A frozen weight that is kept as codes and scales (:mod:`moescale.kernels.block_fp8`)."""
+class LinearWeight:
+    """The weight of a linear layer, or those of all routed experts of a layer."""
 
     rows: int
     columns: int
@@ -80,9 +81,16 @@ class WeightInFp8:
         return self.experts * self.rows * self.columns
 
     @property
-    def stored_bytes(self) -> int:
+    def frozen_fp8_bytes(self) -> int:
+        """As codes and scales of blocks, in which it can be kept while frozen (:mod:`moescale.kernels.block_fp8`)."""
         blocks = -(-self.rows // FP8_BLOCK) * -(-self.columns // FP8_BLOCK)
         return self.elements + 4 * self.experts * blocks
+
+    @property
+    def fp8_copies_bytes(self) -> int:
+        """Of the two copies that its GEMMs in fp8 read, with scales (:mod:`moescale.kernels.fp8`)."""
+        transposed = -(-self.rows // FP8_COPY_ROWS) * FP8_COPY_ROWS * self.columns
+        return self.elements + self.experts * (transposed + 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +115,11 @@ class Workload:
         others, routed = self._elements(op for op in kind.operators if not op.is_adapter)
         return others + family_of(self.config).biases(self.config), routed
 
-    def in_fp8(self, op: Operator) -> list[WeightInFp8]:
-        """Weights of ``op`` that are kept in fp8."""
-        if self.lora is None or self.lora.base != "fp8":
-            return []
+    def linear_weights(self, op: Operator) -> list[LinearWeight]:
+        """Weights of ``op`` that are a linear layer's or routed experts'; of a router, a norm or the loss none."""
         dims = self.dims(1, 1)
         return [
-            WeightInFp8(
+            LinearWeight(
                 rows=Tensor.parse(spot.outputs).size(dims),
                 columns=Tensor.parse(spot.inputs).size(dims),
                 experts=dims["e"] if is_routed(op) else 1,
@@ -121,11 +127,15 @@ class Workload:
             for spot in op.adaptable
         ]
 
+    def in_fp8(self, op: Operator) -> list[LinearWeight]:
+        """Weights of ``op`` that are frozen and kept in fp8."""
+        return [] if self.lora is None or self.lora.base != "fp8" else self.linear_weights(op)
+
     def layer_bytes(self, kind: LayerKind, itemsize: int) -> tuple[int, int]:
         """Bytes of :meth:`layer_parameters` where a weight in the compute dtype has ``itemsize``."""
         others, routed = (number * itemsize for number in self.layer_parameters(kind))
         for op in kind.operators:
-            saved = sum(weight.elements * itemsize - weight.stored_bytes for weight in self.in_fp8(op))
+            saved = sum(weight.elements * itemsize - weight.frozen_fp8_bytes for weight in self.in_fp8(op))
             others, routed = (others, routed - saved) if is_routed(op) else (others - saved, routed)
         return others, routed
 

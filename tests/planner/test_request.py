@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from moescale.errors import ConfigError
+from moescale.lora import parse_lora
 from moescale.planner.cluster import load_cluster
 from moescale.planner.request import PlanRequest, format_choices, layer_plan, recompute_name
 from moescale.planner.search import compile_plan
@@ -54,6 +55,24 @@ REQUEST = PlanRequest(runtime_gpus=4, tokens_per_step=4096, sequence_length=256)
             r"--forbid ep=1,2: ep must be one whole number .*repeat the option",
         ),
         ({"forbidden": frozenset({("gradient_dtype", "fp8")})}, r"--forbid gradient_dtype=fp8: .* one of fp32, bf16$"),
+        (
+            {"pins": {"expert_gemms": "fp8"}},
+            r"--pin expert_gemms=fp8: expert_gemms must be compute without --precision fp8; add that option",
+        ),
+        (
+            {"pins": {"dense_gemms": "fp8"}, "fp8_gemms": True},
+            r"--pin dense_gemms=fp8: .* compute where compile.runtime_gpus is 4: this version .* or plan for 1 GPU$",
+        ),
+        (
+            {"pins": {"expert_gemms": "fp8"}, "fp8_gemms": True, "runtime_gpus": 1},
+            r"--pin expert_gemms=fp8: .* compute: model.expert_intermediate_size \(24\) is no multiple of 16; drop",
+        ),
+        ({"pins": {"dense_gemms": "fp16"}}, r"--pin dense_gemms=fp16: dense_gemms must be one of compute, fp8$"),
+        ({"fp8_gemms": True, "compute_dtype": "fp32"}, r"compile.precision \(fp8\) computes .* not fp32; leave one"),
+        (
+            {"fp8_gemms": True, "lora": parse_lora("rank=4")},
+            r"compile.precision \(fp8\) is for weights that are trained, and compile.lora \(rank=4.*base=fp8",
+        ),
         ({"pins": {"ep": "2"}, "forbidden": frozenset({("ep", "2")})}, r"no plan satisfies the pins \(ep=2\) and"),
     ],
 )

@@ -26,6 +26,7 @@ from moescale.planner.request import (
     Candidate,
     DenseSharding,
     Formats,
+    Gemms,
     PlanRequest,
     decision_text,
 )
@@ -82,6 +83,7 @@ def problems(draw: st.DrawFn) -> Problem:
         num_shared_experts=draw(st.integers(0, 1)),
         hidden_size=draw(st.sampled_from([32, 512])),
         vocab_size=draw(st.sampled_from([96, 4096])),
+        expert_intermediate_size=draw(st.sampled_from([24, 128])),  # no multiple of 16, and one
     )
     gpus = draw(st.sampled_from([1, 2, 3, 4]))
     units = [unit for unit in range(1, gpus + 1) if gpus % unit == 0]
@@ -104,6 +106,7 @@ def problems(draw: st.DrawFn) -> Problem:
         sequence_length=length,
         router_imbalance=draw(st.sampled_from([1.0, 1.3])),
         exact_weights=draw(st.booleans()),
+        fp8_gemms=draw(st.booleans()),
         allow_unsupported=draw(st.booleans()) and gpus <= 4,
         pins=pins,
         forbidden=frozenset(draw(st.sets(st.sampled_from([("ep", "2"), ("dense_recompute", "block")])))),
@@ -165,8 +168,17 @@ def every_candidate(problem: Problem) -> list[Candidate]:
                     for number in range(1, config.num_moe_layers)
                 ]
             plans.append((sharding, denses, moes))
+        in_fp8 = request.fp8_gemms and request.runtime_gpus == 1
+        has_fp8_experts = in_fp8 and has_moe and config.expert_intermediate_size % 16 == 0
+        gemm_formats = [
+            Gemms(expert_gemms=experts, dense_gemms=dense)
+            for experts in (("compute", "fp8") if has_fp8_experts else ("compute",))
+            for dense in (("compute", "fp8") if in_fp8 else ("compute",))
+        ]
         for sharding, denses, moes in plans:
-            for micro, dense, moe, formats in itertools.product(range(1, sequences + 1), denses, moes, every_format()):
+            for micro, dense, moe, formats, gemms in itertools.product(
+                range(1, sequences + 1), denses, moes, every_format(), gemm_formats
+            ):
                 if sequences % micro:
                     continue
                 candidate = Candidate(
@@ -176,6 +188,7 @@ def every_candidate(problem: Problem) -> list[Candidate]:
                     layers=(dense, moe),
                     formats=formats,
                     dense_sharding=sharding,
+                    gemms=gemms,
                 )
                 if allowed(candidate, request):
                     found.append(candidate)
@@ -280,7 +293,7 @@ def seconds(result: PlanResult) -> float:
     return result.best.time.total if result.best else float("inf")
 
 
-BETTER = ["memory", "intra", "inter", "grouped", "dense", "attention", "bandwidth"]
+BETTER = ["memory", "intra", "inter", "grouped", "dense", "attention", "bandwidth", "fp8 grouped", "fp8 dense"]
 
 
 @settings(SLOW, max_examples=15)
@@ -319,6 +332,8 @@ def check_no_slower(problem: Problem, what: str) -> None:
         "grouped": faster("grouped_gemm"),
         "dense": faster("dense_gemm"),
         "attention": faster("attention"),
+        "fp8 grouped": faster("fp8_grouped_gemm"),
+        "fp8 dense": faster("fp8_dense_gemm"),
         "bandwidth": {"elementwise_bytes_per_second": cluster.elementwise_bytes_per_second * 2},
     }[what]
     assert seconds(problem.solve(**changes)) <= seconds(before) * (1 + 1e-12)

@@ -30,6 +30,7 @@ def planned(**changes) -> PlanResult:
         {"pins": {"ep": "4"}},
         {"pins": {"moe_recompute": "block"}},
         {"runtime_gpus": 1, "plan_gpus": 1},
+        {"runtime_gpus": 1, "plan_gpus": 1, "fp8_gemms": True, "pins": {"dense_gemms": "fp8"}},
         UNSUPPORTED | {"pins": {"pp": "2", "cp": "2"}},
         UNSUPPORTED | {"pins": {"tp": "2"}},
     ],

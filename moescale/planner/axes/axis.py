@@ -15,7 +15,7 @@ from moescale.config import ModelConfig
 from moescale.plan import LayerPlan, MeshShape
 from moescale.planner.ledger import Ledger, Pass
 from moescale.planner.problem import Problem
-from moescale.planner.request import PlanRequest
+from moescale.planner.request import IN_COMPUTE_DTYPE, Gemms, PlanRequest
 from moescale.planner.workload import LayerKind
 
 Part = Literal["sequences", "layers", "features", "tokens", "experts", "weights"]
@@ -50,6 +50,7 @@ class MicroBatch:
     """The plan's ``dense_sharding``."""
     gradient: str
     """In which gradients are accumulated and reduced."""
+    gemms: Gemms = IN_COMPUTE_DTYPE
 
     @functools.cached_property
     def dims(self) -> dict[str, int]:

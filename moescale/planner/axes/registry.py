@@ -16,6 +16,7 @@ from moescale.planner.axes.ep import ExpertParallel
 from moescale.planner.axes.pp import PipelineParallel
 from moescale.planner.axes.tp import TensorParallel
 from moescale.planner.problem import Problem
+from moescale.planner.request import IN_COMPUTE_DTYPE, Gemms
 
 DP_REPLICATE = ReplicaParallel()
 PP = PipelineParallel()
@@ -60,7 +61,14 @@ def division_of(mesh: MeshShape) -> Division:
     )
 
 
-def micro_batch(problem: Problem, mesh: MeshShape, sequences: int, sharding: str, gradient: str) -> MicroBatch:
+def micro_batch(
+    problem: Problem,
+    mesh: MeshShape,
+    sequences: int,
+    sharding: str,
+    gradient: str,
+    gemms: Gemms = IN_COMPUTE_DTYPE,
+) -> MicroBatch:
     """Return what the axes are told of a micro-batch of ``sequences`` on ``mesh``."""
     return MicroBatch(
         problem=problem,
@@ -69,4 +77,5 @@ def micro_batch(problem: Problem, mesh: MeshShape, sequences: int, sharding: str
         sequences=sequences,
         sharding=sharding,
         gradient=gradient,
+        gemms=gemms,
     )

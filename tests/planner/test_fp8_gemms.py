@@ -1,0 +1,239 @@
+"""Plans whose GEMMs are in fp8: their copies, buffers and times by hand, and what the search makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from moescale.convert.hf_config import read_model_config
+from moescale.errors import ConfigError
+from moescale.operators import operator
+from moescale.plan import LayerPlan, MeshShape
+from moescale.planner import layer_bytes
+from moescale.planner.axes.registry import micro_batch
+from moescale.planner.cluster import Rates, load_cluster
+from moescale.planner.cost import CostModel
+from moescale.planner.explain import alternative_text, explain_text
+from moescale.planner.fit import fit_text, fit_to_gpus
+from moescale.planner.memory import MemoryModel
+from moescale.planner.problem import Problem
+from moescale.planner.request import IN_COMPUTE_DTYPE, Formats, Gemms, PlanRequest
+from moescale.planner.result import PlanResult
+from moescale.planner.search import compile_plan
+from moescale.planner.workload import build_workload
+from tiny import tiny_config
+
+LITE = read_model_config("deepseek-coder-v2-lite")
+H200 = load_cluster("h200")
+REQUEST = PlanRequest(
+    runtime_gpus=1, plan_gpus=1, tokens_per_step=131072, sequence_length=2048, fp8_gemms=True, exact_weights=False
+)
+BOTH = Gemms(expert_gemms="fp8", dense_gemms="fp8")
+EXPERTS = Gemms(expert_gemms="fp8")
+DENSE = Gemms(dense_gemms="fp8")
+FORMATS = Formats(
+    optimizer_state_dtype="int8", master_weight_format="stochastic_bf16", gradient_dtype="bf16", offload_optimizer=False
+)
+
+
+def problem_of(config=LITE, **changes) -> Problem:
+    return Problem(build_workload(config), H200, dataclasses.replace(REQUEST, **changes))
+
+
+def plan(**changes) -> PlanResult:
+    return compile_plan(LITE, H200, dataclasses.replace(REQUEST, **changes))
+
+
+def copies_of(config, gemms: Gemms) -> float:
+    return MemoryModel(problem_of(config)).persistent(MeshShape(), FORMATS, gemms=gemms).get("fp8 copies", 0.0)
+
+
+def test_two_bytes_of_copies_stand_for_every_element_and_a_scale_for_every_expert() -> None:
+    experts = 26 * 64 * 3 * 2048 * 1408
+    assert copies_of(LITE, EXPERTS) == 2 * experts + 26 * 64 * 2 * 4
+    # Query, latents, keys and values (576 and 4,096 rows), output; shared experts; one dense MLP.
+    q, kv_down, kv_up, output = 3072 * 2048, 576 * 2048, 4096 * 512, 2048 * 2048
+    shared, mlp = 3 * 2048 * 2816, 3 * 2048 * 10944
+    elements = 27 * (q + kv_down + kv_up + output) + 26 * shared + mlp
+    padding = 27 * 64 * 2048 + 2 * 10944 % 128 * 2048  # 576 rows become 640; those of the MLP are 171 times 128
+    weights = 27 * 4 + 26 * 2 + 2
+    assert copies_of(LITE, DENSE) == 2 * elements + padding + 4 * weights
+    assert copies_of(LITE, BOTH) == copies_of(LITE, EXPERTS) + copies_of(LITE, DENSE)
+    assert copies_of(LITE, IN_COMPUTE_DTYPE) == 0
+
+
+def test_rows_of_the_transposed_copy_are_padded_for_every_expert() -> None:
+    config = tiny_config(expert_intermediate_size=48)  # gate and up have 96 rows, down 32; both become 128
+    gate_up, down = 8 * 32 * (96 + 128), 8 * 48 * (32 + 128)
+    assert copies_of(config, EXPERTS) == 2 * (gate_up + down + 2 * 8 * 4)
+
+
+def test_weights_whose_dims_are_no_multiples_of_16_stay_as_they_are() -> None:
+    config = tiny_config(expert_intermediate_size=24, num_shared_experts=0, dense_intermediate_size=72)
+    assert copies_of(config, EXPERTS) == 0
+    attention = [(2 * 24, 32), (2 * 32, 16), (32, 2 * 16)]  # kv_down has 24 rows, and the MLP's down 72 columns
+    of_attention = 3 * sum((rows + 128) * columns + 4 for rows, columns in attention)
+    assert copies_of(config, DENSE) == of_attention + (144 + 256) * 32 + 4
+
+
+@pytest.mark.parametrize("recompute, again", [("none", 0), (("experts",), 2 * 1408 * 2), ("block", 0)])
+def test_the_backward_of_experts_has_a_byte_for_what_is_in_e4m3(recompute, again: int) -> None:
+    batch = micro_batch(problem_of(), MeshShape(), 4, "fsdp", "bf16", EXPERTS)
+    tokens, rows, padded = 8192, 8192 * 6, 8192 * 6 + 64 * 128
+    hidden, width = 2048, 1408
+    stays = rows * (2 * width + width) + tokens * hidden  # of the pre-activation, activation; gradients of tokens
+    transposed = padded * (width + hidden + 2 * width) + tokens * hidden
+    assert transposed > rows * 2 * hidden
+    found = layer_bytes.expert_buffers(batch, LayerPlan(kind="moe", recompute=recompute))
+    assert found == stays + transposed + again * rows
+    bf16 = micro_batch(problem_of(), MeshShape(), 4, "fsdp", "bf16")
+    assert layer_bytes.expert_buffers(bf16, LayerPlan(kind="moe", recompute=recompute)) - again * rows == (
+        rows * (2 * hidden + 3 * width) * 2
+    )
+
+
+def test_experts_in_fp8_take_their_flops_at_the_rate_measured() -> None:
+    """One layer, 8,192 tokens: 2.76 ms forward and backward at the clock of a short benchmark, launches included."""
+    problem = problem_of()
+    forward, backward = CostModel(problem).operator_seconds(operator("experts"), problem.dims(4), gemms=EXPERTS)
+    flops = 18 * 8192 * 6 * 2048 * 1408
+    assert forward + backward == pytest.approx(flops / (924e12 * 0.87) + 13 * 1.8e-6, rel=1e-9)
+    assert (forward + backward - 13 * 1.8e-6) * 0.87 == pytest.approx(2.762e-3, rel=1e-3)
+
+
+def test_a_linear_layer_in_fp8_has_two_fast_gemms_a_plain_one_and_two_passes_that_quantize() -> None:
+    cluster = dataclasses.replace(
+        H200,
+        dense_gemm=Rates(sizes=(1.0,), flops_per_second=(500e12,)),
+        fp8_dense_gemm=Rates(sizes=(1.0,), flops_per_second=(1000e12,)),
+        sustained_clock=0.8,
+        elementwise_bytes_per_second=3e12,
+        launch_seconds=1e-6,
+    )
+    problem = Problem(build_workload(LITE), cluster, REQUEST)
+    forward, backward = CostModel(problem).operator_seconds(operator("q_proj"), problem.dims(4), gemms=DENSE)
+    flops = 2 * 8192 * 2048 * 3072
+    assert forward == pytest.approx(flops / 800e12 + 8192 * 2048 * 3 / 3e12 + 2e-6, rel=1e-12)
+    assert backward == pytest.approx(flops / 800e12 + flops / 400e12 + 8192 * 3072 * 3 / 3e12 + 3e-6, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["router", "linear_cross_entropy", "attention", "attention_norm", "experts"])
+def test_other_operators_take_their_time_in_the_compute_dtype(name: str) -> None:
+    problem = problem_of()
+    cost, dims = CostModel(problem), problem.dims(4)
+    assert cost.operator_seconds(operator(name), dims, gemms=DENSE) == cost.operator_seconds(operator(name), dims)
+
+
+def test_copies_are_written_once_a_step_and_gradients_of_experts_read_their_buffers() -> None:
+    pins = {"micro_batch_sequences": "4", "expert_gemms": "fp8", "dense_gemms": "compute"}
+    in_fp8, whole = plan(pins=pins).best, plan(pins=pins | {"expert_gemms": "compute"}).best
+    assert in_fp8 is not None and whole is not None
+    experts = 26 * 64 * 3 * 2048 * 1408
+    moved = 2 * 2 * experts + 2 * experts + 26 * 64 * 2 * 4
+    assert in_fp8.time.exposed["fp8 copies"] == pytest.approx(moved / 3.3e12 + 26 * 2 * 2 * 1.8e-6, rel=1e-12)
+    assert "fp8 copies" not in whole.time.exposed and "fp8 copies" not in whole.memory.breakdown
+    read = in_fp8.time.exposed["gradient accumulation"] - whole.time.exposed["gradient accumulation"]
+    assert read == pytest.approx(16 * 2 * experts / 4.27e12, rel=1e-9)
+
+
+def test_the_16b_model_multiplies_in_fp8_on_one_h200_with_stochastic_rounding_alone() -> None:
+    result = plan()
+    found = result.plan()
+    assert (found.expert_gemms, found.dense_gemms) == ("fp8", "fp8") and found.compute_dtype == "bf16"
+    assert found.master_weight_format == "stochastic_bf16"
+    assert found.prediction is not None
+    assert found.prediction.breakdown_bytes["fp8 copies"] == copies_of(LITE, BOTH)
+    texts = [alternative_text(result, other) for other in result.alternatives]
+    (master,) = [text for text in texts if text.startswith("master_weight_format bf16_remainder")]
+    assert "does not fit: exceeds GPU memory by" in master
+    for name in ("expert_gemms", "dense_gemms"):
+        (other,) = [text for text in texts if text.startswith(f"{name} compute instead of fp8: +")]
+        assert "does not fit" not in other
+    assert "fp8 copies" in explain_text(result)
+    exact = plan(exact_weights=True).plan()
+    assert exact.expert_gemms == "compute", "their copies do not fit next to exact master weights"
+
+
+def test_without_the_option_nothing_is_in_fp8_and_no_alternative_is() -> None:
+    result = plan(fp8_gemms=False)
+    found = result.plan()
+    assert (found.expert_gemms, found.dense_gemms) == ("compute", "compute")
+    assert not {"expert_gemms", "dense_gemms"} & {other["decision"] for other in found.alternatives}
+    without_rates = dataclasses.replace(H200, fp8_dense_gemm=None, fp8_grouped_gemm=None)
+    request = dataclasses.replace(REQUEST, fp8_gemms=False)
+    assert compile_plan(LITE, without_rates, request).plan() == found
+
+
+@pytest.mark.parametrize("pins", [{"expert_gemms": "compute"}, {"dense_gemms": "compute"}])
+def test_a_pin_decides_and_is_named_where_it_excludes(pins: dict[str, str]) -> None:
+    result = plan(pins=pins)
+    ((name, value),) = pins.items()
+    assert getattr(result.plan(), name) == value
+    other = next(other for other in result.plan().alternatives if other["decision"] == name)
+    assert other["value"] == "fp8" and other["excluded_by"] == [f"--pin {name}=compute"]
+
+
+def test_a_forbidden_value_is_not_planned() -> None:
+    assert plan(forbidden=frozenset({("expert_gemms", "fp8")})).plan().expert_gemms == "compute"
+
+
+@pytest.mark.parametrize(
+    "name, pins",
+    [
+        ("fp8_grouped_gemm", {}),
+        ("fp8_dense_gemm", {}),
+        ("dense_gemm", {"dense_gemms": "fp8"}),
+        ("grouped_gemm", {}),
+        ("elementwise_bytes_per_second", {"expert_gemms": "fp8", "dense_gemms": "fp8"}),
+        ("memory_bytes_per_second", {"expert_gemms": "fp8"}),
+    ],
+)
+def test_faster_kernels_never_give_a_slower_plan(name: str, pins: dict[str, str]) -> None:
+    before: float | None = None
+    for factor in (0.5, 0.8, 1.0, 1.04):
+        value = getattr(H200, name)
+        if isinstance(value, Rates):
+            faster = dataclasses.replace(value, flops_per_second=tuple(factor * r for r in value.flops_per_second))
+        else:
+            faster = factor * value
+        request = dataclasses.replace(REQUEST, pins=pins)
+        best = compile_plan(LITE, dataclasses.replace(H200, **{name: faster}), request, with_alternatives=False).best
+        assert best is not None
+        assert before is None or best.time.total <= before * (1 + 1e-12)
+        before = best.time.total
+
+
+@pytest.mark.parametrize("name", ["a100-80", "b200"])
+def test_a_gpu_without_rates_of_fp8_is_refused_with_what_to_do(name: str) -> None:
+    message = (
+        rf"compile.precision \(fp8\) needs .* cluster '{name}' .* no \[fp8_dense_gemm\] and no \[fp8_grouped_gemm\]"
+    )
+    with pytest.raises(ConfigError, match=message + ".*; give a cluster with fp8 such as h200, .* --precision bf16"):
+        compile_plan(LITE, load_cluster(name), REQUEST)
+
+
+def test_on_several_gpus_plans_compute_in_bf16_and_say_why() -> None:
+    request = dataclasses.replace(REQUEST, runtime_gpus=8, plan_gpus=None)
+    result = compile_plan(LITE, H200, request, with_alternatives=False)
+    assert result.plan().expert_gemms == result.plan().dense_gemms == "compute"
+    assert "GEMMs are in fp8 on 1 GPU only in this version: this plan's are in bf16" in explain_text(result)
+
+
+def test_fit_has_fp8_on_one_gpu_and_says_so() -> None:
+    request = dataclasses.replace(REQUEST, plan_gpus=None)
+    result = fit_to_gpus(LITE, H200, request, largest=2)
+    decisions = [point.best.decisions for point in result.points if point.best is not None]
+    assert [each["expert_gemms"] for each in decisions] == ["fp8", "compute"]
+    one, two = fit_text(result).splitlines()[1:3]
+    assert one.rstrip().endswith("GEMMs in fp8: experts and dense") and "fp8" not in two
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "tiny"])
+def test_experts_that_cannot_multiply_in_fp8_do_not_and_linear_layers_do(model: str) -> None:
+    config = tiny_config(num_experts=None) if model == "tiny" else read_model_config(model)
+    request = dataclasses.replace(REQUEST, sequence_length=256, pins={"dense_gemms": "fp8"})
+    result = compile_plan(config, dataclasses.replace(H200, memory_bytes=2**40), request, with_alternatives=False)
+    assert (result.plan().expert_gemms, result.plan().dense_gemms) == ("compute", "fp8")
+    with pytest.raises(ConfigError, match=r"expert_gemms must be compute: (the model has no|this version has no) "):
+        compile_plan(config, H200, dataclasses.replace(request, pins={"expert_gemms": "fp8"}))
