@@ -10,35 +10,13 @@ The copies are written after each update of the weight (:func:`write_copies`), n
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
 from moescale.formats import FP8_COPY_ROWS
 from moescale.kernels.backends import runs_triton
-
-E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0
-"""The largest number of e4m3."""
-
-
-class Scaled(NamedTuple):
-    """A matrix in e4m3 with the numbers that its elements are multiplied by."""
-
-    data: torch.Tensor
-    scales: torch.Tensor
-    """fp32, powers of two: one a row, or one an expert."""
-
-
-class Copies(NamedTuple):
-    """The two copies of a weight [E, N, K]; of a linear layer's [N, K], E is 1."""
-
-    rows: torch.Tensor
-    """[E, N, K] e4m3"""
-    columns: torch.Tensor
-    """[K, E * N'] e4m3, transposed; N' is N rounded up to a multiple of 128, zero behind N."""
-    scales: torch.Tensor
-    """[E] fp32, of both."""
+from moescale.kernels.fp8.scaled import E4M3, Copies
+from moescale.kernels.fp8.scaled import Scaled as Scaled
 
 
 def empty_copies(weight: torch.Tensor) -> Copies:

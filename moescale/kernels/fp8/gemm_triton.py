@@ -22,8 +22,8 @@ from moescale.kernels.experts.grouped_gemm_triton import (
 from moescale.kernels.experts.launch_config import LaunchConfig
 from moescale.kernels.experts.ragged_triton import describe_rows, load_rows, store_rows
 from moescale.kernels.experts.row_tiles_triton import RowGroups, split_whole_tiles, whole_tile
-from moescale.kernels.fp8 import Scaled
 from moescale.kernels.fp8.launch_config import find_launch
+from moescale.kernels.fp8.scaled import Scaled
 
 
 @triton.jit

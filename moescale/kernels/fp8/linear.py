@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from moescale.kernels.backends import KernelInputError, check_dtype, check_gradient_buffer, check_shape
-from moescale.kernels.fp8 import Copies, Scaled, kernels_for
+from moescale.kernels.fp8 import kernels_for
+from moescale.kernels.fp8.scaled import Copies, Scaled
 from moescale.kernels.linear import add_product
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from moescale.formats import FP8_COPY_ROWS
 from moescale.kernels.backends import triton_interpreted
 from moescale.kernels.experts.row_tiles_triton import RowGroups
-from moescale.kernels.fp8 import E4M3, Copies, Scaled
+from moescale.kernels.fp8.scaled import E4M3, Copies, Scaled
 
 INTERPRETED = tl.constexpr(triton_interpreted())
 TILE = FP8_COPY_ROWS

@@ -10,7 +10,7 @@ import torch
 from moescale.kernels.experts import reference as bf16
 from moescale.kernels.experts.reference import combine_rows, order_by_pair, sort_weights
 from moescale.kernels.experts.sort import sort_pairs
-from moescale.kernels.fp8 import E4M3, LARGEST, Copies, Scaled
+from moescale.kernels.fp8.scaled import E4M3, LARGEST, Copies, Scaled
 
 LEAST_SCALE = 2.0**-100
 PADDING = 128

@@ -19,7 +19,7 @@ from moescale.kernels.experts import ExpertBiases, ExpertScales, SwigluClamp
 from moescale.kernels.experts import experts as run_experts
 from moescale.kernels.experts.adapted import adapted_experts
 from moescale.kernels.fp8 import Copies
-from moescale.kernels.fp8.experts import fp8_experts
+from moescale.kernels.fp8.routed import fp8_experts
 from moescale.kernels.router import Routing, route, router_logits
 from moescale.kernels.swiglu import swiglu
 from moescale.models.blocks.linear import Linear

@@ -18,7 +18,8 @@ from moescale.kernels.backends import (
     debug_checks_enabled,
 )
 from moescale.kernels.experts.sort import check_ids
-from moescale.kernels.fp8 import Copies, Scaled, kernels_for
+from moescale.kernels.fp8 import kernels_for
+from moescale.kernels.fp8.scaled import Copies, Scaled
 
 
 def fp8_experts(

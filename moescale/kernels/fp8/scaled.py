@@ -1,0 +1,30 @@
+"""Matrices in e4m3 with their scales, and the copies of a weight."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""The largest number of e4m3."""
+
+
+class Scaled(NamedTuple):
+    """A matrix in e4m3 with the numbers that its elements are multiplied by."""
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    """fp32, powers of two: one a row, or one an expert."""
+
+
+class Copies(NamedTuple):
+    """The two copies of a weight [E, N, K]; of a linear layer's [N, K], E is 1."""
+
+    rows: torch.Tensor
+    """[E, N, K] e4m3"""
+    columns: torch.Tensor
+    """[K, E * N'] e4m3, transposed; N' is N rounded up to a multiple of 128, zero behind N."""
+    scales: torch.Tensor
+    """[E] fp32, of both."""
