@@ -34,6 +34,8 @@ FP8_BLOCK = 128
 """Rows and columns of a frozen weight in fp8 that share one fp32 scale."""
 FP8_COPY_ROWS = 128
 """To a multiple of which each expert's rows are padded in the transposed fp8 copy of its weight."""
+FP8_GEMM_MULTIPLE = 16
+"""Of which the dims of a weight are whose GEMMs are in fp8: rows of its copies begin at multiples of 16 bytes."""
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 MOMENT_BYTES = {"fp32": 2 * 4.0, "bf16": 2 * 2.0, "int8": 2 * (1.0 + 4.0 / MOMENT_BLOCK)}

@@ -67,10 +67,6 @@ FSDP_AXES = ("pp", "cp", "tp")
 """Mesh axes that only ``dense_sharding`` fsdp knows: zero1 keeps whole weights along data-parallel axes alone."""
 FP8_GEMMS_MAX_GPUS = 1
 """GPUs of a run whose GEMMs can be in fp8 in this version: the fp8 copies are made from whole weights."""
-FP8_GEMM_MULTIPLE = 16
-"""Of which the dims of a weight are whose GEMMs are in fp8: rows of its copies begin at multiples of 16 bytes."""
-FP8_COPY_ROWS = 128
-"""To a multiple of which each expert's rows are padded in the transposed fp8 copy of its weight."""
 
 
 def is_supported(axis: str) -> bool:
@@ -265,6 +261,8 @@ def one_device_plan(
     micro_batch_sequences: int,
     gradient_accumulation_steps: int,
     compute_dtype: ComputeFormat,
+    expert_gemms: GemmFormat = "compute",
+    dense_gemms: GemmFormat = "compute",
     lora: LoraSettings | None = None,
 ) -> ParallelPlan:
     """The plan of a run without a search: one device, fp32 master weights, nothing recomputed."""
@@ -283,6 +281,8 @@ def one_device_plan(
         optimizer_state_dtype="fp32",
         master_weight_format="fp32",
         gradient_dtype="fp32",
+        expert_gemms=expert_gemms,
+        dense_gemms=dense_gemms,
         lora=lora,
     )
 
@@ -376,7 +376,7 @@ def _check_gemms(plan: ParallelPlan) -> None:
         if plan.lora is not None:
             raise ConfigError(
                 f"plan.{name} (fp8) must be compute where plan.lora ({plan.lora.text()}) trains adapters: this version "
-                "computes with weights in fp8 only where they are trained; compile the plan without --precision fp8"
+                "multiplies in fp8 only where weights are trained; leave out --precision fp8, or --lora"
             )
         if plan.runtime_gpus > FP8_GEMMS_MAX_GPUS:
             raise ConfigError(

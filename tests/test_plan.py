@@ -91,7 +91,7 @@ def test_a_file_without_formats_of_gemms_computes_them_in_the_compute_dtype_and_
         ),
         (
             dict(lora=LoraSettings(rank=4, alpha=8.0, targets=("all",))),
-            r"plan\.{} \(fp8\) must be compute where plan\.lora \(rank=4,.* without --precision fp8",
+            r"plan\.{} \(fp8\) must be compute where plan\.lora \(rank=4,.* leave out --precision fp8, or --lora",
         ),
         (
             dict(runtime_gpus=2, mesh=MeshShape(dp_replicate=2), tokens_per_step=128 * 2 * 3 * 2),

@@ -27,8 +27,8 @@ class CompileSettings:
     """Corpus written by `moescale prepare` that the plan is for: its sequences and tokenizer are compared."""
     memory_limit: float | None = None
     """Memory a GPU may use: a number of GiB, or a size such as 64GB; default: that of the cluster file."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute dtype."""
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    """Compute dtype; fp8: bf16, and GEMMs in fp8 where they are faster and their copies of weights fit."""
     lora: str | None = None
     """Plan to train adapters only, as `moescale run --lora` does: rank=16,alpha=32,targets=attention+experts."""
     pin: tuple[str, ...] = ()

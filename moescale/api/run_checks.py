@@ -17,9 +17,11 @@ from moescale.convert.hf_config import PRESETS
 from moescale.convert.weight_files import has_weights
 from moescale.data.corpus import Corpus
 from moescale.errors import ConfigError
+from moescale.formats import ComputeFormat
 from moescale.lora import LoraSettings, parse_lora
 from moescale.models.layer_plans import plan_of_layers
 from moescale.plan import ParallelPlan, load_plan, one_device_plan
+from moescale.planner.request import no_experts_in_fp8
 from moescale.runtime.join import was_launched
 
 MIN_CPU_RANKS = 16
@@ -66,12 +68,16 @@ def choose_plan(inputs: RunInputs, config: ModelConfig, corpus: Corpus, device: 
     if inputs.adapter is not None and lora is None:
         lora = read_adapter_settings(inputs.adapter, config)
     _check_adapter(inputs.adapter, config, lora)
+    in_fp8 = inputs.precision == "fp8"
+    default: ComputeFormat = "bf16" if device.type == "cuda" else "fp32"
     return one_device_plan(
         config,
         sequence_length=corpus.sequence_length,
         micro_batch_sequences=sequences,
         gradient_accumulation_steps=tokens_per_step // micro_batch_tokens,
-        compute_dtype=inputs.precision or ("bf16" if device.type == "cuda" else "fp32"),
+        compute_dtype="bf16" if inputs.precision == "fp8" else inputs.precision or default,
+        expert_gemms="fp8" if in_fp8 and no_experts_in_fp8(config) is None else "compute",
+        dense_gemms="fp8" if in_fp8 else "compute",
         lora=lora,
     )
 

@@ -33,8 +33,8 @@ class RunInputs:
     """Without a plan: tokens of one optimizer step."""
     micro_batch_sequences: int | None = None
     """Without a plan: sequences of a micro-batch."""
-    precision: Literal["bf16", "fp32"] | None = None
-    """Without a plan: compute dtype; default: bf16 on a GPU, fp32 on the CPU."""
+    precision: Literal["bf16", "fp32", "fp8"] | None = None
+    """Without a plan: compute dtype; default: bf16 on a GPU, fp32 on the CPU; fp8: bf16 with GEMMs in fp8."""
     lora: str | None = None
     """Train adapters only, as in rank=16,alpha=32,targets=attention+experts; targets: all, attention, dense, shared,
     experts, or a module such as q_proj; also dropout=0.05, rank_stabilised=true, base=fp8 (frozen weights in fp8).
@@ -91,7 +91,7 @@ class RunInputs:
         if self.profile < 0:
             raise ConfigError(f"run.profile ({self.profile}) must not be negative; 0 profiles nothing")
         for name, known in (
-            ("precision", ("bf16", "fp32", None)),
+            ("precision", ("bf16", "fp32", "fp8", None)),
             ("initialize", ("auto", "pretrained", "random")),
             ("resume", ("last", "last-good", "never")),
             ("experts_backend", get_args(ExpertsBackend)),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moescale.plan import FP8_COPY_ROWS, LayerPlan
+from moescale.formats import FP8_COPY_ROWS
+from moescale.plan import LayerPlan
 from moescale.planner.axes.axis import MicroBatch
 from moescale.planner.axes.registry import AXES, EP
 from moescale.planner.request import recompute_name

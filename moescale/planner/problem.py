@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from moescale.formats import DTYPE_BYTES
+from moescale.formats import DTYPE_BYTES, FP8_GEMM_MULTIPLE
 from moescale.operators import Operator, is_routed
-from moescale.plan import FP8_GEMM_MULTIPLE, MeshShape
+from moescale.plan import MeshShape
 from moescale.planner.cluster import Cluster
 from moescale.planner.request import Gemms, PlanRequest
 from moescale.planner.shares import local_parameters, rank_parameters, updated_parameters

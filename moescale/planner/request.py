@@ -10,6 +10,7 @@ from typing import Any
 from moescale.config import ModelConfig
 from moescale.formats import (
     EXACT_MASTERS,
+    FP8_GEMM_MULTIPLE,
     PLANNED_GRADIENTS,
     PLANNED_MASTERS,
     PLANNED_MOMENTS,
@@ -20,7 +21,7 @@ from moescale.formats import (
     MomentFormat,
 )
 from moescale.lora import LoraSettings
-from moescale.plan import FP8_GEMM_MULTIPLE, FP8_GEMMS_MAX_GPUS, DenseSharding, LayerPlan, MeshShape
+from moescale.plan import FP8_GEMMS_MAX_GPUS, DenseSharding, LayerPlan, MeshShape
 
 RECOMPUTE_CHOICES = ("none", "experts", "block")
 """Keep everything; recompute the experts' up-projection; recompute the whole block."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
-from moescale.formats import FP8_BLOCK
+from moescale.formats import FP8_BLOCK, FP8_COPY_ROWS
 from moescale.lora import LoraSettings
 from moescale.models.registry import family_of
 from moescale.operators import (
@@ -25,7 +25,6 @@ from moescale.operators import (
     routed_weight_elements,
     weight_elements,
 )
-from moescale.plan import FP8_COPY_ROWS
 
 RANK_DIM = "z"
 """The rank of adapters."""

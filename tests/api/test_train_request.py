@@ -101,7 +101,7 @@ def test_paths_may_be_strings():
     [
         ("experts_backend", "cuter", r"run.experts_backend \('cuter'\) must be one of auto, .*; did you mean 'cute'"),
         ("resume", "yes", r"run.resume \('yes'\) must be one of last, last-good, never"),
-        ("precision", "bf32", r"run.precision \('bf32'\) must be one of bf16, fp32"),
+        ("precision", "bf32", r"run.precision \('bf32'\) must be one of bf16, fp32, fp8"),
     ],
 )
 def test_a_value_that_is_none_of_the_choices_is_refused(name, value, message):

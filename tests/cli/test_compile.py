@@ -91,6 +91,9 @@ def test_where_nothing_fits_the_nearest_misses_and_remedies_are_told(capsys: pyt
         (["--output", "/tmp/same", "--html", "/tmp/same"], "must be two files"),
         (["--fit", "--output", "plan.json"], "--output (plan.json) cannot be written with --fit"),
         (["--fit", "--html", "plan.html"], "--html (plan.html) cannot be written with --fit"),
+        (["--precision", "fp8", "--cluster", "a100-80"], "cluster 'a100-80' (NVIDIA A100-SXM4-80GB) has no [fp8_dense"),
+        (["--precision", "fp8", "--lora", "rank=4"], "compile.precision (fp8) is for weights that are trained"),
+        (["--pin", "dense_gemms=fp8"], "dense_gemms must be compute without --precision fp8"),
         (["--sequence-length", "1000000"], "must not exceed model.max_sequence_length"),
     ],
 )
@@ -102,6 +105,34 @@ def test_nonsense_is_refused_with_exit_status_2(
         main(["compile", "--model", "tiny", *length, *options])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+IN_FP8 = "compile --model deepseek-coder-v2-lite --cluster h200 --precision fp8".split()
+
+
+def test_gemms_in_fp8_are_planned_where_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compile_(*IN_FP8, "--allow-stochastic-rounding", "--output", str(tmp_path / "plan.json"))
+    text = capsys.readouterr().out
+    assert "fp8 copies" in text and "expert_gemms compute instead of fp8: +" in text
+    assert "master_weight_format bf16_remainder instead of stochastic_bf16: +0.5%, does not fit" in text
+    plan = load_plan(tmp_path / "plan.json")
+    assert (plan.compute_dtype, plan.expert_gemms, plan.dense_gemms) == ("bf16", "fp8", "fp8")
+
+
+def test_exact_weights_leave_no_room_for_copies_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    compile_(*IN_FP8, "--json")
+    document = json.loads(capsys.readouterr().out)
+    assert (document["expert_gemms"], document["dense_gemms"]) == ("compute", "fp8")
+    (other,) = [other for other in document["alternatives"] if other["decision"] == "expert_gemms"]
+    assert other["slower_by"] < 0 and other["exceeds_memory_by_bytes"] > 0
+
+
+def test_fit_plans_gemms_in_fp8_on_one_gpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--precision fp8 --fit --json --sequence-length 256 --pin micro_batch_sequences=64 --pin dense_gemms=fp8"
+    compile_(*"compile --model tiny --cluster h200".split(), *options.split())
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert [point["fits"] for point in points] == [True] + 10 * [False]
+    assert points[0]["decisions"]["dense_gemms"] == "fp8"
 
 
 def test_fit_tells_the_smallest_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from moescale.convert.hf_config import read_model_config
 from moescale.errors import ConfigError
+from moescale.formats import FP8_GEMM_MULTIPLE
+from moescale.models.fp8_gemms import MULTIPLE, use_fp8
+from moescale.models.transformer import build_on_meta
 from moescale.operators import operator
 from moescale.plan import LayerPlan, MeshShape
 from moescale.planner import layer_bytes
@@ -18,10 +22,11 @@ from moescale.planner.explain import alternative_text, explain_text
 from moescale.planner.fit import fit_text, fit_to_gpus
 from moescale.planner.memory import MemoryModel
 from moescale.planner.problem import Problem
-from moescale.planner.request import IN_COMPUTE_DTYPE, Formats, Gemms, PlanRequest
+from moescale.planner.request import IN_COMPUTE_DTYPE, Formats, Gemms, PlanRequest, no_experts_in_fp8
 from moescale.planner.result import PlanResult
 from moescale.planner.search import compile_plan
 from moescale.planner.workload import build_workload
+from tests.models.test_frozen_fp8 import FAMILIES
 from tiny import tiny_config
 
 LITE = read_model_config("deepseek-coder-v2-lite")
@@ -32,6 +37,8 @@ REQUEST = PlanRequest(
 BOTH = Gemms(expert_gemms="fp8", dense_gemms="fp8")
 EXPERTS = Gemms(expert_gemms="fp8")
 DENSE = Gemms(dense_gemms="fp8")
+COPIES = ("copies", "gate_up_copies", "down_copies")
+"""Attributes of modules that multiply in fp8."""
 FORMATS = Formats(
     optimizer_state_dtype="int8", master_weight_format="stochastic_bf16", gradient_dtype="bf16", offload_optimizer=False
 )
@@ -67,6 +74,22 @@ def test_rows_of_the_transposed_copy_are_padded_for_every_expert() -> None:
     config = tiny_config(expert_intermediate_size=48)  # gate and up have 96 rows, down 32; both become 128
     gate_up, down = 8 * 32 * (96 + 128), 8 * 48 * (32 + 128)
     assert copies_of(config, EXPERTS) == 2 * (gate_up + down + 2 * 8 * 4)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_copies_have_the_bytes_of_those_of_the_real_model(family: str) -> None:
+    config = dataclasses.replace(FAMILIES[family], dense_intermediate_size=72)
+    experts = no_experts_in_fp8(config) is None
+    with torch.device("meta"):
+        model = build_on_meta(config, torch.bfloat16)
+        use_fp8(model, experts=experts, dense=True)
+    copies = [getattr(module, name, None) for module in model.modules() for name in COPIES]
+    found = sum(tensor.nbytes for pair in copies if pair is not None for tensor in pair)
+    assert copies_of(config, BOTH if experts else DENSE) == found > 0
+
+
+def test_what_the_planner_leaves_in_bf16_the_model_does() -> None:
+    assert MULTIPLE == FP8_GEMM_MULTIPLE
 
 
 def test_weights_whose_dims_are_no_multiples_of_16_stay_as_they_are() -> None:

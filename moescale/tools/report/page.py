@@ -100,7 +100,7 @@ def _decisions(plan: ParallelPlan | None) -> dict[str, Any]:
     names = [
         *("runtime_gpus", "sequence_length", "tokens_per_step", "micro_batch_sequences", "gradient_accumulation_steps"),
         *("compute_dtype", "optimizer_state_dtype", "master_weight_format", "gradient_dtype", "dense_sharding"),
-        "offload_optimizer",
+        *("offload_optimizer", "expert_gemms", "dense_gemms"),
     ]
     mesh = " ".join(f"{axis} {size}" for axis, size in vars(plan.mesh).items() if size > 1)
     return {"mesh": mesh or "one device"} | {name: getattr(plan, name) for name in names}
