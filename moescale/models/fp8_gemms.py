@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import torch
 
 from moescale.errors import ConfigError
-from moescale.kernels.fp8 import Copies, empty_copies, write_copies
+from moescale.kernels.fp8 import empty_copies, write_copies
+from moescale.kernels.fp8.errors import note_copies
+from moescale.kernels.fp8.scaled import Copies
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.moe import RoutedExperts
 from moescale.models.transformer import Transformer
@@ -35,18 +37,29 @@ def use_fp8(model: Transformer, *, experts: bool, dense: bool) -> None:
 
 def write_weight_copies(model: Transformer) -> None:
     """Bring the copies up to date with the weights: after they were set, loaded or updated."""
-    for weight, copies in _copied(model):
+    for _, weight, copies in _copied(model):
         write_copies(weight, copies)
 
 
-def _copied(model: Transformer) -> Iterator[tuple[torch.Tensor, Copies]]:
+def multiplies_in_fp8(model: Transformer) -> bool:
+    """Whether any module does."""
+    return next(_copied(model), None) is not None
+
+
+def note_weights(model: Transformer) -> None:
+    """Tell :mod:`moescale.kernels.fp8.errors` of the weights and their copies."""
+    for kind, weight, copies in _copied(model):
+        note_copies(f"{kind} weight", weight, copies)
+
+
+def _copied(model: Transformer) -> Iterator[tuple[str, torch.Tensor, Copies]]:
     for module in model.layers.modules():
         if isinstance(module, Linear) and module.copies is not None:
-            yield module.weight, module.copies
+            yield "linear", module.weight, module.copies
         if isinstance(module, RoutedExperts) and module.gate_up_copies is not None:
             assert module.down_copies is not None
-            yield module.gate_up, module.gate_up_copies
-            yield module.down, module.down_copies
+            yield "experts", module.gate_up, module.gate_up_copies
+            yield "experts", module.down, module.down_copies
 
 
 def _check_experts(module: RoutedExperts) -> None:

@@ -52,6 +52,9 @@ class TrainSettings:
     """Prompts that are continued each time."""
     sample_tokens: int = 64
     """Tokens of a sample, at most."""
+    fp8_errors_every: int = 100
+    """Where the plan multiplies in fp8: steps between measurements of what rounding to it is off by, from the first
+    step on; 0: never."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end and when stopped."""
     checkpoint_minutes: float = 0.0
@@ -96,6 +99,7 @@ class TrainSettings:
             ("sample_every", self.sample_every >= 0, "must not be negative; 0 means never"),
             ("samples", self.samples > 0, "must be positive; run.sample_every 0 turns samples off"),
             ("sample_tokens", self.sample_tokens > 0, "must be positive; run.sample_every 0 turns samples off"),
+            ("fp8_errors_every", self.fp8_errors_every >= 0, "must not be negative; 0 means never"),
             ("checkpoint_every", self.checkpoint_every >= 0, "must not be negative; 0 means at the end only"),
             ("checkpoint_minutes", 0 <= self.checkpoint_minutes < math.inf, "must be finite; 0 turns it off"),
             (

@@ -21,7 +21,7 @@ import torch
 
 from moescale.coordinates import ONE_DEVICE, Coordinates
 from moescale.errors import MoescaleError, NonFiniteLossError, Preempted
-from moescale.models.fp8_gemms import write_weight_copies
+from moescale.models.fp8_gemms import multiplies_in_fp8, write_weight_copies
 from moescale.models.transformer import Transformer
 from moescale.report.metrics import StepMetrics, TrainSummary
 from moescale.report.observer import Observer
@@ -29,6 +29,7 @@ from moescale.runtime.checkpoint import Checkpoint, load, read_training_state
 from moescale.runtime.checkpoint_store import CheckpointStore
 from moescale.runtime.checkpoint_weights import WEIGHTS_PREFIX
 from moescale.runtime.checkpoint_writer import CheckpointWriter
+from moescale.runtime.fp8_errors import as_metrics, fp8_errors
 from moescale.runtime.hooks import TrainerHook, Update
 from moescale.runtime.layout import Part, whole
 from moescale.runtime.mapping import sum_over_replicas_at_the_last
@@ -111,6 +112,7 @@ class Trainer:
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
         self.optimizer.accumulate_in_gemms(model)
         write_weight_copies(model)
+        self._multiplies_in_fp8 = multiplies_in_fp8(model)
         self.buffers = {} if model.is_frozen else dict(model.named_buffers())
         """Buffers that training updates, the same on every rank."""
         self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs)
@@ -276,6 +278,8 @@ class Trainer:
             self.nonfinite.note_update()
         extra = {} if skipped else self._after_update(sums.expert_rows)
         self.step += 1
+        if self._multiplies_in_fp8 and (self.step == 1 or self._due(self.settings.fp8_errors_every)):
+            extra |= self._fp8_errors(batches[0])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         num_moe_layers = max(1, self.model.config.num_moe_layers)
@@ -309,6 +313,18 @@ class Trainer:
         for hook in self.hooks:
             extra |= hook.after_update(Update(step=self.step + 1, model=self.model, expert_rows=expert_rows)) or {}
         return extra
+
+    def _fp8_errors(self, batch: Batch) -> dict[str, float]:
+        if not self.settings.fp8_errors_every:
+            return {}
+        self.on_progress(self.step, "errors of rounding to fp8")
+        try:
+            errors = fp8_errors(self.model, batch.tokens, batch.targets, self.optimizer.zero_gradients)
+        except torch.OutOfMemoryError:  # a measurement must not end a run
+            self._multiplies_in_fp8 = False
+            self.on_notice("no memory is left to measure the errors of rounding to fp8; the run goes on without")
+            return {}
+        return as_metrics(errors)
 
     def _dropout_seed(self, micro_batch: int) -> int:
         """Return a seed per micro-batch and data rank, so that a resumed run drops the same values."""

@@ -7,6 +7,8 @@ import torch
 
 from moescale.errors import ConfigError
 from moescale.kernels.fp8 import empty_copies, write_copies
+from moescale.kernels.fp8.errors import collecting, note
+from moescale.kernels.fp8.scaled import E4M3, Scaled
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.moe import RoutedExperts
 from moescale.models.fp8_gemms import use_fp8, write_weight_copies
@@ -19,6 +21,7 @@ from tiny import tiny_config
 
 PLAIN = {name: config for name, config in FAMILIES.items() if config.swiglu_clamp is None}
 WIDE = dict(hidden_size=64, expert_intermediate_size=48)
+ROWS_OF_EXPERTS = ("input", "gradient_of_the_result", "gradient_of_the_pre-activation", "weighted_activation")
 FORMAT = OptimizerFormat(moments="bf16", master="bf16_remainder")
 
 
@@ -117,3 +120,39 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path):
     assert second.observer.losses == straight.observer.losses[4:]
     other = weights(second)
     assert all(torch.equal(tensor, other[name]) for name, tensor in weights(straight).items())
+
+
+def test_errors_are_in_the_metrics_and_measuring_changes_nothing(tmp_path):
+    one = training(tmp_path / "measured", total_steps=4, fp8_errors_every=2)
+    found = []
+    one.observer.after_step = lambda metrics: found.append(dict(metrics.extra))
+    one.train()
+    plain = training(tmp_path / "plain", total_steps=4, fp8_errors_every=0)
+    plain.train()
+    assert one.observer.losses == plain.observer.losses
+    assert [bool(extra) for extra in found] == [True, True, False, True]
+    tensors = {name.partition("/")[2] for name in found[0]}
+    assert tensors == {
+        "linear_input",
+        "linear_gradient_of_the_result",
+        "linear_weight",
+        "experts_weight",
+        "experts_activation",
+        *(f"experts_{name}{part}" for name in ROWS_OF_EXPERTS for part in ("", "_transposed")),
+    }
+    for extra in found[:2]:
+        for name in tensors:
+            assert 0.015 < extra[f"fp8_relative/{name}"] < 0.045, "numbers of 3 explicit bits are off by 2 to 3%"
+            assert extra[f"fp8_saturated/{name}"] == 0
+            assert 0 <= extra[f"fp8_underflowed/{name}"] < 0.1
+
+
+def test_what_saturates_and_what_becomes_zero_is_counted():
+    exact = torch.tensor([[448.0, 1000.0, -464.0, 1e-4], [1.0, 0.0, 0.0, 2.0**-9]])
+    scaled = Scaled(exact.clamp(-448, 448).to(E4M3), torch.ones(2))
+    with collecting() as collector:
+        note("rows", lambda: exact, scaled)
+    errors = collector.errors()["rows"]
+    assert errors.saturated == 2 / 8 and errors.underflowed == 1 / 8
+    off = torch.tensor([552.0, 16.0, 1e-4]).double().norm() / exact.double().norm()
+    assert errors.relative == pytest.approx(off.item(), rel=1e-6)

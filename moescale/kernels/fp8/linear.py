@@ -6,6 +6,7 @@ import torch
 
 from moescale.kernels.backends import KernelInputError, check_dtype, check_gradient_buffer, check_shape
 from moescale.kernels.fp8 import kernels_for
+from moescale.kernels.fp8.errors import note
 from moescale.kernels.fp8.scaled import Copies, Scaled
 from moescale.kernels.linear import add_product
 
@@ -57,7 +58,10 @@ def _linear(
     scale: torch.Tensor,
     weight_gradient: torch.Tensor | None,
 ) -> torch.Tensor:
-    found = multiply(kernels_for(x).quantize_rows(x.reshape(-1, x.shape[-1])), rows[0], scale)
+    flat = x.reshape(-1, x.shape[-1])
+    scaled = kernels_for(x).quantize_rows(flat)
+    note("linear input", lambda: flat, scaled)
+    found = multiply(scaled, rows[0], scale)
     return (found if bias is None else found + bias).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -82,7 +86,9 @@ def _linear_backward(
         found = gradient.t() @ rows
     else:
         add_product(weight_gradient.data, gradient.t(), rows)
-    return multiply(kernels_for(grad).quantize_rows(gradient), columns[:, :n], scale).view(x.shape), found
+    scaled = kernels_for(grad).quantize_rows(gradient)
+    note("linear gradient of the result", lambda: gradient, scaled)
+    return multiply(scaled, columns[:, :n], scale).view(x.shape), found
 
 
 @_linear_backward.register_fake

@@ -51,14 +51,27 @@ def gather_rows(x: torch.Tensor, pair_row: torch.Tensor, top_k: int) -> tuple[Sc
 
 def swiglu(pre: torch.Tensor) -> Scaled:
     """Return silu(gate) * up [R, F] in e4m3 with scales [R], of the pre-activation [R, 2F]."""
+    return quantize_rows(exact_swiglu(pre))
+
+
+def exact_swiglu(pre: torch.Tensor) -> torch.Tensor:
+    """Return the same in fp32."""
     gate, up = pre.float().chunk(2, -1)
-    return quantize_rows(gate * gate.sigmoid() * up)
+    return gate * gate.sigmoid() * up
 
 
 def swiglu_backward(
     grad_act: torch.Tensor, pre: torch.Tensor, row_weights: torch.Tensor
 ) -> tuple[Scaled, Scaled, torch.Tensor]:
     """Return the gradient of pre [R, 2F], the weighted activation [R, F], and the gradient of row_weights [R] fp32."""
+    grad_pre, act, grad_weights = exact_swiglu_backward(grad_act, pre, row_weights)
+    return quantize_rows(grad_pre), quantize_rows(act), grad_weights
+
+
+def exact_swiglu_backward(
+    grad_act: torch.Tensor, pre: torch.Tensor, row_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the same in fp32."""
     gate, up = pre.float().chunk(2, -1)
     grad, sigmoid = grad_act.float(), gate.sigmoid()
     silu = gate * sigmoid
@@ -66,7 +79,7 @@ def swiglu_backward(
     grad_weights = (grad * act).sum(-1)
     grad, act = grad * row_weights.unsqueeze(-1), act * row_weights.unsqueeze(-1)
     grad_pre = torch.cat([grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu], -1)
-    return quantize_rows(grad_pre), quantize_rows(act), grad_weights
+    return grad_pre, act, grad_weights
 
 
 def pad_ends(ends: torch.Tensor) -> torch.Tensor:

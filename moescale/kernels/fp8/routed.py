@@ -19,7 +19,9 @@ from moescale.kernels.backends import (
 )
 from moescale.kernels.experts.sort import check_ids
 from moescale.kernels.fp8 import kernels_for
-from moescale.kernels.fp8.scaled import Copies, Scaled
+from moescale.kernels.fp8.errors import is_collecting, note, note_of_experts
+from moescale.kernels.fp8.reference import exact_swiglu, exact_swiglu_backward
+from moescale.kernels.fp8.scaled import E4M3, Copies, Scaled
 
 
 def fp8_experts(
@@ -97,6 +99,7 @@ def _experts(
     groups = ops.group_rows(ends, row_pair.numel())
     pre = ops.multiply_rows(rows, Scaled(gate_up_rows, gate_up_scales), groups, gate_up.shape[1], kernel="up")
     act = ops.swiglu(pre)
+    note("experts activation", lambda: exact_swiglu(pre), act, ends)
     out = ops.multiply_rows(act, Scaled(down_rows, down_scales), groups, down.shape[1], kernel="down")
     y = ops.combine_rows(out, pair_row, top_k, topk_weights.contiguous())
     return y, pre if save_pre else x.new_empty(0), row_pair, pair_row, ends
@@ -143,12 +146,21 @@ def _experts_backward(
     del grad_rows
     row_weights = ops.sort_weights(topk_weights.contiguous(), row_pair)
     grad_pre, act, grad_weights = ops.swiglu_backward(grad_act, pre, row_weights)
+    tokens = ops.quantize_rows(x.contiguous())
+    if is_collecting():
+        exact_grad_pre, exact_act, _ = exact_swiglu_backward(grad_act, pre, row_weights)
+        note_of_experts("experts gradient of the pre-activation", exact_grad_pre, grad_pre, ends)
+        note_of_experts("experts weighted activation", exact_act, act, ends)
+        token = row_pair // top_k
+        for name, exact, scaled in (("input", x, tokens), ("gradient of the result", grad, grad_tokens)):
+            rows = Scaled(scaled.data.view(torch.uint8)[token].view(E4M3), scaled.scales[token])
+            note_of_experts(f"experts {name}", exact[token], rows, ends)
     del grad_act
     left = ops.transpose_rows(grad_tokens, groups, padded, **of_tokens)
     right = ops.transpose_rows(act, groups, padded)
     grad_down = ops.weight_gradient(left, right, padded, buffer=_data(down_gradient), kernel="down_wgrad")
     left = ops.transpose_rows(grad_pre, groups, padded)
-    right = ops.transpose_rows(ops.quantize_rows(x.contiguous()), groups, padded, **of_tokens)
+    right = ops.transpose_rows(tokens, groups, padded, **of_tokens)
     grad_gate_up = ops.weight_gradient(left, right, padded, buffer=_data(gate_up_gradient), kernel="up_wgrad")
     del left, right
     of_gate_up = Scaled(gate_up_columns, gate_up_scales)
