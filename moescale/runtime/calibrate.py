@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,13 @@ import torch.distributed as dist
 from moescale.errors import ConfigError
 from moescale.kernels.adamw import AdamWHyperparameters, adamw_update, init_adamw_state
 from moescale.kernels.attention import attention
-from moescale.kernels.experts import expert_mlp
+from moescale.kernels.backends import HOPPER
+from moescale.kernels.experts import expert_mlp, experts
 from moescale.kernels.experts.sort import sort_pairs
+from moescale.kernels.fp8 import empty_copies, kernels_for, write_copies
+from moescale.kernels.fp8.linear import multiply
+from moescale.kernels.fp8.routed import fp8_experts
+from moescale.kernels.fp8.scaled import Copies, Scaled
 from moescale.kernels.rms_norm import rms_norm
 from moescale.models.flops import peak_flops
 from moescale.runtime.calibrate_links import measure_links
@@ -75,6 +81,9 @@ def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any
     say(f"experts {_range(experts[1])}")
     attention_rates = _attention_rates(device)
     say(f"attention {_range(attention_rates[1])}")
+    fp8 = _fp8_rates(device)
+    for name, (_, rates) in fp8.items():
+        say(f"{name} {_range(rates)}")
     clock = plausible_clock(lambda: _sustained_clock(device, max(dense[1])))
     say(f"sustained clock {clock:.3f}")
     host = _host_rate(device)
@@ -100,6 +109,7 @@ def calibrate(device: torch.device, say: Callable[[str], None]) -> dict[str, Any
         "context_bytes": _context_bytes(device),
         "dense_gemm": {"sizes": dense[0], "flops_per_second": dense[1]},
         "grouped_gemm": {"sizes": experts[0], "flops_per_second": experts[1]},
+        **{name: {"sizes": sizes, "flops_per_second": rates} for name, (sizes, rates) in fp8.items()},
         "attention": {"sizes": attention_rates[0], "flops_per_second": attention_rates[1]},
         **links,
         "inter_node": {"latency_seconds": 15e-6, "bytes_per_second": 42e9},
@@ -156,10 +166,7 @@ def _dense_rates(device: torch.device) -> tuple[list[float], list[float]]:
 
 def _expert_rates(device: torch.device) -> tuple[list[float], list[float]]:
     """Measure forward and backward by rows per expert, with gradients added to bf16 buffers as in training."""
-    gate_up, down = (
-        (torch.randn(EXPERTS, *shape, device=device) * 0.02).bfloat16().requires_grad_()
-        for shape in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-    )
+    gate_up, down = _expert_weights(device)
     buffers = [torch.zeros_like(weight, requires_grad=False) for weight in (gate_up, down)]
     sizes, rates = [], []
     for tokens in EXPERT_TOKENS:
@@ -175,6 +182,76 @@ def _expert_rates(device: torch.device) -> tuple[list[float], list[float]]:
         sizes.append(tokens * TOP_K / EXPERTS)
         rates.append(18.0 * tokens * TOP_K * HIDDEN * INTERMEDIATE / seconds_of(run))
     return sizes, rates
+
+
+def _fp8_rates(device: torch.device) -> dict[str, tuple[list[float], list[float]]]:
+    """Measure GEMMs in e4m3 by the names of their tables in a cluster file; none where the GPU has no kernels of ours.
+
+    Of linear layers the products alone, operands quantised before. Of experts forward and backward with everything that
+    quantises, as :func:`_expert_rates` without it: gather and combination are priced by themselves, so what they take
+    in bf16 is taken off.
+    """
+    if torch.cuda.get_device_capability(device) != HOPPER:
+        return {}
+    sizes, rates = [], []
+    for inputs, outputs in GEMM_WIDTHS:
+        x = torch.randn(ROWS, inputs, device=device).bfloat16()
+        weight = torch.randn(outputs, inputs, device=device).bfloat16()
+        copies = empty_copies(weight)
+        write_copies(weight, copies)
+        quantize = kernels_for(x).quantize_rows
+        rows, grad = quantize(x), quantize(torch.randn(ROWS, outputs, device=device).bfloat16())
+
+        def gemms(rows: Scaled = rows, grad: Scaled = grad, copies: Copies = copies, outputs: int = outputs) -> None:
+            multiply(rows, copies.rows[0], copies.scales)
+            multiply(grad, copies.columns[:, :outputs], copies.scales)
+
+        flops = 2.0 * ROWS * inputs * outputs
+        sizes.append(flops)
+        rates.append(2 * flops / seconds_of(gemms))
+    return {"fp8_dense_gemm": (sizes, rates), "fp8_grouped_gemm": _fp8_expert_rates(device)}
+
+
+def _fp8_expert_rates(device: torch.device) -> tuple[list[float], list[float]]:
+    gate_up, down = _expert_weights(device)
+    buffers: dict[str, Any] = {
+        f"{name}_gradient": torch.zeros_like(weight, requires_grad=False)
+        for name, weight in (("gate_up", gate_up), ("down", down))
+    }
+    copies = [empty_copies(weight) for weight in (gate_up, down)]
+    for weight, of_weight in zip((gate_up, down), copies, strict=True):
+        write_copies(weight, of_weight)
+    sizes, rates = [], []
+    for tokens in EXPERT_TOKENS:
+        x = torch.randn(tokens, HIDDEN, device=device).bfloat16().requires_grad_()
+        weights, ids = torch.rand(tokens, EXPERTS, device=device).softmax(-1).topk(TOP_K)
+        weights.requires_grad_()
+        ends = sort_pairs(ids, EXPERTS)[-1]
+        rows = torch.randn(tokens * TOP_K, HIDDEN, device=device).bfloat16().requires_grad_()
+        routed = (x, ids.int(), weights, gate_up, down)
+        contenders: dict[str, Callable[[], torch.Tensor]] = {
+            "fp8": partial(fp8_experts, *routed, *copies, **buffers),
+            "bf16": partial(experts, *routed, **buffers),
+            "bf16 on rows": partial(expert_mlp, rows, gate_up, down, ends, **buffers),
+        }
+
+        def seconds(name: str, contenders=contenders, x=x, weights=weights, rows=rows) -> float:
+            wanted = (rows,) if name == "bf16 on rows" else (x, weights)
+            grad = torch.ones_like(rows if name == "bf16 on rows" else x)
+            return seconds_of(lambda: torch.autograd.grad(contenders[name](), wanted, grad))
+
+        around = max(0.0, seconds("bf16") - seconds("bf16 on rows"))
+        whole = seconds("fp8")
+        sizes.append(tokens * TOP_K / EXPERTS)
+        rates.append(18.0 * tokens * TOP_K * HIDDEN * INTERMEDIATE / max(whole - around, whole / 2))
+    return sizes, rates
+
+
+def _expert_weights(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up [E, 2F, H], and down [E, H, F]."""
+    shapes = (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
+    weights = [(torch.randn(EXPERTS, *shape, device=device) * 0.02).bfloat16().requires_grad_() for shape in shapes]
+    return weights[0], weights[1]
 
 
 def _attention_rates(device: torch.device) -> tuple[list[float], list[float]]:
