@@ -29,6 +29,7 @@ from moescale.config import ModelConfig
 from moescale.convert.hf_config import PRESETS, read_model_config
 from moescale.errors import ConfigError
 from moescale.lora import LoraSettings, parse_lora
+from moescale.models.fp8_gemms import use_fp8
 from moescale.models.lora import add_adapters, is_adapter
 from moescale.models.transformer import Transformer, build_on_meta
 from moescale.plan import LayerPlan, MeshShape, ParallelPlan, one_device_plan
@@ -116,7 +117,7 @@ def fake_runtime(gpu_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def plan_with(pins: dict[str, str], lora: LoraSettings | None = None) -> PlanResult:
+def plan_with(pins: dict[str, str], lora: LoraSettings | None = None, *, fp8_gemms: bool = False) -> PlanResult:
     gpus = 8 if pins.get("dp_shard") else 1
     defaults = {"moe_recompute": "none", "dense_recompute": "none", "gradient_dtype": "fp32" if lora else "bf16"}
     if gpus > 1:
@@ -127,6 +128,7 @@ def plan_with(pins: dict[str, str], lora: LoraSettings | None = None) -> PlanRes
         sequence_length=2048,
         router_imbalance=1.0,
         lora=lora,
+        fp8_gemms=fp8_gemms,
         pins={"micro_batch_sequences": "4", **defaults, **pins},
     )
     return compile_plan(CONFIG, load_cluster("h200"), request, with_alternatives=False)
@@ -142,9 +144,10 @@ def predicted_bytes(result: PlanResult) -> float:
         candidate.micro_batch_sequences,
         candidate.layers,
         candidate.formats.gradient_dtype,
+        gemms=candidate.gemms,
     )
     visible = (sum(size for name, size in parts.items() if name != "inside operators") for parts in moments.values())
-    persistent = model.persistent(candidate.mesh, candidate.formats)
+    persistent = model.persistent(candidate.mesh, candidate.formats, gemms=candidate.gemms)
     return max(visible) + sum(size for name, size in persistent.items() if name != "context")
 
 
@@ -159,6 +162,7 @@ def tracked_bytes(config: ModelConfig, plan: ParallelPlan) -> int:
         mapping.apply_plan(model, plan, meshes)
         with FakeTensorMode(allow_non_fake_inputs=True):
             _give_fake_memory(model, divided=ranks.size > 1)
+            use_fp8(model, experts=plan.expert_gemms == "fp8", dense=plan.dense_gemms == "fp8")
             optimizer = AdamW(
                 model.named_parameters(),
                 TrainSettings(),
@@ -187,7 +191,8 @@ def _give_fake_memory(model: Transformer, *, divided: bool) -> None:
 def _track(model: Transformer, optimizer: AdamW, plan: ParallelPlan) -> int:
     states = [tensor for state in optimizer.states.values() for tensor in state.tensors().values()]
     tracker = MemTracker()
-    tracker.track_external(model, *optimizer.weights.values(), *optimizer._gradients.values(), *states)
+    copies = [tensor for copies in _fp8_copies(model) for tensor in copies]
+    tracker.track_external(model, *optimizer.weights.values(), *optimizer._gradients.values(), *states, *copies)
     tokens = torch.zeros(plan.micro_batch_sequences, plan.sequence_length, dtype=torch.int64)
     with tracker, _hooks_on_trained_weights_alone():
         for last in (False, True):
@@ -197,6 +202,13 @@ def _track(model: Transformer, optimizer: AdamW, plan: ParallelPlan) -> int:
             (output.loss_sum + output.aux_loss).backward()
             del output
     return max(tracker.get_tracker_snapshot("peak")[torch.device("cpu")].values())
+
+
+def _fp8_copies(model: Transformer) -> Iterator[tuple[torch.Tensor, ...]]:
+    for module in model.modules():
+        for name in ("copies", "gate_up_copies", "down_copies"):
+            if getattr(module, name, None) is not None:
+                yield getattr(module, name)
 
 
 @contextmanager
@@ -222,6 +234,23 @@ def error_of(pins: dict[str, str], lora: LoraSettings | None = None) -> float:
 @pytest.mark.parametrize("name", QUICK)
 def test_the_predicted_peak_is_that_of_the_tracker(name: str, fake_runtime: None) -> None:
     assert abs(error_of((ONE_GPU | EIGHT_GPUS)[name])) < 0.01
+
+
+FP8_PLANS = {
+    "experts": {"expert_gemms": "fp8", "dense_gemms": "compute"},
+    "dense": {"expert_gemms": "compute", "dense_gemms": "fp8"},
+    "both": {"expert_gemms": "fp8", "dense_gemms": "fp8"},
+    "both, experts recomputed": {"expert_gemms": "fp8", "dense_gemms": "fp8", "moe_recompute": "experts"},
+    "both, blocks recomputed": {"expert_gemms": "fp8", "dense_gemms": "fp8", **BLOCKS},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FP8_PLANS)
+def test_the_predicted_peak_with_gemms_in_fp8_is_that_of_the_tracker(name: str, fake_runtime: None) -> None:
+    result = plan_with(FP8_PLANS[name], fp8_gemms=True)
+    error = predicted_bytes(result) / tracked_bytes(CONFIG, result.plan()) - 1
+    assert abs(error) < 0.01, error
 
 
 LORA_PLANS = {
