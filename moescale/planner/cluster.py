@@ -111,7 +111,7 @@ class Cluster:
     """As ``dense_gemm``, of operands in e4m3 and without quantising them. None: the GPU has no fp8, or none was
     measured, and so with the next."""
     fp8_grouped_gemm: Rates | None = None
-    """As ``grouped_gemm``, of operands in e4m3: with quantising rows and transposing them, without the weights'."""
+    """As ``grouped_gemm``, of operands in e4m3: with quantising and transposing rows, without copies of weights."""
     host_layer_seconds: float = 10e-3
     """In which the host launches a layer's forward and backward one kernel at a time, where the micro-batch is not a
     CUDA graph. The defaults of the three were measured on two H100 with nine layers of DeepSeek-Coder-V2-Lite and 4,096

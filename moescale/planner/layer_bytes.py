@@ -63,15 +63,15 @@ def fp8_expert_buffers(batch: MicroBatch, plan: LayerPlan) -> float:
     """The same of experts in fp8 on one GPU, in bytes (``kernels.fp8.routed``).
 
     At most, when the gradient of gate and up is computed: the gradient of the pre-activation and the activation, their
-    transposed copies and that of the rows; tokens and their gradients, which the rows are read from. Later, when the
-    gradient of the rows is there, in bf16, the transposed copies are gone.
+    transposed copies and that of the rows; tokens and their gradients, which transposed rows are read from. Later, when
+    the gradient of the rows is there, in bf16, the transposed copies are gone.
     """
     dims = batch.dims
     rows = dims["n"] * dims["k"]
     # Each expert's rows are padded, and memory is there for any routing.
     transposed = (rows // FP8_COPY_ROWS + dims["e"]) * FP8_COPY_ROWS
-    stays = rows * 3 * dims["f"] + dims["n"] * dims["h"]
-    gate_up = transposed * (dims["h"] + 3 * dims["f"]) + dims["n"] * dims["h"]
+    stays = rows * 3 * dims["f"] + 2 * dims["n"] * dims["h"]
+    gate_up = transposed * (dims["h"] + 3 * dims["f"])
     of_rows = rows * 2 * dims["h"]
     again = rows * 2 * dims["f"] * batch.problem.itemsize if "experts" in recompute_name(plan).split("+") else 0
     return float(stays + max(gate_up, of_rows) + again)

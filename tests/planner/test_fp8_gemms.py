@@ -105,8 +105,8 @@ def test_the_backward_of_experts_has_a_byte_for_what_is_in_e4m3(recompute, again
     batch = micro_batch(problem_of(), MeshShape(), 4, "fsdp", "bf16", EXPERTS)
     tokens, rows, padded = 8192, 8192 * 6, 8192 * 6 + 64 * 128
     hidden, width = 2048, 1408
-    stays = rows * (2 * width + width) + tokens * hidden  # of the pre-activation, activation; gradients of tokens
-    transposed = padded * (width + hidden + 2 * width) + tokens * hidden
+    stays = rows * (2 * width + width) + 2 * tokens * hidden  # of the pre-activation, activation; both of tokens
+    transposed = padded * (width + hidden + 2 * width)
     assert transposed > rows * 2 * hidden
     found = layer_bytes.expert_buffers(batch, LayerPlan(kind="moe", recompute=recompute))
     assert found == stays + transposed + again * rows
@@ -117,12 +117,13 @@ def test_the_backward_of_experts_has_a_byte_for_what_is_in_e4m3(recompute, again
 
 
 def test_experts_in_fp8_take_their_flops_at_the_rate_measured() -> None:
-    """One layer, 8,192 tokens: 2.76 ms forward and backward at the clock of a short benchmark, launches included."""
+    """One layer, 8,192 tokens, at the clock of a short benchmark: 2.76 ms, and 0.26 to read the gradients' buffers."""
     problem = problem_of()
     forward, backward = CostModel(problem).operator_seconds(operator("experts"), problem.dims(4), gemms=EXPERTS)
     flops = 18 * 8192 * 6 * 2048 * 1408
-    assert forward + backward == pytest.approx(flops / (924e12 * 0.87) + 13 * 1.8e-6, rel=1e-9)
-    assert (forward + backward - 13 * 1.8e-6) * 0.87 == pytest.approx(2.762e-3, rel=1e-3)
+    assert forward + backward == pytest.approx(flops / (844e12 * 0.87) + 13 * 1.8e-6, rel=1e-9)
+    read = 64 * 3 * 2048 * 1408 * 2 / 4.27e12
+    assert (forward + backward - 13 * 1.8e-6) * 0.87 == pytest.approx(2.762e-3 + read, rel=1e-3)
 
 
 def test_a_linear_layer_in_fp8_has_two_fast_gemms_a_plain_one_and_two_passes_that_quantize() -> None:
@@ -148,7 +149,7 @@ def test_other_operators_take_their_time_in_the_compute_dtype(name: str) -> None
     assert cost.operator_seconds(operator(name), dims, gemms=DENSE) == cost.operator_seconds(operator(name), dims)
 
 
-def test_copies_are_written_once_a_step_and_gradients_of_experts_read_their_buffers() -> None:
+def test_copies_are_written_once_a_step() -> None:
     pins = {"micro_batch_sequences": "4", "expert_gemms": "fp8", "dense_gemms": "compute"}
     in_fp8, whole = plan(pins=pins).best, plan(pins=pins | {"expert_gemms": "compute"}).best
     assert in_fp8 is not None and whole is not None
@@ -156,8 +157,6 @@ def test_copies_are_written_once_a_step_and_gradients_of_experts_read_their_buff
     moved = 2 * 2 * experts + 2 * experts + 26 * 64 * 2 * 4
     assert in_fp8.time.exposed["fp8 copies"] == pytest.approx(moved / 3.3e12 + 26 * 2 * 2 * 1.8e-6, rel=1e-12)
     assert "fp8 copies" not in whole.time.exposed and "fp8 copies" not in whole.memory.breakdown
-    read = in_fp8.time.exposed["gradient accumulation"] - whole.time.exposed["gradient accumulation"]
-    assert read == pytest.approx(16 * 2 * experts / 4.27e12, rel=1e-9)
 
 
 def test_the_16b_model_multiplies_in_fp8_on_one_h200_with_stochastic_rounding_alone() -> None:

@@ -58,17 +58,16 @@ class ShardedDataParallel(Axis):
         """Add the micro-batch's gradients to their buffers; copy weights out of what FSDP2 gathered, gradients into it.
 
         Whole weights of layers, experts that a rank has to itself among them, are added to inside the GEMM. The
-        experts' measured rate contains that, for bf16 buffers; that of dense GEMMs and of experts in fp8 writes bf16
-        gradients and adds nothing. Of FSDP2's copies, those that its collectives start from and end in are the compute
-        stream's work (``foreach_all_gather_copy_out``, ``foreach_reduce`` in torch.distributed.fsdp).
+        experts' measured rate contains that, for bf16 buffers; that of dense GEMMs writes bf16 gradients and adds
+        nothing. Of FSDP2's copies, those that its collectives start from and end in are the compute stream's work
+        (``foreach_all_gather_copy_out``, ``foreach_reduce`` in torch.distributed.fsdp).
         """
         problem, kind, ranks, replicas = batch.problem, layers.kind, batch.division.weights, batch.mesh.dp_replicate
         size, gradient_size = problem.trained_itemsize, DTYPE_BYTES[batch.gradient]
         dense, routed = self._trained(batch, kind)
         # What the measured rates contain of it. In fp32 autograd makes every gradient and then reads it again.
         in_bf16 = size == 2
-        passes_inside = 1 if batch.gemms.expert_gemms == "fp8" else 2
-        added_to_own_experts = routed * (2 * gradient_size - (passes_inside * size if in_bf16 else -size))
+        added_to_own_experts = routed * (2 * gradient_size - (2 * size if in_bf16 else -size))
         if batch.sharding == "zero1" or ranks * replicas == 1:
             inside_dense = size if in_bf16 and not problem.is_outside(kind) else -size
             added = dense * (2 * gradient_size - inside_dense) + added_to_own_experts
