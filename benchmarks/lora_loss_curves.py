@@ -14,12 +14,11 @@ import argparse
 import dataclasses
 import json
 import statistics
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import torch
-from loss_curves import LAST, SEQUENCES, VOCABULARY, batches, encode, start_model, train, train_tokenizer
+from loss_curves import LAST, SEQUENCES, VOCABULARY, batches, encode, read_library, start_model, train, train_tokenizer
 
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config
@@ -38,10 +37,8 @@ BASES: tuple[FrozenFormat, ...] = ("compute", "fp8")
 
 def read_texts() -> tuple[list[str], list[str]]:
     """Python and C++."""
-    library, headers = Path(sysconfig.get_paths()["stdlib"]), Path(torch.__file__).parent / "include"
-    python = sorted(library.glob("*.py")) + sorted(library.glob("[a-k]*/*.py"))
-    cpp = sorted(headers.rglob("*.h"))[:1500]
-    return [p.read_text(errors="ignore") for p in python], [p.read_text(errors="ignore") for p in cpp]
+    headers = sorted((Path(torch.__file__).parent / "include").rglob("*.h"))[:1500]
+    return read_library(), [path.read_text(errors="ignore") for path in headers]
 
 
 def adapted(

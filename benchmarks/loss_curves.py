@@ -31,6 +31,7 @@ from moescale.convert.checkpoint_export import export_checkpoint
 from moescale.convert.hf_config import read_model_config, to_hf_config
 from moescale.convert.tensor_source import ModelWeights
 from moescale.formats import MasterFormat, MomentFormat
+from moescale.models.fp8_gemms import write_weight_copies
 from moescale.models.transformer import Transformer, build_on_meta, initialize, named_weights
 from moescale.runtime.micro_batch import MicroBatches
 from moescale.runtime.optimizer import AdamW, OptimizerFormat
@@ -43,11 +44,15 @@ LAST = 50
 
 def tokenize() -> torch.Tensor:
     """The standard library as one row of token ids."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")) + sorted(
-        Path(sysconfig.get_paths()["stdlib"]).glob("[a-k]*/*.py")
-    )
-    texts = [path.read_text(errors="ignore") for path in files]
+    texts = read_library()
     return encode(train_tokenizer(texts), texts)
+
+
+def read_library() -> list[str]:
+    """Sources of Python's standard library, 9 MB."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(library.glob("*.py")) + sorted(library.glob("[a-k]*/*.py"))
+    return [path.read_text(errors="ignore") for path in files]
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -66,12 +71,31 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
     return torch.tensor(list(itertools.chain.from_iterable(rows)))
 
 
-def batches(tokens: torch.Tensor, steps: int, device: torch.device) -> list[torch.Tensor]:
-    """The same for every run: sequences in a seeded order."""
-    sequences = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
-    generator = torch.Generator().manual_seed(0)
-    order = torch.cat([torch.randperm(len(sequences), generator=generator) for _ in range(steps)])
-    return [sequences[order[i * SEQUENCES : (i + 1) * SEQUENCES]].to(device) for i in range(steps)]
+def cut(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Sequences [N, length], without what is left at the end."""
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def batches(
+    tokens: torch.Tensor,
+    steps: int,
+    device: torch.device,
+    *,
+    length: int = LENGTH,
+    sequences: int = SEQUENCES,
+    seed: int = 0,
+) -> list[torch.Tensor]:
+    """A batch [sequences, length] for every step, in an order that ``seed`` draws anew for each epoch."""
+    rows = cut(tokens, length)
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(steps * sequences / len(rows))
+    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(epochs)])
+    return [rows[order[i * sequences : (i + 1) * sequences]].to(device) for i in range(steps)]
+
+
+def next_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """The targets of ``tokens`` [B, S]: a sequence's last token has none."""
+    return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], dim=1)
 
 
 def start_model(config: ModelConfig, seed: int, device: torch.device) -> Transformer:
@@ -114,24 +138,30 @@ def train_ours(
 
 
 def train(
-    model: Transformer, settings: TrainSettings, data: list[torch.Tensor], format: OptimizerFormat
+    model: Transformer,
+    settings: TrainSettings,
+    data: list[torch.Tensor],
+    format: OptimizerFormat,
+    *,
+    micro_batches: int = 2,
 ) -> list[float]:
-    """The loss of every step of two micro-batches; trains what is not frozen."""
+    """The loss of every step of ``micro_batches``; trains what is not frozen."""
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     optimizer = AdamW(trained, settings, format)
     optimizer.accumulate_in_gemms(model)
+    write_weight_copies(model)
     runner = MicroBatches(model, capture=True)
     losses = []
     for step, tokens in enumerate(data):
-        targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], dim=1)
+        targets = next_tokens(tokens)
         num_targets = targets.numel() - len(targets)
-        runner.start_step(num_targets=num_targets, num_micro_batches=2)
-        for part in range(2):
-            half = slice(part * SEQUENCES // 2, (part + 1) * SEQUENCES // 2)
-            runner.run(tokens[half], targets[half], None)
-        losses.append(runner.loss_sum.item() / num_targets)
+        runner.start_step(num_targets=num_targets, num_micro_batches=micro_batches)
+        for inputs, outputs in zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True):
+            runner.run(inputs, outputs, None)
+        losses.append(runner.loss_sum / num_targets)  # read at the end: small models would wait for the host
         optimizer.step(learning_rate_at(settings, step, len(data)), optimizer.gradient_norm())
-    return losses
+        write_weight_copies(model)
+    return torch.stack(losses).tolist()
 
 
 def main() -> None:
