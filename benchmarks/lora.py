@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,10 @@ from one_gpu import WARM_UP_STEPS, moescale, prepare_corpus, run_until
 from moescale.tools.measurement import describe_measurement, write_result
 
 TARGETS = "attention+shared+experts"
+
+PEER_MODULES = r".*\.(q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|shared_experts\.(gate|up|down)_proj)"
+PEER_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+"""The same targets, as PEFT names them in transformers' DeepSeek-V2."""
 
 
 def ours(
@@ -90,11 +96,7 @@ def peer_step(arguments: argparse.Namespace, *, compiled: bool, recompute: bool)
     from peft.utils import transformers_weight_conversion
     from transformers import AutoModelForCausalLM, DeepseekV2Config
 
-    from moescale.convert.hf_config import read_hf_config, resolve_model
-
-    document = read_hf_config(resolve_model(arguments.model))
-    document.pop("auto_map", None)
-    config = DeepseekV2Config(**document)
+    config = DeepseekV2Config(**peer_config(arguments.model))
     config._attn_implementation, config._experts_implementation, config.use_cache = "sdpa", "grouped_mm", False
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     with torch.device(arguments.device):
@@ -110,8 +112,8 @@ def peer_step(arguments: argparse.Namespace, *, compiled: bool, recompute: bool)
         peft.LoraConfig(
             r=arguments.rank,
             lora_alpha=2 * arguments.rank,
-            target_modules=r".*\.(q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|shared_experts\.(gate|up|down)_proj)",
-            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            target_modules=PEER_MODULES,
+            target_parameters=list(PEER_PARAMETERS),
         ),
         autocast_adapter_dtype=False,
     )
@@ -145,6 +147,15 @@ def peer_step(arguments: argparse.Namespace, *, compiled: bool, recompute: bool)
         "tokens_per_second": tokens_of_step / seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if arguments.device.startswith("cuda") else 0,
     }
+
+
+def peer_config(model: str) -> dict[str, Any]:
+    """The model's ``config.json`` as transformers' own class takes it, without the checkpoint's code."""
+    from moescale.convert.hf_config import read_hf_config, resolve_model
+
+    document = read_hf_config(resolve_model(model))
+    document.pop("auto_map", None)
+    return document
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:
@@ -183,16 +194,26 @@ def peer(folder: Path, left: Callable[[], float]) -> dict[str, Any]:
         if seconds < 20:
             failures.append(f"{attempt}: no time left")
             continue
-        command = [sys.executable, __file__, *sys.argv[1:], "--peer-to", str(output), "--peer-attempt", str(number)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            failures.append(f"{attempt}: not done after {seconds:.0f} s")
-            continue
-        if output.is_file():
-            return json.loads(output.read_text()) | {"failed_before": failures}
-        failures.append(f"{attempt}: {done.stderr[-600:]}")
+        result = attempt_apart(__file__, number, output, seconds, {})
+        if isinstance(result, dict):
+            return result | {"failed_before": failures}
+        failures.append(f"{attempt}: {result}")
     return {"error": failures}
+
+
+def attempt_apart(
+    script: str, number: int, output: Path, seconds: float, environment: dict[str, str]
+) -> dict[str, Any] | str:
+    """Run one way of the peer in a process of its own: its result from ``output``, or the end of what it says."""
+    command = [sys.executable, script, *sys.argv[1:], "--peer-to", str(output), "--peer-attempt", str(number)]
+    variables = os.environ | environment
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds, env=variables)
+    except subprocess.TimeoutExpired:
+        return f"not done after {seconds:.0f} s"
+    if output.is_file():
+        return json.loads(output.read_text())
+    return re.sub(r'File "[^"]*/', 'File "', done.stderr)[-600:]
 
 
 def without_plans(value: Any) -> Any:
@@ -202,8 +223,9 @@ def without_plans(value: Any) -> Any:
     return [without_plans(part) for part in value] if isinstance(value, list) else value
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of_run(description: str | None) -> argparse.ArgumentParser:
+    """What is trained on both sides, for how long, and where the result goes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deepseek-coder-v2-lite")
     parser.add_argument("--cluster", default="h100-sxm")
     parser.add_argument("--device", default="cuda")
@@ -212,16 +234,21 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--tokens-per-step", type=int, default=65536)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--base", default="compute", choices=("compute", "fp8"), help="format of the frozen weights")
-    parser.add_argument("--memory-limit", default=["48GB"], nargs="+", help="of our runs but the last, in order")
-    parser.add_argument("--peer-sequences", type=int, default=1, help="of a micro-batch of the peer's")
-    parser.add_argument("--peer-micro-batches", type=int, default=4)
     parser.add_argument("--peer-steps", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=450, help="after which no further part begins")
     parser.add_argument("--data", type=Path, help="a corpus prepared before; default: the standard library's sources")
     parser.add_argument("--peer-to", type=Path, help="run the peer alone, and write its result here")
     parser.add_argument("--peer-attempt", type=int, default=0, help="which of the ways to run the peer")
     parser.add_argument("--output", type=Path)
+    return parser
+
+
+def main() -> None:
+    parser = parser_of_run(__doc__)
+    parser.add_argument("--base", default="compute", choices=("compute", "fp8"), help="format of the frozen weights")
+    parser.add_argument("--memory-limit", default=["48GB"], nargs="+", help="of our runs but the last, in order")
+    parser.add_argument("--peer-sequences", type=int, default=1, help="of a micro-batch of the peer's")
+    parser.add_argument("--peer-micro-batches", type=int, default=4)
     arguments = parser.parse_args()
     if arguments.peer_to:
         arguments.peer_to.write_text(json.dumps(peer_step(arguments, **ATTEMPTS[arguments.peer_attempt])))
