@@ -7,7 +7,10 @@ import re
 KINDS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|symmetric_memory|barrier_kernel|_pull_|_publish_|_shifts_kernel|Memcpy PtoP"),
     ("sharding copies", r"split_with_sizes_copy|chunk_cat"),
-    ("experts", r"_rows_kernel|_weight_gradient_kernel|_up_kernel|_swiglu_backward_kernel|quack|grouped"),
+    ("rows to fp8", r"_quantize_rows_kernel"),  # of experts and of linear layers
+    ("fp8 copies", r"_copies_kernel"),
+    ("experts", r"_rows_kernel|_weight_gradient_kernel|_up_kernel|_swiglu_(backward_)?kernel|quack|grouped"),
+    ("experts", r"_transpose_kernel|_expert_scales_kernel|_padded_ends_kernel"),
     ("gather and combine", r"_gather_kernel|_combine_kernel|_sort|_count_kernel"),
     ("optimizer", r"_adamw_kernel|LpNorm|lpnorm|FillFunctor<c10::BFloat16>|multi_tensor_apply"),
     ("attention", r"cudnn|flash_attn|flash_fwd|flash_bwd|fmha|_attention|_keys_kernel|_queries_kernel|_delta_kernel"),

@@ -116,30 +116,33 @@ def test_the_backward_of_experts_has_a_byte_for_what_is_in_e4m3(recompute, again
     )
 
 
-def test_experts_in_fp8_take_their_flops_at_the_rate_measured() -> None:
-    """One layer, 8,192 tokens, at the clock of a short benchmark: 2.76 ms, and 0.26 to read the gradients' buffers."""
-    problem = problem_of()
-    forward, backward = CostModel(problem).operator_seconds(operator("experts"), problem.dims(4), gemms=EXPERTS)
-    flops = 18 * 8192 * 6 * 2048 * 1408
-    assert forward + backward == pytest.approx(flops / (844e12 * 0.87) + 13 * 1.8e-6, rel=1e-9)
-    read = 64 * 3 * 2048 * 1408 * 2 / 4.27e12
-    assert (forward + backward - 13 * 1.8e-6) * 0.87 == pytest.approx(2.762e-3 + read, rel=1e-3)
+FLAT = dataclasses.replace(
+    H200,
+    dense_gemm=Rates(sizes=(1.0,), flops_per_second=(500e12,)),
+    fp8_dense_gemm=Rates(sizes=(1.0,), flops_per_second=(1000e12,)),
+    fp8_grouped_gemm=Rates(sizes=(384.0, 768.0), flops_per_second=(700e12, 800e12)),
+    sustained_clock=1.0,
+    elementwise_bytes_per_second=3e12,
+    launch_seconds=1e-6,
+)
+
+
+def test_experts_in_fp8_take_their_flops_at_the_rate_for_their_rows() -> None:
+    problem = Problem(build_workload(LITE), FLAT, REQUEST)
+    for sequences, rate in ((2, 700e12), (4, 800e12)):
+        dims = problem.dims(sequences)
+        forward, backward = CostModel(problem).operator_seconds(operator("experts"), dims, gemms=EXPERTS)
+        flops = 6 * 2048 * sequences * 6 * 2048 * 1408
+        assert forward == pytest.approx(flops / rate + 5e-6, rel=1e-12)
+        assert backward == pytest.approx(2 * flops / rate + 8e-6, rel=1e-12)
 
 
 def test_a_linear_layer_in_fp8_has_two_fast_gemms_a_plain_one_and_two_passes_that_quantize() -> None:
-    cluster = dataclasses.replace(
-        H200,
-        dense_gemm=Rates(sizes=(1.0,), flops_per_second=(500e12,)),
-        fp8_dense_gemm=Rates(sizes=(1.0,), flops_per_second=(1000e12,)),
-        sustained_clock=0.8,
-        elementwise_bytes_per_second=3e12,
-        launch_seconds=1e-6,
-    )
-    problem = Problem(build_workload(LITE), cluster, REQUEST)
+    problem = Problem(build_workload(LITE), FLAT, REQUEST)
     forward, backward = CostModel(problem).operator_seconds(operator("q_proj"), problem.dims(4), gemms=DENSE)
     flops = 2 * 8192 * 2048 * 3072
-    assert forward == pytest.approx(flops / 800e12 + 8192 * 2048 * 3 / 3e12 + 2e-6, rel=1e-12)
-    assert backward == pytest.approx(flops / 800e12 + flops / 400e12 + 8192 * 3072 * 3 / 3e12 + 3e-6, rel=1e-12)
+    assert forward == pytest.approx(flops / 1000e12 + 8192 * 2048 * 3 / 3e12 + 2e-6, rel=1e-12)
+    assert backward == pytest.approx(flops / 1000e12 + flops / 500e12 + 8192 * 3072 * 3 / 3e12 + 3e-6, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["router", "linear_cross_entropy", "attention", "attention_norm", "experts"])

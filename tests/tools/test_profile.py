@@ -57,6 +57,11 @@ def test_a_run_too_short_to_be_profiled_says_so(tmp_path, model_folder, stdlib_c
     ("name", "kind"),
     [
         ("_rows_kernel", "experts"),
+        ("_quantize_rows_kernel", "rows to fp8"),
+        ("_swiglu_kernel", "experts"),
+        ("_swiglu_backward_kernel", "experts"),
+        ("_transpose_kernel", "experts"),
+        ("_copies_kernel", "fp8 copies"),
         ("_combine_kernel", "gather and combine"),
         ("_pull_kernel", "communication"),
         ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
