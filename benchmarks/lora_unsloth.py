@@ -42,12 +42,16 @@ from moescale.tools.measurement import describe_measurement, write_result
 PACKAGES = ("unsloth", "unsloth_zoo", "transformers", "peft", "trl", "bitsandbytes")
 
 WAYS = (
-    dict(backend="grouped_mm", sequences=1),
-    dict(backend="unsloth_triton", sequences=1),
-    dict(backend="grouped_mm", sequences=2),
-    dict(backend="unsloth_triton", sequences=2),
+    dict(backend="grouped_mm", sequences=1, tuned=False),
+    dict(backend="unsloth_triton", sequences=1, tuned=False),
+    dict(backend="grouped_mm", sequences=2, tuned=False),
+    dict(backend="unsloth_triton", sequences=1, tuned=True),
 )
-"""How the peer computes experts (``grouped_mm`` is its default on an H100), and sequences of a micro-batch."""
+"""How the peer computes experts, and sequences of a micro-batch.
+
+``grouped_mm`` is its default on an H100; ``unsloth_triton`` is its Triton kernels for the frozen weights, with launches
+from its table, or tuned when they are first used, which compiles hundreds of kernels one after another.
+"""
 
 CHECKPOINTING = (False, "unsloth")
 """Of each way: the next where one fails."""
@@ -59,7 +63,7 @@ SECONDS_OF_AN_ATTEMPT = 45
 
 
 def peer_step(
-    arguments: argparse.Namespace, *, backend: str, sequences: int, checkpointing: bool | str
+    arguments: argparse.Namespace, *, backend: str, sequences: int, tuned: bool, checkpointing: bool | str
 ) -> dict[str, Any]:
     import unsloth  # before transformers and peft, which it patches
     from unsloth_zoo.temporary_patches.moe_utils import select_moe_backend
@@ -110,6 +114,7 @@ def peer_step(
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "backend": select_moe_backend(),
         "backend_asked_for": backend,
+        "launches_tuned": tuned,
         "experts_implementation": getattr(model.config, "_experts_implementation", None),
         "layers_whose_experts_read_adapters": layers_that_read_adapters(model),
         "checkpointing": checkpointing,
@@ -173,7 +178,7 @@ def peer(folder: Path, left: Callable[[], float]) -> dict[str, Any]:
                 failures.append(f"{attempt}: no time left")
                 break
             number, output = ATTEMPTS.index(attempt), folder / f"peer-{ATTEMPTS.index(attempt)}.json"
-            result = attempt_apart(__file__, number, output, seconds, environment_of(way["backend"], folder))
+            result = attempt_apart(__file__, number, output, seconds, environment_of(way, folder))
             if isinstance(result, dict):
                 done.append(result)
                 break
@@ -186,10 +191,11 @@ def peer(folder: Path, left: Callable[[], float]) -> dict[str, Any]:
     return done[0] | {"other_ways": done[1:], "failed": failures}
 
 
-def environment_of(backend: object, folder: Path) -> dict[str, str]:
+def environment_of(way: dict[str, Any], folder: Path) -> dict[str, str]:
     """The choice of Unsloth's kernels; the allocator as Unsloth sets it, in time; no network, no files elsewhere."""
     return {
-        "UNSLOTH_MOE_BACKEND": str(backend),
+        "UNSLOTH_MOE_BACKEND": way["backend"],
+        "UNSLOTH_MOE_DISABLE_AUTOTUNE": "0" if way["tuned"] else "1",
         "UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth_compiled_cache"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
@@ -201,8 +207,9 @@ def table(first: dict[str, Any], beside: dict[str, Any]) -> str:
     """Tokens per second and peak memory of ours and of each way of the peer that ran."""
     rows = [("moescale", first)]
     for result in [beside, *beside.get("other_ways", ())] if "error" not in beside else ():
-        how = "recomputing" if result["checkpointing"] else "not recomputing"
-        rows.append((f"Unsloth, {result['backend']}, {result['micro_batch_sequences']} x, {how}", result))
+        how = [result["backend"], f"{result['micro_batch_sequences']} x"]
+        how += ["tuned"] * result["launches_tuned"] + ["recomputing"] * bool(result["checkpointing"])
+        rows.append((", ".join(["Unsloth", *how]), result))
     lines = [
         f"{name:<48} {result['tokens_per_second']:>9,.0f} tokens/s {result['peak_bytes'] / 2**30:>6.1f} GiB"
         for name, result in rows
