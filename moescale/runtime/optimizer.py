@@ -113,11 +113,12 @@ class AdamW:
 
     def _accumulate_in_buffer(self, name: str, parameter: torch.nn.Parameter) -> None:
         dtype = torch.float32 if parameter.dtype == torch.float32 else self.format.gradients
-        self._gradients[name] = torch.zeros_like(local_tensor(parameter), dtype=dtype)
+        # The hook refers to the buffer alone: a circle through the optimizer would keep both and the model for ever.
+        buffer = self._gradients[name] = torch.zeros_like(local_tensor(parameter), dtype=dtype)
 
         def add_to_buffer(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:  # None if the backward has added to the buffer itself
-                self._gradients[name].add_(local_tensor(parameter.grad))
+                buffer.add_(local_tensor(parameter.grad))
                 parameter.grad = None
 
         parameter.register_post_accumulate_grad_hook(add_to_buffer)

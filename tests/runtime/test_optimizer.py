@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -89,3 +92,15 @@ def test_a_part_is_rounded_as_it_is_in_the_whole(cut):
         optimizer.gradient("matrix").copy_(grad)
         optimizer.step(1e-3, torch.ones(()))
     assert torch.equal(part, whole_tensor[cut])
+
+
+def test_optimizer_parameters_and_states_are_freed_with_the_last_reference():
+    named = parameters(torch.bfloat16)
+    optimizer = AdamW(named.items(), TrainSettings())
+    (named["matrix"] * 2.0).sum().backward()
+    optimizer.step(0.01, optimizer.gradient_norm())
+    kept = [weakref.ref(optimizer), *map(weakref.ref, named.values()), weakref.ref(optimizer.gradient("matrix"))]
+    named.clear()
+    del optimizer
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * len(kept)
