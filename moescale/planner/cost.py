@@ -231,6 +231,7 @@ class CostModel:
                 rates = cluster.fp8_grouped_gemm if in_fp8 else cluster.grouped_gemm
                 assert rates is not None, "checked before the search"
                 rate = rates.at(dims["n"] * dims["k"] * experts / max(1, dims["e"]))
+                rate /= cluster.sustained_clock if in_fp8 else 1.0  # which slows GEMMs in bf16 alone
                 flops *= self.request.router_imbalance if experts > 1 else 1.0
             else:
                 rate = cluster.attention.at(dims["x"])
@@ -250,7 +251,7 @@ class CostModel:
         """
         cluster, flops = self.cluster, forward_flops(op, dims)
         assert cluster.fp8_dense_gemm is not None, "checked before the search"
-        fast = flops / (cluster.fp8_dense_gemm.at(flops) * cluster.sustained_clock)
+        fast = flops / cluster.fp8_dense_gemm.at(flops)
         plain = flops * (op.backward_flops_ratio - 1) / (cluster.dense_gemm.at(flops) * cluster.sustained_clock)
         quantized = [
             tensor.size(dims) * (self.problem.itemsize + 1) / cluster.elementwise_bytes_per_second

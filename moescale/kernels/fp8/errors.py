@@ -104,6 +104,8 @@ def note_of_experts(name: str, exact: torch.Tensor, rows: Scaled, ends: torch.Te
 
 
 def note_copies(name: str, weight: torch.Tensor, copies: Copies) -> None:
-    """Collect a weight [E, N, K] or [N, K]."""
-    if _collector is not None:
-        _collector.add(name, weight.detach().view(copies.rows.shape), Scaled(copies.rows, copies.scales))
+    """Collect a weight [E, N, K] or [N, K], one expert after the other: there is little memory beside a model."""
+    if _collector is None:
+        return
+    for part, codes, scale in zip(weight.detach().view(copies.rows.shape), copies.rows, copies.scales, strict=True):
+        _collector.add(name, part.unsqueeze(0), Scaled(codes.unsqueeze(0), scale.view(1)))

@@ -117,7 +117,7 @@ def multiply_rows(
     if num_rows == 0:
         return out
     matrix = weight.data if transposed else weight.data.view(-1, k)
-    launch = launch or find_launch(kernel, rows.data.device, groups.expected_rows // groups.num_experts)
+    launch = launch or find_launch(kernel, rows.data.device)
     grid = num_programs(launch, rows.data.device)
     _rows_kernel[(grid,)](
         describe_rows(rows.data, [launch.block_m, launch.block_k]),
@@ -157,10 +157,10 @@ def weight_gradient(
     Both as :func:`~moescale.kernels.fp8.quantize_triton.transpose_rows` makes them, with scales [E]; ``padded`` [E]:
     the ends of the experts' columns. A sum in bf16 is rounded again.
     """
-    (m, length), n, num_experts = left.data.shape, right.data.shape[0], padded.numel()
+    (m, _), n, num_experts = left.data.shape, right.data.shape[0], padded.numel()
     device = left.data.device
     out = torch.empty((num_experts, m, n), dtype=torch.bfloat16, device=device) if buffer is None else buffer
-    launch = launch or find_launch(kernel, device, length // num_experts, wide=out.dtype == torch.float32)
+    launch = launch or find_launch(kernel, device, wide=out.dtype == torch.float32)
     grid = num_programs(launch, device)
     _weight_gradient_kernel[(grid,)](
         TensorDescriptor.from_tensor(left.data, [launch.block_m, launch.block_k]),
