@@ -11,15 +11,13 @@ from collections.abc import Iterator
 import torch
 
 from moescale.errors import ConfigError
+from moescale.formats import FP8_GEMM_MULTIPLE
 from moescale.kernels.fp8 import empty_copies, write_copies
 from moescale.kernels.fp8.errors import note_copies
 from moescale.kernels.fp8.scaled import Copies
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.moe import RoutedExperts
 from moescale.models.transformer import Transformer
-
-MULTIPLE = 16
-"""Of which the dims of a weight in fp8 are: its rows begin at multiples of 16 bytes."""
 
 
 def use_fp8(model: Transformer, *, experts: bool, dense: bool) -> None:
@@ -31,7 +29,7 @@ def use_fp8(model: Transformer, *, experts: bool, dense: bool) -> None:
         if isinstance(module, RoutedExperts) and experts:
             _check_experts(module)
             module.gate_up_copies, module.down_copies = empty_copies(module.gate_up), empty_copies(module.down)
-        if isinstance(module, Linear) and dense and all(size % MULTIPLE == 0 for size in module.weight.shape):
+        if isinstance(module, Linear) and dense and all(size % FP8_GEMM_MULTIPLE == 0 for size in module.weight.shape):
             module.copies = empty_copies(module.weight)
 
 
@@ -69,8 +67,8 @@ def _check_experts(module: RoutedExperts) -> None:
             "with --pin expert_gemms=compute"
         )
     _, hidden, width = module.down.shape
-    if hidden % MULTIPLE or width % MULTIPLE:
+    if hidden % FP8_GEMM_MULTIPLE or width % FP8_GEMM_MULTIPLE:
         raise ConfigError(
             f"plan.expert_gemms ('fp8'): model.hidden_size ({hidden}) and model.expert_intermediate_size ({width}) "
-            f"must be multiples of {MULTIPLE}; compile with --pin expert_gemms=compute"
+            f"must be multiples of {FP8_GEMM_MULTIPLE}; compile with --pin expert_gemms=compute"
         )

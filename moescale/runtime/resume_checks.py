@@ -63,7 +63,8 @@ def changes_since(
 ) -> list[str]:
     """Return the result-relevant settings that differ from the checkpoint's, each as ``name then -> now``."""
     changes = find_differences(stored["settings"], asdict(settings), DECIDE_RESULT)
-    changes += find_differences(stored["plan"] or {}, plan or {}, ("tokens_per_step", "compute_dtype"))
+    of_plan = ("tokens_per_step", "compute_dtype", "expert_gemms", "dense_gemms")
+    changes += find_differences(stored["plan"] or {}, plan or {}, of_plan)
     if stored["total_steps"] != total_steps:
         again = "" if settings.schedule == "constant" else " (the schedule is computed anew)"
         changes.append(f"steps {stored['total_steps']} -> {total_steps}{again}")

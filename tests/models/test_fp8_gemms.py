@@ -14,6 +14,8 @@ from moescale.models.blocks.moe import RoutedExperts
 from moescale.models.fp8_gemms import use_fp8, write_weight_copies
 from moescale.models.transformer import Transformer, build_on_meta, initialize
 from moescale.runtime.optimizer import OptimizerFormat
+from moescale.runtime.resume_checks import changes_since
+from moescale.runtime.settings import TrainSettings
 from tests.models.test_frozen_fp8 import FAMILIES
 from tests.parity.test_parity import batch_of
 from tests.runtime.test_train import trainer, weights
@@ -156,3 +158,9 @@ def test_what_saturates_and_what_becomes_zero_is_counted():
     assert errors.saturated == 2 / 8 and errors.underflowed == 1 / 8
     off = torch.tensor([552.0, 16.0, 1e-4]).double().norm() / exact.double().norm()
     assert errors.relative == pytest.approx(off.item(), rel=1e-6)
+
+
+def test_resuming_in_another_precision_is_said():
+    stored = {"settings": {}, "plan": {"expert_gemms": "fp8", "dense_gemms": "compute"}, "total_steps": 8}
+    changes = changes_since(stored, TrainSettings(), {"expert_gemms": "compute", "dense_gemms": "compute"}, 8)
+    assert changes == ["expert_gemms fp8 -> compute"]

@@ -9,8 +9,7 @@ import torch
 
 from moescale.convert.hf_config import read_model_config
 from moescale.errors import ConfigError
-from moescale.formats import FP8_GEMM_MULTIPLE
-from moescale.models.fp8_gemms import MULTIPLE, use_fp8
+from moescale.models.fp8_gemms import use_fp8
 from moescale.models.transformer import build_on_meta
 from moescale.operators import operator
 from moescale.plan import LayerPlan, MeshShape
@@ -86,10 +85,6 @@ def test_copies_have_the_bytes_of_those_of_the_real_model(family: str) -> None:
     copies = [getattr(module, name, None) for module in model.modules() for name in COPIES]
     found = sum(tensor.nbytes for pair in copies if pair is not None for tensor in pair)
     assert copies_of(config, BOTH if experts else DENSE) == found > 0
-
-
-def test_what_the_planner_leaves_in_bf16_the_model_does() -> None:
-    assert MULTIPLE == FP8_GEMM_MULTIPLE
 
 
 def test_weights_whose_dims_are_no_multiples_of_16_stay_as_they_are() -> None:
