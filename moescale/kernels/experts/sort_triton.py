@@ -74,7 +74,7 @@ def _one_hot(ids, block, num_pairs, num_experts, BLOCK: tl.constexpr, EXPERTS: t
 
 def sort_pairs(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (row_pair [R], pair_row [R], ends [E]), all int32, as ``experts.sort.sort_pairs`` documents."""
-    ids = topk_ids.reshape(-1)
+    ids = topk_ids.contiguous().view(-1)
     num_pairs = ids.numel()
     experts_block = triton.next_power_of_2(num_experts + 1)
     block = max(16, min(256, 16384 // experts_block))
