@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moescale.kernels.backends import KernelInputError, check_dtype, check_gradient_buffer, check_shape
+from moescale.kernels.backends import KernelInputError, check_device, check_dtype, check_gradient_buffer, check_shape
 from moescale.kernels.fp8 import kernels_for
 from moescale.kernels.fp8.errors import note
 from moescale.kernels.fp8.scaled import Copies, Scaled
@@ -22,24 +22,34 @@ def fp8_linear(
     """Return ``x @ weight.T + bias`` with x and weight rounded to e4m3.
 
     Shapes: x [..., K] bf16; weight [N, K] bf16; ``copies`` of it; bias [N]; result [..., N]. K and N are multiples of
-    16. ``weight_gradient``: as of :func:`moescale.kernels.linear.linear`. Raises KernelInputError.
+    16. ``weight_gradient``: as of :func:`moescale.kernels.linear.linear`.
+
+    Raises KernelInputError for shapes, dtypes and devices that do not fit.
     """
     check_shape("fp8_linear", "weight", weight, (None, x.shape[-1]), "[N, K]")
     check_shape("fp8_linear", "copies", copies.rows, (1, *weight.shape), "those of weight")
-    for name, tensor in (("the input", x), ("weight", weight)):
+    tensors = {"the input": x, "weight": weight}
+    if bias is not None:
+        check_shape("fp8_linear", "bias", bias, (weight.shape[0],), "[N]")
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
         check_dtype("fp8_linear", name, tensor, (torch.bfloat16,))
+    for name, tensor in (tensors | {"copies": copies.rows}).items():
+        check_device("fp8_linear", name, tensor, x.device)
     if any(size % 16 for size in weight.shape):
         raise KernelInputError(
             f"fp8_linear: weight has shape {tuple(weight.shape)}; both must be multiples of 16; use linear for it"
         )
     if weight_gradient is not None:
         check_gradient_buffer("fp8_linear", "weight", weight, weight_gradient)
+        if not (x.requires_grad and weight.requires_grad):
+            weight_gradient = None
     return _linear(x, weight, bias, *copies, weight_gradient)
 
 
 def multiply(x: Scaled, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return x [T, K] times ``weight`` [N, K] e4m3, whose rows are contiguous, times its ``scale`` [1]: [T, N] bf16."""
-    if not x.data.is_cuda:
+    if not (x.data.is_cuda and x.data.numel()):
         scaled = x.data.float() * x.scales.unsqueeze(-1)
         return (scaled @ (weight.float() * scale).T).bfloat16()
     scales = scale.expand(1, weight.shape[0]).contiguous()
@@ -58,7 +68,7 @@ def _linear(
     scale: torch.Tensor,
     weight_gradient: torch.Tensor | None,
 ) -> torch.Tensor:
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
     scaled = kernels_for(x).quantize_rows(flat)
     note("linear input", lambda: flat, scaled)
     found = multiply(scaled, rows[0], scale)

@@ -2,7 +2,8 @@
 
 A row's scale is the smallest power of two that brings its largest element to at most 448. So a row's numbers can be
 brought to another such scale without a second rounding, except for those that become subnormal: the transposed copy,
-contracted over rows, has one scale for each expert, the largest of its rows'.
+contracted over rows, has one scale for each expert, the largest of its rows'. A row with an element that is not finite
+has the scale inf, so that whatever is computed from it is not finite either.
 """
 
 from __future__ import annotations
@@ -22,28 +23,42 @@ TILE = FP8_COPY_ROWS
 
 
 @triton.jit
+def _largest(x):
+    """The largest absolute element of x; NaN, if one is: as integers, NaNs are larger than all numbers."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _power_of_two_scale(largest):
-    """The smallest power of two s with largest / s <= 448; 2^-100 at least."""
+    """The smallest power of two s with largest / s <= 448, 2^-100 at least; inf, where ``largest`` is not finite."""
     ratio = tl.maximum(largest * (1 / 448), 7.888609052210118e-31)
     bits = (ratio.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-    return bits.to(tl.float32, bitcast=True)
+    return tl.where(largest < float("inf"), bits, 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _inverse(scale):
-    """1 / scale, exactly, of a power of two."""
+    """1 / scale, exactly, of a power of two; of inf, -inf: no product with it is finite."""
     return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _to_e4m3(x):
-    """Round fp32 to e4m3, to nearest with ties to even, in hardware; the interpreter's own conversion truncates."""
+    """Round fp32 to e4m3, to nearest with ties to even, in hardware: inf becomes 448 there, and NaN stays NaN.
+
+    The interpreter's own conversion truncates, so there the codes are made step by step.
+    """
     if INTERPRETED:
-        normal = x * 1048577.0
-        normal = normal - (normal - x)
-        subnormal = (x + 24576.0) - 24576.0
-        x = tl.where(tl.abs(x) < 0.015625, subnormal, normal)
-    return x.to(tl.float8e4nv)
+        size = tl.minimum(tl.abs(x), 448.0)
+        normal = size * 1048577.0
+        normal = normal - (normal - size)
+        subnormal = (size + 24576.0) - 24576.0
+        rounded = tl.where(size < 0.015625, subnormal, normal).to(tl.float8e4nv)
+        code = tl.where(x == x, rounded.to(tl.uint8, bitcast=True).to(tl.int32), 0x7F)
+        sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+        return (code | sign).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        return x.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -55,7 +70,7 @@ def _quantize_rows_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < H
     part = tl.load(x + token * H + column, mask=inside, other=0.0).to(tl.float32)
-    scale = _power_of_two_scale(tl.max(tl.abs(part), 0))
+    scale = _power_of_two_scale(_largest(part))
     part = _to_e4m3(part * _inverse(scale))
     tl.store(tokens + token * H + column, part, mask=inside)
     tl.store(token_scales + token, scale)
@@ -73,7 +88,7 @@ def _swiglu_kernel(pre, act, scales, F, BLOCK: tl.constexpr):
     gate = tl.load(pre + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(pre + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
     value = gate * tl.sigmoid(gate) * up
-    scale = _power_of_two_scale(tl.max(tl.abs(value), 0))
+    scale = _power_of_two_scale(_largest(value))
     tl.store(act + row * F + column, _to_e4m3(value * _inverse(scale)), mask=inside)
     tl.store(scales + row, scale)
 
@@ -99,12 +114,12 @@ def _swiglu_backward_kernel(
     value *= weight
     grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
     grad_up = grad * silu
-    scale = _power_of_two_scale(tl.max(tl.maximum(tl.abs(grad_gate), tl.abs(grad_up)), 0))
+    scale = tl.maximum(_power_of_two_scale(_largest(grad_gate)), _power_of_two_scale(_largest(grad_up)))
     inverse = _inverse(scale)
     tl.store(grad_pre + row * 2 * F + column, _to_e4m3(grad_gate * inverse), mask=inside)
     tl.store(grad_pre + row * 2 * F + F + column, _to_e4m3(grad_up * inverse), mask=inside)
     tl.store(grad_pre_scales + row, scale)
-    scale = _power_of_two_scale(tl.max(tl.abs(value), 0))
+    scale = _power_of_two_scale(_largest(value))
     tl.store(act + row * F + column, _to_e4m3(value * _inverse(scale)), mask=inside)
     tl.store(act_scales + row, scale)
 

@@ -22,9 +22,10 @@ def group_rows(ends: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 def power_of_two_scale(largest: torch.Tensor) -> torch.Tensor:
-    """Return the smallest powers of two s with ``largest`` / s <= 448, fp32."""
+    """Return the smallest powers of two s with ``largest`` / s <= 448, fp32; inf, where ``largest`` is not finite."""
     mantissa, exponent = (largest.float() * (1 / LARGEST)).clamp(min=LEAST_SCALE).frexp()
-    return torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
+    scales = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
+    return scales.masked_fill(~largest.isfinite(), float("inf"))
 
 
 def _to_scale(x: torch.Tensor, scales: torch.Tensor) -> Scaled:
