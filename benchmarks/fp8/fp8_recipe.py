@@ -1,4 +1,4 @@
-"""DeepSeek-V3's fp8 recipe (arXiv:2412.19437, section 3.3) in plain torch, to judge errors by; and the exact products.
+"""DeepSeek-V3's fp8 recipe (arXiv:2412.19437, section 3.3) in plain torch, to judge errors by; and the exact results.
 
 Blocks of 1 x 128 along the contraction for activations and gradients, 128 x 128 for weights; a block's scale brings its
 largest element to 448. Products of the quantised numbers are summed in ``dtype``: with fp64 the recipe is as good as it
@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from fp8_gemm import BLOCK, Scaled
-from fp8_quantise import E4M3
+from moescale.kernels.fp8.scaled import E4M3, LARGEST, Scaled
+
+BLOCK = 128
 
 
 def block_quantise(x: torch.Tensor, rows: int = 1) -> Scaled:
@@ -23,9 +24,9 @@ def block_quantise(x: torch.Tensor, rows: int = 1) -> Scaled:
     padded = F.pad(x.float(), (0, -k % BLOCK, 0, -m % rows))
     blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, rows))
     largest = blocks.abs().amax((-3, -1), keepdim=True).clamp_min(1e-30)
-    quantised = (blocks * (448 / largest)).to(E4M3)
+    quantised = (blocks * (LARGEST / largest)).to(E4M3)
     data = quantised.flatten(-4, -3).flatten(-2)[..., :m, :k].contiguous()
-    return Scaled(data=data, scales=(largest / 448).squeeze((-3, -1)))
+    return Scaled(data=data, scales=(largest / LARGEST).squeeze((-3, -1)))
 
 
 def dequantise(scaled: Scaled, dtype: torch.dtype, rows: int = 1) -> torch.Tensor:
@@ -42,7 +43,7 @@ def rounded(x: torch.Tensor, dtype: torch.dtype, rows: int = 1) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exact:
-    """The products of an expert MLP in ``dtype``, on operands quantised by the recipe or not at all."""
+    """Experts and linear layers with products in ``dtype``, on operands quantised by the recipe or not at all."""
 
     dtype: torch.dtype
     quantises: bool
@@ -50,6 +51,10 @@ class Exact:
     def operand(self, x: torch.Tensor, rows: int = 1) -> torch.Tensor:
         """Return x [..., M, K] as a product that contracts K takes it."""
         return rounded(x, self.dtype, rows) if self.quantises else x.to(self.dtype)
+
+    def store(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x as it is kept between two products."""
+        return x.bfloat16() if self.quantises else x
 
     def multiply_rows(self, rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Return rows [R, K] times the weight [E, N, K] of their expert."""
@@ -69,7 +74,7 @@ class Exact:
         self, rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Return the result of the expert MLP and its gradients; what is quantised is rounded to bf16 in between."""
-        store = (lambda x: x.bfloat16()) if self.quantises else (lambda x: x)
+        store = self.store
         pre = store(self.multiply_rows(rows, gate_up, ends))
         gate, up = pre.to(self.dtype).chunk(2, -1)
         act = F.silu(gate) * up
@@ -82,6 +87,41 @@ class Exact:
             "grad_rows": self.multiply_rows(grad_pre, gate_up.transpose(1, 2), ends),
             "grad_gate_up": self.weight_gradient(grad_pre, rows, ends),
             "grad_down": self.weight_gradient(grad, act, ends),
+        }
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        grad: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Return the result of routed experts on tokens x [T, H] and its gradients; an id below 0 is no expert's."""
+        ids, weights = topk_ids.flatten().long(), topk_weights.flatten().to(self.dtype)
+        pair = ids.argsort(stable=True)[(ids < 0).sum() :]
+        token, weights = pair // topk_ids.shape[1], weights[pair, None]
+        ends = torch.bincount(ids[pair], minlength=down.shape[0]).cumsum(0)
+        found = self.mlp(x[token], gate_up, down, self.store(grad[token].to(self.dtype) * weights), ends)
+        zeros = torch.zeros(x.shape, dtype=self.dtype, device=x.device)
+        of_weights = torch.zeros(ids.shape, dtype=self.dtype, device=x.device)
+        of_weights[pair] = (grad[token].to(self.dtype) * found["out"]).sum(1)
+        return {
+            "out": zeros.index_add(0, token, found["out"] * weights),
+            "grad_x": zeros.index_add(0, token, found["grad_rows"]),
+            "grad_topk_weights": of_weights.view(topk_ids.shape),
+            "grad_gate_up": found["grad_gate_up"],
+            "grad_down": found["grad_down"],
+        }
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the result of a linear layer on x [T, K] and its gradients."""
+        ends, stacked = torch.tensor([x.shape[0]]), weight.unsqueeze(0)
+        return {
+            "out": self.multiply_rows(x, stacked, ends),
+            "grad_x": self.multiply_rows(grad, stacked.transpose(1, 2), ends),
+            "grad_weight": self.weight_gradient(grad, x, ends)[0],
         }
 
 

@@ -20,9 +20,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.int16: "i16"}
-TYPES |= {torch.int8: "i8", torch.uint8: "u8"}
+TYPES |= {torch.int8: "i8", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
 OPTIONS = ("num_warps", "num_stages")
 Launch = tuple[JITFunction, dict[str, str], dict[tuple[int], object], dict[tuple[int], list], dict[str, int]]
 
@@ -46,6 +47,8 @@ def record_launches(call: Callable[[], object]) -> list[Launch]:
             elif isinstance(value, torch.Tensor):
                 signature[name] = "*" + TYPES[value.dtype]
                 attributes[(position,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, TensorDescriptor):
+                signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:

@@ -19,6 +19,9 @@ from moescale.kernels.adamw import MASTERS, MOMENT_DTYPES, AdamWHyperparameters,
 from moescale.kernels.attention import Documents, attention
 from moescale.kernels.cross_entropy import linear_cross_entropy
 from moescale.kernels.experts import experts
+from moescale.kernels.fp8 import empty_copies, write_copies
+from moescale.kernels.fp8.linear import fp8_linear
+from moescale.kernels.fp8.routed import fp8_experts
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
 from moescale.kernels.rope import mla_rope
 from moescale.kernels.router import route, router_logits
@@ -41,6 +44,30 @@ def check_experts() -> None:
             weights = randn(tokens, top_k, dtype=torch.float32)
             backward(experts(randn(tokens, hidden), ids, weights, randn(num_experts, 2 * ffn, hidden),
                              randn(num_experts, hidden, ffn), backend="triton"))  # fmt: skip
+
+
+def check_fp8() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        print("check_fp8 needs a Hopper GPU")
+        return
+    for tokens, top_k, num_experts in ((1, 1, 1), (5, 2, 7), (127, 1, 4), (129, 2, 4), (300, 8, 64)):
+        for hidden, ffn in ((64, 16), (144, 272)):
+            ids = torch.rand(tokens, max(top_k, num_experts - 1), device="cuda").topk(top_k).indices.int()
+            ids[::5, 0] = -1
+            weights = randn(num_experts, 2 * ffn, hidden), randn(num_experts, hidden, ffn)
+            copies = tuple(empty_copies(weight) for weight in weights)
+            for weight, own in zip(weights, copies, strict=True):
+                write_copies(weight, own)
+            for dtype in (None, torch.bfloat16, torch.float32):
+                buffers = [None if dtype is None else torch.zeros_like(w, dtype=dtype) for w in weights]
+                x, of_pairs = randn(tokens, hidden), randn(tokens, top_k, dtype=torch.float32)
+                backward(fp8_experts(x, ids, of_pairs, *weights, *copies, gate_up_gradient=buffers[0],
+                                     down_gradient=buffers[1], recompute_up=dtype is None))  # fmt: skip
+    for tokens, hidden, width in ((1, 16, 16), (37, 144, 80), (300, 2048, 576)):
+        linear_weight = randn(width, hidden)
+        linear_copies = empty_copies(linear_weight)
+        write_copies(linear_weight, linear_copies)
+        backward(fp8_linear(randn(tokens, hidden), linear_weight, linear_copies, randn(width)))
 
 
 def check_router() -> None:
@@ -117,7 +144,15 @@ def check_adamw() -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    checks = (check_experts, check_router, check_attention, check_elementwise, check_cross_entropy, check_adamw)
+    checks = (
+        check_experts,
+        check_fp8,
+        check_router,
+        check_attention,
+        check_elementwise,
+        check_cross_entropy,
+        check_adamw,
+    )
     for check in checks:
         if sys.argv[1:] and check.__name__.removeprefix("check_") not in sys.argv[1:]:
             continue

@@ -8,10 +8,34 @@ from agreement import DEVICE, randn
 
 from moescale.kernels import adapted_linear, cross_entropy, linear, rms_norm, rope, router, swiglu
 from moescale.kernels.block_fp8 import quantize
+from moescale.kernels.fp8 import empty_copies, routed, write_copies
+from moescale.kernels.fp8 import linear as linear_in_fp8
 
 X, WEIGHT = (6, 8), (8,)
 TABLE = torch.linspace(-1, 1, 8, device=DEVICE).view(4, 2)
 TARGETS = torch.tensor([0, 3, -100, 8, 2, 1], device=DEVICE)
+
+IDS = torch.tensor([[0, 1], [2, 0], [1, -1], [2, 1]], device=DEVICE)
+
+
+def copied(*shape: int, seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """A weight in bf16 and its copies in fp8."""
+    weight = randn(*shape, dtype=torch.bfloat16, seed=seed)
+    copies = empty_copies(weight)
+    write_copies(weight, copies)
+    return weight, copies
+
+
+def linear_inputs(buffer: torch.Tensor | None) -> tuple:
+    weight, copies = copied(32, 16, seed=1)
+    return randn(2, 3, 16, dtype=torch.bfloat16), weight, randn(32, dtype=torch.bfloat16), *copies, buffer
+
+
+def experts_inputs(buffer: torch.Tensor | None, *, save_pre: bool) -> tuple:
+    (gate_up, of_gate_up), (down, of_down) = copied(3, 32, 32, seed=1), copied(3, 32, 16, seed=2)
+    routing = IDS, randn(4, 2, seed=3)
+    return randn(4, 32, dtype=torch.bfloat16), *routing, gate_up, down, *of_gate_up, *of_down, None, buffer, save_pre
+
 
 CASES = {
     "rms_norm": (rms_norm._rms_norm_op, lambda: (randn(*X), None, randn(*WEIGHT), 1e-6)),
@@ -62,6 +86,16 @@ CASES = {
     "frozen_linear_in_fp8": (
         linear._frozen_linear_op,
         lambda: (randn(2, *X), *quantize(randn(4, 8, grad=False)), randn(4, grad=False)),
+    ),
+    "linear_with_gemms_in_fp8": (linear_in_fp8._linear, lambda: linear_inputs(None)),
+    "linear_with_gemms_in_fp8_and_a_buffer": (
+        linear_in_fp8._linear,
+        lambda: linear_inputs(torch.zeros(32, 16, device=DEVICE)),
+    ),
+    "experts_with_gemms_in_fp8": (routed._experts, lambda: experts_inputs(None, save_pre=True)),
+    "experts_with_gemms_in_fp8_a_buffer_and_no_pre_activation": (
+        routed._experts,
+        lambda: experts_inputs(torch.zeros(3, 32, 16, device=DEVICE), save_pre=False),
     ),
     "linear": (
         linear._linear_op,
