@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from moescale.kernels.fp8 import empty_copies
 from moescale.kernels.fp8 import triton as fp8
 from moescale.kernels.fp8.gemm_triton import multiply_rows, weight_gradient
-from moescale.kernels.fp8.launch_config import LARGE, SMALL
+from moescale.kernels.fp8.launch_config import GRADIENTS, ROWS
 from moescale.kernels.fp8.scaled import E4M3, Scaled
 
 T, K, E, H, F = 64, 6, 64, 2048, 1408
@@ -48,18 +48,16 @@ def call_quantising_kernels() -> None:
 
 
 def call_products() -> None:
-    """Of rows with large tiles, from both copies of a weight; of weights with every launch."""
+    """Of rows with both copies of a weight, of weights with every buffer."""
     ends = empty(E, dtype=torch.int32)
     groups, length = fp8.group_rows(ends, R), (R // 128 + E) * 128
-    multiply_rows(
-        scaled(R, H, R), Scaled(empty(E, F, H, dtype=E4M3), empty(E, dtype=torch.float32)), groups, F, launch=LARGE
-    )
-    multiply_rows(scaled(R, H, R), scaled(F, E * H, E), groups, F, transposed=True, launch=LARGE)
-    for launch in (LARGE, SMALL):
-        for dtype in (None, torch.bfloat16, torch.float32):
-            buffer = None if dtype is None else empty(E, H, F, dtype=dtype)
-            own = dataclasses.replace(launch, store_splits=4) if dtype == torch.float32 else launch
-            weight_gradient(scaled(H, length, E), scaled(F, length, E), ends, buffer=buffer, launch=own)
+    stored = Scaled(empty(E, F, H, dtype=E4M3), empty(E, dtype=torch.float32))
+    multiply_rows(scaled(R, H, R), stored, groups, F, launch=ROWS)
+    multiply_rows(scaled(R, H, R), scaled(F, E * H, E), groups, F, transposed=True, launch=ROWS)
+    for dtype in (None, torch.bfloat16, torch.float32):
+        buffer = None if dtype is None else empty(E, H, F, dtype=dtype)
+        launch = dataclasses.replace(GRADIENTS, store_splits=4) if dtype == torch.float32 else GRADIENTS
+        weight_gradient(scaled(H, length, E), scaled(F, length, E), ends, buffer=buffer, launch=launch)
 
 
 def main() -> None:
