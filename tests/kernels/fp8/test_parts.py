@@ -258,19 +258,16 @@ def test_numbers_that_are_not_finite_stay_visible(parts, value):
     def finite(found: Scaled) -> torch.Tensor:
         return dequantised(Scaled(found.data, found.scales.expand(found.data.shape[0]))).isfinite().all(1)
 
-    others = [0, 1, 3]
-    x = rows_of_all_kinds(4, 64).clamp(-1e4, 1e4)
+    third_alone = [True, True, False, True]
+    x = rows_of_all_kinds(4, 64).clamp(-60, 60)
     x[2, 7] = value
-    assert finite(parts.quantize_rows(x)).tolist() == [True, True, False, True]
-    gate_is, up_is = x.clone(), x.flip(1)
-    for pre in (gate_is, up_is):
-        act = finite(parts.swiglu(pre))
-        assert act[others].all() and (not act[2] or value == -float("inf"))  # silu(-inf) is 0 * -inf, or NaN
-    row_weights = torch.ones(4, device=DEVICE)
-    for grad, pre in ((x[:, :32], randn(4, 64)), (randn(4, 32), x)):
-        grad_pre, _, of_weights = parts.swiglu_backward(grad.contiguous(), pre, row_weights)
-        bad = finite(grad_pre)
-        assert bad[others].all() and (grad[2].isfinite().all() or not bad[2] or not of_weights[2].isfinite())
+    assert finite(parts.quantize_rows(x)).tolist() == third_alone
+    for pre in (x, x.flip(1)):  # among the gates, and among what they multiply
+        assert finite(parts.swiglu(pre)).tolist() == third_alone
+        grad_pre, _, _ = parts.swiglu_backward(randn(4, 32), pre, torch.ones(4, device=DEVICE))
+        assert finite(grad_pre).tolist() == third_alone
+    grad_pre, _, _ = parts.swiglu_backward(x[:, :32].contiguous(), randn(4, 64), torch.ones(4, device=DEVICE))
+    assert finite(grad_pre).tolist() == third_alone
     ends = ends_of(2, 2)
     transposed = parts.transpose_rows(parts.quantize_rows(x), parts.group_rows(ends, 4), parts.pad_ends(ends))
     values = transposed.data.double().view(64, 2, 128) * transposed.scales.double()[:, None]
