@@ -129,6 +129,16 @@ def test_transposed_rows_are_those_of_the_definition(counts, top_k):
     assert_equal(found[kernels][1], found[reference][1])
 
 
+def test_an_expert_of_many_rows_has_the_largest_of_their_scales():
+    ends, x = ends_of(1100, 2), randn(1102, 16)
+    x[7] *= 64
+    rows, found = reference.quantize_rows(x), {}
+    for parts in (kernels, reference):
+        found[parts] = parts.transpose_rows(rows, parts.group_rows(ends, 1102), parts.pad_ends(ends))
+    assert torch.equal(found[kernels].scales, found[reference].scales)
+    assert found[kernels].scales[0] == rows.scales[7] > rows.scales[8:].max()
+
+
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("from_tokens", [False, True])
 def test_transposed_rows_are_the_same_numbers_padded_with_zeros(parts, from_tokens):
@@ -205,6 +215,7 @@ def test_rows_times_a_weight_are_the_product_of_the_codes(parts, counts, transpo
     n, k = 80, 144
     ends, num_rows = ends_of(*counts), sum(counts) + 2  # two of no expert
     rows, weight = reference.quantize_rows(rows_of_all_kinds(num_rows, k)), randn(len(counts), n, k)
+    weight *= 8.0 ** torch.arange(len(counts), device=DEVICE)[:, None, None]  # so that every expert has its own scale
     copies = empty_copies(weight if not transposed else weight.mT)
     parts.write_copies(weight if not transposed else weight.mT.contiguous(), weight.abs().amax((1, 2)).float(), copies)
     stored = Scaled(copies.columns if transposed else copies.rows, copies.scales)
