@@ -12,6 +12,7 @@ from moescale.kernels.backends import KernelInputError
 from moescale.kernels.fp8 import Copies, empty_copies, linear, reference, write_copies
 from moescale.kernels.fp8 import triton as kernels
 from moescale.kernels.fp8.linear import fp8_linear
+from synchronisation import synchronisation_refused
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -140,6 +141,23 @@ def test_numbers_that_are_not_finite_stay_visible(parts, value):
     write_copies(bad_weight, copies)
     found = results(x, bad_weight.requires_grad_(), copies, grad)
     assert not found["out"].isfinite().any() and not found["grad_x"].isfinite().any()
+
+
+@pytest.mark.gpu
+def test_repeated_runs_are_bit_identical_and_never_synchronise():
+    x, weight, copies = make(300, 2048, width=576)
+    grad, buffer = randn(300, 576, seed=2), torch.zeros(576, 2048, device=DEVICE)
+
+    def run() -> list[torch.Tensor]:
+        buffer.zero_()
+        write_copies(weight, copies)
+        found = results(x, weight, copies, grad, weight_gradient=buffer)
+        return [found["out"], found["grad_x"], buffer.clone()]
+
+    first = run()  # compiles, which may synchronise
+    with synchronisation_refused():
+        again = [run() for _ in range(3)]
+    assert all(torch.equal(a, b) for other in again for a, b in zip(first, other, strict=True))
 
 
 X, WEIGHT, COPIES = make(4, 32, width=48)

@@ -291,6 +291,26 @@ def test_numbers_that_are_not_finite_stay_visible(parts, value):
     assert copies.scales.isfinite().tolist() == [True, False]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("hidden", "ffn"), [(2048, 1408), (2880, 272)])
+def test_codes_are_those_of_the_definition_at_the_sizes_of_models(hidden, ffn):
+    tokens, top_k, num_experts = 1000, 6, 64
+    x, act = rows_of_all_kinds(tokens, hidden), rows_of_all_kinds(tokens * top_k, ffn, seed=1)
+    ids = torch.rand(tokens, num_experts, device=DEVICE).topk(top_k).indices
+    ids[::7, 0] = -1
+    row_pair, pair_row, ends = kernels.sort_pairs(ids, num_experts)
+    number, found = int(ends[-1]), {}
+    for parts in (kernels, reference):
+        groups, padded = parts.group_rows(ends, row_pair.numel()), parts.pad_ends(ends)
+        rows, of_tokens = parts.gather_rows(x, pair_row, top_k)
+        transposed = parts.transpose_rows(of_tokens, groups, padded, row_pair=row_pair, top_k=top_k)
+        of_rows = parts.transpose_rows(parts.quantize_rows(act), groups, padded)
+        found[parts] = [Scaled(rows.data[:number], rows.scales[:number]), of_tokens]
+        found[parts] += [Scaled(t.data[:, : padded[-1]], t.scales) for t in (transposed, of_rows)]
+    for a, b in zip(found[kernels], found[reference], strict=True):
+        assert_equal(a, b)
+
+
 @pytest.mark.slow
 def test_kernels_compile_for_hopper_with_every_launch_to_its_fp8_instructions():
     script = Path(__file__).with_name("fp8_ahead_of_time.py")
