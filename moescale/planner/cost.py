@@ -223,6 +223,9 @@ class CostModel:
             seconds = moved_bytes(op, self._without_table(op, dims), self.problem.itemsize) / shares
             seconds /= cluster.elementwise_bytes_per_second
             ratio = op.backward_bytes_ratio
+            if gemms.expert_gemms == "fp8":
+                ratio *= op.fp8_bytes_shares[1] / op.fp8_bytes_shares[0]
+                seconds *= op.fp8_bytes_shares[0]
         else:
             flops = forward_flops(op, dims) / shares
             if op.kind == "dense_gemm":

@@ -140,6 +140,17 @@ def test_a_linear_layer_in_fp8_has_two_fast_gemms_a_plain_one_and_two_passes_tha
     assert backward == pytest.approx(flops / 1000e12 + flops / 500e12 + 8192 * 3072 * 3 / 3e12 + 3e-6, rel=1e-12)
 
 
+def test_rows_are_gathered_in_a_byte_an_element() -> None:
+    problem = Problem(build_workload(LITE), FLAT, REQUEST)
+    cost, dims, gather = CostModel(problem), problem.dims(4), operator("expert_gather_combine")
+    row = 8192 * 2048 / 3e12
+    # Forward: a token read, six rows written, six read, one written; backward: the same, and six more in bf16.
+    assert cost.operator_seconds(gather, dims)[0] == pytest.approx((2 + 12 + 12 + 2) * row + 1e-6, rel=1e-12)
+    forward, backward = cost.operator_seconds(gather, dims, gemms=EXPERTS)
+    assert forward == pytest.approx(3 / 4 * 28 * row + 1e-6, rel=1e-12)
+    assert backward == pytest.approx(1 / 2 * 1.5 * 28 * row + 1e-6, rel=1e-12)
+
+
 @pytest.mark.parametrize("name", ["router", "linear_cross_entropy", "attention", "attention_norm", "experts"])
 def test_other_operators_take_their_time_in_the_compute_dtype(name: str) -> None:
     problem = problem_of()
