@@ -12,7 +12,7 @@ import torch
 
 from moescale.errors import ConfigError
 from moescale.formats import FP8_GEMM_MULTIPLE
-from moescale.kernels.fp8 import empty_copies, write_copies
+from moescale.kernels.fp8 import empty_copies, objection_to_fp8, write_copies
 from moescale.kernels.fp8.errors import note_copies
 from moescale.kernels.fp8.scaled import Copies
 from moescale.models.blocks.linear import Linear
@@ -23,8 +23,11 @@ from moescale.models.transformer import Transformer
 def use_fp8(model: Transformer, *, experts: bool, dense: bool) -> None:
     """Let the routed experts and the linear layers of ``model``, in bf16 and allocated, multiply in fp8.
 
-    Their copies are not written yet. Raises ConfigError for a model whose experts cannot.
+    Their copies are not written yet. Raises ConfigError for a model whose experts cannot, and for a GPU that cannot.
     """
+    objection = objection_to_fp8(model.embedding.weight.device) if experts or dense else None
+    if objection is not None:
+        raise ConfigError(f"plan.{'expert' if experts else 'dense'}_gemms ('fp8') {objection}")
     for module in model.layers.modules():
         if isinstance(module, RoutedExperts) and experts:
             _check_experts(module)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moescale.errors import ConfigError
-from moescale.kernels.fp8 import empty_copies, write_copies
+from moescale.kernels.fp8 import empty_copies, objection_to_fp8, write_copies
 from moescale.kernels.fp8.errors import collecting, note
 from moescale.kernels.fp8.scaled import E4M3, Scaled
 from moescale.models.blocks.linear import Linear
@@ -164,3 +164,11 @@ def test_resuming_in_another_precision_is_said():
     stored = {"settings": {}, "plan": {"expert_gemms": "fp8", "dense_gemms": "compute"}, "total_steps": 8}
     changes = changes_since(stored, TrainSettings(), {"expert_gemms": "compute", "dense_gemms": "compute"}, 8)
     assert changes == ["expert_gemms fp8 -> compute"]
+
+
+def test_a_gpu_before_hopper_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "capability (9, 0); cuda:0 has (8, 0)" in (objection_to_fp8(torch.device("cuda:0")) or "")
+    monkeypatch.setattr("moescale.models.fp8_gemms.objection_to_fp8", lambda device: "needs another GPU; take one")
+    with pytest.raises(ConfigError, match=r"plan.dense_gemms \('fp8'\) needs another GPU; take one"):
+        model_of(tiny_config(**WIDE), dense=True)

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 from moescale.formats import FP8_COPY_ROWS
-from moescale.kernels.backends import runs_triton
+from moescale.kernels.backends import HOPPER, runs_triton
 from moescale.kernels.fp8.scaled import E4M3, Copies
 from moescale.kernels.fp8.scaled import Scaled as Scaled
 
@@ -36,6 +36,17 @@ def write_copies(weight: torch.Tensor, copies: Copies) -> None:
     stacked = weight.detach() if weight.dim() == 3 else weight.detach().unsqueeze(0)
     largest = torch.linalg.vector_norm(stacked.flatten(1), float("inf"), dim=1, dtype=torch.float32)
     kernels_for(stacked).write_copies(stacked.contiguous(), largest, copies)
+
+
+def objection_to_fp8(device: torch.device) -> str | None:
+    """Return why GEMMs in fp8 cannot run there, and the remedy; None where they can."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < HOPPER:
+        capability = torch.cuda.get_device_capability(device)
+        return (
+            f"needs a Hopper GPU or newer, CUDA capability {HOPPER}; {device} has {capability}; take one, or leave out "
+            "--precision fp8"
+        )
+    return None
 
 
 def kernels_for(tensor: torch.Tensor) -> ModuleType:
