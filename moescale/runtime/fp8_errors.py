@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from moescale.kernels.attention import Documents
 from moescale.kernels.fp8.errors import Errors, collecting
 from moescale.models.fp8_gemms import note_weights
 from moescale.models.transformer import Transformer
+from moescale.runtime.step_source import Batch
 
 PROBED_TOKENS = 256
-"""Of a sequence, from its begin: few, so that they fit beside the activations that a recorded graph keeps."""
+"""Of a sequence: few, so that they fit next to the activations that a recorded graph keeps."""
 
 
-def fp8_errors(
-    model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, clear_gradients: Callable[[], None]
-) -> dict[str, Errors]:
-    """Return the errors by kind of tensor for the first tokens of ``tokens`` [B, S], its gradients those of the loss.
+def fp8_errors(model: Transformer, batches: Sequence[Batch], clear_gradients: Callable[[], None]) -> dict[str, Errors]:
+    """Return the errors by kind of tensor for a few tokens of ``batches``, its gradients those of the loss.
 
-    ``clear_gradients`` is called after the backward, which adds to the model's gradients; there must be none before.
+    The tokens begin at the first one with a target: before it, as in a long prompt, all gradients are zero. Batches
+    without targets have no errors. ``clear_gradients`` is called after the backward, which adds to the model's
+    gradients; there must be none before.
     """
+    batch = next((batch for batch in batches if batch.targets.ge(0).any()), None)
+    if batch is None:
+        return {}
+    length = batch.targets.shape[1]
+    row, first = divmod(int(batch.targets.ge(0).flatten().int().argmax()), length)
+    first = max(0, min(first, length - PROBED_TOKENS))
+    part = slice(row, row + 1), slice(first, first + PROBED_TOKENS)
     device = next(model.parameters()).device
-    part = tokens[:1, :PROBED_TOKENS].to(device), targets[:1, :PROBED_TOKENS].to(device)
+    tokens, targets = batch.tokens[part].to(device), batch.targets[part].to(device)
+    starts = batch.document_starts
+    documents = None if starts is None else Documents.from_starts(starts[part], device)
     with torch.compiler.set_stance("force_eager"), collecting() as collector:
         try:
-            output = model(part[0], targets=part[1])
-            (output.loss_sum / part[1].ge(0).sum().clamp(min=1)).backward()
+            output = model(tokens, targets=targets, documents=documents)
+            (output.loss_sum / targets.ge(0).sum()).backward()
         finally:
             clear_gradients()
         note_weights(model)

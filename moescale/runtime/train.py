@@ -279,7 +279,7 @@ class Trainer:
         extra = {} if skipped else self._after_update(sums.expert_rows)
         self.step += 1
         if self._multiplies_in_fp8 and (self.step == 1 or self._due(self.settings.fp8_errors_every)):
-            extra |= self._fp8_errors(batches[0])
+            extra |= self._fp8_errors(batches)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         num_moe_layers = max(1, self.model.config.num_moe_layers)
@@ -314,12 +314,12 @@ class Trainer:
             extra |= hook.after_update(Update(step=self.step + 1, model=self.model, expert_rows=expert_rows)) or {}
         return extra
 
-    def _fp8_errors(self, batch: Batch) -> dict[str, float]:
+    def _fp8_errors(self, batches: Sequence[Batch]) -> dict[str, float]:
         if not self.settings.fp8_errors_every:
             return {}
         self.on_progress(self.step, "errors of rounding to fp8")
         try:
-            errors = fp8_errors(self.model, batch.tokens, batch.targets, self.optimizer.zero_gradients)
+            errors = fp8_errors(self.model, batches, self.optimizer.zero_gradients)
         except torch.OutOfMemoryError:  # a measurement must not end a run
             self._multiplies_in_fp8 = False
             self.on_notice("no memory is left to measure the errors of rounding to fp8; the run goes on without")
