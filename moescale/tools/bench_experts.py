@@ -5,6 +5,7 @@ the router to the combined output, with sort and gather. Peers run in the same p
 meet the same clocks:
 
 - ``cute``: the optional back end, where it is installed;
+- ``fp8``, of a layer: products in e4m3, with copies of the weights that were written before, as after an update;
 - ``grouped_mm``: PyTorch's grouped product under ``torch.compile`` (which fuses SwiGLU), in the faster of the weight
   layouts [E, out, in] and [E, in, out];
 - ``dense``: the six products alone, back to back, all rows through one expert, in cuBLAS: the practical limit;
@@ -27,6 +28,9 @@ import torch.nn.functional as F
 from moescale.kernels.backends import runs_cute
 from moescale.kernels.experts import expert_mlp, experts
 from moescale.kernels.experts.sort import sort_pairs
+from moescale.kernels.fp8 import empty_copies, objection_to_fp8, write_copies
+from moescale.kernels.fp8.routed import fp8_experts
+from moescale.kernels.fp8.scaled import Copies
 from moescale.kernels.router import route, router_logits
 from moescale.tools.measurement import describe_measurement
 from moescale.tools.reference_table.published import read_published
@@ -155,6 +159,12 @@ def _layer_contenders(shape: ExpertShape, routing: str) -> list[Contender]:
         differentiated(name, functools.partial(_layer, *inputs, bias, shape.top_k, name), inputs, grad)
         for name in our_backends()
     ]
+    if objection_to_fp8(x.device) is None:
+        copies = (empty_copies(gate_up), empty_copies(down))
+        for weight, of_weight in zip((gate_up, down), copies, strict=True):
+            write_copies(weight, of_weight)
+        fp8 = functools.partial(_layer, *inputs, bias, shape.top_k, "triton", copies)
+        ours.append(differentiated("fp8", fp8, inputs, grad))
     return [*ours, differentiated("grouped_mm", peer, inputs, grad)]
 
 
@@ -166,6 +176,7 @@ def _layer(
     bias: torch.Tensor,
     top_k: int,
     backend: str,
+    copies: tuple[Copies, Copies] | None = None,
 ) -> torch.Tensor:
     logits = router_logits(x, router) + bias
     routing = route(
@@ -177,6 +188,8 @@ def _layer(
         num_sequences=None,
         backend="torch" if backend == "grouped_mm" else "triton",
     )
+    if copies is not None:
+        return fp8_experts(x, routing.topk_ids, routing.topk_weights, gate_up, down, *copies)
     if backend != "grouped_mm":
         return experts(x, routing.topk_ids, routing.topk_weights, gate_up, down, backend=backend)
     return _grouped_mm_experts(x, routing.topk_ids, routing.topk_weights, gate_up, down)
