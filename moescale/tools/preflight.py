@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from moescale.config import ModelConfig
-from moescale.kernels.backends import HOPPER, BackendSettings, CutePart
+from moescale.kernels.backends import BackendSettings, CutePart
 from moescale.models.lora import add_adapters
 from moescale.models.transformer import build_on_meta, named_weights
 from moescale.plan import ParallelPlan
@@ -56,7 +56,7 @@ def examine_job(job: Job, *, is_first: bool = True) -> Iterator[Finding]:
         free += torch.cuda.memory_reserved(job.device)
         yield gpu_memory(job.plan, free, total, name=f"memory of GPU {job.device.index}")
         yield from planned_gpu(job.plan, torch.cuda.get_device_name(job.device))
-        yield from fp8_gemms(job.plan, torch.cuda.get_device_capability(job.device), job.backends)
+        yield from experts_in_fp8(job.plan, job.backends)
     yield from packages(job.backends, job.device)
 
 
@@ -162,21 +162,13 @@ def planned_gpu(plan: ParallelPlan, gpu: str) -> Iterator[Finding]:
     )
 
 
-def fp8_gemms(plan: ParallelPlan, capability: tuple[int, int], backends: BackendSettings) -> Iterator[Finding]:
-    """Whether a GPU of this CUDA capability runs the plan's GEMMs in fp8, and in the backend that is named."""
-    names = [name for name in ("expert_gemms", "dense_gemms") if getattr(plan, name) == "fp8"]
-    if names and capability != HOPPER:
-        yield Finding(
-            name="GEMMs in fp8",
-            status="problem",
-            detail=f"plan.{names[0]} (fp8) needs a Hopper GPU, CUDA capability {HOPPER}; this one has {capability}",
-            remedy="use --precision bf16: to compile the plan, or to run without one",
-        )
+def experts_in_fp8(plan: ParallelPlan, backends: BackendSettings) -> Iterator[Finding]:
+    """Whether the settings name a backend for experts that the plan's GEMMs in fp8 do not have."""
     if plan.expert_gemms == "fp8" and backends.experts not in ("auto", "triton"):
         yield Finding(
-            name="GEMMs in fp8",
+            name="experts in fp8",
             status="warning",
-            detail=f"experts in fp8 (plan.expert_gemms) run in Triton, not in the {backends.experts} backend named",
+            detail=f"plan.expert_gemms (fp8) is computed in Triton, not by the backend named ({backends.experts})",
             remedy="drop --experts-backend, or use --precision bf16",
         )
 

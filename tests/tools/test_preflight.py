@@ -20,7 +20,7 @@ from moescale.plan import Prediction, one_device_plan
 from moescale.planner.cluster import load_cluster
 from moescale.runtime.settings import TrainSettings
 from moescale.tools import preflight
-from moescale.tools.preflight import checkpoints_to_come, fp8_gemms, gpu_memory, packages, planned_gpu
+from moescale.tools.preflight import checkpoints_to_come, experts_in_fp8, gpu_memory, packages, planned_gpu
 
 GIB = 2**30
 Usage = namedtuple("Usage", "total used free")
@@ -150,24 +150,13 @@ def test_a_plan_for_another_gpu_is_warned_of_by_name(plan):
     assert list(planned_gpu(replace(plan, cluster_fingerprint="f" * 16), cluster.gpu)) == []
 
 
-def test_gemms_in_fp8_are_refused_on_a_gpu_that_is_not_hopper(plan):
-    backends = BackendSettings()
-    for name in ("expert_gemms", "dense_gemms"):
-        in_fp8 = replace(plan, compute_dtype="bf16", **{name: "fp8"})
-        (finding,) = fp8_gemms(in_fp8, (8, 0), backends)
-        assert finding.status == "problem" and "--precision bf16" in finding.remedy
-        assert f"plan.{name} (fp8) needs a Hopper GPU, CUDA capability (9, 0); this one has (8, 0)" in finding.detail
-        assert list(fp8_gemms(in_fp8, (9, 0), backends)) == []
-    assert list(fp8_gemms(plan, (8, 0), backends)) == []
-
-
 @pytest.mark.parametrize(("backend", "statuses"), [("auto", []), ("triton", []), ("cute", ["warning"])])
 def test_an_experts_backend_that_fp8_does_not_use_is_warned_of(plan, backend, statuses):
     backends, plan = BackendSettings(experts=backend), replace(plan, compute_dtype="bf16")
-    findings = list(fp8_gemms(replace(plan, expert_gemms="fp8"), (9, 0), backends))
+    findings = list(experts_in_fp8(replace(plan, expert_gemms="fp8"), backends))
     assert [finding.status for finding in findings] == statuses
-    assert all(f"not in the {backend} backend" in finding.detail for finding in findings)
-    assert list(fp8_gemms(replace(plan, dense_gemms="fp8"), (9, 0), backends)) == []
+    assert all(f"not by the backend named ({backend})" in finding.detail for finding in findings)
+    assert list(experts_in_fp8(replace(plan, dense_gemms="fp8"), backends)) == []
 
 
 def test_a_backend_that_is_named_and_not_installed_is_a_problem(monkeypatch):
