@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moescale.plan import FP8_GEMMS_MAX_GPUS
 from moescale.planner.cost import MADE_PLAIN
-from moescale.planner.remedies import find_remedies
+from moescale.planner.remedies import find_remedies, more_fp8
 from moescale.planner.request import decision_text
 from moescale.planner.result import Evaluated, PlanResult, alternative_summary, excess_bytes, excess_text, limits_text
 from moescale.planner.timeline import Span, step_timeline
@@ -41,7 +41,8 @@ def explain_json(result: PlanResult) -> dict[str, Any]:
     plan = json.loads(result.plan().to_json())
     hidden = {name: seconds for name, seconds in result.best.time.hidden.items() if seconds}
     plan["prediction"] |= {"hidden_seconds": hidden, "host_bytes": round(result.best.host_bytes)}
-    return {"fits": True, **head, "supported": result.best.supported, **plan}
+    said = {"notes": found} if (found := notes(result)) else {}
+    return {"fits": True, **head, **said, "supported": result.best.supported, **plan}
 
 
 def explain_text(result: PlanResult) -> str:
@@ -92,6 +93,7 @@ def explain_html(result: PlanResult) -> str:
             host_limit_gib=result.cluster.host_memory_bytes / GIB,
             alternatives=[alternative_text(result, other) for other in result.alternatives] if best else [],
             suggestions=[] if best else remedy_texts(result),
+            notes=notes(result) if best else [],
         )
     )
 
@@ -139,6 +141,23 @@ def remedy_texts(result: PlanResult) -> list[str]:
     ]
 
 
+def notes(result: PlanResult) -> list[str]:
+    """What was asked for and the plan does not have, and why."""
+    request, found = result.request, []
+    if request.fp8_gemms and request.runtime_gpus > FP8_GEMMS_MAX_GPUS:
+        found.append(
+            f"GEMMs are in fp8 on {FP8_GEMMS_MAX_GPUS} GPU only in this version: this plan's are in "
+            f"{request.compute_dtype}."
+        )
+    remedy = more_fp8(result)
+    if remedy is not None:
+        found.append(
+            "The copies in fp8 of the experts' weights do not fit next to exact master weights. With "
+            f"{remedy.change} they do: {remedy.step_seconds:.3f} s a step."
+        )
+    return found
+
+
 def _print_plan(console: Console, result: PlanResult, best: Evaluated) -> None:
     request, mesh = result.request, best.candidate.mesh
     plan = result.plan()
@@ -152,11 +171,8 @@ def _print_plan(console: Console, result: PlanResult, best: Evaluated) -> None:
         f"step {best.time.total:.3f} s, {rate:,.0f} tokens/s ({rate / request.runtime_gpus:,.0f} per GPU), "
         f"peak {best.memory.total / GIB:.1f} of {result.limit_bytes / GIB:.1f} GiB; best of {result.num_candidates:,}"
     )
-    if request.fp8_gemms and request.runtime_gpus > FP8_GEMMS_MAX_GPUS:
-        console.print(
-            f"GEMMs are in fp8 on {FP8_GEMMS_MAX_GPUS} GPU only in this version: this plan's are in "
-            f"{request.compute_dtype}."
-        )
+    for note in notes(result):
+        console.print(note, soft_wrap=True)
     if not best.supported:
         console.print("This version's runtime cannot run this plan.")
     table = Table("decision", "value", title="Plan", title_justify="left")

@@ -17,7 +17,7 @@ from moescale.planner import layer_bytes
 from moescale.planner.axes.registry import micro_batch
 from moescale.planner.cluster import Rates, load_cluster
 from moescale.planner.cost import CostModel
-from moescale.planner.explain import alternative_text, explain_text
+from moescale.planner.explain import alternative_text, explain_html, explain_json, explain_text, notes
 from moescale.planner.fit import fit_text, fit_to_gpus
 from moescale.planner.memory import MemoryModel
 from moescale.planner.problem import Problem
@@ -249,6 +249,21 @@ def test_on_several_gpus_plans_compute_in_bf16_and_say_why() -> None:
     result = compile_plan(LITE, H200, request, with_alternatives=False)
     assert result.plan().expert_gemms == result.plan().dense_gemms == "compute"
     assert "GEMMs are in fp8 on 1 GPU only in this version: this plan's are in bf16" in explain_text(result)
+
+
+def test_where_copies_do_not_fit_beside_exact_masters_it_is_said_what_would_help() -> None:
+    exact = dataclasses.replace(REQUEST, exact_weights=True)
+    result = compile_plan(LITE, H200, exact, with_alternatives=False)
+    assert result.best is not None and result.plan().expert_gemms == "compute"
+    (note,) = notes(result)
+    other = compile_plan(LITE, H200, dataclasses.replace(exact, exact_weights=False), with_alternatives=False).best
+    assert other is not None and other.time.total < 0.9 * result.best.time.total
+    assert note.endswith(f"With --allow-stochastic-rounding they do: {other.time.total:.3f} s a step.")
+    assert note in explain_text(result) and explain_json(result)["notes"] == [note]
+    assert note.split(".")[0].replace("'", "&#39;") in explain_html(result)
+    for request in (REQUEST, dataclasses.replace(exact, pins={"expert_gemms": "compute"})):
+        silent = compile_plan(LITE, H200, request, with_alternatives=False)
+        assert notes(silent) == [] and "notes" not in explain_json(silent)
 
 
 def test_fit_has_fp8_on_one_gpu_and_says_so() -> None:
