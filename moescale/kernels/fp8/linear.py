@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from moescale.formats import FP8_GEMM_MULTIPLE
 from moescale.kernels.backends import KernelInputError, check_device, check_dtype, check_gradient_buffer, check_shape
 from moescale.kernels.fp8 import kernels_for
 from moescale.kernels.fp8.errors import note
@@ -36,9 +37,10 @@ def fp8_linear(
         check_dtype("fp8_linear", name, tensor, (torch.bfloat16,))
     for name, tensor in (tensors | {"copies": copies.rows}).items():
         check_device("fp8_linear", name, tensor, x.device)
-    if any(size % 16 for size in weight.shape):
+    if any(size % FP8_GEMM_MULTIPLE for size in weight.shape):
         raise KernelInputError(
-            f"fp8_linear: weight has shape {tuple(weight.shape)}; both must be multiples of 16; use linear for it"
+            f"fp8_linear: weight has shape {tuple(weight.shape)}; both must be multiples of {FP8_GEMM_MULTIPLE}; "
+            "use linear for it"
         )
     if weight_gradient is not None:
         check_gradient_buffer("fp8_linear", "weight", weight, weight_gradient)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from moescale.formats import FP8_GEMM_MULTIPLE
 from moescale.kernels.backends import (
     KernelInputError,
     check_device,
@@ -66,12 +67,13 @@ def _check(x, topk_ids, topk_weights, gate_up, down, gate_up_copies, down_copies
     for name, weight, copies in (("gate_up", gate_up, gate_up_copies), ("down", down, down_copies)):
         check_dtype("fp8_experts", name, weight, (torch.bfloat16,))
         check_device("fp8_experts", name, weight, x.device)
+        check_device("fp8_experts", f"{name}_copies", copies.rows, x.device)
         check_shape("fp8_experts", f"{name}_copies", copies.rows, tuple(weight.shape), f"those of {name}")
     check_dtype("fp8_experts", "x", x, (torch.bfloat16,))
-    if hidden % 16 or ffn % 16:
+    if hidden % FP8_GEMM_MULTIPLE or ffn % FP8_GEMM_MULTIPLE:
         raise KernelInputError(
-            f"fp8_experts: hidden size ({hidden}) and expert intermediate size ({ffn}) must be multiples of 16; "
-            "use experts without fp8"
+            f"fp8_experts: hidden size ({hidden}) and expert intermediate size ({ffn}) must be multiples of "
+            f"{FP8_GEMM_MULTIPLE}; use experts without fp8"
         )
 
 

@@ -266,6 +266,10 @@ COPIES = {f"{name}_copies": copies_of(INPUTS[name]) for name in ("gate_up", "dow
         ({"gate_up": INPUTS["gate_up"].half()}, "gate_up has dtype torch.float16; it must be bfloat16"),
         ({"down": INPUTS["down"].float()}, "down has dtype torch.float32; it must be bfloat16"),
         ({"down": INPUTS["down"].to("meta")}, "down is on meta; the other inputs are on"),
+        (
+            {"gate_up_copies": Copies(*(part.to("meta") for part in COPIES["gate_up_copies"]))},
+            "gate_up_copies is on meta; the other inputs are on",
+        ),
         ({"down_copies": COPIES["gate_up_copies"]}, r"down_copies has shape \(3, 96, 32\); it must be those of down"),
         (
             {"gate_up_copies": COPIES["down_copies"]},
