@@ -24,7 +24,14 @@ from moescale import __version__
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError
 from moescale.files import write_atomically
-from moescale.formats import ComputeFormat, GemmFormat, GradientFormat, MasterFormat, MomentFormat
+from moescale.formats import (
+    FP8_GEMM_MULTIPLE,
+    ComputeFormat,
+    GemmFormat,
+    GradientFormat,
+    MasterFormat,
+    MomentFormat,
+)
 from moescale.lora import LoraSettings
 from moescale.records import FileKind, build, parse_json_object, read_bytes, show
 
@@ -206,6 +213,9 @@ class ParallelPlan:
             raise ConfigError(
                 f"model.num_experts ({config.num_experts}) must be divisible by plan.mesh.ep ({self.mesh.ep})"
             )
+        obstacle = no_experts_in_fp8(config) if self.expert_gemms == "fp8" else None
+        if obstacle is not None:
+            raise ConfigError(f"plan.expert_gemms (fp8) must be compute: {obstacle}; compile the plan again")
 
     def to_json(self) -> str:
         """The plan as JSON; :meth:`from_json` gives back an equal plan."""
@@ -252,6 +262,18 @@ def expert_shard_dim(shape: Sequence[int], shards: int) -> int:
     have fewer.
     """
     return next((dim for dim in (0, 1) if shape[dim] % shards == 0), 0)
+
+
+def no_experts_in_fp8(config: ModelConfig) -> str | None:
+    """Why the routed experts of ``config``'s model cannot multiply in fp8; None where they can."""
+    if not config.num_moe_layers:
+        return "the model has no routed experts"
+    if config.has_expert_biases or config.swiglu_clamp is not None:
+        return "this version has no experts with biases or a clamped activation in fp8"
+    for name in ("hidden_size", "expert_intermediate_size"):
+        if getattr(config, name) % FP8_GEMM_MULTIPLE:
+            return f"model.{name} ({getattr(config, name)}) is no multiple of {FP8_GEMM_MULTIPLE}"
+    return None
 
 
 def one_device_plan(

@@ -20,8 +20,7 @@ from moescale.errors import ConfigError
 from moescale.formats import ComputeFormat
 from moescale.lora import LoraSettings, parse_lora
 from moescale.models.layer_plans import plan_of_layers
-from moescale.plan import ParallelPlan, load_plan, one_device_plan
-from moescale.planner.request import no_experts_in_fp8
+from moescale.plan import ParallelPlan, load_plan, no_experts_in_fp8, one_device_plan
 from moescale.runtime.join import was_launched
 
 MIN_CPU_RANKS = 16

@@ -18,6 +18,7 @@ from moescale.kernels.fp8.scaled import Copies
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.moe import RoutedExperts
 from moescale.models.transformer import Transformer
+from moescale.plan import no_experts_in_fp8
 
 
 def use_fp8(model: Transformer, *, experts: bool, dense: bool) -> None:
@@ -27,10 +28,12 @@ def use_fp8(model: Transformer, *, experts: bool, dense: bool) -> None:
     """
     objection = objection_to_fp8(model.embedding.weight.device) if experts or dense else None
     if objection is not None:
-        raise ConfigError(f"plan.{'expert' if experts else 'dense'}_gemms ('fp8') {objection}")
+        raise ConfigError(f"plan.{'expert' if experts else 'dense'}_gemms (fp8) {objection}")
+    obstacle = no_experts_in_fp8(model.config) if experts else None
+    if obstacle is not None:
+        raise ConfigError(f"plan.expert_gemms (fp8) must be compute: {obstacle}; compile the plan again")
     for module in model.layers.modules():
         if isinstance(module, RoutedExperts) and experts:
-            _check_experts(module)
             module.gate_up_copies, module.down_copies = empty_copies(module.gate_up), empty_copies(module.down)
         if isinstance(module, Linear) and dense and all(size % FP8_GEMM_MULTIPLE == 0 for size in module.weight.shape):
             module.copies = empty_copies(module.weight)
@@ -61,17 +64,3 @@ def _copied(model: Transformer) -> Iterator[tuple[str, torch.Tensor, Copies]]:
             assert module.down_copies is not None
             yield "experts", module.gate_up, module.gate_up_copies
             yield "experts", module.down, module.down_copies
-
-
-def _check_experts(module: RoutedExperts) -> None:
-    if module.biases is not None or module.clamp is not None:
-        raise ConfigError(
-            "plan.expert_gemms ('fp8') has no experts with biases or a clamped activation in this version; compile "
-            "with --pin expert_gemms=compute"
-        )
-    _, hidden, width = module.down.shape
-    if hidden % FP8_GEMM_MULTIPLE or width % FP8_GEMM_MULTIPLE:
-        raise ConfigError(
-            f"plan.expert_gemms ('fp8'): model.hidden_size ({hidden}) and model.expert_intermediate_size ({width}) "
-            f"must be multiples of {FP8_GEMM_MULTIPLE}; compile with --pin expert_gemms=compute"
-        )

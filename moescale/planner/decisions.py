@@ -11,10 +11,10 @@ from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
 from moescale.formats import PLANNED_GRADIENTS, PLANNED_MASTERS, PLANNED_MOMENTS, GemmFormat
 from moescale.models.registry import family_of
-from moescale.plan import FP8_GEMMS_MAX_GPUS, DenseSharding, MeshShape, is_supported
+from moescale.plan import FP8_GEMMS_MAX_GPUS, DenseSharding, MeshShape, is_supported, no_experts_in_fp8
 from moescale.planner.axes.registry import AXES
 from moescale.planner.cluster import FP8_RATES, Cluster
-from moescale.planner.request import PlanRequest, no_experts_in_fp8, recompute_choices
+from moescale.planner.request import PlanRequest, recompute_choices
 
 GEMM_DECISIONS = ("expert_gemms", "dense_gemms")
 DECISIONS = (

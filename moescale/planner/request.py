@@ -10,7 +10,6 @@ from typing import Any
 from moescale.config import ModelConfig
 from moescale.formats import (
     EXACT_MASTERS,
-    FP8_GEMM_MULTIPLE,
     PLANNED_GRADIENTS,
     PLANNED_MASTERS,
     PLANNED_MOMENTS,
@@ -21,7 +20,7 @@ from moescale.formats import (
     MomentFormat,
 )
 from moescale.lora import LoraSettings
-from moescale.plan import FP8_GEMMS_MAX_GPUS, DenseSharding, LayerPlan, MeshShape
+from moescale.plan import FP8_GEMMS_MAX_GPUS, DenseSharding, LayerPlan, MeshShape, no_experts_in_fp8
 
 RECOMPUTE_CHOICES = ("none", "experts", "block")
 """Keep everything; recompute the experts' up-projection; recompute the whole block."""
@@ -182,15 +181,3 @@ def gemm_choices(request: PlanRequest, config: ModelConfig) -> list[Gemms]:
         for of_dense in dense
         if request.allows("expert_gemms", of_experts) and request.allows("dense_gemms", of_dense)
     ]
-
-
-def no_experts_in_fp8(config: ModelConfig) -> str | None:
-    """Why the routed experts of ``config``'s model cannot multiply in fp8; None where they can."""
-    if not config.num_moe_layers:
-        return "the model has no routed experts"
-    if config.has_expert_biases or config.swiglu_clamp is not None:
-        return "this version has no experts with biases or a clamped activation in fp8"
-    for name in ("hidden_size", "expert_intermediate_size"):
-        if getattr(config, name) % FP8_GEMM_MULTIPLE:
-            return f"model.{name} ({getattr(config, name)}) is no multiple of {FP8_GEMM_MULTIPLE}"
-    return None

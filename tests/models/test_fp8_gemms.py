@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.moe import RoutedExperts
 from moescale.models.fp8_gemms import use_fp8, write_weight_copies
 from moescale.models.transformer import Transformer, build_on_meta, initialize
+from moescale.plan import one_device_plan
 from moescale.runtime.optimizer import OptimizerFormat
 from moescale.runtime.resume_checks import changes_since
 from moescale.runtime.settings import TrainSettings
@@ -82,7 +85,10 @@ def test_everything_but_experts_and_linear_layers_of_blocks_stays_as_it_is():
     ("config", "words"),
     [
         (FAMILIES["tiny-gpt-oss"], "biases or a clamped activation"),
-        (tiny_config(hidden_size=64, expert_intermediate_size=24), r"expert_intermediate_size \(24\)"),
+        (
+            tiny_config(hidden_size=64, expert_intermediate_size=24),
+            r"model.expert_intermediate_size \(24\) is no multiple of 16",
+        ),
     ],
 )
 def test_experts_that_cannot_are_refused(config, words):
@@ -170,5 +176,15 @@ def test_a_gpu_before_hopper_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "capability (9, 0); cuda:0 has (8, 0)" in (objection_to_fp8(torch.device("cuda:0")) or "")
     monkeypatch.setattr("moescale.models.fp8_gemms.objection_to_fp8", lambda device: "needs another GPU; take one")
-    with pytest.raises(ConfigError, match=r"plan.dense_gemms \('fp8'\) needs another GPU; take one"):
+    with pytest.raises(ConfigError, match=r"plan.dense_gemms \(fp8\) needs another GPU; take one"):
         model_of(tiny_config(**WIDE), dense=True)
+
+
+def test_a_plan_for_a_model_whose_experts_cannot_is_refused_before_anything_is_built():
+    config = FAMILIES["tiny-gpt-oss"]
+    plan = one_device_plan(
+        config, sequence_length=8, micro_batch_sequences=1, gradient_accumulation_steps=1, compute_dtype="bf16"
+    )
+    plan.check_model(config)
+    with pytest.raises(ConfigError, match=r"plan.expert_gemms \(fp8\) must be compute: this version has no experts"):
+        dataclasses.replace(plan, expert_gemms="fp8").check_model(config)

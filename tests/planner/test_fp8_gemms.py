@@ -12,7 +12,7 @@ from moescale.errors import ConfigError
 from moescale.models.fp8_gemms import use_fp8
 from moescale.models.transformer import build_on_meta
 from moescale.operators import operator
-from moescale.plan import LayerPlan, MeshShape
+from moescale.plan import LayerPlan, MeshShape, no_experts_in_fp8
 from moescale.planner import layer_bytes
 from moescale.planner.axes.registry import micro_batch
 from moescale.planner.cluster import Rates, load_cluster
@@ -21,7 +21,7 @@ from moescale.planner.explain import alternative_text, explain_html, explain_jso
 from moescale.planner.fit import fit_text, fit_to_gpus
 from moescale.planner.memory import MemoryModel
 from moescale.planner.problem import Problem
-from moescale.planner.request import IN_COMPUTE_DTYPE, Formats, Gemms, PlanRequest, no_experts_in_fp8
+from moescale.planner.request import IN_COMPUTE_DTYPE, Formats, Gemms, PlanRequest
 from moescale.planner.result import PlanResult
 from moescale.planner.search import compile_plan
 from moescale.planner.workload import build_workload

@@ -40,10 +40,10 @@ def write_copies(weight: torch.Tensor, copies: Copies) -> None:
 
 def objection_to_fp8(device: torch.device) -> str | None:
     """Return why GEMMs in fp8 cannot run there, and the remedy; None where they can."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < HOPPER:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != HOPPER:
         capability = torch.cuda.get_device_capability(device)
         return (
-            f"needs a Hopper GPU or newer, CUDA capability {HOPPER}; {device} has {capability}; take one, or leave out "
+            f"needs a Hopper GPU, CUDA capability {HOPPER}; {device} has {capability}; take one, or leave out "
             "--precision fp8"
         )
     return None

@@ -41,8 +41,8 @@ class Collector:
         scales = scaled.scales.view(-1, *(1,) * (wanted.dim() - 1))
         found = scaled.data.float() * scales
         parts = (
-            (found - wanted).square().sum(dtype=torch.float64),
-            wanted.square().sum(dtype=torch.float64),
+            (found - wanted).double().square().sum(),
+            wanted.double().square().sum(),
             (wanted.abs() >= scales * _SATURATED).sum().double(),
             ((found == 0) & (wanted != 0)).sum().double(),
             wanted.new_tensor(wanted.numel(), dtype=torch.float64),
