@@ -15,7 +15,7 @@ from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.moe import RoutedExperts
 from moescale.models.fp8_gemms import use_fp8, write_weight_copies
 from moescale.models.transformer import Transformer, build_on_meta, initialize
-from moescale.plan import one_device_plan
+from moescale.plan import no_experts_in_fp8, one_device_plan
 from moescale.runtime.optimizer import OptimizerFormat
 from moescale.runtime.resume_checks import changes_since
 from moescale.runtime.settings import TrainSettings
@@ -54,12 +54,13 @@ def copied(model: Transformer) -> list[tuple[torch.Tensor, tuple[torch.Tensor, .
     return [(weight, copies) for weight, copies in found if copies is not None]
 
 
-@pytest.mark.parametrize(("experts", "dense"), [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("family", sorted(PLAIN))
+@pytest.mark.parametrize(
+    ("family", "experts", "dense"),
+    [(family, True, True) for family in sorted(PLAIN)] + [("tiny", True, False), ("tiny", False, True)],
+)
 def test_loss_and_gradients_differ_from_bf16_by_the_rounding_of_fp8(family, experts, dense):
     config = PLAIN[family]
-    if experts and config.expert_intermediate_size % 16:
-        pytest.skip("experts of this width are refused, which is tested below")
+    experts = experts and no_experts_in_fp8(config) is None  # of other widths they are refused, which is tested below
     plain, fp8 = (gradients(model_of(config, experts=e, dense=d)) for e, d in ((False, False), (experts, dense)))
     assert abs(fp8["loss"] / plain["loss"] - 1) < 0.02
     norm = torch.stack([gradient.norm() for gradient in plain.values()]).norm()
@@ -108,10 +109,10 @@ def training(folder, **settings):
 
 
 def test_the_loss_falls_and_copies_follow_the_weights(tmp_path):
-    one = training(tmp_path, total_steps=40)
+    one = training(tmp_path, total_steps=24)
     before = [copies.rows.float().clone() for _, copies in copied(one.model)]
     one.train()
-    assert sum(one.observer.losses[-3:]) / 3 < one.observer.losses[0] - 0.5
+    assert sum(one.observer.losses[-3:]) / 3 < one.observer.losses[0] - 0.3
     for (weight, copies), old in zip(copied(one.model), before, strict=True):
         fresh = empty_copies(weight)
         write_copies(weight, fresh)
