@@ -165,11 +165,10 @@ class AdamW:
         """Return the L2 norm of all ranks' gradients, an fp32 scalar on the device. A collective, one reduction."""
         gradients = [self.gradient(name) for name in self.parameters if self.parts[name].is_first_copy]
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else ()
-        if self.ranks.size == 1:
-            return torch.linalg.vector_norm(torch.stack(list(norms)))
         device = next(iter(self.weights.values())).device
-        squares = torch.stack([*norms, torch.zeros((), device=device)]).square().sum()
-        return self.ranks.sum(squares).sqrt()
+        # In fp64, so that the sum is the same however ranks divide the tensors.
+        squares = torch.stack([*norms, torch.zeros((), device=device)]).double().square().sum()
+        return (squares if self.ranks.size == 1 else self.ranks.sum(squares)).sqrt().float()
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_norm: torch.Tensor) -> None:
