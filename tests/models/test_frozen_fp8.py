@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_those_of_weights_that_are_what_the_codes_stand_f
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("way", ["block", "experts", "compiled"])
+@pytest.mark.parametrize("way", ["block", "experts", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_recomputed_and_compiled_layers_make_the_same_plain_weights(way: str) -> None:
     pairs = pair(FAMILIES["wider than a block"], LoraSettings(rank=4, alpha=6), torch.bfloat16)
     options = dict(compiled=True) if way == "compiled" else dict(recompute=way)

@@ -149,7 +149,7 @@ def test_a_buffer_of_one_weight_leaves_the_other_to_autograd(parts):
     assert torch.equal(found["grad_gate_up"], plain["grad_gate_up"])
 
 
-@EITHER
+@EITHER_IN_TIME
 def test_recomputing_the_up_projection_changes_nothing(parts):
     inputs, grad = make(routings()["pairs of no expert"], 4, 32, 48), randn(5, 32, seed=3)
     saved, recomputed = run(inputs, grad), run(inputs, grad, recompute_up=True)
