@@ -48,7 +48,7 @@ def assert_matches_reference(ids, inputs, tolerance=1e-5, **options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(13, 2, 3, 40, 24), (1, 1, 1, 16, 16), (37, 8, 9, 32, 48), (0, 2, 4, 16, 16)])
+@pytest.mark.parametrize("shape", [(13, 2, 3, 40, 24), (1, 1, 1, 16, 16), (21, 8, 9, 32, 24), (0, 2, 4, 16, 16)])
 def test_output_and_gradients_match_the_definition(backend, shape):
     ids, inputs = make_inputs(*shape)
     assert_matches_reference(ids, inputs, backend=backend)
