@@ -7,11 +7,10 @@ One panel per routing; one group of bars per size, one bar per back end. Needs n
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
+
+from svg import draw_result, picture
 
 # Order, label and colour (Okabe and Ito's palette, told apart with any colour vision).
 BACKENDS = {
@@ -79,25 +78,9 @@ def draw(document: dict[str, Any]) -> str:
         elements.append(f'<text x="{legend + 14}" y="39">{escape(label)}</text>')
         legend += 34 + 6 * len(label)
     title = f"Expert MLP, forward + backward, TFLOP/s; tokens / experts, top-6; {document['gpu']}"
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(width, legend) + 10}" height="{top - 36}" '
-            'font-family="sans-serif" font-size="11">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            f'<text x="{LEFT}" y="18" font-size="13">{escape(title)}</text>',
-            *elements,
-            "</svg>\n",
-        ]
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("svg", type=Path)
-    arguments = parser.parse_args()
-    arguments.svg.write_text(draw(json.loads(arguments.result.read_text())))
+    heading = f'<text x="{LEFT}" y="18" font-size="13">{escape(title)}</text>'
+    return picture(max(width, legend) + 10, top - 36, [heading, *elements])
 
 
 if __name__ == "__main__":
-    main()
+    draw_result(__doc__, draw)

@@ -8,12 +8,11 @@ at that step. Needs nothing but Python.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
+
+from svg import draw_result, picture
 
 COLOURS = {"bf16": "#0072b2", "fp8": "#d55e00"}  # of Okabe and Ito's palette, told apart with any colour vision
 SEEDS = ("#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -143,25 +142,9 @@ def draw(document: dict[str, Any]) -> str:
         elements.append(f'<text x="{x + 14}" y="35">{precision}</text>')
         x += 70
     title = f"Training with GEMMs in bf16 and in fp8, same seeds and batches; {document['device']}"
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + 2 * WIDTH + GAP + 20}" height="{top - 30}" '
-            'font-family="sans-serif" font-size="11">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            f'<text x="{LEFT}" y="18" font-size="13">{escape(title)}</text>',
-            *elements,
-            "</svg>\n",
-        ]
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("svg", type=Path)
-    arguments = parser.parse_args()
-    arguments.svg.write_text(draw(json.loads(arguments.result.read_text())))
+    heading = f'<text x="{LEFT}" y="18" font-size="13">{escape(title)}</text>'
+    return picture(LEFT + 2 * WIDTH + GAP + 20, top - 30, [heading, *elements])
 
 
 if __name__ == "__main__":
-    main()
+    draw_result(__doc__, draw)

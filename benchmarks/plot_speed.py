@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from svg import picture
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "speed.svg"
@@ -71,15 +73,7 @@ def draw() -> str:
     for title, bars in (one_gpu(), two_gpus()):
         drawn, top = panel(title, bars, top)
         elements += drawn
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{LABEL + WIDTH + VALUE}" height="{top}" '
-            'font-family="sans-serif" font-size="13">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            *elements,
-            "</svg>\n",
-        ]
-    )
+    return picture(LABEL + WIDTH + VALUE, top, elements, font_size=13)
 
 
 if __name__ == "__main__":

@@ -213,9 +213,8 @@ class ParallelPlan:
             raise ConfigError(
                 f"model.num_experts ({config.num_experts}) must be divisible by plan.mesh.ep ({self.mesh.ep})"
             )
-        obstacle = no_experts_in_fp8(config) if self.expert_gemms == "fp8" else None
-        if obstacle is not None:
-            raise ConfigError(f"plan.expert_gemms (fp8) must be compute: {obstacle}; compile the plan again")
+        if self.expert_gemms == "fp8":
+            check_experts_in_fp8(config)
 
     def to_json(self) -> str:
         """The plan as JSON; :meth:`from_json` gives back an equal plan."""
@@ -274,6 +273,13 @@ def no_experts_in_fp8(config: ModelConfig) -> str | None:
         if getattr(config, name) % FP8_GEMM_MULTIPLE:
             return f"model.{name} ({getattr(config, name)}) is no multiple of {FP8_GEMM_MULTIPLE}"
     return None
+
+
+def check_experts_in_fp8(config: ModelConfig) -> None:
+    """Raise ConfigError where :func:`no_experts_in_fp8` has a reason."""
+    obstacle = no_experts_in_fp8(config)
+    if obstacle is not None:
+        raise ConfigError(f"plan.expert_gemms (fp8) must be compute: {obstacle}; compile the plan again")
 
 
 def one_device_plan(

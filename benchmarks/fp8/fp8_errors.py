@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from fp8_recipe import Exact, relative_error
 from moescale.kernels.experts import experts
-from moescale.kernels.fp8 import Copies, empty_copies, kernels_for, write_copies
+from moescale.kernels.fp8 import Copies, copies_of, kernels_for
 from moescale.kernels.fp8.linear import fp8_linear
 from moescale.kernels.fp8.routed import fp8_experts
 from moescale.kernels.fp8.scaled import Scaled
@@ -27,13 +27,6 @@ Results = dict[str, torch.Tensor]
 
 def randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
-
-
-def copies_of(weight: torch.Tensor) -> Copies:
-    """Return the copies of a weight, written."""
-    copies = empty_copies(weight)
-    write_copies(weight, copies)
-    return copies
 
 
 def drawn_rows(data: str, num_rows: int, width: int, spread: float = 1) -> torch.Tensor:

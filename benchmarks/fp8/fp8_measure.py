@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from fp8_errors import DEVICE, copies_of, measure_errors, randn
+from fp8_errors import DEVICE, measure_errors, randn
 from moescale.kernels.backends import choose_experts_backend
 from moescale.kernels.experts import expert_mlp, experts
 from moescale.kernels.experts import triton as bf16
 from moescale.kernels.experts.launch_config import load_tables
 from moescale.kernels.experts.sort import sort_pairs
-from moescale.kernels.fp8 import Copies, write_copies
+from moescale.kernels.fp8 import Copies, copies_of, write_copies
 from moescale.kernels.fp8 import triton as fp8
 from moescale.kernels.fp8.linear import fp8_linear
 from moescale.kernels.fp8.routed import fp8_experts

@@ -18,7 +18,7 @@ from moescale.kernels.fp8.scaled import Copies
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.moe import RoutedExperts
 from moescale.models.transformer import Transformer
-from moescale.plan import no_experts_in_fp8
+from moescale.plan import check_experts_in_fp8
 
 
 def use_fp8(model: Transformer, *, experts: bool, dense: bool) -> None:
@@ -29,9 +29,8 @@ def use_fp8(model: Transformer, *, experts: bool, dense: bool) -> None:
     objection = objection_to_fp8(model.embedding.weight.device) if experts or dense else None
     if objection is not None:
         raise ConfigError(f"plan.{'expert' if experts else 'dense'}_gemms (fp8) {objection}")
-    obstacle = no_experts_in_fp8(model.config) if experts else None
-    if obstacle is not None:
-        raise ConfigError(f"plan.expert_gemms (fp8) must be compute: {obstacle}; compile the plan again")
+    if experts:
+        check_experts_in_fp8(model.config)
     for module in model.layers.modules():
         if isinstance(module, RoutedExperts) and experts:
             module.gate_up_copies, module.down_copies = empty_copies(module.gate_up), empty_copies(module.down)

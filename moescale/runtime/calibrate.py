@@ -19,10 +19,9 @@ import torch.distributed as dist
 from moescale.errors import ConfigError
 from moescale.kernels.adamw import AdamWHyperparameters, adamw_update, init_adamw_state
 from moescale.kernels.attention import attention
-from moescale.kernels.backends import HOPPER
 from moescale.kernels.experts import expert_mlp, experts
 from moescale.kernels.experts.sort import sort_pairs
-from moescale.kernels.fp8 import empty_copies, kernels_for, write_copies
+from moescale.kernels.fp8 import copies_of, kernels_for, objection_to_fp8
 from moescale.kernels.fp8.linear import multiply
 from moescale.kernels.fp8.routed import fp8_experts
 from moescale.kernels.fp8.scaled import Copies, Scaled
@@ -191,14 +190,13 @@ def _fp8_rates(device: torch.device) -> dict[str, tuple[list[float], list[float]
     quantises, as :func:`_expert_rates` without it: gather and combination are priced by themselves, so what they take
     in bf16 is taken off.
     """
-    if torch.cuda.get_device_capability(device) != HOPPER:
+    if objection_to_fp8(device) is not None:
         return {}
     sizes, rates = [], []
     for inputs, outputs in GEMM_WIDTHS:
         x = torch.randn(ROWS, inputs, device=device).bfloat16()
         weight = torch.randn(outputs, inputs, device=device).bfloat16()
-        copies = empty_copies(weight)
-        write_copies(weight, copies)
+        copies = copies_of(weight)
         quantize = kernels_for(x).quantize_rows
         rows, grad = quantize(x), quantize(torch.randn(ROWS, outputs, device=device).bfloat16())
 
@@ -218,9 +216,7 @@ def _fp8_expert_rates(device: torch.device) -> tuple[list[float], list[float]]:
         f"{name}_gradient": torch.zeros_like(weight, requires_grad=False)
         for name, weight in (("gate_up", gate_up), ("down", down))
     }
-    copies = [empty_copies(weight) for weight in (gate_up, down)]
-    for weight, of_weight in zip((gate_up, down), copies, strict=True):
-        write_copies(weight, of_weight)
+    copies = [copies_of(weight) for weight in (gate_up, down)]
     sizes, rates = [], []
     for tokens in EXPERT_TOKENS:
         x = torch.randn(tokens, HIDDEN, device=device).bfloat16().requires_grad_()

@@ -278,7 +278,8 @@ class Trainer:
             self.nonfinite.note_update()
         extra = {} if skipped else self._after_update(sums.expert_rows)
         self.step += 1
-        if self._multiplies_in_fp8 and (self.step == 1 or self._due(self.settings.fp8_errors_every)):
+        every = self.settings.fp8_errors_every
+        if self._multiplies_in_fp8 and every and (self.step == 1 or self._due(every)):
             extra |= self._fp8_errors(batches)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -315,8 +316,6 @@ class Trainer:
         return extra
 
     def _fp8_errors(self, batches: Sequence[Batch]) -> dict[str, float]:
-        if not self.settings.fp8_errors_every:
-            return {}
         self.on_progress(self.step, "errors of rounding to fp8")
         try:
             errors = fp8_errors(self.model, batches, self.optimizer.zero_gradients)

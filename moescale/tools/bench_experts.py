@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from moescale.kernels.backends import runs_cute
 from moescale.kernels.experts import expert_mlp, experts
 from moescale.kernels.experts.sort import sort_pairs
-from moescale.kernels.fp8 import empty_copies, objection_to_fp8, write_copies
+from moescale.kernels.fp8 import copies_of, objection_to_fp8
 from moescale.kernels.fp8.routed import fp8_experts
 from moescale.kernels.fp8.scaled import Copies
 from moescale.kernels.router import route, router_logits
@@ -160,9 +160,7 @@ def _layer_contenders(shape: ExpertShape, routing: str) -> list[Contender]:
         for name in our_backends()
     ]
     if objection_to_fp8(x.device) is None:
-        copies = (empty_copies(gate_up), empty_copies(down))
-        for weight, of_weight in zip((gate_up, down), copies, strict=True):
-            write_copies(weight, of_weight)
+        copies = copies_of(gate_up), copies_of(down)
         fp8 = functools.partial(_layer, *inputs, bias, shape.top_k, "triton", copies)
         ours.append(differentiated("fp8", fp8, inputs, grad))
     return [*ours, differentiated("grouped_mm", peer, inputs, grad)]

@@ -19,7 +19,7 @@ from moescale.kernels.adamw import MASTERS, MOMENT_DTYPES, AdamWHyperparameters,
 from moescale.kernels.attention import Documents, attention
 from moescale.kernels.cross_entropy import linear_cross_entropy
 from moescale.kernels.experts import experts
-from moescale.kernels.fp8 import empty_copies, write_copies
+from moescale.kernels.fp8 import copies_of
 from moescale.kernels.fp8.linear import fp8_linear
 from moescale.kernels.fp8.routed import fp8_experts
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
@@ -55,9 +55,7 @@ def check_fp8() -> None:
             ids = torch.rand(tokens, max(top_k, num_experts - 1), device="cuda").topk(top_k).indices.int()
             ids[::5, 0] = -1
             weights = randn(num_experts, 2 * ffn, hidden), randn(num_experts, hidden, ffn)
-            copies = tuple(empty_copies(weight) for weight in weights)
-            for weight, own in zip(weights, copies, strict=True):
-                write_copies(weight, own)
+            copies = tuple(copies_of(weight) for weight in weights)
             for dtype in (None, torch.bfloat16, torch.float32):
                 buffers = [None if dtype is None else torch.zeros_like(w, dtype=dtype) for w in weights]
                 x, of_pairs = randn(tokens, hidden), randn(tokens, top_k, dtype=torch.float32)
@@ -65,9 +63,7 @@ def check_fp8() -> None:
                                      down_gradient=buffers[1], recompute_up=dtype is None))  # fmt: skip
     for tokens, hidden, width in ((1, 16, 16), (37, 144, 80), (300, 2048, 576)):
         linear_weight = randn(width, hidden)
-        linear_copies = empty_copies(linear_weight)
-        write_copies(linear_weight, linear_copies)
-        backward(fp8_linear(randn(tokens, hidden), linear_weight, linear_copies, randn(width)))
+        backward(fp8_linear(randn(tokens, hidden), linear_weight, copies_of(linear_weight), randn(width)))
 
 
 def check_router() -> None:

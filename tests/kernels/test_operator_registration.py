@@ -8,7 +8,7 @@ from agreement import DEVICE, randn
 
 from moescale.kernels import adapted_linear, cross_entropy, linear, rms_norm, rope, router, swiglu
 from moescale.kernels.block_fp8 import quantize
-from moescale.kernels.fp8 import empty_copies, routed, write_copies
+from moescale.kernels.fp8 import copies_of, routed
 from moescale.kernels.fp8 import linear as linear_in_fp8
 
 X, WEIGHT = (6, 8), (8,)
@@ -21,9 +21,7 @@ IDS = torch.tensor([[0, 1], [2, 0], [1, -1], [2, 1]], device=DEVICE)
 def copied(*shape: int, seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """A weight in bf16 and its copies in fp8."""
     weight = randn(*shape, dtype=torch.bfloat16, seed=seed)
-    copies = empty_copies(weight)
-    write_copies(weight, copies)
-    return weight, copies
+    return weight, copies_of(weight)
 
 
 def linear_inputs(buffer: torch.Tensor | None) -> tuple:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moescale.errors import ConfigError
-from moescale.kernels.fp8 import empty_copies, objection_to_fp8, write_copies
+from moescale.kernels.fp8 import copies_of, objection_to_fp8
 from moescale.kernels.fp8.errors import collecting, note
 from moescale.kernels.fp8.scaled import E4M3, Scaled
 from moescale.models.blocks.linear import Linear
@@ -114,8 +114,7 @@ def test_the_loss_falls_and_copies_follow_the_weights(tmp_path):
     one.train()
     assert sum(one.observer.losses[-3:]) / 3 < one.observer.losses[0] - 0.3
     for (weight, copies), old in zip(copied(one.model), before, strict=True):
-        fresh = empty_copies(weight)
-        write_copies(weight, fresh)
+        fresh = copies_of(weight)
         assert all(torch.equal(a.float(), b.float()) for a, b in zip(copies, fresh, strict=True))
         assert not torch.equal(copies.rows.float(), old), "the weight never changed: nothing was tested"
 

@@ -33,7 +33,7 @@ from moescale.kernels.backends import (
 )
 from moescale.kernels.block_fp8 import ExpertScales as ExpertScales
 from moescale.kernels.block_fp8 import Weight, check_stored, detached_scales, plain, stored
-from moescale.kernels.experts.operators import operators_of
+from moescale.kernels.experts.operators import empty_results, operators_of
 from moescale.kernels.experts.reference import ExpertBiases as ExpertBiases
 from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.swiglu.reference import SwigluClamp as SwigluClamp
@@ -308,11 +308,7 @@ def _stored(gate_up, down, gate_up_scale, down_scale) -> tuple[Weight, Weight]:
 
 @_experts.register_fake
 def _(x, topk_ids, topk_weights, gate_up, down, *rest):
-    save_pre = rest[-1]
-    num_rows = topk_ids.numel()
-    pre = x.new_empty((num_rows, gate_up.shape[1])) if save_pre else x.new_empty(0)
-    order = [topk_ids.new_empty(n, dtype=torch.int32) for n in (num_rows, num_rows, gate_up.shape[0])]
-    return torch.empty_like(x, memory_format=torch.contiguous_format), pre, *order
+    return empty_results(x, topk_ids, gate_up, rest[-1])
 
 
 @torch.library.custom_op("moescale::experts_backward", mutates_args=())

@@ -181,7 +181,7 @@ def _weight_gradient_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # One loop over all steps of all tiles, so that the loads of the next tile are in flight while a tile is stored.
     # (Triton flattens nested loops itself only where the inner length does not depend on the outer iteration.)
-    for _ in tl.range(0, _count_steps(ends, num_experts, num_m * num_n, NUM_PROGRAMS, BLOCK_K, EXPERTS)):
+    for _ in tl.range(0, count_steps(ends, num_experts, num_m * num_n, NUM_PROGRAMS, BLOCK_K, EXPERTS)):
         if step == 0:
             tile += NUM_PROGRAMS
             expert = tile // (num_m * num_n)
@@ -202,12 +202,12 @@ def _weight_gradient_kernel(
             step = 0
             parts = split_tile(acc, STORE_SPLITS)
             for i in tl.static_range(STORE_SPLITS):
-                _store_gradient(out, expert, m, n + i * (BLOCK_N // STORE_SPLITS), parts[i], ACCUMULATE)
+                store_gradient(out, expert, m, n + i * (BLOCK_N // STORE_SPLITS), parts[i], ACCUMULATE)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
 
 @triton.jit
-def _count_steps(
+def count_steps(
     ends, num_experts, tiles_per_expert, NUM_PROGRAMS: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr
 ):
     """Return the pipeline steps of this program: over its tiles, the row blocks of the expert (at least one)."""
@@ -222,7 +222,7 @@ def _count_steps(
 
 
 @triton.jit
-def _store_gradient(out, expert, m, n, tile, ACCUMULATE: tl.constexpr):
+def store_gradient(out, expert, m, n, tile, ACCUMULATE: tl.constexpr):
     block = tl.reshape(tile.to(out.dtype), (1, tile.shape[0], tile.shape[1]))
     if ACCUMULATE == "reduce":
         # The addition happens on the way to memory. One program owns the tile, so it is deterministic.
@@ -354,7 +354,7 @@ def weight_gradient(
         NUM_PROGRAMS=grid,
         STORE_SPLITS=launch.store_splits,
         EXPERTS=max(64, triton.next_power_of_2(num_experts)),
-        ACCUMULATE=_accumulation(buffer),
+        ACCUMULATE=accumulation(buffer),
         PRECISION=matrix_precision(left.dtype),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -362,7 +362,7 @@ def weight_gradient(
     return out
 
 
-def _accumulation(buffer: torch.Tensor | None) -> str:
+def accumulation(buffer: torch.Tensor | None) -> str:
     """How the kernel adds to ``buffer``; the interpreter knows no reducing store."""
     if buffer is None:
         return "none"

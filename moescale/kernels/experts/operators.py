@@ -6,6 +6,8 @@ import functools
 import importlib
 from types import SimpleNamespace
 
+import torch
+
 from moescale.kernels.experts import reference
 
 
@@ -41,3 +43,16 @@ def _triton_with_gradients_in_cute() -> SimpleNamespace:
     ops, cute = _exported_by("triton"), _exported_by("cute")
     weight_gradient = functools.partial(cute.weight_gradient, by_pairs=False)
     return SimpleNamespace(**(vars(ops) | {"group_rows": cute.group_rows, "weight_gradient": weight_gradient}))
+
+
+def empty_results(
+    x: torch.Tensor, topk_ids: torch.Tensor, gate_up: torch.Tensor, save_pre: bool
+) -> tuple[torch.Tensor, ...]:
+    """What the experts' forward operators return, but for the numbers: (y, pre-activation, row_pair, pair_row, ends).
+
+    The pre-activation is empty where it is not saved.
+    """
+    num_rows = topk_ids.numel()
+    pre = x.new_empty((num_rows, gate_up.shape[1])) if save_pre else x.new_empty(0)
+    order = [topk_ids.new_empty(n, dtype=torch.int32) for n in (num_rows, num_rows, gate_up.shape[0])]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), pre, *order

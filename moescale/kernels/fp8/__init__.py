@@ -38,6 +38,13 @@ def write_copies(weight: torch.Tensor, copies: Copies) -> None:
     kernels_for(stacked).write_copies(stacked.contiguous(), largest, copies)
 
 
+def copies_of(weight: torch.Tensor) -> Copies:
+    """Return the copies of a weight [E, N, K] or [N, K], written."""
+    copies = empty_copies(weight)
+    write_copies(weight, copies)
+    return copies
+
+
 def objection_to_fp8(device: torch.device) -> str | None:
     """Return why GEMMs in fp8 cannot run there, and the remedy; None where they can."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != HOPPER:

@@ -13,11 +13,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moescale.kernels.experts.grouped_gemm_triton import (
-    _accumulation,
-    _count_steps,
-    _store_gradient,
+    accumulation,
+    count_steps,
     num_programs,
     split_tile,
+    store_gradient,
 )
 from moescale.kernels.experts.launch_config import LaunchConfig
 from moescale.kernels.experts.ragged_triton import describe_rows, load_rows, store_rows
@@ -71,7 +71,7 @@ def _weight_gradient_kernel(
     expert, first, m, n = 0, 0, 0, 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # One loop over all steps of all tiles, as in bf16: an expert without rows has one step, over a neighbour's columns.
-    for _ in tl.range(0, _count_steps(ends, num_experts, num_m * num_n, NUM_PROGRAMS, BLOCK_K, EXPERTS)):
+    for _ in tl.range(0, count_steps(ends, num_experts, num_m * num_n, NUM_PROGRAMS, BLOCK_K, EXPERTS)):
         if step == 0:
             tile += NUM_PROGRAMS
             expert = tile // (num_m * num_n)
@@ -94,7 +94,7 @@ def _weight_gradient_kernel(
             parts = split_tile(acc, STORE_SPLITS)
             for i in tl.static_range(STORE_SPLITS):
                 part = tl.where(has_rows, parts[i] * scale, 0.0)
-                _store_gradient(out, expert, m, n + i * (BLOCK_N // STORE_SPLITS), part, ACCUMULATE)
+                store_gradient(out, expert, m, n + i * (BLOCK_N // STORE_SPLITS), part, ACCUMULATE)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
 
@@ -179,7 +179,7 @@ def weight_gradient(
         NUM_PROGRAMS=grid,
         STORE_SPLITS=launch.store_splits,
         EXPERTS=max(64, triton.next_power_of_2(num_experts)),
-        ACCUMULATE=_accumulation(buffer),
+        ACCUMULATE=accumulation(buffer),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from moescale.kernels.experts import reference as bf16
-from moescale.kernels.experts.reference import combine_rows, order_by_pair, sort_weights
+from moescale.formats import FP8_COPY_ROWS
+from moescale.kernels.experts.reference import combine_rows, group_rows, order_by_pair, sort_weights
 from moescale.kernels.experts.sort import sort_pairs
 from moescale.kernels.fp8.scaled import E4M3, LARGEST, Copies, Scaled
 
 LEAST_SCALE = 2.0**-100
-PADDING = 128
-
-
-def group_rows(ends: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Return what the products need to know of the rows: here the experts' cumulative counts themselves."""
-    return bf16.group_rows(ends, num_rows)
 
 
 def power_of_two_scale(largest: torch.Tensor) -> torch.Tensor:
@@ -86,7 +80,7 @@ def exact_swiglu_backward(
 def pad_ends(ends: torch.Tensor) -> torch.Tensor:
     """Return the ends [E] of the experts' columns in transposed copies: each expert's a multiple of 128."""
     sizes = ends.diff(prepend=ends.new_zeros(1))
-    return (-(-sizes // PADDING) * PADDING).cumsum(0).to(ends.dtype)
+    return (-(-sizes // FP8_COPY_ROWS) * FP8_COPY_ROWS).cumsum(0).to(ends.dtype)
 
 
 def transpose_rows(

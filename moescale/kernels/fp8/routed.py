@@ -18,6 +18,7 @@ from moescale.kernels.backends import (
     check_shape,
     debug_checks_enabled,
 )
+from moescale.kernels.experts.operators import empty_results
 from moescale.kernels.experts.sort import check_ids
 from moescale.kernels.fp8 import kernels_for
 from moescale.kernels.fp8.errors import is_collecting, note, note_of_experts
@@ -109,11 +110,7 @@ def _experts(
 
 @_experts.register_fake
 def _(x, topk_ids, topk_weights, gate_up, down, *rest):
-    save_pre = rest[-1]
-    num_rows = topk_ids.numel()
-    pre = x.new_empty((num_rows, gate_up.shape[1])) if save_pre else x.new_empty(0)
-    order = [topk_ids.new_empty(n, dtype=torch.int32) for n in (num_rows, num_rows, gate_up.shape[0])]
-    return torch.empty_like(x, memory_format=torch.contiguous_format), pre, *order
+    return empty_results(x, topk_ids, gate_up, rest[-1])
 
 
 @torch.library.custom_op("moescale::fp8_experts_backward", mutates_args=())

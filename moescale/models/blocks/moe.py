@@ -153,33 +153,28 @@ class LocalDispatcher:
         routing: Routing,
         overlapped: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
-        if experts.gate_up_copies is not None and experts.down_copies is not None:
-            out = fp8_experts(
-                x,
-                routing.topk_ids,
-                routing.topk_weights,
-                experts.gate_up,
-                experts.down,
-                experts.gate_up_copies,
-                experts.down_copies,
-                tokens_per_expert=routing.tokens_per_expert,
-                gate_up_gradient=experts.gate_up_gradient,
-                down_gradient=experts.down_gradient,
-                recompute_up=experts.recompute_up,
-            )
-            return out if overlapped is None else out + overlapped()
+        gradients: dict[str, Any] = dict(gate_up_gradient=experts.gate_up_gradient, down_gradient=experts.down_gradient)
+        how: dict[str, Any] = dict(scales=experts.scales, backend=experts.backend)
         run: Callable[..., torch.Tensor]
         if experts.adapter is not None:
-            run = partial(adapted_experts, **experts.adapter.arguments(x))
+            run = partial(adapted_experts, **experts.adapter.arguments(x), **how)
+        elif experts.gate_up_copies is not None and experts.down_copies is not None:
+            run = partial(
+                fp8_experts,
+                gate_up_copies=experts.gate_up_copies,
+                down_copies=experts.down_copies,
+                tokens_per_expert=routing.tokens_per_expert,
+                **gradients,
+            )
         else:
             run = partial(
                 run_experts,
                 tokens_per_expert=routing.tokens_per_expert,
-                gate_up_gradient=experts.gate_up_gradient,
-                down_gradient=experts.down_gradient,
                 biases=experts.biases,
                 bias_gradients=experts.bias_gradients,
                 clamp=experts.clamp,
+                **gradients,
+                **how,
             )
         out = run(
             x,
@@ -187,8 +182,6 @@ class LocalDispatcher:
             routing.topk_weights,
             experts.gate_up,
             experts.down,
-            scales=experts.scales,
-            backend=experts.backend,
             recompute_up=experts.recompute_up,
         )
         return out if overlapped is None else out + overlapped()

@@ -8,10 +8,11 @@ from agreement import DEVICE
 
 from fp8_recipe import Exact, relative_error
 from moescale.kernels.backends import KernelInputError
-from moescale.kernels.fp8 import Copies, empty_copies, reference, routed, write_copies
+from moescale.kernels.fp8 import Copies, copies_of, reference, routed
 from moescale.kernels.fp8 import triton as kernels
 from moescale.kernels.fp8.routed import fp8_experts
 from synchronisation import synchronisation_refused
+from tests.kernels.fp8.implementations import EITHER, EITHER_IN_TIME, INTERPRETED, SLOW_TRITON
 
 PLACES = ("x", "topk_weights", "gate_up", "down", "grad")
 NAMES = ("out", "grad_x", "grad_topk_weights", "grad_gate_up", "grad_down")
@@ -19,29 +20,8 @@ NAMES = ("out", "grad_x", "grad_topk_weights", "grad_gate_up", "grad_down")
 pytestmark = [pytest.mark.usefixtures("poisoned_outputs"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
-INTERPRETED = DEVICE.type != "cuda"
-SLOW_TRITON = pytest.param("triton", marks=[pytest.mark.slow] if INTERPRETED else [])
-EITHER = pytest.mark.parametrize("parts", ["triton", "torch"], indirect=True)
-EITHER_IN_TIME = pytest.mark.parametrize("parts", [SLOW_TRITON, "torch"], indirect=True)
-"""The interpreter takes a second or more for the kernels of a few rows."""
-
-
-@pytest.fixture
-def parts(request, monkeypatch):
-    """The implementation that the operators take, whatever the device."""
-    chosen = {"triton": kernels, "torch": reference}[request.param]
-    monkeypatch.setattr(routed, "kernels_for", lambda tensor: chosen)
-    return chosen
-
-
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
-def copies_of(weight: torch.Tensor) -> Copies:
-    copies = empty_copies(weight)
-    write_copies(weight, copies)
-    return copies
 
 
 def make(ids: torch.Tensor, num_experts: int, hidden: int, ffn: int) -> dict[str, torch.Tensor]:

@@ -9,27 +9,12 @@ from agreement import DEVICE
 
 from fp8_recipe import Exact, relative_error
 from moescale.kernels.backends import KernelInputError
-from moescale.kernels.fp8 import Copies, empty_copies, linear, reference, write_copies
-from moescale.kernels.fp8 import triton as kernels
+from moescale.kernels.fp8 import Copies, copies_of, empty_copies, write_copies
 from moescale.kernels.fp8.linear import fp8_linear
 from synchronisation import synchronisation_refused
+from tests.kernels.fp8.implementations import EITHER, EITHER_IN_TIME
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-
-
-INTERPRETED = DEVICE.type != "cuda"
-SLOW_TRITON = pytest.param("triton", marks=[pytest.mark.slow] if INTERPRETED else [])
-EITHER = pytest.mark.parametrize("parts", ["triton", "torch"], indirect=True)
-EITHER_IN_TIME = pytest.mark.parametrize("parts", [SLOW_TRITON, "torch"], indirect=True)
-"""The interpreter takes a second or more for the kernels of a few rows."""
-
-
-@pytest.fixture
-def parts(request, monkeypatch):
-    """The implementation that the operators take, whatever the device."""
-    chosen = {"triton": kernels, "torch": reference}[request.param]
-    monkeypatch.setattr(linear, "kernels_for", lambda tensor: chosen)
-    return chosen
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,9 +23,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def make(*shape: int, width: int = 80) -> tuple[torch.Tensor, torch.Tensor, Copies]:
     x, weight = randn(*shape).requires_grad_(), (randn(width, shape[-1], seed=1) / 12).requires_grad_()
-    copies = empty_copies(weight)
-    write_copies(weight, copies)
-    return x, weight, copies
+    return x, weight, copies_of(weight)
 
 
 def results(x: torch.Tensor, weight: torch.Tensor, copies: Copies, grad: torch.Tensor, **options) -> dict:

@@ -1,0 +1,17 @@
+"""The operators in fp8 with the implementation that a test asks for."""
+
+from __future__ import annotations
+
+import pytest
+
+from moescale.kernels.fp8 import linear, reference, routed
+from moescale.kernels.fp8 import triton as kernels
+
+
+@pytest.fixture
+def parts(request, monkeypatch):
+    """The implementation that the operators take, whatever the device."""
+    chosen = {"triton": kernels, "torch": reference}[request.param]
+    for operator in (linear, routed):
+        monkeypatch.setattr(operator, "kernels_for", lambda tensor: chosen)
+    return chosen
