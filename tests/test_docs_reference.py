@@ -53,7 +53,8 @@ def test_api_page_names_every_public_name():
     assert [name for name in moescale.__all__ if f"{moescale._MODULES[name]}.{name}" not in objects] == []
 
 
-def test_the_picture_is_what_the_results_say():
+def test_the_picture_is_what_the_results_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location("plot_speed", ROOT / "benchmarks" / "plot_speed.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
