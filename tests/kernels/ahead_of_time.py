@@ -2,8 +2,8 @@
 
     python ahead_of_time.py [--every-variant] CAPABILITY...      for example 80 90 100
 
-Every variant of a kernel is compiled for 90, and for the others the last one that is launched, which has most of the
-kernel's parts; with ``--every-variant``, every one for all of them.
+Of every kernel the last variant that is launched, which has most of its parts, is compiled for 90, and for the others
+that of a few kernels which differ most by generation; with ``--every-variant``, every one for all of them.
 
 Operators are called on CPU tensors with the launch replaced: it records the kernel's arguments, of which the compiler
 needs only types, constants and alignment. Prints one JSON object: {capability: {kernel: bytes of shared memory}}.
@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.int16: "i16"}
 TYPES |= {torch.int8: "i8", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
 OPTIONS = ("num_warps", "num_stages")
+BY_GENERATION = ("attention.triton._forward_kernel", "block_fp8.triton._dequantize_kernel")  # matrix units, types
 Launch = tuple[JITFunction, dict[str, str], dict[tuple[int], object], dict[tuple[int], list], dict[str, int]]
 
 
@@ -156,6 +157,10 @@ def call_attention(capability: tuple[int, int]) -> None:
     attention.backward(out, q, k, v, out, sums, first, first, 50, None, 0.1)
 
 
+def name_of(kernel: JITFunction) -> str:
+    return f"{kernel.__module__.removeprefix('moescale.kernels.')}.{kernel.__name__}"
+
+
 def main() -> None:
     common = record_launches(call_every_operator)
     report: dict[str, dict[str, int]] = {}
@@ -164,12 +169,13 @@ def main() -> None:
     for capability in (int(word) for word in arguments if word.isdecimal()):
         kernels = report.setdefault(str(capability), {})
         launches = common + record_launches(lambda: call_attention(divmod(capability, 10)))  # noqa: B023
-        if not every_variant and capability != 90:
-            launches = list({launch[0]: launch for launch in launches}.values())
+        if not every_variant:
+            last = {launch[0]: launch for launch in launches}
+            launches = [launch for launch in last.values() if capability == 90 or name_of(launch[0]) in BY_GENERATION]
         for kernel, signature, constants, attributes, options in launches:
             source = ASTSource(kernel, signature, constants, attributes)
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            name = f"{kernel.__module__.removeprefix('moescale.kernels.')}.{kernel.__name__}"
+            name = name_of(kernel)
             kernels[name] = max(kernels.get(name, 0), compiled.metadata.shared)
     print(json.dumps(report))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from agreement import DEVICE
@@ -114,9 +116,13 @@ def test_a_linear_layer_in_fp8_has_the_bits_of_a_plain_one() -> None:
         assert torch.equal(*(torch.autograd.grad(result, x, grad)[0] for result in (y, wanted)))
 
 
-@pytest.mark.parametrize("backend", ["torch", "grouped_mm", "triton"])
-@pytest.mark.parametrize("recompute_up", [False, True])
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    ("adapted", "recompute_up", "backend"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case[0] != case[1] and case[2] == "triton" else ())
+        for case in itertools.product((False, True), (False, True), ("torch", "grouped_mm", "triton"))
+    ],
+)
 def test_experts_in_fp8_have_the_bits_of_plain_ones(adapted, recompute_up, backend) -> None:
     generator = torch.Generator().manual_seed(0)
 

@@ -70,9 +70,20 @@ def run(model: Transformer, *, recompute: str = "none", compiled: bool = False) 
         return found | {"loss": output.loss_sum.detach(), "logits": model(tokens).logits}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("targets", ["all", "attention"])
-@pytest.mark.parametrize("name", FAMILIES)
+def cases() -> list:
+    """Every family with both targets and in both types; every two of them in the ordinary tests."""
+    found = []
+    for number, name in enumerate(FAMILIES):
+        for targets in ("all", "attention"):
+            for dtype in (torch.float32, torch.bfloat16):
+                is_slow = ((targets == "all") == (dtype == torch.float32)) == number % 2
+                label = f"{name}-{targets}-{'fp32' if dtype == torch.float32 else 'bf16'}"
+                marks = pytest.mark.slow if is_slow else ()
+                found.append(pytest.param(name, targets, dtype, id=label, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("name", "targets", "dtype"), cases())
 def test_loss_and_gradients_are_those_of_weights_that_are_what_the_codes_stand_for(
     name: str, targets: str, dtype: torch.dtype
 ) -> None:

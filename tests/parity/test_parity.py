@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,15 @@ def assert_fp32_equals_transformers(
     return gradients
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+def ordinary(configurations: Iterable[str], *names: str) -> list:
+    """The configurations, those not named for the slow tests: fp32 is compared in all of them in the ordinary ones."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in configurations]
+
+
+IN_BF16 = ("plain", "attention_bias", "wide_values", "every_layer_dense", "tied_embeddings", "deepseek_v2")
+
+
+@pytest.mark.parametrize("name", ordinary(CONFIGURATIONS, *IN_BF16))
 def test_bf16_error_is_at_most_twice_that_of_transformers(name, tmp_path):
     assert_bf16_error_is_at_most_twice_that_of_transformers(*build(CONFIGURATIONS[name]), tmp_path)
 

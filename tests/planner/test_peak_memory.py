@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -68,7 +68,7 @@ EIGHT_GPUS: dict[str, dict[str, str]] = {
     "two replicas, ep 4": {"dp_shard": "4", "ep": "4", "gradient_dtype": "fp32"},
     "four replicas, ep 2, blocks recomputed": {"dp_shard": "2", "ep": "2", "moe_recompute": "block"},
 }
-QUICK = ("one GPU", "sharded", "ep 2", "ep 8")
+QUICK = ("one GPU", "sharded", "ep 8")
 
 
 @pytest.fixture
@@ -236,6 +236,10 @@ def test_the_predicted_peak_is_that_of_the_tracker(name: str, fake_runtime: None
     assert abs(error_of((ONE_GPU | EIGHT_GPUS)[name])) < 0.01
 
 
+def slow_ones(names: Iterable[str], *slow: str) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
+
+
 FP8_PLANS = {
     "experts": {"expert_gemms": "fp8", "dense_gemms": "compute"},
     "dense": {"expert_gemms": "compute", "dense_gemms": "fp8"},
@@ -246,7 +250,7 @@ FP8_PLANS = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", FP8_PLANS)
+@pytest.mark.parametrize("name", slow_ones(FP8_PLANS, "both", "both, experts recomputed"))
 def test_the_predicted_peak_with_gemms_in_fp8_is_that_of_the_tracker(name: str, fake_runtime: None) -> None:
     result = plan_with(FP8_PLANS[name], fp8_gemms=True)
     error = predicted_bytes(result) / tracked_bytes(CONFIG, result.plan()) - 1
@@ -267,7 +271,7 @@ LORA_PLANS = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", LORA_PLANS)
+@pytest.mark.parametrize("name", slow_ones(LORA_PLANS, "one GPU, blocks recomputed", "one GPU, fp8", "sharded"))
 def test_the_predicted_peak_with_adapters_is_that_of_the_tracker(name: str, fake_runtime: None) -> None:
     targets, pins, tolerance = LORA_PLANS[name]
     error = error_of(pins, parse_lora(f"rank=16,targets={targets}"))

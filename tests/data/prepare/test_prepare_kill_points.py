@@ -121,7 +121,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     "every, num_workers",
-    [(5, 1), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(9, 2, marks=pytest.mark.slow)],
+    [(9, 1), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(9, 2, marks=pytest.mark.slow)],
 )
 def test_killed_before_any_file_operation_and_called_again_every_byte_is_the_same(
     tmp_path, lines_file, model_folder, every, num_workers

@@ -45,11 +45,18 @@ def assert_all_close(actual, expected, tolerance=1e-5):
         torch.testing.assert_close(a / scale, e / scale, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
+SHAPES = [(13, 2, 3, 40, 24, 8), (1, 1, 1, 16, 16, 4), (11, 2, 4, 32, 48, 80), (0, 2, 4, 16, 16, 8)]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "shape", [(13, 2, 3, 40, 24, 8), (1, 1, 1, 16, 16, 4), (11, 2, 4, 32, 48, 80), (0, 2, 4, 16, 16, 8)]
+    ("recompute_up", "shape"),
+    [
+        pytest.param(recompute, shape, marks=pytest.mark.slow if recompute and shape[-1] == 80 else ())
+        for recompute in (False, True)
+        for shape in SHAPES
+    ],
 )
-@pytest.mark.parametrize("recompute_up", [False, True])
 @pytest.mark.usefixtures("poisoned_outputs")
 def test_output_and_gradients_are_those_of_merged_weights(backend, shape, recompute_up):
     ids, inputs, frozen = make_inputs(*shape)

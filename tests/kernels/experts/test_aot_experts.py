@@ -117,7 +117,11 @@ def compile_apart(compiler, kernel, capability, rank):
 
 
 @pytest.mark.parametrize("capability", GENERATIONS)
-@pytest.mark.parametrize("kernel", ["up", "down", "up_dgrad", "up_wgrad"])
+@pytest.mark.parametrize(
+    "kernel",
+    # Those in the ordinary tests have one with a bias or a low rank below.
+    [pytest.param("up", marks=pytest.mark.slow), "down", pytest.param("up_dgrad", marks=pytest.mark.slow), "up_wgrad"],
+)
 def test_kernel_compiles_to_the_matrix_units_of_its_generation(compiler, kernel, capability):
     compile_apart(compiler, kernel, capability, rank=0)
 
