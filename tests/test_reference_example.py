@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from warm_start import run_warm
 
 FOLDER = Path(__file__).parents[1] / "examples" / "deepseek_coder_v2_lite"
 
 
 def script(name: str, *flags: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [sys.executable, str(FOLDER / name), *flags], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    return run_warm(flags, script=FOLDER / name, cwd=folder, timeout=120)
 
 
 @pytest.fixture(scope="module")

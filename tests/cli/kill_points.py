@@ -1,4 +1,4 @@
-"""Runs one command again and again, each time killed before another of its file operations, and then once more.
+"""Runs commands again and again, each time killed before another of its file operations, and then once more.
 
 Started by test_kill_points.py with kill_before.c preloaded. One process forks a child for each point: a start of Python
 and its libraries for each would take an hour. Where the command has several ranks, each of them in turn is the victim;
@@ -173,6 +173,12 @@ class Attack:
 
 
 if __name__ == "__main__":
-    library, folder, model, corpus, command, plan, size, every = sys.argv[1:]
-    attack = Attack(library, Path(folder), model, corpus, command, plan, int(size))
-    print(json.dumps(attack.attack(int(every))), file=sys.__stdout__)
+    library, folder, model, corpus, plan, *cases = sys.argv[1:]
+    counted = []
+    for case in cases:
+        command, size, every = case.split(":")
+        inner = Path(folder, f"{command} on {size}")
+        inner.mkdir()
+        attack = Attack(library, inner, model, corpus, command, plan if int(size) > 1 else "", int(size))
+        counted.append(attack.attack(int(every)))
+    print(json.dumps(counted), file=sys.__stdout__)

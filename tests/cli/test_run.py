@@ -4,8 +4,6 @@ import dataclasses
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,10 +18,12 @@ from moescale.cli import main
 from moescale.convert.checkpoint_import import import_checkpoint
 from moescale.convert.hf_config import read_model_config
 from moescale.data.corpus import open_corpus
+from moescale.data.prepare import PrepareSettings, prepare
 from moescale.models.transformer import build_on_meta
 from moescale.plan import MeshShape, ParallelPlan, Prediction, one_device_plan, save_plan
+from warm_start import WarmProcess
 
-STEPS = 80
+STEPS, FEW_STEPS = 80, 20
 SEQUENCES_PER_STEP = 8
 
 
@@ -68,6 +68,14 @@ def straight_run(tmp_path_factory, model_folder, stdlib_corpus) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory, model_folder, stdlib_corpus) -> Path:
+    """Undisturbed too."""
+    output = tmp_path_factory.mktemp("short") / "run"
+    moescale(*run_arguments(model_folder, stdlib_corpus, output, "--steps", FEW_STEPS))
+    return output
+
+
 def test_the_loss_falls_on_held_out_files(straight_run):
     records = [json.loads(line) for line in (straight_run / "metrics.jsonl").read_text().splitlines()]
     validation = [record["validation_loss"] for record in records if "validation_loss" in record]
@@ -75,26 +83,26 @@ def test_the_loss_falls_on_held_out_files(straight_run):
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_does_not_change_the_losses(tmp_path, model_folder, stdlib_corpus, straight_run, accumulation):
+def test_accumulation_does_not_change_the_losses(tmp_path, model_folder, stdlib_corpus, short_run, accumulation):
     output = tmp_path / "run"
     micro_batch = SEQUENCES_PER_STEP // accumulation
-    moescale(*run_arguments(model_folder, stdlib_corpus, output, "--steps", STEPS, micro_batch=micro_batch))
-    assert losses(output) == pytest.approx(losses(straight_run), rel=1e-4)
+    moescale(*run_arguments(model_folder, stdlib_corpus, output, "--steps", FEW_STEPS, micro_batch=micro_batch))
+    assert losses(output) == pytest.approx(losses(short_run), rel=1e-4)
 
 
 def test_a_run_killed_and_resumed_ends_with_the_same_losses_and_weights(
-    tmp_path, model_folder, stdlib_corpus, straight_run
+    tmp_path, model_folder, stdlib_corpus, short_run
 ):
     output = tmp_path / "run"
-    arguments = run_arguments(model_folder, stdlib_corpus, output, "--steps", STEPS, "--checkpoint-every", 15)
-    process = start(arguments)
-    wait_for_step(process, output, 35)
+    arguments = run_arguments(model_folder, stdlib_corpus, output, "--steps", FEW_STEPS, "--checkpoint-every", 4)
+    process = WarmProcess(arguments)
+    wait_for_step(process, output, 10)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     moescale(*arguments)
-    assert losses(output) == losses(straight_run)
-    assert final_weights(output) == final_weights(straight_run)
+    assert losses(output) == losses(short_run)
+    assert final_weights(output) == final_weights(short_run)
 
 
 def test_a_damaged_checkpoint_is_an_error_and_last_good_says_what_it_skips(
@@ -118,19 +126,35 @@ def test_a_damaged_checkpoint_is_an_error_and_last_good_says_what_it_skips(
     assert "none of the checkpoints (3) is undamaged" in error_of(capsys, *arguments, "--resume", "last-good")
 
 
+@pytest.fixture(scope="module")
+def small_corpus(tmp_path_factory, stdlib_sources, model_folder) -> Path:
+    """So that an epoch takes seconds."""
+    folder = tmp_path_factory.mktemp("small") / "corpus"
+    settings = PrepareSettings(
+        source=(f"{stdlib_sources}/json_*.py",),
+        tokenizer=str(model_folder),
+        sequence_length=64,
+        output=folder,
+        validation_fraction=0.1,
+        num_workers=1,
+    )
+    prepare(settings, progress=False)
+    return folder
+
+
 @pytest.mark.parametrize(("first", "then"), [pytest.param(8, 16, marks=pytest.mark.slow), (16, 8)])
 def test_a_run_resumed_with_steps_of_another_size_ends_with_the_epoch(
-    tmp_path, model_folder, stdlib_corpus, capsys, first, then
+    tmp_path, model_folder, small_corpus, capsys, first, then
 ):
     output = tmp_path / "run"
 
     def train(sequences: int, *more: object) -> dict:
         capsys.readouterr()
         options = ("--json", "--validation-sequences", 1, *more)
-        moescale(*run_arguments(model_folder, stdlib_corpus, output, *options, sequences=sequences))
+        moescale(*run_arguments(model_folder, small_corpus, output, *options, sequences=sequences))
         return json.loads(capsys.readouterr().out)
 
-    num_sequences = open_corpus(stdlib_corpus).num_sequences
+    num_sequences = open_corpus(small_corpus).num_sequences
     done = num_sequences // first - 3
     train(first, "--steps", done)
     summary = train(then)
@@ -156,7 +180,7 @@ def test_a_second_run_on_the_same_output_is_refused_and_the_first_goes_on(
 ):
     output = tmp_path / "run"
     arguments = run_arguments(model_folder, stdlib_corpus, output, "--checkpoint-every", 1)
-    process = start([*arguments, "--steps", "100000"])
+    process = WarmProcess([*arguments, "--steps", "100000"])
     wait_for_step(process, output, 2)
     message = error_of(capsys, *arguments, "--steps", 1)
     assert f"another process trains into it (process {process.pid} on " in message
@@ -213,7 +237,7 @@ def test_without_a_sound_run_file_export_wants_the_model(tmp_path, model_folder,
 
 def test_sigterm_saves_and_leaves_with_status_75(tmp_path, model_folder, stdlib_corpus):
     output = tmp_path / "run"
-    process = start(run_arguments(model_folder, stdlib_corpus, output, "--steps", 100_000))
+    process = WarmProcess(run_arguments(model_folder, stdlib_corpus, output, "--steps", 100_000))
     wait_for_step(process, output, 5)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
@@ -235,12 +259,7 @@ def test_the_export_computes_the_same_in_transformers(tmp_path, model_folder, st
         torch.testing.assert_close(ours(tokens).logits, reference(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "moescale", *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
+def wait_for_step(process: WarmProcess, output: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (output / "metrics.jsonl").is_file() and len(losses_so_far(output)) >= step:

@@ -22,8 +22,9 @@ from moescale.plan import MeshShape, ParallelPlan, one_device_plan, save_plan
 from moescale.runtime import launch
 from moescale.runtime.launch import _status
 from moescale.runtime.output_lock import hold_output
+from warm_start import WarmProcess
 
-STEPS = 12
+STEPS = 6
 
 
 def write_plan(path: Path, model_folder: Path, *, ranks: int, **mesh: int) -> Path:
@@ -54,8 +55,8 @@ def command(model: Path, corpus: Path, plan: Path, output: Path, *more: object) 
     return [sys.executable, "-m", "moescale", "run", *map(str, (*options, *rate, *more))]
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+def start(arguments: list[str], env: dict[str, str] | None = None) -> WarmProcess:
+    return WarmProcess(arguments[3:], env)
 
 
 def run_here(arguments: list[str]) -> None:
@@ -80,9 +81,10 @@ def one_rank(tmp_path_factory, model_folder, stdlib_corpus) -> list[float]:
 
 def test_two_ranks_with_divided_experts_give_the_losses_of_one(tmp_path, model_folder, stdlib_corpus, one_rank):
     plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2, ep=2)
-    done = run(command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--steps", STEPS))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == STEPS
+    process = start(command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--steps", STEPS))
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert json.loads(out)["steps"] == STEPS
     assert losses(tmp_path / "run") == pytest.approx(one_rank, rel=1e-4)
 
 
@@ -90,11 +92,7 @@ def test_a_stopped_run_of_two_ranks_continues_on_one(tmp_path, model_folder, std
     two = write_plan(tmp_path / "two.json", model_folder, ranks=2, dp_shard=2)
     one = write_plan(tmp_path / "one.json", model_folder, ranks=1)
     output = tmp_path / "run"
-    process = subprocess.Popen(
-        command(model_folder, stdlib_corpus, two, output, "--steps", STEPS),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    process = start(command(model_folder, stdlib_corpus, two, output, "--steps", STEPS))
     wait_for_step(process, output, 3)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
@@ -106,12 +104,7 @@ def test_a_stopped_run_of_two_ranks_continues_on_one(tmp_path, model_folder, std
 def test_a_killed_rank_ends_the_run_and_is_named(tmp_path, model_folder, stdlib_corpus):
     plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2)
     output = tmp_path / "run"
-    process = subprocess.Popen(
-        command(model_folder, stdlib_corpus, plan, output, "--steps", 100_000),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(command(model_folder, stdlib_corpus, plan, output, "--steps", 100_000))
     wait_for_step(process, output, 2)
     os.kill(int(children_of(process)[1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
@@ -120,15 +113,12 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path, model_folder, stdlib_
     assert re.search(r"rank 0 of 2, step \d+ \([^)]+\), in the collective \w+", errors), errors
 
 
-def start_and_terminate(arguments: list[str], ready: Callable[[subprocess.Popen], bool]) -> tuple[int, str]:
-    process = subprocess.Popen(
-        arguments,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+AnyProcess = subprocess.Popen | WarmProcess
+
+
+def terminate_when(process: AnyProcess, ready: Callable[[], bool]) -> tuple[int | None, str]:
     deadline = time.monotonic() + 120
-    while not ready(process) and process.poll() is None and time.monotonic() < deadline:
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
@@ -138,7 +128,9 @@ def start_and_terminate(arguments: list[str], ready: Callable[[subprocess.Popen]
 def test_a_run_stopped_while_its_ranks_import_leaves_as_stopped(tmp_path, model_folder, stdlib_corpus):
     plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2)
     arguments = command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--steps", STEPS)
-    status, errors = start_and_terminate(arguments, lambda process: len(children_of(process)) == 2)
+    # A start of Python for the launcher and for each rank, unlike in the tests around this one.
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    status, errors = terminate_when(process, lambda: len(children_of(process)) == 2)
     assert status == 75, errors
     assert "stopped by SIGTERM before training began" in errors
 
@@ -150,14 +142,14 @@ def test_a_rank_stopped_before_the_first_step_leaves_as_stopped(tmp_path, model_
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    arguments = ["env", *(f"{name}={value}" for name, value in alone.items())]
-    arguments += command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--steps", STEPS)
+    arguments = command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--steps", STEPS)
 
-    def listens(_: subprocess.Popen) -> bool:
+    def listens() -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    status, errors = start_and_terminate(arguments, listens)
+    process = start(arguments, os.environ | {name: str(value) for name, value in alone.items()})
+    status, errors = terminate_when(process, listens)
     assert status == 75, errors
     assert "stopped by SIGTERM before training began" in errors
 
@@ -200,16 +192,11 @@ def test_a_rank_ended_by_a_signal_that_was_not_passed_on_has_failed(capsys):
 def test_ranks_save_and_leave_when_their_launcher_is_killed(tmp_path, model_folder, stdlib_corpus):
     plan = write_plan(tmp_path / "plan.json", model_folder, ranks=2, dp_shard=2)
     output = tmp_path / "run"
-    with (tmp_path / "errors").open("w") as errors:
-        process = subprocess.Popen(
-            command(model_folder, stdlib_corpus, plan, output, "--steps", 100_000),
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )
+    process = start(command(model_folder, stdlib_corpus, plan, output, "--steps", 100_000))
     wait_for_step(process, output, 2)
     children = [Path("/proc", pid) for pid in children_of(process)]
     process.kill()
-    process.wait()
+    process.wait(timeout=60)
     deadline = time.monotonic() + 60
     while any(is_alive(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -217,11 +204,11 @@ def test_ranks_save_and_leave_when_their_launcher_is_killed(tmp_path, model_fold
     for child in left:
         os.kill(int(child.name), signal.SIGKILL)
     assert not left
-    assert "stopped by SIGTERM after step" in (tmp_path / "errors").read_text()
+    assert "stopped by SIGTERM after step" in process.communicate(timeout=0)[1]
     assert list((output / "checkpoints").glob("step-*"))
 
 
-def children_of(process: subprocess.Popen) -> list[str]:
+def children_of(process: AnyProcess) -> list[str]:
     return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
 
 
@@ -240,16 +227,12 @@ def test_a_rank_that_never_arrives_is_named_in_time(tmp_path, model_folder, stdl
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     alone = {"RANK": present, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    done = subprocess.run(
-        command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--hang-seconds", 2),
-        env=os.environ | {name: str(value) for name, value in alone.items()},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 4, done.stderr
-    assert f"rank {present}, before the first step: rank {absent}" in done.stderr
-    assert "within 2 s" in done.stderr
+    arguments = command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--hang-seconds", 1)
+    process = start(arguments, os.environ | {name: str(value) for name, value in alone.items()})
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 4, errors
+    assert f"rank {present}, before the first step: rank {absent}" in errors
+    assert "within 1 s" in errors
 
 
 def error_in_this_process(capsys, arguments: list[str]) -> str:
@@ -280,14 +263,9 @@ def test_a_plan_for_gpus_runs_on_cpus_only_where_it_is_told_to(
 
 def run_launched(arguments: list[str], **environment: object) -> tuple[int, str]:
     """Exit status and standard error, on one line, of one rank whose launcher sets ``environment``."""
-    done = subprocess.run(
-        arguments,
-        env=os.environ | {name: str(value) for name, value in environment.items()},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return done.returncode, " ".join(done.stderr.split())
+    process = start(arguments, os.environ | {name: str(value) for name, value in environment.items()})
+    _, errors = process.communicate(timeout=60)
+    return process.wait(0), " ".join(errors.split())
 
 
 def test_a_port_that_is_taken_is_named_and_nobody_is_said_to_be_missing(tmp_path, model_folder, stdlib_corpus):
@@ -312,14 +290,14 @@ def test_one_launched_rank_needs_no_store(tmp_path, model_folder, stdlib_corpus)
     assert status == 0, errors
 
 
-def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
+def wait_for_step(process: WarmProcess, output: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (output / "metrics.jsonl").is_file() and len(losses(output)) >= step:
             return
         time.sleep(0.02)
     process.kill()
-    pytest.fail(f"step {step} was not reached: {process.communicate()[1]!r}")
+    pytest.fail(f"step {step} was not reached: {process.communicate(timeout=10)[1]!r}")
 
 
 @pytest.mark.parametrize(

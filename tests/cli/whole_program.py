@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moescale.cli import main
 from moescale.convert.hf_config import read_model_config
 from moescale.plan import load_plan
+from warm_start import run_warm
 
 
 def check_whole_program(folder: Path, corpus: Path, output: Path, name: str) -> PreTrainedModel:
@@ -34,7 +35,8 @@ def train(folder: Path, corpus: Path, output: Path, *ranks: str) -> list[float]:
     assert not run(*compiled, "--sequence-length", 64, "--output", plan, "--pin", "micro_batch_sequences=2", *ranks)
     load_plan(plan).check_model(read_model_config(folder))
     started = ("run", "--model", folder, "--data", corpus, "--plan", plan, "--output", output, "--device", "cpu")
-    assert not run(*started, "--steps", 4, "--learning-rate", 3e-3)
+    done = run_warm([*started, "--steps", 4, "--learning-rate", 3e-3], timeout=300)
+    assert done.returncode == 0, done.stderr
     records = (json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines())
     return [record["loss"] for record in records if "loss" in record]
 

@@ -45,7 +45,7 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 FEW, MANY = 25, 1000
-BY_A_PROCESS = {FEW: 5, MANY: 150}
+BY_A_PROCESS = {FEW: 3, MANY: 150}
 """Of tables: each takes a second, for the process that reads it."""
 
 

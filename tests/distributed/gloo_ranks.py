@@ -13,8 +13,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 120
-# Ranks are forked from a process that has imported once what each of them would import for seconds.
-PRELOADED = ["torch.distributed.tensor", "moescale.runtime.session", "moescale.runtime.train", "pytest"]
+# Ranks are forked from a process that has imported once what each of them would import for seconds. A test process has
+# one such process, so warm_start.py preloads the same.
+PRELOADED = [
+    *("torch.distributed.tensor", "moescale.runtime.session", "moescale.runtime.train", "pytest"),
+    *("moescale.cli.run", "torch.utils.tensorboard"),
+]
 
 
 class GlooRanks:

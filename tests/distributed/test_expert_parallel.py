@@ -166,16 +166,23 @@ def test_ranks_compute_what_one_device_computes(ranks: int, exchange: str) -> No
     run_ranks(ranks, check_cases, exchange)
 
 
-def check_triton_cases(exchange_name: str) -> None:
-    for case in CASES:
+def check_triton_cases(exchange_name: str, cases: tuple[Case, ...]) -> None:
+    for case in cases:
         check_case(case, exchange_name, backend="triton")
     check_case(CASES[1], exchange_name, buffers=True, backend="triton")
 
 
-@pytest.mark.parametrize("exchange", ["padded", pytest.param("split", marks=pytest.mark.slow)])
-def test_the_gpus_operators_compute_it_too(exchange: str) -> None:
+@pytest.mark.parametrize(
+    ("exchange", "cases"),
+    [
+        pytest.param("padded", (CASES[2], CASES[6]), id="padded"),
+        pytest.param("padded", CASES, id="padded, all cases", marks=pytest.mark.slow),
+        pytest.param("split", CASES, id="split, all cases", marks=pytest.mark.slow),
+    ],
+)
+def test_the_gpus_operators_compute_it_too(exchange: str, cases: tuple[Case, ...]) -> None:
     """In Triton's interpreter."""
-    run_ranks(2, check_triton_cases, exchange)
+    run_ranks(2, check_triton_cases, exchange, cases)
 
 
 def check_order_of_work() -> None:

@@ -6,8 +6,6 @@ import dataclasses
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +15,9 @@ from moescale.convert.hf_config import read_model_config
 from moescale.plan import MeshShape, one_device_plan, save_plan
 from moescale.runtime.checkpoint import verify
 from moescale.runtime.checkpoint_store import CheckpointStore
+from warm_start import WarmProcess, run_warm
 
 STEPS = 20
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +36,13 @@ def command(tmp_path_factory, model_folder, stdlib_corpus):
     save_plan(plan, path)
     inputs = ("--model", model_folder, "--data", stdlib_corpus, "--plan", path, "--device", "cpu", "--json")
     schedule = ("--steps", STEPS, "--checkpoint-every", 1, "--validation-sequences", 2, "--learning-rate", 3e-3)
-    return [sys.executable, "-m", "moescale", "run", *map(str, (*inputs, *schedule)), "--output"]
+    return ["run", *map(str, (*inputs, *schedule)), "--output"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, command) -> list[bytes]:
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = subprocess.run([*command, output], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    finish(command, output)
     return final_files(output)
 
 
@@ -57,16 +54,16 @@ def final_files(output: Path) -> list[bytes]:
 
 def kill_somewhere(command: list[str], output: Path, chance: random.Random) -> str | None:
     """Start or resume the run, and kill one rank or all of it after a random time; what was done, None if it ended."""
-    process = subprocess.Popen([*command, output], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = WarmProcess([*command, output])
     store = CheckpointStore(output / "checkpoints", keep=1)
     before = store.last()
-    # Most of a start is imports: once the first new checkpoint is there, every moment is one of training or writing.
+    # Once the first new checkpoint is there, every moment is one of training or writing.
     while process.poll() is None and (last := store.last()) == before:
         time.sleep(0.01)
     time.sleep(chance.uniform(0.0, 0.4))
     if process.poll() is not None:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors.decode()
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == 0, errors
         return None
     ranks = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     victims = ranks if chance.random() < 0.4 else [chance.choice(ranks)]
@@ -76,12 +73,12 @@ def kill_somewhere(command: list[str], output: Path, chance: random.Random) -> s
         except ProcessLookupError:
             pass
     _, errors = process.communicate(timeout=120)
-    assert process.returncode in (0, 4), errors.decode()
+    assert process.returncode in (0, 4), errors
     return f"killed {len(victims)} of {len(ranks)} after step {last.step if last else 0}"
 
 
 def finish(command: list[str], output: Path) -> None:
-    done = subprocess.run([*command, output], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = run_warm([*command, output], timeout=300)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,8 +1,12 @@
-"""Any plan trains as one device does: every gradient of the first step, and the losses of 20 steps."""
+"""Any plan trains as one device does: every gradient of the first step, and the losses of 20 steps.
+
+The ordinary tests compare 5 steps of every mesh, each with one or both ways of sharding; the slow ones all 20 of all.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -16,7 +20,7 @@ from plans import make_plan
 from recorded_runs import Run, assert_same_run, record_run
 from tiny import tiny_config
 
-STEPS = 20
+FEW_STEPS, STEPS = 5, 20
 
 MESHES: dict[int, list[dict[str, Any]]] = {
     2: [dict(dp_shard=2), dict(dp_replicate=2), dict(dp_shard=2, ep=2)],
@@ -62,19 +66,35 @@ def two_ranks():
     group.close()
 
 
-EVERY_MESH = pytest.mark.parametrize(
-    ("ranks", "mesh"),
-    [pytest.param(size, mesh, id=name(mesh)) for size, meshes in MESHES.items() for mesh in meshes],
-    indirect=["ranks"],
-    scope="module",
-)
+ORDINARY_SHARDINGS = {
+    "dp_shard=2": ("zero1", "fsdp"),
+    "dp_replicate=2": ("zero1", "fsdp"),
+    "dp_shard=2 ep=2": ("zero1", "fsdp"),
+    "dp_shard=4": ("zero1",),
+    "dp_replicate=2 dp_shard=2": ("fsdp",),
+    "dp_shard=4 ep=4": ("zero1",),
+    "dp_shard=4 ep=2": ("zero1", "fsdp"),
+    "dp_replicate=2 dp_shard=2 ep=2": ("fsdp",),
+    "dp_shard=8 ep=4": ("zero1",),
+    "dp_replicate=2 dp_shard=4 ep=2": ("fsdp",),
+}
 
 
-@EVERY_MESH
-@pytest.mark.parametrize("dense_sharding", ["zero1", "fsdp"])
-def test_every_mesh_trains_as_one_device_does(ranks, mesh, dense_sharding):
+def cases() -> Iterator[Any]:
+    """Cases of one number of ranks follow each other."""
+    for size, meshes in MESHES.items():
+        for mesh in meshes:
+            for sharding in ("zero1", "fsdp"):
+                called = f"{sharding}-{name(mesh)}"
+                if sharding in ORDINARY_SHARDINGS[name(mesh)]:
+                    yield pytest.param(size, mesh, sharding, FEW_STEPS, id=called)
+                yield pytest.param(size, mesh, sharding, STEPS, id=f"{called}-{STEPS} steps", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("ranks", "mesh", "dense_sharding", "steps"), cases(), indirect=["ranks"], scope="module")
+def test_every_mesh_trains_as_one_device_does(ranks, mesh, dense_sharding, steps):
     fields = mesh | dict(dense_sharding=dense_sharding)
-    assert_same_run(ranks.run(record_run, STEPS, fields), on_one_device(STEPS))
+    assert_same_run(ranks.run(record_run, steps, fields), on_one_device(steps))
 
 
 @pytest.mark.parametrize("fields", RECOMPUTES, ids=name)
@@ -149,20 +169,25 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(
-    "format",
-    [*FORMATS[-1:], *(pytest.param(format, marks=pytest.mark.slow) for format in FORMATS[:-1])],
-    ids=lambda format: "-".join(format.values()),
+    ("format", "steps"),
+    [
+        pytest.param(FORMATS[-1], 8, id="-".join(FORMATS[-1].values())),
+        *(
+            pytest.param(format, STEPS, id=f"{'-'.join(format.values())}-{STEPS} steps", marks=pytest.mark.slow)
+            for format in FORMATS
+        ),
+    ],
 )
-def test_every_optimizer_format_trains_within_the_noise_of_bf16(two_ranks, format):
+def test_every_optimizer_format_trains_within_the_noise_of_bf16(two_ranks, format, steps):
     """The yardstick: what cutting a step into micro-batches changes on one device, in the same format."""
-    alone = record_run(STEPS, format)
+    alone = record_run(steps, format)
     noise = max(
         abs(a - b)
         for accumulation in (2, 4)
-        for a, b in zip(alone.losses, record_run(STEPS, dict(accumulation=accumulation, **format)).losses, strict=True)
+        for a, b in zip(alone.losses, record_run(steps, dict(accumulation=accumulation, **format)).losses, strict=True)
     )
     for mesh in (dict(dp_shard=2), dict(dp_shard=2, ep=2), dict(dp_shard=2, ep=2, dense_sharding="fsdp")):
-        losses = two_ranks.run(record_run, STEPS, format | mesh)[0].losses
+        losses = two_ranks.run(record_run, steps, format | mesh)[0].losses
         difference = max(abs(a - b) for a, b in zip(losses, alone.losses, strict=True))
         assert difference <= 2 * noise, f"{name(mesh)}: {difference:.1e}, noise {noise:.1e}"
 

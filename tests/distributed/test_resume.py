@@ -84,7 +84,17 @@ def run(groups: dict[int, GlooRanks], ranks: int, *args: Any) -> list[Outcome]:
     return [train(*args)] if ranks == 1 else groups[ranks].run(train, *args)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=["fp32", "int8 moments and remainder"])
+def formats(*, slow: int) -> pytest.MarkDecorator:
+    """All formats, number ``slow`` of them among the slow tests: each is an ordinary one of one of two tests."""
+    names = ("fp32", "int8 moments and remainder")
+    cases = [
+        pytest.param(format, id=name, marks=[pytest.mark.slow] if number == slow else [])
+        for number, (format, name) in enumerate(zip(FORMATS, names, strict=True))
+    ]
+    return pytest.mark.parametrize("format", cases)
+
+
+@formats(slow=1)
 def test_a_run_moved_from_4_ranks_to_2_to_1_to_8_and_back_is_the_undisturbed_run(tmp_path, groups, format):
     straight = train(tmp_path / "straight", TOTAL_STEPS, format)
     losses, sequences = [], []
@@ -100,7 +110,7 @@ def test_a_run_moved_from_4_ranks_to_2_to_1_to_8_and_back_is_the_undisturbed_run
     assert sequences == expected
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=["fp32", "int8 moments and remainder"])
+@formats(slow=0)
 def test_what_4_ranks_save_is_read_bit_for_bit_by_any_number_of_ranks(tmp_path, groups, format):
     """No step in between: every rank's parts, joined by the next checkpoint, are the same bits."""
     run(groups, 4, tmp_path, 2, format | dict(dp_shard=4, ep=2))

@@ -98,8 +98,14 @@ def accumulated(overrides: dict[str, Any], way: str, *, in_products: bool) -> tu
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler's own
-@pytest.mark.parametrize("way", ["eager", "recomputed", "compiled"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=[pytest.mark.slow] if way == "compiled" and "biases" not in name else [])
+        for name in CONFIGS
+        for way in ("eager", "recomputed", "compiled")
+    ],
+)
 def test_products_add_to_the_buffers_what_autograd_hands_out_otherwise(name, way):
     plain, everything = accumulated(CONFIGS[name], way, in_products=False)
     ours, handed_out = accumulated(CONFIGS[name], way, in_products=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import os
 import signal
-import subprocess
-import sys
 import time
 from datetime import timedelta
 
@@ -77,7 +76,7 @@ def test_a_rank_that_hangs_is_named_by_all_with_the_collective_they_wait_in(thre
 
 def lose_rank_2() -> list[str]:
     verdicts: list[str] = []
-    watchdog = watch("lose", verdicts, lost_seconds=5.0)
+    watchdog = watch("lose", verdicts, lost_seconds=2.5)
     watchdog.progress(3, "micro-batch 1")
     dist.barrier()
     if current_ranks().rank == 2:
@@ -160,7 +159,7 @@ def test_the_collective_of_a_hang_under_fsdp_is_named(three_ranks, in_backward, 
 
 
 def diagnose_a_collective_that_failed() -> str:
-    watchdog = watch("failed", [], lost_seconds=3.0)
+    watchdog = watch("failed", [], lost_seconds=1.0)
     rank = current_ranks().rank
     text = ""
     if rank == 2:
@@ -203,18 +202,22 @@ def wait_for_a_verdict_on_a_frozen_store(port: int, holder: int, hang_seconds: f
     return verdicts, noticed - frozen
 
 
+def hold_a_store(port):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    time.sleep(600)
+
+
 @pytest.fixture
-def store_of_another_process():
-    code = (
-        "import time, torch.distributed as dist\n"
-        "store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
-        "print(store.port, flush=True)\n"
-        "time.sleep(600)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    yield int(process.stdout.readline()), process.pid
+def store_of_another_process(three_ranks):
+    context = mp.get_context("forkserver")  # the one that the ranks have started
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold_a_store, args=(theirs,), daemon=True)
+    process.start()
+    assert ours.poll(60)
+    yield ours.recv(), process.pid
     process.kill()
-    process.communicate()
+    process.join()
 
 
 def test_a_store_that_freezes_with_its_holder_ends_the_others_in_time(three_ranks, store_of_another_process):

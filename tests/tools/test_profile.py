@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -18,6 +16,7 @@ from moescale.planner.search import compile_plan
 from moescale.report.kernel_kinds import kind_of
 from moescale.tools.profile_table import Kernel, Profile, flops, measured_seconds, planned_seconds, table
 from tiny import tiny_config
+from warm_start import run_warm
 
 CONFIG = tiny_config()
 
@@ -31,8 +30,7 @@ def plan():
 def test_a_run_leaves_a_trace_and_a_table_of_what_took_its_time(tmp_path, model_folder, stdlib_corpus):
     inputs = ("--model", model_folder, "--data", stdlib_corpus, "--device", "cpu", "--output", tmp_path / "run")
     shape = ("--tokens-per-step", 128, "--micro-batch-sequences", 1, "--steps", 6, "--profile", 2)
-    command = [sys.executable, "-m", "moescale", "run", *map(str, (*inputs, *shape)), "--no-final-checkpoint"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_warm(["run", *inputs, *shape, "--no-final-checkpoint"], timeout=120)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run" / "profile"
     document = json.loads((folder / "kernels.json").read_text())
