@@ -75,7 +75,9 @@ def test_fp32_equals_transformers(name, tmp_path):
         assert gradient.abs().sum() > 0, key
 
 
-@pytest.mark.parametrize("name", ["plain", "no_windows", "published_limit_and_two_experts"])
+@pytest.mark.parametrize(
+    "name", ["plain", pytest.param("no_windows", marks=pytest.mark.slow), "published_limit_and_two_experts"]
+)
 def test_bf16_error_is_at_most_twice_that_of_transformers(name, tmp_path):
     config = dataclasses.replace(TINY, **CONFIGURATIONS[name])
     assert_bf16_error_is_at_most_twice_that_of_transformers(config, initialized(config), tmp_path)

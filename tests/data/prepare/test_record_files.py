@@ -63,10 +63,11 @@ def test_records_are_documents_however_they_are_written(
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
 )
 
 
-@given(values=st.lists(json_values), indent=st.sampled_from([None, 1]), piece_bytes=st.integers(1, 40))
+@given(values=st.lists(json_values, max_size=8), indent=st.sampled_from([None, 1]), piece_bytes=st.integers(1, 40))
 @hypothesis_settings(deadline=None, max_examples=150)
 def test_elements_of_an_array_are_what_the_json_library_finds(tmp_path_factory, values, indent, piece_bytes):
     path = tmp_path_factory.mktemp("array") / "x.json"

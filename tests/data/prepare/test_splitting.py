@@ -109,8 +109,10 @@ def test_a_long_text_is_encoded_in_parts_to_the_same_tokens(tokenizer, encode, l
     assert encoder.tokens_of(long_text).tolist() == encode(long_text)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-@pytest.mark.parametrize("validation_fraction", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("validation_fraction", "num_workers"),
+    [(0.0, 1), (0.5, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.0, 2), (0.5, 1)))],
+)
 def test_long_files_give_the_same_corpus_as_short_ones(
     settings, tmp_path, monkeypatch, long_text, num_workers, validation_fraction
 ):
