@@ -18,7 +18,7 @@ from moescale.runtime.train import Trainer
 from plans import SEQUENCES_PER_STEP, SyntheticSteps, make_plan, make_trainer
 from tiny import tiny_config
 
-STEPS = 3
+STEPS = 2
 FP32_ERROR = 1e-5
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {

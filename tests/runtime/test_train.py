@@ -126,7 +126,7 @@ def weights(one: Trainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("dtype", "format"), FORMATS)
 def test_the_loss_falls(tmp_path, dtype, format):
-    one = trainer(tmp_path, total_steps=40, dtype=dtype, format=format)
+    one = trainer(tmp_path, total_steps=25, dtype=dtype, format=format)
     one.train()
     assert sum(one.observer.losses[-3:]) / 3 < one.observer.losses[0] - 0.5
 
@@ -134,7 +134,7 @@ def test_the_loss_falls(tmp_path, dtype, format):
 def test_the_way_a_step_is_cut_into_micro_batches_does_not_change_the_losses(tmp_path):
     losses = []
     for micro_batch in (8, 4, 2):
-        one = trainer(tmp_path / str(micro_batch), source=SyntheticSource(micro_batch))
+        one = trainer(tmp_path / str(micro_batch), total_steps=6, source=SyntheticSource(micro_batch))
         one.train()
         losses.append(one.observer.losses)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -172,17 +172,17 @@ def test_the_auxiliary_loss_reaches_the_gradient_with_exactly_its_weight(tmp_pat
 
 @pytest.mark.parametrize(("dtype", "format"), FORMATS)
 def test_a_run_resumed_from_a_checkpoint_continues_bit_for_bit(tmp_path, dtype, format):
-    straight = trainer(tmp_path / "straight", dtype=dtype, format=format)
+    straight = trainer(tmp_path / "straight", total_steps=7, dtype=dtype, format=format)
     straight.train()
-    first = trainer(tmp_path / "cut", dtype=dtype, format=format, checkpoint_every=5)
-    first.observer.after_step = lambda metrics: _raise_after(metrics.step, 8)
+    first = trainer(tmp_path / "cut", total_steps=7, dtype=dtype, format=format, checkpoint_every=3)
+    first.observer.after_step = lambda metrics: _raise_after(metrics.step, 5)
     with pytest.raises(KeyboardInterrupt):
         first.train()
-    second = trainer(tmp_path / "cut", dtype=dtype, format=format)
+    second = trainer(tmp_path / "cut", total_steps=7, dtype=dtype, format=format)
     second.resume(second.store.last())
-    assert second.step == 5
+    assert second.step == 3
     second.train()
-    assert straight.observer.losses[5:] == second.observer.losses
+    assert straight.observer.losses[3:] == second.observer.losses
     other = weights(second)
     assert all(torch.equal(tensor, other[name]) for name, tensor in weights(straight).items())
 
