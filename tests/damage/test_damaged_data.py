@@ -10,8 +10,6 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from moescale.errors import MoescaleError
 from moescale.runtime.checkpoint import verify
 from moescale.runtime.checkpoint_store import CheckpointStore
 from moescale.runtime.checkpoint_writer import CheckpointWriter
+from warm_start import run_warm
 
 datasets = pytest.importorskip("datasets")
 zstandard = pytest.importorskip("zstandard")
@@ -45,7 +44,7 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 FEW, MANY = 25, 1000
-BY_A_PROCESS = {FEW: 3, MANY: 150}
+BY_A_PROCESS = {FEW: 2, MANY: 150}
 """Of tables: each takes a second, for the process that reads it."""
 
 
@@ -282,7 +281,7 @@ CHILD = textwrap.dedent("""
     from pathlib import Path
     from moescale.errors import MoescaleError
 
-    def read(folder):  # what one reader needs is not imported for the others
+    def read(folder):
         if sys.argv[1] == "weights.safetensors":
             from moescale.convert.weight_files import read_headers
 
@@ -342,16 +341,15 @@ def test_damage_to_files_of_other_libraries_ends_no_process(name, number, of_lib
     path, generator = of_libraries[name], random.Random(f"{name} {number}")
     content = path.read_bytes()
     for index in range(number):
-        copy = tmp_path / f"{index:05d}"
-        copy.mkdir()
+        copy = tmp_path / "copies" / f"{index:05d}"
+        copy.mkdir(parents=True)
         for other in path.parent.iterdir():
             if other.is_file() and other != path:
                 (copy / other.name).write_bytes(other.read_bytes())
         damaged = damaged_value if path.suffix == ".json" and index % 2 else damaged_bytes
         (copy / path.name).write_bytes(damaged(content, generator))
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, name, str(tmp_path)], capture_output=True, text=True, timeout=900
-    )
+    (tmp_path / "child.py").write_text(CHILD)
+    done = run_warm([name, tmp_path / "copies"], script=tmp_path / "child.py", timeout=900)
     num_read = len(done.stdout.splitlines())
     assert done.returncode == 0, f"after {num_read} of {number}, status {done.returncode}: {done.stderr[-2000:]}"
     assert num_read == number
