@@ -178,7 +178,7 @@ def mlp_contenders(inputs: Inputs) -> list[Contender]:
         groups = fp8.group_rows(inputs.ends, shape.rows)
         rows = fp8.quantize_rows(x.detach())
         pre = fp8.multiply_rows(rows, inputs.stored("gate_up"), groups, 2 * ffn, kernel="up")
-        act = fp8.swiglu(pre)
+        act = fp8.swiglu(pre, groups)
         return fp8.multiply_rows(act, inputs.stored("down"), groups, hidden, kernel="down"), pre
 
     def backward(result: Any, _retain: bool) -> object:
@@ -186,7 +186,7 @@ def mlp_contenders(inputs: Inputs) -> list[Contender]:
         grad_out, rows = fp8.quantize_rows(grad), fp8.quantize_rows(x.detach())
         of_down, of_gate_up = (inputs.stored(name, transposed=True) for name in ("down", "gate_up"))
         grad_act = fp8.multiply_rows(grad_out, of_down, groups, ffn, transposed=True, kernel="down_dgrad")
-        grad_pre, act, _ = fp8.swiglu_backward(grad_act, result[1], ones)
+        grad_pre, act, _ = fp8.swiglu_backward(grad_act, result[1], ones, groups)
         left, right = (fp8.transpose_rows(t, groups, padded) for t in (grad_out, act))
         grad_down = fp8.weight_gradient(left, right, padded, kernel="down_wgrad")
         left, right = (fp8.transpose_rows(t, groups, padded) for t in (grad_pre, rows))

@@ -31,6 +31,7 @@ from moescale.kernels.backends import KernelInputError, choose_backend, debug_ch
 from moescale.kernels.experts import expert_mlp
 from moescale.kernels.experts.adapted import adapted_expert_mlp
 from moescale.kernels.experts.sort import check_ids, sort_pairs
+from moescale.kernels.fp8.rows import fp8_expert_mlp
 from moescale.kernels.router import Routing
 from moescale.models.blocks.moe import Dispatcher, MixtureOfExperts, RoutedExperts
 from moescale.models.registry import family_of
@@ -297,7 +298,17 @@ class AllToAllDispatcher:
 
         compute: Callable[..., torch.Tensor]
         if experts.adapter is not None:
-            compute = partial(adapted_expert_mlp, **experts.adapter.arguments(x), backend=experts.backend)
+            compute = partial(
+                adapted_expert_mlp, **experts.adapter.arguments(x), scales=experts.scales, backend=experts.backend
+            )
+        elif experts.gate_up_copies is not None and experts.down_copies is not None:
+            compute = partial(
+                fp8_expert_mlp,
+                gate_up_copies=experts.gate_up_copies,
+                down_copies=experts.down_copies,
+                gate_up_gradient=experts.gate_up_gradient,
+                down_gradient=experts.down_gradient,
+            )
         else:
             compute = partial(
                 expert_mlp,
@@ -306,9 +317,9 @@ class AllToAllDispatcher:
                 biases=experts.biases,
                 bias_gradients=experts.bias_gradients,
                 clamp=experts.clamp,
+                scales=experts.scales,
                 backend=experts.backend,
             )
-        compute = partial(compute, scales=experts.scales)
         if experts.recompute_up and torch.is_grad_enabled():  # save only the received rows
             compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
         rows = compute(rows, experts.gate_up, experts.down, ends)

@@ -103,6 +103,7 @@ def choose_dispatcher(model: Transformer, plan: ParallelPlan, meshes: Meshes) ->
                 num_experts=config.num_experts,
                 top_k=config.top_k,
                 dtype=next(model.parameters()).dtype,
+                in_fp8=plan.expert_gemms == "fp8",
             )
             return PeerDispatcher(shape, group, device)
     # Padded slots save a host synchronisation for up to ``ep`` times the rows, which pays off on two GPUs.

@@ -10,6 +10,7 @@ after B is overwritten by the experts of the next layer, after the next A, which
 combined. No size depends on the host and nothing is a collective, so a micro-batch is one CUDA graph.
 
 Rows are pulled again in the backward, not saved: 16 MB a layer over the link at 4,096 tokens, against 100 MB of memory.
+Where the experts multiply in fp8, tokens and gradients are published in e4m3, each once, and half the bytes are pulled.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,13 +27,20 @@ from torch.autograd.function import once_differentiable
 
 from moescale.kernels.backends import KernelInputError, choose_experts_backend, debug_checks_enabled
 from moescale.kernels.block_fp8 import stored
-from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
+from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape, PeerTensor
 from moescale.kernels.experts import ExpertBiases, expert_features, operators_of
 from moescale.kernels.experts.adapted import ExpertAdapters, Projected, choose_adapted_backend
 from moescale.kernels.experts.sort import check_ids, sort_pairs
+from moescale.kernels.fp8 import kernels_for
+from moescale.kernels.fp8.errors import note
+from moescale.kernels.fp8.rows import returned
+from moescale.kernels.fp8.scaled import Copies, Scaled
 from moescale.kernels.router import Routing
 from moescale.models.blocks.moe import RoutedExperts
 from moescale.plan import SAVED_ROWS_FACTOR
+
+if TYPE_CHECKING:  # kernels are imported where they run
+    from moescale.kernels.dispatch.triton import RowOrder
 
 
 class PeerDispatcher:
@@ -47,6 +55,30 @@ class PeerDispatcher:
         self.buffers = ExchangeBuffers.carve(shape, group.rank(), block, self._memory.buffer_ptrs)
         self.num_ranks = shape.num_ranks
         self.saved_rows = min(shape.max_rows, math.ceil(SAVED_ROWS_FACTOR * shape.num_pairs))
+
+    def publish(self, name: Literal["token", "gradient"], x: torch.Tensor) -> None:
+        """Write x [T, H] where peers read it."""
+        shown: PeerTensor = getattr(self.buffers, f"{name}s")
+        if not self.buffers.shape.in_fp8:
+            shown.local[: x.shape[0]].copy_(x)
+            return
+        scales: PeerTensor = getattr(self.buffers, f"{name}_scales")
+        target = Scaled(shown.local[: x.shape[0]], scales.local[: x.shape[0]])
+        kernels_for(x).quantize_rows(x.contiguous(), out=target)
+        note(f"experts {'input' if name == 'token' else 'gradient of the result'}", lambda: x, target)
+
+    def pull(self, name: Literal["token", "gradient"], order: RowOrder) -> Any:
+        """Return the rows [C, H] of this rank's experts of what all ranks have published."""
+        from moescale.kernels.dispatch import triton as exchange
+
+        shape, results = self.buffers.shape, self.buffers.results.local
+        shown: PeerTensor = getattr(self.buffers, f"{name}s")
+        if not shape.in_fp8:
+            rows = results.new_empty((shape.max_rows, shape.hidden_size))
+            return exchange.pull_rows(self.buffers, shown, order, rows)
+        empty = kernels_for(results).empty_rows(shape.max_rows, shape.hidden_size, results.device)
+        scales: PeerTensor = getattr(self.buffers, f"{name}_scales")
+        return exchange.pull_scaled_rows(self.buffers, shown, scales, order, empty)
 
     def barrier(self) -> None:
         """Have the device wait until all ranks of the group have come to this barrier."""
@@ -109,40 +141,51 @@ class _PeerExperts(torch.autograd.Function):
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
         """``addition``: as of :meth:`moescale.models.blocks.moe.Adapter.arguments`, its ``adapters`` once more."""
-        from moescale.kernels.dispatch import mlp
+        from moescale.kernels.dispatch import fp8_mlp, mlp
         from moescale.kernels.dispatch import triton as exchange
 
         buffers, shape = dispatcher.buffers, dispatcher.buffers.shape
         biases = None if gate_up_bias is None or down_bias is None else ExpertBiases(gate_up_bias, down_bias)
-        if addition is None:
+        copies: tuple[Copies, Copies] | None = None
+        if shape.in_fp8:
+            assert experts.gate_up_copies is not None and experts.down_copies is not None
+            copies = experts.gate_up_copies, experts.down_copies
+        ops: Any
+        if copies is not None:
+            backend, ops = "triton", kernels_for(x)
+        elif addition is None:
             features = expert_features(biases, experts.clamp)
             backend = choose_experts_backend(x.device, x.dtype, experts.backend, features=features)
+            ops = operators_of(backend)
         else:
             backend = choose_adapted_backend(x.device, x.dtype, experts.backend)
-        ops = operators_of(backend)
+            ops = operators_of(backend)
         needs_backward = any(ctx.needs_input_grad)
         kept = dispatcher.saved_rows if needs_backward and not experts.recompute_up else 0
         topk_weights = topk_weights.contiguous()
         _, pair_rows, ends = sort_pairs(topk_ids, shape.num_experts, backend=backend)
         exchange.publish_pairs(buffers, topk_ids, topk_weights, pair_rows, ends)
-        buffers.tokens.local[: x.shape[0]].copy_(x)
+        dispatcher.publish("token", x)
         dispatcher.barrier()
         order = exchange.order_rows(buffers, kept_rows=kept)
-        rows = exchange.pull_rows(buffers, buffers.tokens, order, _new_rows(buffers))
-        factors = None if addition is None else ExpertAdapters(*adapters).for_rows(x.dtype, addition["scale"])
-        pre, projected = mlp.forward_rows(
-            ops,
-            rows,
-            stored(gate_up, experts.gate_up_scale),
-            stored(down, experts.down_scale),
-            order,
-            kept=kept,
-            expected_rows=shape.num_pairs,
-            out=buffers.results.local,
-            factors=factors,
-            biases=biases,
-            clamp=experts.clamp,
-        )
+        rows = dispatcher.pull("token", order)
+        options: Any = dict(kept=kept, expected_rows=shape.num_pairs, out=buffers.results.local)
+        projected = None
+        if copies is not None:
+            pre = fp8_mlp.forward_rows(ops, rows, *copies, order, **options)
+        else:
+            factors = None if addition is None else ExpertAdapters(*adapters).for_rows(x.dtype, addition["scale"])
+            pre, projected = mlp.forward_rows(
+                ops,
+                rows,
+                stored(gate_up, experts.gate_up_scale),
+                stored(down, experts.down_scale),
+                order,
+                factors=factors,
+                biases=biases,
+                clamp=experts.clamp,
+                **options,
+            )
         del rows
         dispatcher.barrier()
         out = exchange.pull_sums(buffers, order, x.shape[0], topk_weights)
@@ -150,7 +193,7 @@ class _PeerExperts(torch.autograd.Function):
             ctx.save_for_backward(x, gate_up, down, gate_up_bias, down_bias, pre, *(projected or ()), *adapters)
             ctx.addition = None if addition is None else (addition["scale"], addition["gradients"] or (None,) * 4)
             ctx.order, ctx.dispatcher, ctx.ops = order, dispatcher, ops
-            ctx.scales = (experts.gate_up_scale, experts.down_scale)
+            ctx.copies, ctx.scales = copies, (experts.gate_up_scale, experts.down_scale)
             ctx.gradient_buffers = (experts.gate_up_gradient, experts.down_gradient, experts.bias_gradients)
             ctx.clamp = experts.clamp
         return out
@@ -158,23 +201,29 @@ class _PeerExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        from moescale.kernels.dispatch import mlp
+        from moescale.kernels.dispatch import fp8_mlp, mlp
         from moescale.kernels.dispatch import triton as exchange
 
         x, gate_up, down, gate_up_bias, down_bias, pre, *adapted = ctx.saved_tensors
         dispatcher, order = ctx.dispatcher, ctx.order
         buffers = dispatcher.buffers
         num_tokens = x.shape[0]
-        buffers.tokens.local[:num_tokens].copy_(x)
-        buffers.gradients.local[:num_tokens].copy_(grad)
+        dispatcher.publish("token", x)
+        dispatcher.publish("gradient", grad)
         dispatcher.barrier()
-        rows = exchange.pull_rows(buffers, buffers.tokens, order, _new_rows(buffers))
-        grad_rows = exchange.pull_rows(buffers, buffers.gradients, order, _new_rows(buffers))
+        rows, grad_rows = dispatcher.pull("token", order), dispatcher.pull("gradient", order)
         given = (stored(gate_up, ctx.scales[0]), stored(down, ctx.scales[1]), order)
-        options = dict(expected_rows=buffers.shape.num_pairs, out=buffers.results.local, values=buffers.values.local)
+        options: Any = dict(
+            expected_rows=buffers.shape.num_pairs, out=buffers.results.local, values=buffers.values.local
+        )
         of_weights: tuple[torch.Tensor | None, ...] = (None,) * 4
         of_adapters: list[torch.Tensor | None] = []
-        if ctx.addition is not None:
+        if ctx.copies is not None:
+            into = ctx.gradient_buffers[:2]
+            weights: tuple[Copies, Copies] = ctx.copies
+            made = fp8_mlp.backward_rows(ctx.ops, rows, grad_rows, pre, *weights, order, buffers=into, **options)
+            of_weights = (*returned(made, into, ctx.needs_input_grad[2:4]), None, None)
+        elif ctx.addition is not None:
             scale, gradients = ctx.addition
             found = mlp.backward_adapted_rows(
                 ctx.ops,
@@ -209,10 +258,6 @@ class _PeerExperts(torch.autograd.Function):
         grad_x = exchange.pull_sums(buffers, order, num_tokens)
         grad_weights = exchange.pull_values(buffers, order, num_tokens)
         return grad_x, grad_weights, *of_weights, None, None, None, None, *of_adapters
-
-
-def _new_rows(buffers: ExchangeBuffers) -> torch.Tensor:
-    return buffers.results.local.new_empty((buffers.shape.max_rows, buffers.shape.hidden_size))
 
 
 def peers_are_readable(group: dist.ProcessGroup, device: torch.device) -> bool:

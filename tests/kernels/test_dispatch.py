@@ -6,6 +6,7 @@ definition on all experts, and the row order with cases worked out by hand.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import pytest
@@ -18,12 +19,22 @@ from moescale.kernels.experts import ExpertBiases, SwigluClamp, operators_of
 from moescale.kernels.experts.adapted import ExpertAdapters
 from moescale.kernels.experts.reference import experts_reference
 from moescale.kernels.experts.sort import sort_pairs
+from moescale.kernels.fp8 import copies_of, routed
+from moescale.kernels.fp8.scaled import Scaled
 
 if not torch.cuda.is_available() and not triton_interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 or a GPU", allow_module_level=True)
 
-from moescale.kernels.dispatch import mlp  # noqa: E402
-from moescale.kernels.dispatch.triton import order_rows, publish_pairs, pull_rows, pull_sums, pull_values  # noqa: E402
+from moescale.kernels.dispatch import fp8_mlp, mlp  # noqa: E402
+from moescale.kernels.dispatch.triton import (  # noqa: E402
+    order_rows,
+    publish_pairs,
+    pull_rows,
+    pull_scaled_rows,
+    pull_sums,
+    pull_values,
+)
+from moescale.kernels.fp8 import triton as fp8  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, HIDDEN, WIDTH = 8, 32, 16
@@ -209,6 +220,81 @@ def check_one_device(tokens, top_k, choice, kept, has_biases, in_fp8=False) -> N
     torch.testing.assert_close(grad_weights, everywhere[2].grad, rtol=1e-4, atol=1e-5)
     for ours, parameter in zip(gradients, parameters, strict=True) if not in_fp8 else ():
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "choice", "kept"),
+    [((6, 4), "random", "some"), ((3, 0), "some nowhere", "none"), ((4, 4, 4, 4), "one rank", "all")],
+)
+def test_products_in_fp8_give_the_results_and_gradients_of_one_device_in_fp8(tokens, choice, kept, monkeypatch) -> None:
+    monkeypatch.setattr(routed, "kernels_for", lambda tensor: fp8)
+    num_ranks, num_local = len(tokens), EXPERTS // len(tokens)
+    shape = dataclasses.replace(shape_of(num_ranks, max(tokens), 2), dtype=torch.bfloat16, in_fp8=True)
+    buffers = make_buffers(shape)
+    kept_rows = {"all": shape.max_rows, "some": shape.num_pairs // 2, "none": 0}[kept]
+    ranks = [make_rank(count, 2, choice, rank, num_ranks) for rank, count in enumerate(tokens)]
+    ranks = [rank._replace(x=rank.x.bfloat16(), grad=rank.grad.bfloat16()) for rank in ranks]
+    generator = torch.Generator().manual_seed(0)
+    gate_up = (torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator) / 4).to(DEVICE, torch.bfloat16)
+    down = (torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator) / 4).to(DEVICE, torch.bfloat16)
+    local = [slice(rank * num_local, (rank + 1) * num_local) for rank in range(num_ranks)]
+    held = [(copies_of(gate_up[part]), copies_of(down[part])) for part in local]
+
+    def show(which: str) -> None:
+        for buffer, rank in zip(buffers, ranks, strict=True):
+            x = rank.x if which == "token" else rank.grad
+            shown, scales = getattr(buffer, f"{which}s"), getattr(buffer, f"{which}_scales")
+            fp8.quantize_rows(x, out=Scaled(shown.local[: len(x)], scales.local[: len(x)]))
+
+    def pull(which: str, number: int) -> Scaled:
+        shown, scales = getattr(buffers[number], f"{which}s"), getattr(buffers[number], f"{which}_scales")
+        rows = Scaled(
+            *(
+                part.view(torch.uint8).fill_(0x7F).view(part.dtype)
+                for part in fp8.empty_rows(shape.max_rows, HIDDEN, DEVICE)
+            )
+        )
+        return pull_scaled_rows(buffers[number], shown, scales, orders[number], rows)
+
+    for buffer, rank in zip(buffers, ranks, strict=True):
+        _, pair_rows, ends = sort_pairs(rank.ids, EXPERTS, backend="triton")
+        publish_pairs(buffer, rank.ids, rank.weights, pair_rows, ends)
+    show("token")
+    orders = [order_rows(buffer, kept_rows=kept_rows) for buffer in buffers]
+    options = dict(expected_rows=shape.num_pairs)
+    pres = [
+        fp8_mlp.forward_rows(
+            fp8, pull("token", number), *held[number], order, kept=kept_rows, out=buffer.results.local, **options
+        )
+        for number, (buffer, order) in enumerate(zip(buffers, orders, strict=True))
+    ]
+    out = [pull_sums(b, o, len(r.x), r.weights) for b, o, r in zip(buffers, orders, ranks, strict=True)]
+    show("gradient")
+    gradients = [torch.zeros_like(weight) for weight in (gate_up, down)]
+    for number, (buffer, order) in enumerate(zip(buffers, orders, strict=True)):
+        buffer.results.local.fill_(float("nan"))
+        fp8_mlp.backward_rows(
+            fp8,
+            pull("token", number),
+            pull("gradient", number),
+            pres[number],
+            *held[number],
+            order,
+            out=buffer.results.local,
+            values=buffer.values.local,
+            buffers=(gradients[0][local[number]], gradients[1][local[number]]),
+            **options,
+        )
+    x, ids, weights = (torch.cat([getattr(rank, name) for rank in ranks]) for name in ("x", "ids", "weights"))
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, weights, gate_up, down)]
+    alone = routed.fp8_experts(inputs[0], ids, *inputs[1:], copies_of(gate_up), copies_of(down))
+    alone.backward(torch.cat([rank.grad for rank in ranks]))
+    grad_x = torch.cat([pull_sums(b, o, len(r.x)) for b, o, r in zip(buffers, orders, ranks, strict=True)])
+    grad_weights = torch.cat([pull_values(b, o, len(r.x)) for b, o, r in zip(buffers, orders, ranks, strict=True)])
+    for ours, theirs in zip(
+        (torch.cat(out), grad_x, grad_weights, *gradients), (alone.detach(), *(i.grad for i in inputs)), strict=True
+    ):
+        assert (ours.double() - theirs.double()).norm() <= 0.01 * theirs.double().norm()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
+from moescale.kernels.fp8.scaled import E4M3
+
 ALIGNMENT_BYTES = 256
 
 
@@ -32,6 +34,8 @@ class ExchangeShape:
     """K"""
     dtype: torch.dtype
     """Of tokens and rows."""
+    in_fp8: bool = False
+    """Whether tokens and the gradients of their results are shown in e4m3, with a scale each."""
 
     @property
     def num_local_experts(self) -> int:
@@ -49,15 +53,18 @@ class ExchangeShape:
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor of :class:`ExchangeBuffers`, in their order in memory."""
+        shown = E4M3 if self.in_fp8 else self.dtype
+        scales = {f"{name}_scales": ((self.num_tokens,), torch.float32) for name in ("token", "gradient")}
         return {
-            "tokens": ((self.num_tokens, self.hidden_size), self.dtype),
-            "gradients": ((self.num_tokens, self.hidden_size), self.dtype),
+            "tokens": ((self.num_tokens, self.hidden_size), shown),
+            "gradients": ((self.num_tokens, self.hidden_size), shown),
             "results": ((self.max_rows, self.hidden_size), self.dtype),
             "values": ((self.max_rows,), torch.float32),
             "ids": ((self.num_pairs,), torch.int32),
             "pair_rows": ((self.num_pairs,), torch.int32),
             "weights": ((self.num_pairs,), torch.float32),
             "ends": ((self.num_experts,), torch.int32),
+            **(scales if self.in_fp8 else {}),
         }
 
     def offsets(self) -> dict[str, int]:
@@ -107,6 +114,10 @@ class ExchangeBuffers:
     """[T * K] fp32: the routing weight of every pair."""
     ends: PeerTensor
     """[E] int32: this rank's pairs of each expert, cumulative."""
+    token_scales: PeerTensor | None = None
+    """[T] fp32, where tokens are in fp8."""
+    gradient_scales: PeerTensor | None = None
+    """[T] fp32, of the gradients."""
 
     @classmethod
     def carve(cls, shape: ExchangeShape, rank: int, block: torch.Tensor, addresses: Sequence[int]) -> ExchangeBuffers:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from moescale.kernels.dispatch.buffers import ExchangeBuffers, PeerTensor
+from moescale.kernels.fp8.scaled import Scaled
 
 PAIRS_BLOCK = 256
 
@@ -140,8 +141,9 @@ def _rows_kernel(
 
 @triton.jit
 def _pull_kernel(
-    addresses, pair_row, rows, num_tokens, H, RANKS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr
-):
+    addresses, scale_addresses, pair_row, rows, row_scales, num_tokens, H,
+    RANKS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, HAS_SCALES: tl.constexpr,
+):  # fmt: skip
     """rows[row of (t, k) of rank s] = tokens of s [t]: a token is read once over the link and written to its rows."""
     source = tl.program_id(0) % RANKS
     token = (tl.program_id(0) // RANKS).to(tl.int64)
@@ -158,6 +160,11 @@ def _pull_kernel(
         for k in tl.static_range(TOP_K):
             row = tl.load(pairs + k).to(tl.int64)
             tl.store(rows + row * H + column, part, mask=(column < H) & (row >= 0))
+    if HAS_SCALES:
+        scale = tl.load(_peer(scale_addresses, source, tl.float32) + token)
+        for k in tl.static_range(TOP_K):
+            row = tl.load(pairs + k).to(tl.int64)
+            tl.store(row_scales + row, scale, mask=row >= 0)
 
 
 @triton.jit
@@ -294,19 +301,42 @@ def order_rows(buffers: ExchangeBuffers, *, kept_rows: int) -> RowOrder:
 
 def pull_rows(buffers: ExchangeBuffers, tokens: PeerTensor, order: RowOrder, rows: torch.Tensor) -> torch.Tensor:
     """Fill ``rows`` [C, H] with what all ranks have in ``tokens`` [T, H] for this rank's experts, and return it."""
+    _pull(buffers, tokens, None, order, rows, None)
+    return rows
+
+
+def pull_scaled_rows(
+    buffers: ExchangeBuffers, tokens: PeerTensor, scales: PeerTensor, order: RowOrder, rows: Scaled
+) -> Scaled:
+    """As :func:`pull_rows`, of tokens in e4m3 with their ``scales`` [T]."""
+    of_bytes = Scaled(rows.data.view(torch.uint8), rows.scales)  # which are copied as they are
+    _pull(buffers, tokens, scales, order, *of_bytes)
+    return rows
+
+
+def _pull(
+    buffers: ExchangeBuffers,
+    tokens: PeerTensor,
+    scales: PeerTensor | None,
+    order: RowOrder,
+    rows: torch.Tensor,
+    row_scales: torch.Tensor | None,
+) -> None:
     shape = buffers.shape
     if shape.num_tokens:
         _pull_kernel[(shape.num_tokens * shape.num_ranks,)](
             tokens.addresses,
+            None if scales is None else scales.addresses,
             order.pair_row,
             rows,
+            row_scales,
             shape.num_tokens,
             shape.hidden_size,
             RANKS=shape.num_ranks,
             TOP_K=shape.top_k,
             BLOCK=min(2048, triton.next_power_of_2(shape.hidden_size)),
+            HAS_SCALES=scales is not None,
         )
-    return rows
 
 
 def pull_sums(

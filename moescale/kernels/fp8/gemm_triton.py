@@ -106,6 +106,7 @@ def multiply_rows(
     *,
     transposed: bool = False,
     kernel: str = "up",
+    out: torch.Tensor | None = None,
     launch: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Return rows [R, K] times the weight of their expert as [R, N] bf16; rows of no expert are left unwritten.
@@ -113,7 +114,8 @@ def multiply_rows(
     Weight: [E, N, K] with scales [E], or ``transposed``, [N, E * K'] with K' >= K, of which what is behind K is zero.
     """
     num_rows, k = rows.data.shape
-    out = torch.empty((num_rows, num_columns), dtype=torch.bfloat16, device=rows.data.device)
+    if out is None:
+        out = torch.empty((num_rows, num_columns), dtype=torch.bfloat16, device=rows.data.device)
     if num_rows == 0:
         return out
     matrix = weight.data if transposed else weight.data.view(-1, k)

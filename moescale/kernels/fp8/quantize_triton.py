@@ -81,8 +81,11 @@ def _quantize_rows_kernel(
 
 
 @triton.jit
-def _swiglu_kernel(pre, act, scales, F, BLOCK: tl.constexpr):
+def _swiglu_kernel(pre, act, scales, ends, num_experts, F, BLOCK: tl.constexpr):
+    """One row; nothing is written of rows behind the last expert's."""
     row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(ends + num_experts - 1):
+        return
     column = tl.arange(0, BLOCK)
     inside = column < F
     gate = tl.load(pre + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
@@ -95,11 +98,16 @@ def _swiglu_kernel(pre, act, scales, F, BLOCK: tl.constexpr):
 
 @triton.jit
 def _swiglu_backward_kernel(
-    grad_act, pre, row_weights, grad_weights, grad_pre, grad_pre_scales, act, act_scales, F, BLOCK: tl.constexpr
-):
+    grad_act, pre, row_weights, grad_weights, grad_pre, grad_pre_scales, act, act_scales, ends, num_experts, F,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """The bf16 kernel's computation on one row; the gradient of the pre-activation and the weighted activation in e4m3.
-    """  # fmt: skip
+
+    Nothing is written of rows behind the last expert's.
+    """
     row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(ends + num_experts - 1):
+        return
     column = tl.arange(0, BLOCK)
     inside = column < F
     grad = tl.load(grad_act + row * F + column, mask=inside, other=0.0).to(tl.float32)
@@ -200,24 +208,24 @@ def _copies_kernel(weight, largest, rows, columns, scales, N, K, P, ROWS: tl.con
     tl.store(columns + target, tl.trans(block), mask=(k < K)[:, None])
 
 
-def _scaled(rows: int, columns: int, device: torch.device) -> Scaled:
-    """Memory for rows with scales."""
+def empty_rows(rows: int, columns: int, device: torch.device) -> Scaled:
+    """Memory for rows with scales, not written yet."""
     return Scaled(
         torch.empty((rows, columns), dtype=E4M3, device=device),
         torch.empty(rows, dtype=torch.float32, device=device),
     )
 
 
-def quantize_rows(x: torch.Tensor) -> Scaled:
+def quantize_rows(x: torch.Tensor, out: Scaled | None = None) -> Scaled:
     """Return x [R, H] in e4m3 with scales [R]."""
-    tokens = _scaled(x.shape[0], x.shape[1], x.device)
+    tokens = out or empty_rows(x.shape[0], x.shape[1], x.device)
     _quantize(x, None, tokens, tokens, 0)
     return tokens
 
 
 def gather_rows(x: torch.Tensor, pair_row: torch.Tensor, top_k: int) -> tuple[Scaled, Scaled]:
     """Return tokens x [T, H] in e4m3, sorted by expert [R, H] and as they are."""
-    tokens, rows = _scaled(x.shape[0], x.shape[1], x.device), _scaled(pair_row.numel(), x.shape[1], x.device)
+    tokens, rows = (empty_rows(number, x.shape[1], x.device) for number in (x.shape[0], pair_row.numel()))
     _quantize(x, pair_row, tokens, rows, top_k)
     return rows, tokens
 
@@ -231,28 +239,44 @@ def _quantize(x: torch.Tensor, pair_row: torch.Tensor | None, tokens: Scaled, ro
         )
 
 
-def swiglu(pre: torch.Tensor) -> Scaled:
+def swiglu(pre: torch.Tensor, groups: RowGroups, out: Scaled | None = None) -> Scaled:
     """Return silu(gate) * up [R, F] in e4m3 with scales [R], of the pre-activation [R, 2F]."""
     num_rows, ffn = pre.shape[0], pre.shape[1] // 2
-    act = _scaled(num_rows, ffn, pre.device)
+    act = out or empty_rows(num_rows, ffn, pre.device)
     if num_rows:
-        _swiglu_kernel[(num_rows,)](pre, *act, ffn, BLOCK=triton.next_power_of_2(ffn))
+        _swiglu_kernel[(num_rows,)](pre, *act, groups.ends, groups.num_experts, ffn, BLOCK=triton.next_power_of_2(ffn))
     return act
 
 
 def swiglu_backward(
-    grad_act: torch.Tensor, pre: torch.Tensor, row_weights: torch.Tensor
+    grad_act: torch.Tensor,
+    pre: torch.Tensor,
+    row_weights: torch.Tensor,
+    groups: RowGroups,
+    out: tuple[Scaled, Scaled, torch.Tensor] | None = None,
 ) -> tuple[Scaled, Scaled, torch.Tensor]:
     """Return the gradient of pre [R, 2F], the weighted activation [R, F], and the gradient of row_weights [R] fp32.
 
     ``grad_act`` [R, F]: of the activation before it is weighted.
     """
     num_rows, ffn = grad_act.shape
-    grad_pre, act = _scaled(num_rows, 2 * ffn, pre.device), _scaled(num_rows, ffn, pre.device)
-    grad_weights = torch.empty(num_rows, dtype=torch.float32, device=pre.device)
+    grad_pre, act, grad_weights = out or (
+        empty_rows(num_rows, 2 * ffn, pre.device),
+        empty_rows(num_rows, ffn, pre.device),
+        torch.empty(num_rows, dtype=torch.float32, device=pre.device),
+    )
     if num_rows:
         _swiglu_backward_kernel[(num_rows,)](
-            grad_act, pre, row_weights, grad_weights, *grad_pre, *act, ffn, BLOCK=triton.next_power_of_2(ffn)
+            grad_act,
+            pre,
+            row_weights,
+            grad_weights,
+            *grad_pre,
+            *act,
+            groups.ends,
+            groups.num_experts,
+            ffn,
+            BLOCK=triton.next_power_of_2(ffn),
         )
     return grad_pre, act, grad_weights
 

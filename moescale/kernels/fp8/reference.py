@@ -44,7 +44,7 @@ def gather_rows(x: torch.Tensor, pair_row: torch.Tensor, top_k: int) -> tuple[Sc
     return Scaled(data.view(E4M3), scales), tokens
 
 
-def swiglu(pre: torch.Tensor) -> Scaled:
+def swiglu(pre: torch.Tensor, groups: torch.Tensor) -> Scaled:
     """Return silu(gate) * up [R, F] in e4m3 with scales [R], of the pre-activation [R, 2F]."""
     return quantize_rows(exact_swiglu(pre))
 
@@ -56,7 +56,7 @@ def exact_swiglu(pre: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_backward(
-    grad_act: torch.Tensor, pre: torch.Tensor, row_weights: torch.Tensor
+    grad_act: torch.Tensor, pre: torch.Tensor, row_weights: torch.Tensor, groups: torch.Tensor
 ) -> tuple[Scaled, Scaled, torch.Tensor]:
     """Return the gradient of pre [R, 2F], the weighted activation [R, F], and the gradient of row_weights [R] fp32."""
     grad_pre, act, grad_weights = exact_swiglu_backward(grad_act, pre, row_weights)

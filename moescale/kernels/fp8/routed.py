@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import torch
 
-from moescale.formats import FP8_GEMM_MULTIPLE
-from moescale.kernels.backends import (
-    KernelInputError,
-    check_device,
-    check_dtype,
-    check_gradient_buffer,
-    check_shape,
-    debug_checks_enabled,
-)
+from moescale.kernels.backends import check_dtype, check_shape, debug_checks_enabled
 from moescale.kernels.experts.operators import empty_results
 from moescale.kernels.experts.sort import check_ids
 from moescale.kernels.fp8 import kernels_for
-from moescale.kernels.fp8.errors import is_collecting, note, note_of_experts
-from moescale.kernels.fp8.reference import exact_swiglu, exact_swiglu_backward
+from moescale.kernels.fp8.errors import is_collecting, note_of_experts
+from moescale.kernels.fp8.rows import (
+    check_buffers,
+    check_weights,
+    note_backward,
+    returned,
+    up_and_down,
+    weight_gradients,
+)
 from moescale.kernels.fp8.scaled import E4M3, Copies, Scaled
 
 
@@ -45,37 +44,18 @@ def fp8_experts(
     Shapes: as there; x and both weights are bf16, ``gate_up_copies`` and ``down_copies`` those of the weights. H and F
     are multiples of 16. Raises KernelInputError for shapes, dtypes and devices that do not fit.
     """
-    _check(x, topk_ids, topk_weights, gate_up, down, gate_up_copies, down_copies)
-    for name, weight, buffer in (("gate_up", gate_up, gate_up_gradient), ("down", down, down_gradient)):
-        if buffer is not None:
-            check_gradient_buffer("fp8_experts", name, weight, buffer)
+    check_shape("fp8_experts", "x", x, (None, None), "[T, H]")
+    check_shape("fp8_experts", "topk_ids", topk_ids, (x.shape[0], None), "[T, K]")
+    check_shape("fp8_experts", "topk_weights", topk_weights, tuple(topk_ids.shape), "[T, K]")
+    check_dtype("fp8_experts", "topk_ids", topk_ids, (torch.int32, torch.int64))
+    check_dtype("fp8_experts", "topk_weights", topk_weights, (torch.float32,))
+    check_weights("fp8_experts", x, gate_up, down, gate_up_copies, down_copies)
+    check_buffers("fp8_experts", gate_up, down, gate_up_gradient, down_gradient)
     if debug_checks_enabled():
         check_ids(topk_ids, gate_up.shape[0], tokens_per_expert)
     save_pre = torch.is_grad_enabled() and not recompute_up
     copies, buffers = (*gate_up_copies, *down_copies), (gate_up_gradient, down_gradient)
     return _experts(x, topk_ids, topk_weights, gate_up, down, *copies, *buffers, save_pre)[0]
-
-
-def _check(x, topk_ids, topk_weights, gate_up, down, gate_up_copies, down_copies) -> None:
-    check_shape("fp8_experts", "x", x, (None, None), "[T, H]")
-    check_shape("fp8_experts", "topk_ids", topk_ids, (x.shape[0], None), "[T, K]")
-    check_shape("fp8_experts", "topk_weights", topk_weights, tuple(topk_ids.shape), "[T, K]")
-    check_shape("fp8_experts", "down", down, (None, x.shape[1], None), "[E, H, F]")
-    num_experts, hidden, ffn = down.shape
-    check_shape("fp8_experts", "gate_up", gate_up, (num_experts, 2 * ffn, hidden), "[E, 2F, H]")
-    check_dtype("fp8_experts", "topk_ids", topk_ids, (torch.int32, torch.int64))
-    check_dtype("fp8_experts", "topk_weights", topk_weights, (torch.float32,))
-    for name, weight, copies in (("gate_up", gate_up, gate_up_copies), ("down", down, down_copies)):
-        check_dtype("fp8_experts", name, weight, (torch.bfloat16,))
-        check_device("fp8_experts", name, weight, x.device)
-        check_device("fp8_experts", f"{name}_copies", copies.rows, x.device)
-        check_shape("fp8_experts", f"{name}_copies", copies.rows, tuple(weight.shape), f"those of {name}")
-    check_dtype("fp8_experts", "x", x, (torch.bfloat16,))
-    if hidden % FP8_GEMM_MULTIPLE or ffn % FP8_GEMM_MULTIPLE:
-        raise KernelInputError(
-            f"fp8_experts: hidden size ({hidden}) and expert intermediate size ({ffn}) must be multiples of "
-            f"{FP8_GEMM_MULTIPLE}; use experts without fp8"
-        )
 
 
 @torch.library.custom_op("moescale::fp8_experts", mutates_args=())
@@ -100,10 +80,8 @@ def _experts(
     row_pair, pair_row, ends = ops.sort_pairs(topk_ids, gate_up.shape[0])
     rows, _ = ops.gather_rows(x.contiguous(), pair_row, top_k)
     groups = ops.group_rows(ends, row_pair.numel())
-    pre = ops.multiply_rows(rows, Scaled(gate_up_rows, gate_up_scales), groups, gate_up.shape[1], kernel="up")
-    act = ops.swiglu(pre)
-    note("experts activation", lambda: exact_swiglu(pre), act, ends)
-    out = ops.multiply_rows(act, Scaled(down_rows, down_scales), groups, down.shape[1], kernel="down")
+    weights = Scaled(gate_up_rows, gate_up_scales), Scaled(down_rows, down_scales)
+    pre, out = up_and_down(ops, rows, *weights, groups, ends)
     y = ops.combine_rows(out, pair_row, top_k, topk_weights.contiguous())
     return y, pre if save_pre else x.new_empty(0), row_pair, pair_row, ends
 
@@ -144,24 +122,19 @@ def _experts_backward(
     grad_act = ops.multiply_rows(grad_rows, of_down, groups, ffn, transposed=True, kernel="down_dgrad")
     del grad_rows
     row_weights = ops.sort_weights(topk_weights.contiguous(), row_pair)
-    grad_pre, act, grad_weights = ops.swiglu_backward(grad_act, pre, row_weights)
+    grad_pre, act, grad_weights = ops.swiglu_backward(grad_act, pre, row_weights, groups)
     tokens = ops.quantize_rows(x.contiguous())
     if is_collecting():
-        exact_grad_pre, exact_act, _ = exact_swiglu_backward(grad_act, pre, row_weights)
-        note_of_experts("experts gradient of the pre-activation", exact_grad_pre, grad_pre, ends)
-        note_of_experts("experts weighted activation", exact_act, act, ends)
+        note_backward(grad_act, pre, row_weights, grad_pre, act, ends)
         token = row_pair // top_k
         for name, exact, scaled in (("input", x, tokens), ("gradient of the result", grad, grad_tokens)):
             rows = Scaled(scaled.data.view(torch.uint8)[token].view(E4M3), scaled.scales[token])
             note_of_experts(f"experts {name}", exact[token], rows, ends)
     del grad_act
-    left = ops.transpose_rows(grad_tokens, groups, padded, **of_tokens)
-    right = ops.transpose_rows(act, groups, padded)
-    grad_down = ops.weight_gradient(left, right, padded, buffer=_data(down_gradient), kernel="down_wgrad")
-    left = ops.transpose_rows(grad_pre, groups, padded)
-    right = ops.transpose_rows(tokens, groups, padded, **of_tokens)
-    grad_gate_up = ops.weight_gradient(left, right, padded, buffer=_data(gate_up_gradient), kernel="up_wgrad")
-    del left, right
+    buffers = gate_up_gradient, down_gradient
+    grad_gate_up, grad_down = weight_gradients(
+        ops, groups, padded, grad_tokens, act, grad_pre, tokens, buffers, **of_tokens
+    )
     of_gate_up = Scaled(gate_up_columns, gate_up_scales)
     of_x = ops.multiply_rows(grad_pre, of_gate_up, groups, hidden, transposed=True, kernel="up_dgrad")
     return (
@@ -170,10 +143,6 @@ def _experts_backward(
         grad_gate_up if gate_up_gradient is None else x.new_empty(0),
         grad_down if down_gradient is None else x.new_empty(0),
     )
-
-
-def _data(buffer: torch.Tensor | None) -> torch.Tensor | None:
-    return None if buffer is None else buffer.data
 
 
 @_experts_backward.register_fake
@@ -202,11 +171,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, *_):
     grad_x, grad_weights, *found = _experts_backward(grad, *ctx.saved_tensors, *ctx.buffers)
-    of_weights = (
-        gradient if buffer is None and needed else None
-        for gradient, buffer, needed in zip(found, ctx.buffers, ctx.needs_input_grad[3:5], strict=True)
-    )
-    return grad_x, None, grad_weights, *of_weights, *(None,) * 9
+    return grad_x, None, grad_weights, *returned(found, ctx.buffers, ctx.needs_input_grad[3:5]), *(None,) * 9
 
 
 _experts.register_autograd(_backward, setup_context=_setup)

@@ -5,6 +5,7 @@ from moescale.kernels.experts.sort_triton import sort_pairs
 from moescale.kernels.experts.triton import combine_rows, order_by_pair, sort_weights
 from moescale.kernels.fp8.gemm_triton import multiply_rows, weight_gradient
 from moescale.kernels.fp8.quantize_triton import (
+    empty_rows,
     gather_rows,
     pad_ends,
     quantize_rows,
@@ -16,6 +17,7 @@ from moescale.kernels.fp8.quantize_triton import (
 
 __all__ = [
     "combine_rows",
+    "empty_rows",
     "gather_rows",
     "group_rows",
     "multiply_rows",

@@ -16,6 +16,8 @@ from ahead_of_time import record_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
+from moescale.kernels.dispatch.triton import RowOrder, pull_scaled_rows
 from moescale.kernels.fp8 import empty_copies
 from moescale.kernels.fp8 import triton as fp8
 from moescale.kernels.fp8.gemm_triton import multiply_rows, weight_gradient
@@ -39,8 +41,8 @@ def call_quantising_kernels() -> None:
     groups, weight = fp8.group_rows(ends, R), empty(E, H, F)
     fp8.quantize_rows(empty(T, H))
     fp8.gather_rows(empty(T, H), pairs, K)
-    fp8.swiglu(empty(R, 2 * F))
-    fp8.swiglu_backward(empty(R, F), empty(R, 2 * F), empty(R, dtype=torch.float32))
+    fp8.swiglu(empty(R, 2 * F), groups)
+    fp8.swiglu_backward(empty(R, F), empty(R, 2 * F), empty(R, dtype=torch.float32), groups)
     padded = fp8.pad_ends(ends)
     fp8.transpose_rows(scaled(R, F, R), groups, padded)
     fp8.transpose_rows(scaled(T, H, T), groups, padded, row_pair=pairs, top_k=K)
@@ -60,9 +62,25 @@ def call_products() -> None:
         weight_gradient(scaled(H, length, E), scaled(F, length, E), ends, buffer=buffer, launch=launch)
 
 
+def call_exchange() -> None:
+    """Of peers' rows, with their scales."""
+    shape = ExchangeShape(
+        num_ranks=2, num_tokens=T, hidden_size=H, num_experts=E, top_k=K, dtype=torch.bfloat16, in_fp8=True
+    )
+    buffers = ExchangeBuffers.carve(shape, 0, torch.empty(shape.num_bytes, dtype=torch.uint8), [0, 0])
+    pairs, experts = empty(2, R, dtype=torch.int32), empty(E, dtype=torch.int32)
+    order = RowOrder(
+        pair_row=pairs, row_weights=empty(R), slots=pairs, ends=experts, kept_ends=experts, further_ends=experts
+    )
+    assert buffers.token_scales is not None
+    rows = scaled(shape.max_rows, H, shape.max_rows)
+    pull_scaled_rows(buffers, buffers.tokens, buffers.token_scales, order, rows)
+
+
 def main() -> None:
     report = {}
-    for number, launch in enumerate(record_launches(call_quantising_kernels) + record_launches(call_products)):
+    calls = (call_quantising_kernels, call_products, call_exchange)
+    for number, launch in enumerate(launch for call in calls for launch in record_launches(call)):
         kernel, signature, constants, attributes, options = launch
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

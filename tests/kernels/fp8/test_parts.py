@@ -189,8 +189,9 @@ def test_swiglu_and_its_backward_agree_with_autograd_to_a_rounding(parts):
     act = F.silu(gate) * up
     weighted = act * weights[:, None]
     grad_pre, grad_weights = torch.autograd.grad(weighted, (pre, weights), grad.float())
-    assert relative_error(dequantised(parts.swiglu(pre.detach().bfloat16())), act) < 0.04
-    found = parts.swiglu_backward(grad, pre.detach().bfloat16(), weights.detach())
+    groups = parts.group_rows(ends_of(9), 9)
+    assert relative_error(dequantised(parts.swiglu(pre.detach().bfloat16(), groups)), act) < 0.04
+    found = parts.swiglu_backward(grad, pre.detach().bfloat16(), weights.detach(), groups)
     assert relative_error(dequantised(found[0]), grad_pre) < 0.04
     assert relative_error(dequantised(found[1]), weighted) < 0.04
     torch.testing.assert_close(found[2], grad_weights)
@@ -200,11 +201,28 @@ def test_swiglu_and_its_backward_agree_with_autograd_to_a_rounding(parts):
 def test_swiglu_and_its_backward_are_those_of_the_definition_to_a_rounding(width):
     pre, grad = rows_of_all_kinds(13, 2 * width).clamp(-60, 60), rows_of_all_kinds(13, width, seed=1)
     weights = randn(13, seed=2, dtype=torch.float32)
-    assert_equal_to_rounding(kernels.swiglu(pre), reference.swiglu(pre))
-    found, expected = (m.swiglu_backward(grad, pre, weights) for m in (kernels, reference))
+    ends = ends_of(6, 7)
+    found, expected = (m.swiglu(pre, m.group_rows(ends, 13)) for m in (kernels, reference))
+    assert_equal_to_rounding(found, expected)
+    found, expected = (m.swiglu_backward(grad, pre, weights, m.group_rows(ends, 13)) for m in (kernels, reference))
     for a, b in zip(found[:2], expected[:2], strict=True):
         assert_equal_to_rounding(a, b)
     torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=0)
+
+
+def test_rows_behind_those_of_the_last_expert_are_left_as_they_are():
+    groups = kernels.group_rows(ends_of(2, 0, 3), 8)
+    out, grads = (kernels.empty_rows(8, width, DEVICE) for width in (16, 32))
+    values = torch.empty(8, device=DEVICE)
+    for tensor in (*out, *grads, values):
+        tensor.view(torch.uint8).fill_(0x55)
+    kernels.swiglu(randn(8, 32), groups, out=out)
+    assert [(tensor.view(torch.uint8).view(8, -1) == 0x55).all(1).tolist() for tensor in out] == [
+        [False] * 5 + [True] * 3
+    ] * 2
+    kernels.swiglu_backward(randn(8, 16), randn(8, 32), torch.ones(8, device=DEVICE), groups, out=(grads, out, values))
+    for tensor in (*grads, *out, values):
+        assert (tensor.view(torch.uint8).view(8, -1) == 0x55).all(1).tolist() == [False] * 5 + [True] * 3
 
 
 @IMPLEMENTATIONS
@@ -273,11 +291,12 @@ def test_numbers_that_are_not_finite_stay_visible(parts, value):
     x = rows_of_all_kinds(4, 64).clamp(-60, 60)
     x[2, 7] = value
     assert finite(parts.quantize_rows(x)).tolist() == third_alone
+    groups, ones = parts.group_rows(ends_of(4), 4), torch.ones(4, device=DEVICE)
     for pre in (x, x.flip(1)):  # among the gates, and among what they multiply
-        assert finite(parts.swiglu(pre)).tolist() == third_alone
-        grad_pre, _, _ = parts.swiglu_backward(randn(4, 32), pre, torch.ones(4, device=DEVICE))
+        assert finite(parts.swiglu(pre, groups)).tolist() == third_alone
+        grad_pre, _, _ = parts.swiglu_backward(randn(4, 32), pre, ones, groups)
         assert finite(grad_pre).tolist() == third_alone
-    grad_pre, _, _ = parts.swiglu_backward(x[:, :32].contiguous(), randn(4, 64), torch.ones(4, device=DEVICE))
+    grad_pre, _, _ = parts.swiglu_backward(x[:, :32].contiguous(), randn(4, 64), ones, groups)
     assert finite(grad_pre).tolist() == third_alone
     ends = ends_of(2, 2)
     transposed = parts.transpose_rows(parts.quantize_rows(x), parts.group_rows(ends, 4), parts.pad_ends(ends))
@@ -325,7 +344,7 @@ def test_kernels_compile_for_hopper_with_every_launch_to_its_fp8_instructions():
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     products = {name for name in report if "gemm_triton" in name}
-    assert len(products) == 5 and len(report) == 16
+    assert len(products) == 5 and len(report) == 17
     for name, kernel in report.items():
         assert kernel["shared"] <= 227 * 1024, name
         assert ("e4m3.e4m3" in kernel["instructions"]) == (name in products), name
