@@ -72,8 +72,6 @@ UNSUPPORTED_AXES = ("pp", "cp", "tp")
 """Mesh axes that the planner prices and that this version's runtime does not have; read by the two functions below."""
 FSDP_AXES = ("pp", "cp", "tp")
 """Mesh axes that only ``dense_sharding`` fsdp knows: zero1 keeps whole weights along data-parallel axes alone."""
-FP8_GEMMS_MAX_GPUS = 1
-"""GPUs of a run whose GEMMs can be in fp8 in this version: the fp8 copies are made from whole weights."""
 
 
 def is_supported(axis: str) -> bool:
@@ -254,6 +252,11 @@ def _from_format_1(document: dict[str, Any], path: str) -> dict[str, Any]:
     return found | {"layers": layers, "format": PLAN_FORMAT}
 
 
+def has_whole_weights(mesh: MeshShape, sharding: DenseSharding) -> bool:
+    """Whether every rank holds each weight that it multiplies by whole, as GEMMs in fp8 need."""
+    return mesh.gpus == 1 or sharding == "zero1"
+
+
 def expert_shard_dim(shape: Sequence[int], shards: int) -> int:
     """Which dim of a rank's experts [E / ep, rows, columns] its data-parallel shards divide.
 
@@ -406,10 +409,10 @@ def _check_gemms(plan: ParallelPlan) -> None:
                 f"plan.{name} (fp8) must be compute where plan.lora ({plan.lora.text()}) trains adapters: this version "
                 "multiplies in fp8 only where weights are trained; leave out --precision fp8, or --lora"
             )
-        if plan.runtime_gpus > FP8_GEMMS_MAX_GPUS:
+        if not has_whole_weights(plan.mesh, plan.dense_sharding):
             raise ConfigError(
-                f"plan.{name} (fp8) must be compute where plan.runtime_gpus is {plan.runtime_gpus}: this version "
-                f"multiplies in fp8 on {FP8_GEMMS_MAX_GPUS} GPU only; compile the plan without --precision fp8"
+                f"plan.{name} (fp8) must be compute where plan.dense_sharding is {plan.dense_sharding} on "
+                f"{plan.runtime_gpus} GPUs: copies in fp8 are made of whole weights; compile the plan again"
             )
 
 

@@ -95,15 +95,21 @@ def test_a_file_without_formats_of_gemms_computes_them_in_the_compute_dtype_and_
         ),
         (
             dict(runtime_gpus=2, mesh=MeshShape(dp_replicate=2), tokens_per_step=128 * 2 * 3 * 2),
-            r"plan\.{} \(fp8\) must be compute where plan\.runtime_gpus is 2: this version .* 1 GPU only; compile",
+            r"plan\.{} \(fp8\) must be compute where plan\.dense_sharding is fsdp on 2 GPUs: copies .* whole w",
         ),
     ],
 )
-def test_gemms_in_fp8_are_those_of_trained_bf16_weights_on_one_gpu(name, changes, message):
+def test_gemms_in_fp8_are_those_of_trained_bf16_weights_that_a_rank_has_whole(name, changes, message):
     fields = ONE_GPU | dict(expert_gemms="compute", dense_gemms="compute") | changes
     assert plan(**fields)
     with pytest.raises(ConfigError, match=message.format(name)):
         plan(**fields | {name: "fp8"})
+
+
+def test_gemms_in_fp8_run_on_several_gpus_with_whole_weights():
+    mesh = dict(runtime_gpus=2, mesh=MeshShape(dp_shard=2, ep=2), plan_gpus=2, tokens_per_step=128 * 2 * 3 * 2)
+    layers = tuple(dataclasses.replace(layer, reshard_after_forward=False) for layer in plan().layers)
+    assert plan(**ONE_GPU | mesh, dense_sharding="zero1", layers=layers).expert_gemms == "fp8"
 
 
 def test_a_file_of_format_1_has_the_kinds_dense_and_moe():

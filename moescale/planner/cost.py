@@ -15,6 +15,7 @@ backward. Only what compute does not cover is exposed.
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -98,16 +99,17 @@ class CostModel:
         for axis in BY_CLAIM:
             axis.communicate_once(batch, ledger, total, covered)
         if gemms != IN_COMPUTE_DTYPE:
-            total[COPIED] = self._copy_seconds(gemms)
+            total[COPIED] = self._copy_seconds(mesh, gemms)
         total["step overhead"] = self.cluster.step_overhead_seconds
         return StepTime(exposed=total, hidden=covered)
 
-    def _copy_seconds(self, gemms: Gemms) -> float:
-        """Both copies in fp8 of all weights, after the update: read for the largest element and again, written."""
+    def _copy_seconds(self, mesh: MeshShape, gemms: Gemms) -> float:
+        """Both copies in fp8 of a rank's weights, after the update: read for the largest element and again, written."""
         seconds = 0.0
-        for count, weight in self.problem.all_fp8_weights(gemms):
+        for count, weight in self.problem.all_fp8_weights(gemms, mesh):
             moved = 2 * weight.elements * self.problem.itemsize + weight.fp8_copies_bytes
-            seconds += count * (moved / self.cluster.elementwise_bytes_per_second + 2 * self.cluster.launch_seconds)
+            seconds += count * moved / self.cluster.elementwise_bytes_per_second
+            seconds += math.ceil(count) * 2 * self.cluster.launch_seconds
         return seconds
 
     def optimizer_seconds(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> dict[str, float]:
@@ -247,7 +249,7 @@ class CostModel:
         return seconds + forward, seconds * ratio + backward
 
     def _fp8_dense_seconds(self, op: Operator, dims: dict[str, int]) -> tuple[float, float]:
-        """Forward and backward of a linear layer in fp8, on one GPU.
+        """Forward and backward of a linear layer in fp8, of which a rank has all features.
 
         The result and the gradient of the input are GEMMs in fp8, whose input and gradient of the result are read in
         bf16 and written in fp8 first; other gradients are GEMMs in bf16.

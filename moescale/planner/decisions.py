@@ -11,7 +11,7 @@ from moescale.config import ModelConfig
 from moescale.errors import ConfigError, nearest
 from moescale.formats import PLANNED_GRADIENTS, PLANNED_MASTERS, PLANNED_MOMENTS, GemmFormat
 from moescale.models.registry import family_of
-from moescale.plan import FP8_GEMMS_MAX_GPUS, DenseSharding, MeshShape, is_supported, no_experts_in_fp8
+from moescale.plan import DenseSharding, MeshShape, is_supported, no_experts_in_fp8
 from moescale.planner.axes.registry import AXES
 from moescale.planner.cluster import FP8_RATES, Cluster
 from moescale.planner.request import PlanRequest, recompute_choices
@@ -137,10 +137,10 @@ def _check_gemms_pin(request: PlanRequest, config: ModelConfig, name: str) -> No
     pin = f"--pin {name}=fp8"
     if not request.fp8_gemms:
         raise ConfigError(f"{pin}: {name} must be compute without --precision fp8; add that option, or drop the pin")
-    if request.runtime_gpus > FP8_GEMMS_MAX_GPUS:
+    if request.runtime_gpus > 1 and not request.allows("dense_sharding", "zero1"):
         raise ConfigError(
-            f"{pin}: {name} must be compute where compile.runtime_gpus is {request.runtime_gpus}: this version "
-            f"multiplies in fp8 on {FP8_GEMMS_MAX_GPUS} GPU only; drop the pin, or plan for {FP8_GEMMS_MAX_GPUS} GPU"
+            f"{pin}: on several GPUs {name} must be compute unless dense_sharding is zero1: copies in fp8 are made of "
+            "whole weights; drop the pin, or let dense_sharding be zero1"
         )
     obstacle = no_experts_in_fp8(config) if name == "expert_gemms" else None
     if obstacle is not None:

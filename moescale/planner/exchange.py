@@ -1,7 +1,8 @@
 """Sizes of the exchange between experts that reads peers' memory: what its buffers take and how many bytes it moves.
 
 T tokens of a rank, K experts a token, ep ranks: any routing fits C = ep * T * min(K, E / ep) rows on a rank, and
-pre-activations of S = 1.125 * T * K of them are kept (``runtime.peer_dispatch``, ``kernels.dispatch.buffers``).
+pre-activations of S = 1.125 * T * K of them are kept (``runtime.peer_dispatch``, ``kernels.dispatch.buffers``). In fp8,
+tokens and the gradients of their results take a byte an element; what comes back does not.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moescale.config import ModelConfig
+from moescale.formats import FP8_COPY_ROWS
 from moescale.plan import SAVED_ROWS_FACTOR, MeshShape
 from moescale.planner.cluster import Cluster
 
@@ -26,9 +28,12 @@ class PeerExchange:
     num_experts: int
     ranks: int
     itemsize: int
+    in_fp8: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig, dims: Mapping[str, int], ranks: int, itemsize: int) -> PeerExchange:
+    def of(
+        cls, config: ModelConfig, dims: Mapping[str, int], ranks: int, itemsize: int, *, in_fp8: bool = False
+    ) -> PeerExchange:
         """For the tokens of ``dims`` of one rank."""
         return cls(
             tokens=dims["n"],
@@ -38,6 +43,7 @@ class PeerExchange:
             num_experts=config.num_experts or 0,
             ranks=ranks,
             itemsize=itemsize,
+            in_fp8=in_fp8,
         )
 
     @property
@@ -57,8 +63,9 @@ class PeerExchange:
     def symmetric_bytes(self) -> int:
         """The block that a rank shows its peers, one for all layers."""
         row = self.hidden * self.itemsize
+        shown = self.hidden + 4 if self.in_fp8 else row
         tables = 4 * (self.most_rows + 3 * self.pairs + self.num_experts)
-        return 2 * self.tokens * row + self.most_rows * row + tables
+        return 2 * self.tokens * shown + self.most_rows * row + tables
 
     def kept_bytes(self, *, keeps_pre_activation: bool) -> int:
         """What a layer keeps for its backward, beyond its own tokens."""
@@ -68,8 +75,19 @@ class PeerExchange:
     def backward_bytes(self, *, keeps_pre_activation: bool) -> int:
         """What the backward of a layer's experts makes and gives back: tokens' rows, gradients, activations."""
         beyond = self.most_rows - (self.saved_rows if keeps_pre_activation else 0)
+        if self.in_fp8:
+            return self._fp8_backward_bytes(beyond)
         columns = self.most_rows * (2 * self.hidden + 3 * self.intermediate) + beyond * 2 * self.intermediate
         return columns * self.itemsize
+
+    def _fp8_backward_bytes(self, beyond: int) -> int:
+        """The same of ``kernels.dispatch.fp8_mlp``: at most in SwiGLU's backward, or in the gradient of gate and up."""
+        local_experts = self.num_experts // self.ranks
+        # Each expert's rows are padded, and memory is there for any routing.
+        transposed = (self.most_rows // FP8_COPY_ROWS + local_experts) * FP8_COPY_ROWS
+        stays = self.most_rows * (2 * self.hidden + 3 * self.intermediate)
+        in_swiglu = (self.most_rows + 2 * beyond) * self.intermediate * self.itemsize
+        return stays + max(in_swiglu, transposed * (self.hidden + 3 * self.intermediate))
 
     def pass_seconds(self, cluster: Cluster) -> tuple[float, float]:
         """Forward and backward: publish, barrier, pull, and after the experts barrier and combine.
@@ -78,9 +96,10 @@ class PeerExchange:
         choices are independent. The backward publishes and pulls tokens and gradients.
         """
         link, token = cluster.peer_reads, self.tokens * self.hidden * self.itemsize
+        shown = self.tokens * self.hidden if self.in_fp8 else token
         chosen = 1 - (1 - 1 / self.ranks) ** self.top_k
-        publish = 2 * token / cluster.memory_bytes_per_second
-        pull = token * (self.ranks - 1) * chosen / link.bytes_per_second
+        publish = (token + shown) / cluster.memory_bytes_per_second
+        pull = shown * (self.ranks - 1) * chosen / link.bytes_per_second
         combine = token * self.top_k * (self.ranks - 1) / self.ranks / link.bytes_per_second
         barriers = 2 * link.latency_seconds
         return publish + pull + combine + barriers, 2 * (publish + pull) + combine + barriers

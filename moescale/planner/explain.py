@@ -15,10 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moescale.plan import FP8_GEMMS_MAX_GPUS
+from moescale.plan import has_whole_weights
 from moescale.planner.cost import MADE_PLAIN
 from moescale.planner.remedies import find_remedies, more_fp8
-from moescale.planner.request import decision_text
+from moescale.planner.request import IN_COMPUTE_DTYPE, decision_text
 from moescale.planner.result import Evaluated, PlanResult, alternative_summary, excess_bytes, excess_text, limits_text
 from moescale.planner.timeline import Span, step_timeline
 from moescale.planner.workload import Workload
@@ -144,10 +144,16 @@ def remedy_texts(result: PlanResult) -> list[str]:
 def notes(result: PlanResult) -> list[str]:
     """What was asked for and the plan does not have, and why."""
     request, found = result.request, []
-    if request.fp8_gemms and request.runtime_gpus > FP8_GEMMS_MAX_GPUS:
+    best = None if result.best is None else result.best.candidate
+    if best is not None and best.mesh.gpus > 1 and best.gemms != IN_COMPUTE_DTYPE:
         found.append(
-            f"GEMMs are in fp8 on {FP8_GEMMS_MAX_GPUS} GPU only in this version: this plan's are in "
-            f"{request.compute_dtype}."
+            "GEMMs in fp8 on several GPUs are new: their results are tested with ranks on CPUs, and neither their "
+            "speed nor their memory has been measured on GPUs. --precision bf16 plans without them."
+        )
+    elif best is not None and request.fp8_gemms and not has_whole_weights(best.mesh, best.dense_sharding):
+        found.append(
+            "GEMMs in fp8 need whole weights on every rank (dense_sharding zero1): this plan's, which shards them, are "
+            f"in {request.compute_dtype}."
         )
     remedy = more_fp8(result)
     if remedy is not None:

@@ -60,7 +60,7 @@ def dense_buffers(batch: MicroBatch) -> float:
 
 
 def fp8_expert_buffers(batch: MicroBatch, plan: LayerPlan) -> float:
-    """The same of experts in fp8 on one GPU, in bytes (``kernels.fp8.routed``).
+    """The same of experts in fp8 whose rows come from the rank's own tokens, in bytes (``kernels.fp8.routed``).
 
     At most, when the gradient of gate and up is computed: the gradient of the pre-activation and the activation, their
     transposed copies and that of the rows; tokens and their gradients, which transposed rows are read from. Later, when

@@ -64,7 +64,7 @@ class MemoryModel:
             transient, moment = {"states from the host": at_update}, "update"
         persistent = self.persistent(candidate.mesh, candidate.formats, sharding, candidate.gemms)
         outside = self.outside_allocator(
-            candidate.mesh, candidate.micro_batch_sequences, candidate.formats.gradient_dtype, sharding
+            candidate.mesh, candidate.micro_batch_sequences, candidate.formats.gradient_dtype, sharding, candidate.gemms
         )
         return PeakMemory(breakdown=persistent | outside | transient, moment=moment)
 
@@ -75,7 +75,7 @@ class MemoryModel:
         trained = self.problem.local_parameters(mesh, sharding)
         updated = self.problem.updated_parameters(mesh, sharding)
         adapters = {} if self.workload.lora is None else {"adapters": trained * DTYPE_BYTES["fp32"]}
-        copies = {} if gemms == IN_COMPUTE_DTYPE else {"fp8 copies": self._fp8_copies_bytes(gemms)}
+        copies = {} if gemms == IN_COMPUTE_DTYPE else {"fp8 copies": self._fp8_copies_bytes(mesh, gemms)}
         return {
             "weights": self.problem.own_local_bytes(mesh, sharding),
             **adapters,
@@ -84,18 +84,19 @@ class MemoryModel:
             "optimizer": 0.0 if formats.offload_optimizer else updated * self._state_bytes(formats),
         }
 
-    def _fp8_copies_bytes_uncached(self, gemms: Gemms) -> float:
-        """Copies of whole weights in e4m3, row by row and transposed, which stand through the step."""
-        return float(sum(count * weight.fp8_copies_bytes for count, weight in self.problem.all_fp8_weights(gemms)))
+    def _fp8_copies_bytes_uncached(self, mesh: MeshShape, gemms: Gemms) -> float:
+        """Copies of a rank's weights in e4m3, row by row and transposed, which stand through the step."""
+        weights = self.problem.all_fp8_weights(gemms, mesh)
+        return float(sum(count * weight.fp8_copies_bytes for count, weight in weights))
 
     def _outside_allocator_uncached(
-        self, mesh: MeshShape, sequences: int, gradient: str, sharding: str
+        self, mesh: MeshShape, sequences: int, gradient: str, sharding: str, gemms: Gemms = IN_COMPUTE_DTYPE
     ) -> dict[str, float]:
         """What a rank's process takes of the GPU besides its tensors, and tensors after the micro-batches' graph."""
         found = {"context": float(self.cluster.context_bytes)}
         if mesh.gpus > 1:
             found["NCCL"] = float(self.cluster.nccl_bytes)
-        batch = micro_batch(self.problem, mesh, sequences, sharding, gradient)
+        batch = micro_batch(self.problem, mesh, sequences, sharding, gradient, gemms)
         for axis in AXES:
             found |= axis.outside_bytes(batch)
         return found
@@ -143,7 +144,7 @@ class MemoryModel:
     ) -> tuple[float, float]:
         """What a peak is at least because of the update, and what is there all the time: both without activations."""
         resident = sum(self.persistent(mesh, formats, sharding, gemms).values())
-        resident += sum(self.outside_allocator(mesh, sequences, formats.gradient_dtype, sharding).values())
+        resident += sum(self.outside_allocator(mesh, sequences, formats.gradient_dtype, sharding, gemms).values())
         return self.update_bytes(mesh, formats, sharding), resident
 
     def _transient_uncached(

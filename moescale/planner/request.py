@@ -20,7 +20,7 @@ from moescale.formats import (
     MomentFormat,
 )
 from moescale.lora import LoraSettings
-from moescale.plan import FP8_GEMMS_MAX_GPUS, DenseSharding, LayerPlan, MeshShape, no_experts_in_fp8
+from moescale.plan import DenseSharding, LayerPlan, MeshShape, no_experts_in_fp8
 
 RECOMPUTE_CHOICES = ("none", "experts", "block")
 """Keep everything; recompute the experts' up-projection; recompute the whole block."""
@@ -171,7 +171,7 @@ def gemm_choices(request: PlanRequest, config: ModelConfig) -> list[Gemms]:
     """Every combination of formats of GEMMs that the request allows a plan of ``config``'s model; exact ones first."""
     experts: list[GemmFormat] = ["compute"]
     dense: list[GemmFormat] = ["compute"]
-    if request.fp8_gemms and request.runtime_gpus <= FP8_GEMMS_MAX_GPUS:
+    if request.fp8_gemms:
         dense.append("fp8")
         if no_experts_in_fp8(config) is None:
             experts.append("fp8")

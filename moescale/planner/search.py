@@ -19,15 +19,17 @@ from collections.abc import Iterator
 from moescale.config import ModelConfig
 from moescale.errors import ConfigError
 from moescale.models.registry import family_of
-from moescale.plan import LayerPlan, MeshShape, fsdp_sizes, unsupported_sizes
+from moescale.plan import LayerPlan, MeshShape, fsdp_sizes, has_whole_weights, unsupported_sizes
 from moescale.planner.axes.axis import divisors
 from moescale.planner.axes.registry import division_of, meshes
 from moescale.planner.cluster import Cluster
 from moescale.planner.cost import CostModel
 from moescale.planner.decisions import check_fp8, check_request
+from moescale.planner.exchange import reads_peers
 from moescale.planner.memory import MemoryModel
 from moescale.planner.problem import Problem
 from moescale.planner.request import (
+    IN_COMPUTE_DTYPE,
     Candidate,
     DenseSharding,
     Formats,
@@ -190,6 +192,8 @@ class Search:
             if not any(True for _ in self.layer_plans(mesh, sharding)):
                 continue
             for sequences, gemms in itertools.product(self._micro_batches(mesh), gemm_formats):
+                if not self._runs(mesh, sharding, gemms):
+                    continue
                 accumulation = self._sequences_per_rank(mesh) // sequences
                 bound = min(
                     (
@@ -229,6 +233,13 @@ class Search:
             memory = self.memory.total_bytes(mesh, sequences, layers, choice, sharding, gemms)
             host = self.memory.host_bytes(mesh, choice, sharding) - self.cluster.host_memory_bytes
             yield number, choice, time, max(memory - self.limit, host)
+
+    def _runs(self, mesh: MeshShape, sharding: DenseSharding, gemms: Gemms) -> bool:
+        """Whether GEMMs in fp8 are planned there: of whole weights, and of experts whose rows are read from peers."""
+        if gemms == IN_COMPUTE_DTYPE:
+            return True
+        of_own = mesh.ep == 1 or gemms.expert_gemms == "compute" or reads_peers(mesh, sharding, self.cluster)
+        return has_whole_weights(mesh, sharding) and of_own
 
     def shardings(self, mesh: MeshShape) -> Iterator[DenseSharding]:
         """How weights outside the experts may be kept on ``mesh``; on one GPU there is nothing to decide."""
@@ -321,6 +332,8 @@ class Search:
         unit = chosen.mesh.copy_gpus
         neighbours = []
         for other in found:
+            if not around._runs(other.mesh, other.dense_sharding, other.gemms):
+                continue
             changed = changes(mine, other.decisions())
             if len(changed) == 1 and (other.mesh.copy_gpus == unit or changed == ["dp_shard"]):
                 neighbours.append(around.evaluate(other))
@@ -331,7 +344,7 @@ class Search:
         others = [
             dataclasses.replace(chosen, dense_sharding=sharding, layers=_recomputing_as_often(layers, chosen.layers))
             for sharding in self.shardings(chosen.mesh)
-            if sharding != chosen.dense_sharding
+            if sharding != chosen.dense_sharding and self._runs(chosen.mesh, sharding, chosen.gemms)
             for layers in self.layer_plans(chosen.mesh, sharding)
             if [layer.recompute for layer in layers] == [layer.recompute for layer in chosen.layers]
         ]

@@ -53,8 +53,8 @@ class TrainSettings:
     sample_tokens: int = 64
     """Tokens of a sample, at most."""
     fp8_errors_every: int = 100
-    """Where the plan multiplies in fp8: steps between measurements of what rounding to it is off by, from the first
-    step on; 0: never."""
+    """Where one GPU multiplies in fp8: steps between measurements of what rounding to it is off by, from the first step
+    on; 0: never."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end and when stopped."""
     checkpoint_minutes: float = 0.0

@@ -112,7 +112,7 @@ class Trainer:
         self.optimizer = AdamW(model.named_parameters(), settings, optimizer_format, parts=parts, ranks=ranks)
         self.optimizer.accumulate_in_gemms(model)
         write_weight_copies(model)
-        self._multiplies_in_fp8 = multiplies_in_fp8(model)
+        self._measures_fp8 = multiplies_in_fp8(model) and ranks.size == 1
         self.buffers = {} if model.is_frozen else dict(model.named_buffers())
         """Buffers that training updates, the same on every rank."""
         self.micro_batches = MicroBatches(model, capture=settings.cuda_graphs)
@@ -279,7 +279,7 @@ class Trainer:
         extra = {} if skipped else self._after_update(sums.expert_rows)
         self.step += 1
         every = self.settings.fp8_errors_every
-        if self._multiplies_in_fp8 and every and (self.step == 1 or self._due(every)):
+        if self._measures_fp8 and every and (self.step == 1 or self._due(every)):
             extra |= self._fp8_errors(batches)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -320,7 +320,7 @@ class Trainer:
         try:
             errors = fp8_errors(self.model, batches, self.optimizer.zero_gradients)
         except torch.OutOfMemoryError:  # a measurement must not end a run
-            self._multiplies_in_fp8 = False
+            self._measures_fp8 = False
             self.on_notice("no memory is left to measure the errors of rounding to fp8; the run goes on without")
             return {}
         return as_metrics(errors)

@@ -244,11 +244,43 @@ def test_a_gpu_without_rates_of_fp8_is_refused_with_what_to_do(name: str) -> Non
         compile_plan(LITE, load_cluster(name), REQUEST)
 
 
-def test_on_several_gpus_plans_compute_in_bf16_and_say_why() -> None:
+def test_on_several_gpus_weights_are_whole_and_it_is_said_that_nobody_has_measured() -> None:
     request = dataclasses.replace(REQUEST, runtime_gpus=8, plan_gpus=None)
     result = compile_plan(LITE, H200, request, with_alternatives=False)
+    found = result.plan()
+    assert (found.expert_gemms, found.dense_gemms, found.dense_sharding) == ("fp8", "fp8", "zero1")
+    assert "neither their speed nor their memory has been measured on GPUs" in notes(result)[0]
+    slower = compile_plan(LITE, H200, dataclasses.replace(request, fp8_gemms=False), with_alternatives=False)
+    assert slower.best is not None and result.best is not None and result.best.time.total < slower.best.time.total
+
+
+def test_a_plan_that_shards_its_weights_computes_in_bf16_and_says_why() -> None:
+    request = dataclasses.replace(REQUEST, runtime_gpus=8, plan_gpus=None, pins={"dense_sharding": "fsdp"})
+    result = compile_plan(LITE, H200, request)
     assert result.plan().expert_gemms == result.plan().dense_gemms == "compute"
-    assert "GEMMs are in fp8 on 1 GPU only in this version: this plan's are in bf16" in explain_text(result)
+    assert not {"expert_gemms", "dense_gemms"} & {other["decision"] for other in result.plan().alternatives}
+    assert "need whole weights on every rank (dense_sharding zero1): this plan's, which shards" in explain_text(result)
+    pinned = dataclasses.replace(request, pins={"dense_sharding": "fsdp", "expert_gemms": "fp8"})
+    with pytest.raises(ConfigError, match=r"expert_gemms=fp8: on several GPUs .* unless dense_sharding is zero1"):
+        compile_plan(LITE, H200, pinned)
+
+
+def test_experts_whose_rows_peers_cannot_read_are_planned_in_bf16() -> None:
+    request = dataclasses.replace(
+        REQUEST, runtime_gpus=16, plan_gpus=None, pins={"ep": "16", "dense_sharding": "zero1"}
+    )
+    found = compile_plan(LITE, H200, request, with_alternatives=False).plan()
+    assert (found.expert_gemms, found.dense_gemms) == ("compute", "fp8")
+
+
+def test_a_rank_has_copies_of_its_own_experts() -> None:
+    memory, cost = MemoryModel(problem_of(runtime_gpus=8)), CostModel(problem_of(runtime_gpus=8))
+    mesh = MeshShape(dp_shard=8, ep=8)
+    for model, whole in ((EXPERTS, 1 / 8), (DENSE, 1)):
+        found = memory.persistent(mesh, FORMATS, "zero1", model)["fp8 copies"]
+        assert found == copies_of(LITE, model) * whole
+    assert cost._copy_seconds(mesh, EXPERTS) < cost._copy_seconds(MeshShape(), EXPERTS) / 4
+    assert cost._copy_seconds(mesh, DENSE) == cost._copy_seconds(MeshShape(), DENSE)
 
 
 def test_where_copies_do_not_fit_beside_exact_masters_it_is_said_what_would_help() -> None:
@@ -266,13 +298,13 @@ def test_where_copies_do_not_fit_beside_exact_masters_it_is_said_what_would_help
         assert notes(silent) == [] and "notes" not in explain_json(silent)
 
 
-def test_fit_has_fp8_on_one_gpu_and_says_so() -> None:
+def test_fit_says_what_is_in_fp8() -> None:
     request = dataclasses.replace(REQUEST, plan_gpus=None)
     result = fit_to_gpus(LITE, H200, request, largest=2)
     decisions = [point.best.decisions for point in result.points if point.best is not None]
-    assert [each["expert_gemms"] for each in decisions] == ["fp8", "compute"]
-    one, two = fit_text(result).splitlines()[1:3]
-    assert one.rstrip().endswith("GEMMs in fp8: experts and dense") and "fp8" not in two
+    assert [each["expert_gemms"] for each in decisions] == ["fp8", "fp8"]
+    for line in fit_text(result).splitlines()[1:3]:
+        assert line.rstrip().endswith("GEMMs in fp8: experts and dense")
 
 
 @pytest.mark.parametrize("model", ["gpt-oss-20b", "tiny"])

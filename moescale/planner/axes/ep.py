@@ -86,7 +86,9 @@ class ExpertParallel(Axis):
 
     def peer_exchange(self, batch: MicroBatch) -> PeerExchange:
         """The exchange through peers' memory."""
-        return PeerExchange.of(batch.problem.workload.config, batch.dims, batch.mesh.ep, batch.problem.itemsize)
+        in_fp8 = batch.gemms.expert_gemms == "fp8"
+        config, itemsize = batch.problem.workload.config, batch.problem.itemsize
+        return PeerExchange.of(config, batch.dims, batch.mesh.ep, itemsize, in_fp8=in_fp8)
 
     def exchanged_rows(self, batch: MicroBatch) -> float:
         """Behind an all-to-all the experts' input rows and their returned results are kept: they exist only as rows."""
