@@ -154,7 +154,7 @@ def test_wrong_inputs_are_refused():
 def compare_backends(device: str, every: int = 1) -> None:
     """Three updates by the kernel and by plain torch, in every format: equal up to a rare code on a rounding edge.
 
-    ``every``: of how many cases in a row one is compared; at 3 that are all formats, and all of them with every shape.
+    ``every``: of how many cases in a row one is compared; at 3 every format is, with one or two of the shapes.
     """
     number = 0
     for moments in MOMENTS:
