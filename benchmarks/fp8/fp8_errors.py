@@ -1,6 +1,7 @@
 """Errors of the package's GEMMs in fp8 against fp64, next to those of a published recipe and of bf16.
 
-The recipe (``fp8_recipe``) quantises as DeepSeek-V3 does and sums in fp64. ``over_recipe``: the error over its error.
+The recipe (``fp8_recipe``) quantises as DeepSeek-V3 does and sums in fp64. ``over_recipe``: the error over its error;
+``over_power_of_two``: over the error of the same with scales that are powers of two, as DeepSeek-V3.1 has them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DATA = ("gaussian", "outliers")
 ROUTINGS = ("even", "skewed", "one empty, one with one row")
 EXACT, RECIPE = (Exact(dtype=torch.float64, quantises=quantises) for quantises in (False, True))
+POWER_OF_TWO = Exact(dtype=torch.float64, quantises=True, power_of_two=True)
+FORMS = (EXACT, RECIPE, POWER_OF_TWO)
 Results = dict[str, torch.Tensor]
 
 
@@ -59,11 +62,12 @@ def drawn_ids(routing: str, tokens: int, num_experts: int, top_k: int) -> torch.
     return scores.topk(top_k).indices.int()
 
 
-def judged(form: dict[str, Any], found: Results, recipe: Results, exact: Results) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the result: of each result the error, the recipe's, and their quotient."""
+def judged(form: dict[str, Any], found: Results, exact: Results, *recipes: Results) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the result: of each result the error, the recipes', and what it is over each."""
     for name, value in exact.items():
-        error, of_recipe = relative_error(found[name], value), relative_error(recipe[name], value)
-        yield form | {"result": name, "error": error, "recipe": of_recipe, "over_recipe": error / of_recipe}
+        error, *of_recipes = (relative_error(results[name], value) for results in (found, *recipes))
+        row = form | {"result": name, "error": error, "recipe": of_recipes[0], "power_of_two": of_recipes[1]}
+        yield row | {"over_recipe": error / of_recipes[0], "over_power_of_two": error / of_recipes[1]}
 
 
 def product_errors(data: str, tokens: int, num_experts: int, hidden: int, ffn: int) -> Iterator[dict[str, Any]]:
@@ -99,7 +103,7 @@ def product_errors(data: str, tokens: int, num_experts: int, hidden: int, ffn: i
     }
     for name, (ours, of) in products.items():
         form = {"scope": "error of a product", "data": data}
-        yield from judged(form, {name: ours()}, {name: of(RECIPE)}, {name: of(EXACT)})
+        yield from judged(form, {name: ours()}, *({name: of(each)} for each in FORMS))
 
 
 def layer_errors(
@@ -119,11 +123,11 @@ def layer_errors(
         gradients = torch.autograd.grad(out, leaves, grad)
         return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
 
-    recipe, exact = (form.experts(*plain, grad) for form in (RECIPE, EXACT))
+    judges = [form.experts(*plain, grad) for form in FORMS]
     found = {"fp8": differentiated(fp8_experts, copies_of(gate_up), copies_of(down)), "bf16": differentiated(experts)}
     for name, results in found.items():
         form = {"scope": "error of a layer", "data": data, "routing": routing, "form": name}
-        yield from judged(form, results, recipe, exact)
+        yield from judged(form, results, *judges)
 
 
 def linear_errors(data: str, tokens: int, width: int, inputs: int) -> Iterator[dict[str, Any]]:
@@ -131,12 +135,12 @@ def linear_errors(data: str, tokens: int, width: int, inputs: int) -> Iterator[d
     x, grad = drawn_rows(data, tokens, inputs), drawn_rows(data, tokens, width, 2)
     weight = drawn_weight(data, width, inputs)
     leaves = [t.detach().requires_grad_() for t in (x, weight)]
-    recipe, exact = (form.linear(x, weight, grad) for form in (RECIPE, EXACT))
+    judges = [form.linear(x, weight, grad) for form in FORMS]
     copies = copies_of(weight)
     for name, out in (("fp8", fp8_linear(*leaves, copies)), ("bf16", F.linear(*leaves))):
         gradients = dict(zip(("grad_x", "grad_weight"), torch.autograd.grad(out, leaves, grad), strict=True))
         form = {"scope": "error of a linear layer", "data": data, "form": name}
-        yield from judged(form, {"out": out.detach()} | gradients, recipe, exact)
+        yield from judged(form, {"out": out.detach()} | gradients, *judges)
 
 
 def measure_errors(

@@ -2,12 +2,13 @@
 
     python benchmarks/fp8/fp8_measure.py --output fp8_gemms.json [--sections numerics products mlp layer dense copies]
 
-Random data. ``numerics``: errors against fp64 (``fp8_errors``). ``products``: the six products of an expert MLP, alone.
-``mlp``: expert MLP on sorted rows at the six shapes of the reference, with all that fp8 adds: rows and gradients are
-quantised, and four tensors transposed. ``layer``: routed experts from tokens to tokens, sort, gather and sum included.
-``dense``: the linear layers of DeepSeek-Coder-V2-Lite. Gradients of weights are added to a buffer where ``buffer`` says
-so. bf16 is Triton and, where another backend is faster here, that one. ``copies``: writing the fp8 copies of weights,
-once an update, is in no other time. Times are medians of rounds in which all take turns.
+Random data. ``numerics``: errors against fp64 (``fp8_errors``), also without a GPU, of the definitions. ``products``:
+the six products of an expert MLP, alone. ``mlp``: expert MLP on sorted rows at the six shapes of the reference, with
+all that fp8 adds: rows and gradients are quantised, and four tensors transposed. ``layer``: routed experts from tokens
+to tokens, sort, gather and sum included. ``dense``: the linear layers of DeepSeek-Coder-V2-Lite. Gradients of weights
+are added to a buffer where ``buffer`` says so. bf16 is Triton and, where another backend is faster here, that one.
+``copies``: writing the fp8 copies of weights, once an update, is in no other time. Times are medians of rounds in which
+all take turns.
 """
 
 from __future__ import annotations
@@ -353,9 +354,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    # The launches of bf16 were tuned on an H200; an H100 has no table of its own.
-    tables = load_tables()
-    tables.setdefault(torch.cuda.get_device_name(), tables["NVIDIA H200"])
+    if torch.cuda.is_available():
+        # The launches of bf16 were tuned on an H200; an H100 has no table of its own.
+        tables = load_tables()
+        tables.setdefault(torch.cuda.get_device_name(), tables["NVIDIA H200"])
+    elif set(arguments.sections) != {"numerics"}:
+        parser.error("there is no GPU; --sections numerics needs none")
     rows: list[dict[str, Any]] = []
     for row in measure(set(arguments.sections)):
         rows.append({name: rounded(value) for name, value in row.items()})

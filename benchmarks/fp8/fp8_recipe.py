@@ -1,8 +1,9 @@
 """DeepSeek-V3's fp8 recipe (arXiv:2412.19437, section 3.3) in plain torch, to judge errors by; and the exact results.
 
 Blocks of 1 x 128 along the contraction for activations and gradients, 128 x 128 for weights; a block's scale brings its
-largest element to 448. Products of the quantised numbers are summed in ``dtype``: with fp64 the recipe is as good as it
-can be, for no hardware sums better.
+largest element to 448, or is the smallest power of two that brings it to 448 at most, as from DeepSeek-V3.1 on
+(``"scale_fmt": "ue8m0"`` in the configurations of its checkpoints). Products of the quantised numbers are summed in
+``dtype``: with fp64 the recipe is as good as it can be, for no hardware sums better.
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from moescale.kernels.fp8.reference import power_of_two_scale
 from moescale.kernels.fp8.scaled import E4M3, LARGEST, Scaled
 
 BLOCK = 128
 
 
-def block_quantise(x: torch.Tensor, rows: int = 1) -> Scaled:
+def block_quantise(x: torch.Tensor, rows: int = 1, *, power_of_two: bool = False) -> Scaled:
     """Return x [..., M, K] in e4m3 with scales [..., M / rows, K / 128] fp32; K and M are padded with zeros."""
     *batch, m, k = x.shape
     padded = F.pad(x.float(), (0, -k % BLOCK, 0, -m % rows))
     blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, rows))
     largest = blocks.abs().amax((-3, -1), keepdim=True).clamp_min(1e-30)
-    quantised = (blocks * (LARGEST / largest)).to(E4M3)
+    scales = largest / LARGEST
+    if power_of_two:
+        scales = power_of_two_scale(largest)
+    quantised = (blocks / scales if power_of_two else blocks * (LARGEST / largest)).to(E4M3)
     data = quantised.flatten(-4, -3).flatten(-2)[..., :m, :k].contiguous()
-    return Scaled(data=data, scales=(largest / LARGEST).squeeze((-3, -1)))
+    return Scaled(data=data, scales=scales.squeeze((-3, -1)))
 
 
 def dequantise(scaled: Scaled, dtype: torch.dtype, rows: int = 1) -> torch.Tensor:
@@ -36,9 +41,9 @@ def dequantise(scaled: Scaled, dtype: torch.dtype, rows: int = 1) -> torch.Tenso
     return scaled.data.to(dtype) * scales[..., :m, :k]
 
 
-def rounded(x: torch.Tensor, dtype: torch.dtype, rows: int = 1) -> torch.Tensor:
+def rounded(x: torch.Tensor, dtype: torch.dtype, rows: int = 1, *, power_of_two: bool = False) -> torch.Tensor:
     """Return x [..., M, K] as the recipe sees it in a product that contracts K."""
-    return dequantise(block_quantise(x, rows), dtype, rows)
+    return dequantise(block_quantise(x, rows, power_of_two=power_of_two), dtype, rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,10 +52,14 @@ class Exact:
 
     dtype: torch.dtype
     quantises: bool
+    power_of_two: bool = False
+    """Whether scales are powers of two."""
 
     def operand(self, x: torch.Tensor, rows: int = 1) -> torch.Tensor:
         """Return x [..., M, K] as a product that contracts K takes it."""
-        return rounded(x, self.dtype, rows) if self.quantises else x.to(self.dtype)
+        if not self.quantises:
+            return x.to(self.dtype)
+        return rounded(x, self.dtype, rows, power_of_two=self.power_of_two)
 
     def store(self, x: torch.Tensor) -> torch.Tensor:
         """Return x as it is kept between two products."""

@@ -296,24 +296,19 @@ class AllToAllDispatcher:
         companion = None if overlapped is None else overlapped()
         rows = _Reorder.apply(_Arrive.apply(slots, there), row_slot, slot_row)
 
+        gradients: dict[str, Any] = dict(gate_up_gradient=experts.gate_up_gradient, down_gradient=experts.down_gradient)
         compute: Callable[..., torch.Tensor]
         if experts.adapter is not None:
             compute = partial(
                 adapted_expert_mlp, **experts.adapter.arguments(x), scales=experts.scales, backend=experts.backend
             )
         elif experts.gate_up_copies is not None and experts.down_copies is not None:
-            compute = partial(
-                fp8_expert_mlp,
-                gate_up_copies=experts.gate_up_copies,
-                down_copies=experts.down_copies,
-                gate_up_gradient=experts.gate_up_gradient,
-                down_gradient=experts.down_gradient,
-            )
+            copies: dict[str, Any] = dict(gate_up_copies=experts.gate_up_copies, down_copies=experts.down_copies)
+            compute = partial(fp8_expert_mlp, **copies, **gradients)
         else:
             compute = partial(
                 expert_mlp,
-                gate_up_gradient=experts.gate_up_gradient,
-                down_gradient=experts.down_gradient,
+                **gradients,
                 biases=experts.biases,
                 bias_gradients=experts.bias_gradients,
                 clamp=experts.clamp,
