@@ -3,8 +3,8 @@
     python benchmarks/planned_runs.py --data CORPUS --documents CORPUS_WITH_BOUNDARIES --output prediction.json
 
 Predictions are made before the runs, by the cluster file alone. Cases are whole models, nine of their layers (which
-leave room for plans that keep every expert on every GPU), and eight of Qwen3-30B-A3B's layers. A step's time is the
-median from the third step on.
+leave room for plans that keep every expert on every GPU), and eight of Qwen3-30B-A3B's layers; some with GEMMs in fp8,
+or without exact master weights. A step's time is the median from the third step on.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moescale.tools.measurement import describe_measurement, write_result
 
 MODEL = "deepseek-coder-v2-lite"
 NINE = f"{MODEL}/9"  # so many of the preset's layers
+STOCHASTIC = ("--allow-stochastic-rounding",)
 CASES: dict[str, tuple[str, bool, tuple[str, ...]]] = {
     "whole": (MODEL, False, ()),
     "whole, documents": (MODEL, True, ()),
@@ -35,6 +36,9 @@ CASES: dict[str, tuple[str, bool, tuple[str, ...]]] = {
     "nine layers, fsdp, ep 2": (NINE, False, ("--pin", "ep=2", "--pin", "dense_sharding=fsdp")),
     "nine layers, fsdp, ep 1": (NINE, False, ("--pin", "ep=1", "--pin", "dense_sharding=fsdp")),
     "Qwen3-30B-A3B, eight layers": ("qwen3-30b-a3b/8", False, ()),
+    "whole, stochastic rounding": (MODEL, False, STOCHASTIC),
+    "whole, stochastic rounding, fp8": (MODEL, False, (*STOCHASTIC, "--precision", "fp8")),
+    "nine layers, fp8": (NINE, False, ("--precision", "fp8")),
 }
 
 
@@ -70,6 +74,7 @@ def run_case(folder: Path, model: str, data: Path, cluster: str, steps: int, pin
     return {
         "mesh": plan["mesh"],
         "dense_sharding": plan["dense_sharding"],
+        "gemms": {"experts": plan["expert_gemms"], "dense": plan["dense_gemms"]},
         "micro_batch_sequences": plan["micro_batch_sequences"],
         "moe_recompute": moe["recompute"],
         "moe_recompute_layers": moe["recompute_layers"],

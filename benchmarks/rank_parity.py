@@ -1,12 +1,14 @@
 """Compare losses and every gradient of a model on several GPUs with one GPU's, under natural and skewed routing.
 
-    torchrun --nproc-per-node 2 benchmarks/rank_parity.py [--ep 2] [--dense-sharding zero1] [--output parity.json]
+    torchrun --nproc-per-node 2 benchmarks/rank_parity.py [--ep 2] [--dense-sharding zero1] [--gemms fp8]
+        [--output parity.json]
 
 Three of DeepSeek-Coder-V2-Lite's layers, bf16, 16 sequences a step. Both are compared with fp32 on one GPU, which every
-rank works out for itself: several GPUs in bf16 may be twice as far from it as one GPU in bf16 is. The routing is
-natural; ``skewed`` (one expert of 64 gets ten times its share), ``one rank`` (all rows to the first rank's experts),
-``one expert`` (top-1, all tokens). Forward and backward run with torch's synchronisation debug mode set to error from
-the third micro-batch on, also unrecorded, and the time of a micro-batch is that of its replayed graph.
+rank works out for itself: several GPUs in bf16 may be twice as far from it as one GPU in bf16 is, and so with GEMMs in
+fp8 on both. The routing is natural; ``skewed`` (one expert of 64 gets ten times its share), ``one rank`` (all rows to
+the first rank's experts), ``one expert`` (top-1, all tokens). Forward and backward run with torch's synchronisation
+debug mode set to error from the third micro-batch on, also unrecorded, and the time of a micro-batch is that of its
+replayed graph.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ def make_trainer(
         compute_dtype=dtype,
         dense_sharding=arguments.dense_sharding,
         accumulation=accumulation,
+        **(dict(expert_gemms=arguments.gemms, dense_gemms=arguments.gemms) if dtype == "bf16" else {}),
         **axes,
     )
     bias = bias_of(routing, SIZES["num_experts"], member.ranks.size)
@@ -188,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ep", type=int, default=2)
     parser.add_argument("--dense-sharding", default="zero1")
+    parser.add_argument("--gemms", choices=("compute", "fp8"), default="compute")
     parser.add_argument("--routings", nargs="*", default=ROUTINGS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -227,7 +231,9 @@ def main() -> None:
             if member.ranks.is_first:
                 print(json.dumps(row | {"seconds": time.monotonic() - began}), flush=True)
     if member.ranks.is_first and arguments.output:
-        write_result(arguments.output, describe_measurement() | {"ep": arguments.ep, "rows": rows})
+        write_result(
+            arguments.output, describe_measurement() | {"ep": arguments.ep, "gemms": arguments.gemms, "rows": rows}
+        )
 
 
 if __name__ == "__main__":

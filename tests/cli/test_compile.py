@@ -128,12 +128,13 @@ def test_exact_weights_leave_no_room_for_copies_of_experts(capsys: pytest.Captur
     assert other["slower_by"] < 0 and other["exceeds_memory_by_bytes"] > 0
 
 
-def test_fit_plans_gemms_in_fp8_on_one_gpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--precision fp8 --fit --json --sequence-length 256 --pin micro_batch_sequences=64 --pin dense_gemms=fp8"
+def test_fit_plans_gemms_in_fp8_on_every_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--precision fp8 --fit --json --sequence-length 256 --pin micro_batch_sequences=1 --pin dense_gemms=fp8"
     compile_(*"compile --model tiny --cluster h200".split(), *options.split())
     points = json.loads(capsys.readouterr().out)["points"]
-    assert [point["fits"] for point in points] == [True] + 10 * [False]
-    assert points[0]["decisions"]["dense_gemms"] == "fp8"
+    assert all(point["fits"] for point in points)
+    assert {point["decisions"]["dense_gemms"] for point in points} == {"fp8"}
+    assert {point["decisions"]["dense_sharding"] for point in points[1:]} == {"zero1"}
 
 
 def test_fit_tells_the_smallest_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,8 +60,8 @@ REQUEST = PlanRequest(runtime_gpus=4, tokens_per_step=4096, sequence_length=256)
             r"--pin expert_gemms=fp8: expert_gemms must be compute without --precision fp8; add that option",
         ),
         (
-            {"pins": {"dense_gemms": "fp8"}, "fp8_gemms": True},
-            r"--pin dense_gemms=fp8: .* compute where compile.runtime_gpus is 4: this version .* or plan for 1 GPU$",
+            {"pins": {"dense_gemms": "fp8", "dense_sharding": "fsdp"}, "fp8_gemms": True},
+            r"--pin dense_gemms=fp8: on several GPUs dense_gemms must .* unless dense_sharding is zero1: .* be zero1$",
         ),
         (
             {"pins": {"expert_gemms": "fp8"}, "fp8_gemms": True, "runtime_gpus": 1},

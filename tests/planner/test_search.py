@@ -168,14 +168,16 @@ def every_candidate(problem: Problem) -> list[Candidate]:
                     for number in range(1, config.num_moe_layers)
                 ]
             plans.append((sharding, denses, moes))
-        in_fp8 = request.fp8_gemms and request.runtime_gpus == 1
-        has_fp8_experts = in_fp8 and has_moe and config.expert_intermediate_size % 16 == 0
-        gemm_formats = [
-            Gemms(expert_gemms=experts, dense_gemms=dense)
-            for experts in (("compute", "fp8") if has_fp8_experts else ("compute",))
-            for dense in (("compute", "fp8") if in_fp8 else ("compute",))
-        ]
         for sharding, denses, moes in plans:
+            in_fp8 = request.fp8_gemms and (request.runtime_gpus == 1 or sharding == "zero1")
+            has_fp8_experts = in_fp8 and has_moe and config.expert_intermediate_size % 16 == 0
+            if ep > problem.cluster.gpus_per_node:  # whose memory peers cannot read
+                has_fp8_experts = False
+            gemm_formats = [
+                Gemms(expert_gemms=experts, dense_gemms=dense)
+                for experts in (("compute", "fp8") if has_fp8_experts else ("compute",))
+                for dense in (("compute", "fp8") if in_fp8 else ("compute",))
+            ]
             for micro, dense, moe, formats, gemms in itertools.product(
                 range(1, sequences + 1), denses, moes, every_format(), gemm_formats
             ):
