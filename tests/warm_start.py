@@ -23,7 +23,7 @@ from typing import IO
 
 from gloo_ranks import PRELOADED
 
-BEAT_SECONDS = 0.2
+BEAT_SECONDS = 0.4
 """Between beats of a rank's watchdog: a rank waits three of them before it leaves, five for the others' last words."""
 
 

@@ -23,7 +23,7 @@ from moescale.plan import MeshShape, one_device_plan, save_plan
 HERE = Path(__file__).parent
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 FEWEST_OPERATIONS = {("run", 1): 60, ("resume", 1): 30, ("export", 1): 30, ("run", 2): 80, ("resume", 2): 40}
-SHORT = {("run", 1): 71, ("resume", 1): 41, ("export", 1): 19, ("run", 2): 83}
+SHORT = {("run", 1): 101, ("resume", 1): 53, ("export", 1): 29, ("run", 2): 113}
 
 pytestmark = pytest.mark.skipif(
     COMPILER is None or sys.platform != "linux", reason="needs Linux and a C compiler, for a library to preload"

@@ -63,8 +63,11 @@ def tensors_of(output: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "lora",
-    [LORA, "rank=4,targets=attention+shared,dropout=0.3,rank_stabilised=true", f"{LORA},base=fp8"],
-    ids=["all", "dropout", "fp8"],
+    [
+        pytest.param(LORA, id="all", marks=pytest.mark.slow),
+        pytest.param("rank=4,targets=attention+shared,dropout=0.3,rank_stabilised=true", id="dropout"),
+        pytest.param(f"{LORA},base=fp8", id="fp8"),
+    ],
 )
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     tmp_path: Path, pretrained: Path, stdlib_corpus: Path, lora: str

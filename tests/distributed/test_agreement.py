@@ -57,7 +57,7 @@ class Ending(NamedTuple):
     """By step: whether any weight of this rank changed in it."""
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request):
     group = GlooRanks(request.param)
     yield group

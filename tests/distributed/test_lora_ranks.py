@@ -73,8 +73,14 @@ def frozen_weights_change(fields: dict[str, Any]) -> tuple[set[str], int]:
     return {name for name, after in bits().items() if not torch.equal(after, before[name])}, len(frozen)
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("compute_dtype", "base"),
+    [
+        ("fp32", "compute"),
+        ("bf16", "fp8"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("fp32", "fp8"), ("bf16", "compute"))),
+    ],
+)
 def test_no_bit_of_a_frozen_weight_changes(two_ranks: GlooRanks, compute_dtype: str, base: str) -> None:
     dtype = dict(compute_dtype=compute_dtype, lora=BASES[base])
     for fields in (dict(dp_shard=2, ep=2), dict(dp_shard=2, ep=2, dense_sharding="fsdp")):

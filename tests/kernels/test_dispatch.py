@@ -114,14 +114,14 @@ def test_biases_and_the_clamped_activation_give_the_results_of_one_device(choice
 
 
 def routings() -> list:
-    """Ranks' tokens, choices and kept rows in all combinations; the ordinary tests have two of every kind at least."""
+    """Ranks' tokens, choices and kept rows in all combinations; the ordinary tests have one of every kind at least."""
     ranks = [((5, 5), 2), ((6, 1), 3), ((3, 0), 1), ((4, 4, 4, 4), 2), ((2,) * 8, 3)]
     choices = ["random", "one rank", "one expert", "ten times", "some nowhere"]
     cases = []
     for i, (tokens, top_k) in enumerate(ranks):
         for j, choice in enumerate(choices):
             for k, kept in enumerate(["all", "some", "none"]):
-                marks = () if (i + j) % 3 == k and (i + 2 * j) % 5 in (1, 3) else pytest.mark.slow
+                marks = () if (i + j) % 3 == k and (i + 2 * j) % 5 == 3 else pytest.mark.slow
                 cases.append(pytest.param(tokens, top_k, choice, kept, marks=marks))
     return cases
 
@@ -298,7 +298,7 @@ def test_products_in_fp8_give_the_results_and_gradients_of_one_device_in_fp8(tok
 
 
 @pytest.mark.parametrize(
-    ("kept", "in_fp8"), marked(("all", False), ("slow", "some", False), ("slow", "all", True), ("some", True))
+    ("kept", "in_fp8"), marked(("slow", "all", False), ("slow", "some", False), ("slow", "all", True), ("some", True))
 )
 def test_adapters_of_frozen_experts_get_the_gradients_of_merged_weights(kept, in_fp8) -> None:
     shape, scale = shape_of(2, 6, 3), 0.5

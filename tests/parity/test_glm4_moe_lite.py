@@ -63,8 +63,10 @@ def test_fp32_equals_transformers(name, tmp_path):
     "name",
     [
         "glm_4_7_flash",
-        "every_layer_dense",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("two_dense_layers_in_groups", "yarn")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("every_layer_dense", "two_dense_layers_in_groups", "yarn")
+        ),
     ],
 )
 def test_bf16_error_is_at_most_twice_that_of_transformers(name, tmp_path):

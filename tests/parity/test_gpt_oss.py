@@ -76,7 +76,11 @@ def test_fp32_equals_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", pytest.param("no_windows", marks=pytest.mark.slow), "published_limit_and_two_experts"]
+    "name",
+    [
+        "published_limit_and_two_experts",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "no_windows")),
+    ],
 )
 def test_bf16_error_is_at_most_twice_that_of_transformers(name, tmp_path):
     config = dataclasses.replace(TINY, **CONFIGURATIONS[name])

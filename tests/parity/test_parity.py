@@ -188,7 +188,7 @@ def ordinary(configurations: Iterable[str], *names: str) -> list:
     return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in configurations]
 
 
-IN_BF16 = ("plain", "attention_bias", "wide_values", "every_layer_dense", "tied_embeddings", "deepseek_v2")
+IN_BF16 = ("plain", "wide_values", "deepseek_v2")
 
 
 @pytest.mark.parametrize("name", ordinary(CONFIGURATIONS, *IN_BF16))

@@ -63,7 +63,7 @@ def test_fp32_equals_transformers(name, tmp_path):
     assert_fp32_equals_transformers(config, initialized(config), tmp_path, Qwen3MoeForCausalLM)
 
 
-@pytest.mark.parametrize("name", ["plain", "yarn"])
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "yarn"])
 def test_bf16_error_is_at_most_twice_that_of_transformers(name, tmp_path):
     config = dataclasses.replace(TINY, **CONFIGURATIONS[name], num_experts=8)
     assert_bf16_error_is_at_most_twice_that_of_transformers(config, initialized(config), tmp_path)

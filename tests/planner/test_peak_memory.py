@@ -68,7 +68,7 @@ EIGHT_GPUS: dict[str, dict[str, str]] = {
     "two replicas, ep 4": {"dp_shard": "4", "ep": "4", "gradient_dtype": "fp32"},
     "four replicas, ep 2, blocks recomputed": {"dp_shard": "2", "ep": "2", "moe_recompute": "block"},
 }
-QUICK = ("one GPU", "sharded", "ep 8")
+QUICK = ("one GPU", "ep 8")
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ FP8_PLANS = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", slow_ones(FP8_PLANS, "both", "both, experts recomputed"))
+@pytest.mark.parametrize("name", slow_ones(FP8_PLANS, "dense", "both", "both, experts recomputed"))
 def test_the_predicted_peak_with_gemms_in_fp8_is_that_of_the_tracker(name: str, fake_runtime: None) -> None:
     result = plan_with(FP8_PLANS[name], fp8_gemms=True)
     error = predicted_bytes(result) / tracked_bytes(CONFIG, result.plan()) - 1
@@ -271,7 +271,13 @@ LORA_PLANS = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", slow_ones(LORA_PLANS, "one GPU, blocks recomputed", "one GPU, fp8", "sharded"))
+@pytest.mark.parametrize(
+    "name",
+    slow_ones(
+        LORA_PLANS,
+        *("one GPU, attention", "one GPU, blocks recomputed", "one GPU, fp8", "sharded", "sharded, fp8"),
+    ),
+)
 def test_the_predicted_peak_with_adapters_is_that_of_the_tracker(name: str, fake_runtime: None) -> None:
     targets, pins, tolerance = LORA_PLANS[name]
     error = error_of(pins, parse_lora(f"rank=16,targets={targets}"))

@@ -76,7 +76,7 @@ def test_a_rank_that_hangs_is_named_by_all_with_the_collective_they_wait_in(thre
 
 def lose_rank_2() -> list[str]:
     verdicts: list[str] = []
-    watchdog = watch("lose", verdicts, lost_seconds=2.5)
+    watchdog = watch("lose", verdicts, lost_seconds=4.0)
     watchdog.progress(3, "micro-batch 1")
     dist.barrier()
     if current_ranks().rank == 2:
@@ -159,7 +159,7 @@ def test_the_collective_of_a_hang_under_fsdp_is_named(three_ranks, in_backward, 
 
 
 def diagnose_a_collective_that_failed() -> str:
-    watchdog = watch("failed", [], lost_seconds=1.0)
+    watchdog = watch("failed", [], lost_seconds=2.0)
     rank = current_ranks().rank
     text = ""
     if rank == 2:
