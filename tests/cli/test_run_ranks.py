@@ -227,7 +227,7 @@ def test_a_rank_that_never_arrives_is_named_in_time(tmp_path, model_folder, stdl
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     alone = {"RANK": present, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    arguments = command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--hang-seconds", 2)
+    arguments = command(model_folder, stdlib_corpus, plan, tmp_path / "run", "--hang-seconds", 1)
     process = start(arguments, os.environ | {name: str(value) for name, value in alone.items()})
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 4, errors

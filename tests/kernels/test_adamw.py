@@ -238,6 +238,7 @@ def test_codes_of_8_bits_are_right_on_average():
     check_codes_are_right_on_average("cpu", "torch", draws=300)
 
 
+@pytest.mark.slow
 def test_codes_of_8_bits_are_right_on_average_in_the_interpreter():
     run_interpreted(check_codes_are_right_on_average, "cpu", "triton", 100, 8)
 

@@ -51,7 +51,7 @@ def test_loss_and_gradients_with_a_factor_in_front(backend: str, tokens: int) ->
         torch.testing.assert_close(ours, expected)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tokens=st.integers(1, 40), hidden=st.integers(1, 20), vocabulary=st.integers(1, 60))
 def test_loss_and_gradients_on_any_shape(tokens: int, hidden: int, vocabulary: int) -> None:
     x, weight, targets = make(tokens, hidden, vocabulary)

@@ -124,7 +124,7 @@ def test_wrong_counts_of_the_router_are_an_error_in_debug_mode(monkeypatch):
         experts(x, ids, weights, gate_up, down, tokens_per_expert=torch.tensor([4, 0]))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 8), st.integers(1, 20), st.integers(1, 6), st.integers(1, 6)),
     seed=st.integers(0, 1000),

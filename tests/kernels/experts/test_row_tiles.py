@@ -54,7 +54,7 @@ def walk(counts: list[int], half_tiles: bool) -> tuple[list[tuple[int, int, int,
 
 
 @pytest.mark.parametrize("half_tiles", [False, True])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(counts=st.lists(st.integers(0, 60), min_size=1, max_size=7))
 def test_every_row_of_an_expert_is_in_one_tile_per_column(half_tiles, counts):
     walked, _ = walk(counts, half_tiles)
