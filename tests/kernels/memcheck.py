@@ -22,6 +22,7 @@ from moescale.kernels.experts import experts
 from moescale.kernels.fp8 import copies_of
 from moescale.kernels.fp8.linear import fp8_linear
 from moescale.kernels.fp8.routed import fp8_experts
+from moescale.kernels.fp8.rows import fp8_expert_mlp
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
 from moescale.kernels.rope import mla_rope
 from moescale.kernels.router import route, router_logits
@@ -61,6 +62,10 @@ def check_fp8() -> None:
                 x, of_pairs = randn(tokens, hidden), randn(tokens, top_k, dtype=torch.float32)
                 backward(fp8_experts(x, ids, of_pairs, *weights, *copies, gate_up_gradient=buffers[0],
                                      down_gradient=buffers[1], recompute_up=dtype is None))  # fmt: skip
+                ends = torch.randint(0, 40, (num_experts,), device="cuda").cumsum(0).int()
+                rows = randn(int(ends[-1]) + 5, hidden)  # the last of no expert
+                backward(fp8_expert_mlp(rows, *weights, ends, gate_up_copies=copies[0], down_copies=copies[1],
+                                        gate_up_gradient=buffers[0], down_gradient=buffers[1]))  # fmt: skip
     for tokens, hidden, width in ((1, 16, 16), (37, 144, 80), (300, 2048, 576)):
         linear_weight = randn(width, hidden)
         backward(fp8_linear(randn(tokens, hidden), linear_weight, copies_of(linear_weight), randn(width)))
