@@ -56,7 +56,7 @@ def more_fp8(result: PlanResult) -> Remedy | None:
     can = any(gemms.expert_gemms == "fp8" for gemms in gemm_choices(request, result.config))
     if not can or best.candidate.gemms.expert_gemms == "fp8":
         return None
-    in_fp8 = dataclasses.replace(request, exact_weights=False, pins=request.pins | {"expert_gemms": "fp8"})
+    in_fp8 = dataclasses.replace(request, exact_weights=False, pins={**request.pins, "expert_gemms": "fp8"})
     remedy = _try(result, "--allow-stochastic-rounding", in_fp8)
     return remedy if remedy is not None and remedy.step_seconds < WORTH_SAYING * best.time.total else None
 
