@@ -15,7 +15,6 @@ backward. Only what compute does not cover is exposed.
 from __future__ import annotations
 
 import functools
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -109,8 +108,9 @@ class CostModel:
         for count, weight in self.problem.all_fp8_weights(gemms, mesh):
             moved = 2 * weight.elements * self.problem.itemsize + weight.fp8_copies_bytes
             seconds += count * moved / self.cluster.elementwise_bytes_per_second
-            seconds += math.ceil(count) * 2 * self.cluster.launch_seconds
-        return seconds
+        # A rank with a share of the experts has fewer bytes and as many weights.
+        number = sum(count for count, _ in self.problem.all_fp8_weights(gemms, MeshShape()))
+        return seconds + number * 2 * self.cluster.launch_seconds
 
     def optimizer_seconds(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> dict[str, float]:
         """One pass over this rank's states, the gradient norm before it and the clearing after it."""

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from moescale.plan import has_whole_weights
 from moescale.planner.cost import MADE_PLAIN
+from moescale.planner.exchange import reads_peers
 from moescale.planner.remedies import find_remedies, more_fp8
-from moescale.planner.request import IN_COMPUTE_DTYPE, decision_text
+from moescale.planner.request import IN_COMPUTE_DTYPE, Candidate, decision_text, gemm_choices
 from moescale.planner.result import Evaluated, PlanResult, alternative_summary, excess_bytes, excess_text, limits_text
 from moescale.planner.timeline import Span, step_timeline
 from moescale.planner.workload import Workload
@@ -143,18 +144,17 @@ def remedy_texts(result: PlanResult) -> list[str]:
 
 def notes(result: PlanResult) -> list[str]:
     """What was asked for and the plan does not have, and why."""
-    request, found = result.request, []
+    found = []
     best = None if result.best is None else result.best.candidate
-    if best is not None and best.mesh.gpus > 1 and best.gemms != IN_COMPUTE_DTYPE:
-        found.append(
-            "GEMMs in fp8 on several GPUs are new: their results are tested with ranks on CPUs, and neither their "
-            "speed nor their memory has been measured on GPUs. --precision bf16 plans without them."
-        )
-    elif best is not None and request.fp8_gemms and not has_whole_weights(best.mesh, best.dense_sharding):
-        found.append(
-            "GEMMs in fp8 need whole weights on every rank (dense_sharding zero1): this plan's, which shards them, are "
-            f"in {request.compute_dtype}."
-        )
+    if best is not None and best.mesh.gpus > 1:
+        if best.gemms != IN_COMPUTE_DTYPE:
+            found.append(
+                "GEMMs in fp8 on several GPUs are new: their results are tested with ranks on CPUs, and neither their "
+                "speed nor their memory has been measured on GPUs. --precision bf16 plans without them."
+            )
+        reason = _reason_for_bf16(result, best)
+        if reason is not None:
+            found.append(reason)
     remedy = more_fp8(result)
     if remedy is not None:
         found.append(
@@ -162,6 +162,25 @@ def notes(result: PlanResult) -> list[str]:
             f"{remedy.change} they do: {remedy.step_seconds:.3f} s a step."
         )
     return found
+
+
+def _reason_for_bf16(result: PlanResult, best: Candidate) -> str | None:
+    """Why GEMMs of a plan for several GPUs are not in fp8, where the request would have them so."""
+    dtype, wanted = result.request.compute_dtype, gemm_choices(result.request, result.config)
+    if not has_whole_weights(best.mesh, best.dense_sharding):
+        if wanted == [IN_COMPUTE_DTYPE]:
+            return None
+        return (
+            "GEMMs in fp8 need whole weights on every rank (dense_sharding zero1): this plan's, whose dense_sharding "
+            f"is {best.dense_sharding}, are in {dtype}."
+        )
+    can = best.mesh.ep == 1 or reads_peers(best.mesh, best.dense_sharding, result.cluster)
+    if can or all(gemms.expert_gemms == "compute" for gemms in wanted):
+        return None
+    return (
+        f"Experts are planned in fp8 where their ranks are in one node (ep {result.cluster.gpus_per_node} at most): "
+        f"this plan's, with ep {best.mesh.ep}, are in {dtype}."
+    )
 
 
 def _print_plan(console: Console, result: PlanResult, best: Evaluated) -> None:

@@ -259,7 +259,9 @@ def test_a_plan_that_shards_its_weights_computes_in_bf16_and_says_why() -> None:
     result = compile_plan(LITE, H200, request)
     assert result.plan().expert_gemms == result.plan().dense_gemms == "compute"
     assert not {"expert_gemms", "dense_gemms"} & {other["decision"] for other in result.plan().alternatives}
-    assert "need whole weights on every rank (dense_sharding zero1): this plan's, which shards" in explain_text(result)
+    assert "this plan's, whose dense_sharding is fsdp, are in bf16" in explain_text(result)
+    unwanted = request.pins | {"expert_gemms": "compute", "dense_gemms": "compute"}
+    assert notes(compile_plan(LITE, H200, dataclasses.replace(request, pins=unwanted), with_alternatives=False)) == []
     pinned = dataclasses.replace(request, pins={"dense_sharding": "fsdp", "expert_gemms": "fp8"})
     with pytest.raises(ConfigError, match=r"expert_gemms=fp8: on several GPUs .* unless dense_sharding is zero1"):
         compile_plan(LITE, H200, pinned)
@@ -269,8 +271,12 @@ def test_experts_whose_rows_peers_cannot_read_are_planned_in_bf16() -> None:
     request = dataclasses.replace(
         REQUEST, runtime_gpus=16, plan_gpus=None, pins={"ep": "16", "dense_sharding": "zero1"}
     )
-    found = compile_plan(LITE, H200, request, with_alternatives=False).plan()
-    assert (found.expert_gemms, found.dense_gemms) == ("compute", "fp8")
+    result = compile_plan(LITE, H200, request, with_alternatives=False)
+    assert (result.plan().expert_gemms, result.plan().dense_gemms) == ("compute", "fp8")
+    assert notes(result)[1] == (
+        "Experts are planned in fp8 where their ranks are in one node (ep 8 at most): "
+        "this plan's, with ep 16, are in bf16."
+    )
 
 
 def test_a_rank_has_copies_of_its_own_experts() -> None:
@@ -281,6 +287,9 @@ def test_a_rank_has_copies_of_its_own_experts() -> None:
         assert found == copies_of(LITE, model) * whole
     assert cost._copy_seconds(mesh, EXPERTS) < cost._copy_seconds(MeshShape(), EXPERTS) / 4
     assert cost._copy_seconds(mesh, DENSE) == cost._copy_seconds(MeshShape(), DENSE)
+    # In as many launches, two for each weight of its 26 layers of experts.
+    shares = cost._copy_seconds(mesh, EXPERTS) - cost._copy_seconds(MeshShape(), EXPERTS) / 8
+    assert shares == pytest.approx(26 * 2 * 2 * cost.cluster.launch_seconds * 7 / 8)
 
 
 def test_where_copies_do_not_fit_beside_exact_masters_it_is_said_what_would_help() -> None:
