@@ -32,7 +32,6 @@ from moescale.kernels.experts import ExpertBiases, expert_features, operators_of
 from moescale.kernels.experts.adapted import ExpertAdapters, Projected, choose_adapted_backend
 from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.fp8 import kernels_for
-from moescale.kernels.fp8.errors import note
 from moescale.kernels.fp8.rows import returned
 from moescale.kernels.fp8.scaled import Copies, Scaled
 from moescale.kernels.router import Routing
@@ -65,7 +64,6 @@ class PeerDispatcher:
         scales: PeerTensor = getattr(self.buffers, f"{name}_scales")
         target = Scaled(shown.local[: x.shape[0]], scales.local[: x.shape[0]])
         kernels_for(x).quantize_rows(x.contiguous(), out=target)
-        note(f"experts {'input' if name == 'token' else 'gradient of the result'}", lambda: x, target)
 
     def pull(self, name: Literal["token", "gradient"], order: RowOrder) -> Any:
         """Return the rows [C, H] of this rank's experts of what all ranks have published."""

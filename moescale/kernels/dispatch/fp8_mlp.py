@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from types import ModuleType
 
 import torch
 
 from moescale.kernels.dispatch.triton import RowOrder
-from moescale.kernels.fp8.errors import is_collecting, note
-from moescale.kernels.fp8.reference import exact_swiglu
-from moescale.kernels.fp8.rows import note_backward, of_columns, of_rows, weight_gradients
+from moescale.kernels.fp8.rows import of_columns, of_rows, weight_gradients
 from moescale.kernels.fp8.scaled import Copies, Scaled
 
 
@@ -34,8 +31,7 @@ def forward_rows(
         groups = ops.group_rows(ends, part.stop - part.start, expected_rows=expected_rows)
         target = pre if keeps else None
         part_pre = ops.multiply_rows(_slice(rows, part), of_rows(gate_up), groups, 2 * ffn, kernel="up", out=target)
-        part_act = ops.swiglu(part_pre, groups, out=_slice(act, part))
-        note("experts activation", partial(exact_swiglu, part_pre), part_act, ends)
+        ops.swiglu(part_pre, groups, out=_slice(act, part))
         del part_pre
     groups = ops.group_rows(order.ends, max_rows, expected_rows=expected_rows)
     ops.multiply_rows(act, of_rows(down), groups, out.shape[1], kernel="down", out=out)
@@ -73,8 +69,6 @@ def backward_rows(
         target = _slice(grad_pre, part), _slice(act, part), values[part]
         weights = order.row_weights[part]
         ops.swiglu_backward(grad_act[part], part_pre, weights, part_groups, out=target)
-        if is_collecting():
-            note_backward(grad_act[part], part_pre, weights, *target[:2], ends)
         del part_pre
     del grad_act
     padded = ops.pad_ends(order.ends)

@@ -14,10 +14,10 @@ from moescale.kernels.experts.operators import empty_results
 from moescale.kernels.experts.sort import check_ids
 from moescale.kernels.fp8 import kernels_for
 from moescale.kernels.fp8.errors import is_collecting, note_of_experts
+from moescale.kernels.fp8.reference import exact_swiglu_backward
 from moescale.kernels.fp8.rows import (
     check_buffers,
     check_weights,
-    note_backward,
     returned,
     up_and_down,
     weight_gradients,
@@ -125,7 +125,9 @@ def _experts_backward(
     grad_pre, act, grad_weights = ops.swiglu_backward(grad_act, pre, row_weights, groups)
     tokens = ops.quantize_rows(x.contiguous())
     if is_collecting():
-        note_backward(grad_act, pre, row_weights, grad_pre, act, ends)
+        exact_grad_pre, exact_act, _ = exact_swiglu_backward(grad_act, pre, row_weights)
+        note_of_experts("experts gradient of the pre-activation", exact_grad_pre, grad_pre, ends)
+        note_of_experts("experts weighted activation", exact_act, act, ends)
         token = row_pair // top_k
         for name, exact, scaled in (("input", x, tokens), ("gradient of the result", grad, grad_tokens)):
             rows = Scaled(scaled.data.view(torch.uint8)[token].view(E4M3), scaled.scales[token])

@@ -21,8 +21,8 @@ from moescale.kernels.backends import (
     check_shape,
 )
 from moescale.kernels.fp8 import kernels_for
-from moescale.kernels.fp8.errors import is_collecting, note, note_of_experts
-from moescale.kernels.fp8.reference import exact_swiglu, exact_swiglu_backward
+from moescale.kernels.fp8.errors import note
+from moescale.kernels.fp8.reference import exact_swiglu
 from moescale.kernels.fp8.scaled import Copies, Scaled
 
 
@@ -66,8 +66,6 @@ class _ExpertMlp(torch.autograd.Function):
     ) -> torch.Tensor:
         ops = kernels_for(x)
         rows, groups = ops.quantize_rows(x.contiguous()), ops.group_rows(ends, x.shape[0])
-        if is_collecting():
-            note_of_experts("experts input", x, rows, ends)
         pre, out = up_and_down(ops, rows, of_rows(gate_up_copies), of_rows(down_copies), groups, ends)
         ctx.save_for_backward(*rows, pre, ends, *of_columns(gate_up_copies), *of_columns(down_copies))
         ctx.buffers = buffers
@@ -85,9 +83,6 @@ class _ExpertMlp(torch.autograd.Function):
         grad_act = ops.multiply_rows(grad_rows, of_down, groups, ffn, transposed=True, kernel="down_dgrad")
         ones = torch.ones(data.shape[0], dtype=torch.float32, device=data.device)
         grad_pre, act, _ = ops.swiglu_backward(grad_act, pre, ones, groups)
-        if is_collecting():
-            note_of_experts("experts gradient of the result", grad, grad_rows, ends)
-            note_backward(grad_act, pre, ones, grad_pre, act, ends)
         del grad_act
         found = weight_gradients(ops, groups, padded, grad_rows, act, grad_pre, Scaled(data, scales), ctx.buffers)
         grad_x = ops.multiply_rows(grad_pre, of_gate_up, groups, hidden, transposed=True, kernel="up_dgrad")
@@ -113,20 +108,6 @@ def up_and_down(
     act = ops.swiglu(pre, groups)
     note("experts activation", lambda: exact_swiglu(pre), act, ends)
     return pre, ops.multiply_rows(act, down, groups, down.data.shape[1], kernel="down")
-
-
-def note_backward(
-    grad_act: torch.Tensor,
-    pre: torch.Tensor,
-    row_weights: torch.Tensor,
-    grad_pre: Scaled,
-    act: Scaled,
-    ends: torch.Tensor,
-) -> None:
-    """Tell :mod:`moescale.kernels.fp8.errors` what the backward of SwiGLU has quantised."""
-    exact_grad_pre, exact_act, _ = exact_swiglu_backward(grad_act, pre, row_weights)
-    note_of_experts("experts gradient of the pre-activation", exact_grad_pre, grad_pre, ends)
-    note_of_experts("experts weighted activation", exact_act, act, ends)
 
 
 def weight_gradients(
