@@ -10,7 +10,7 @@ after B is overwritten by the experts of the next layer, after the next A, which
 combined. No size depends on the host and nothing is a collective, so a micro-batch is one CUDA graph.
 
 Rows are pulled again in the backward, not saved: 16 MB a layer over the link at 4,096 tokens, against 100 MB of memory.
-Where the experts multiply in fp8, tokens and gradients are published in e4m3, each once, and half the bytes are pulled.
+Where the experts multiply in fp8, tokens and gradients are published in e4m3, and half the bytes are pulled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -30,9 +30,9 @@ from moescale.kernels.block_fp8 import stored
 from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape, PeerTensor
 from moescale.kernels.experts import ExpertBiases, expert_features, operators_of
 from moescale.kernels.experts.adapted import ExpertAdapters, Projected, choose_adapted_backend
+from moescale.kernels.experts.operators import returned
 from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.fp8 import kernels_for
-from moescale.kernels.fp8.rows import returned
 from moescale.kernels.fp8.scaled import Copies, Scaled
 from moescale.kernels.router import Routing
 from moescale.models.blocks.moe import RoutedExperts
@@ -55,27 +55,22 @@ class PeerDispatcher:
         self.num_ranks = shape.num_ranks
         self.saved_rows = min(shape.max_rows, math.ceil(SAVED_ROWS_FACTOR * shape.num_pairs))
 
-    def publish(self, name: Literal["token", "gradient"], x: torch.Tensor) -> None:
-        """Write x [T, H] where peers read it."""
-        shown: PeerTensor = getattr(self.buffers, f"{name}s")
-        if not self.buffers.shape.in_fp8:
-            shown.local[: x.shape[0]].copy_(x)
-            return
-        scales: PeerTensor = getattr(self.buffers, f"{name}_scales")
-        target = Scaled(shown.local[: x.shape[0]], scales.local[: x.shape[0]])
-        kernels_for(x).quantize_rows(x.contiguous(), out=target)
+    def publish(self, x: torch.Tensor, shown: PeerTensor, scales: PeerTensor | None) -> None:
+        """Write x [T, H] to where peers read it: as it is, or in e4m3 with ``scales``."""
+        local = shown.local[: x.shape[0]]
+        if scales is None:
+            local.copy_(x)
+        else:
+            kernels_for(x).quantize_rows(x.contiguous(), out=Scaled(local, scales.local[: x.shape[0]]))
 
-    def pull(self, name: Literal["token", "gradient"], order: RowOrder) -> Any:
+    def pull(self, shown: PeerTensor, scales: PeerTensor | None, order: RowOrder) -> Any:
         """Return the rows [C, H] of this rank's experts of what all ranks have published."""
         from moescale.kernels.dispatch import triton as exchange
 
-        shape, results = self.buffers.shape, self.buffers.results.local
-        shown: PeerTensor = getattr(self.buffers, f"{name}s")
-        if not shape.in_fp8:
-            rows = results.new_empty((shape.max_rows, shape.hidden_size))
-            return exchange.pull_rows(self.buffers, shown, order, rows)
-        empty = kernels_for(results).empty_rows(shape.max_rows, shape.hidden_size, results.device)
-        scales: PeerTensor = getattr(self.buffers, f"{name}_scales")
+        sizes, results = self.buffers.results.local.shape, self.buffers.results.local
+        if scales is None:
+            return exchange.pull_rows(self.buffers, shown, order, results.new_empty(sizes))
+        empty = kernels_for(results).empty_rows(*sizes, results.device)
         return exchange.pull_scaled_rows(self.buffers, shown, scales, order, empty)
 
     def barrier(self) -> None:
@@ -148,25 +143,23 @@ class _PeerExperts(torch.autograd.Function):
         if shape.in_fp8:
             assert experts.gate_up_copies is not None and experts.down_copies is not None
             copies = experts.gate_up_copies, experts.down_copies
-        ops: Any
         if copies is not None:
-            backend, ops = "triton", kernels_for(x)
+            backend = "triton"
         elif addition is None:
             features = expert_features(biases, experts.clamp)
             backend = choose_experts_backend(x.device, x.dtype, experts.backend, features=features)
-            ops = operators_of(backend)
         else:
             backend = choose_adapted_backend(x.device, x.dtype, experts.backend)
-            ops = operators_of(backend)
+        ops: Any = operators_of(backend) if copies is None else kernels_for(x)
         needs_backward = any(ctx.needs_input_grad)
         kept = dispatcher.saved_rows if needs_backward and not experts.recompute_up else 0
         topk_weights = topk_weights.contiguous()
         _, pair_rows, ends = sort_pairs(topk_ids, shape.num_experts, backend=backend)
         exchange.publish_pairs(buffers, topk_ids, topk_weights, pair_rows, ends)
-        dispatcher.publish("token", x)
+        dispatcher.publish(x, buffers.tokens, buffers.token_scales)
         dispatcher.barrier()
         order = exchange.order_rows(buffers, kept_rows=kept)
-        rows = dispatcher.pull("token", order)
+        rows = dispatcher.pull(buffers.tokens, buffers.token_scales, order)
         options: Any = dict(kept=kept, expected_rows=shape.num_pairs, out=buffers.results.local)
         projected = None
         if copies is not None:
@@ -206,10 +199,11 @@ class _PeerExperts(torch.autograd.Function):
         dispatcher, order = ctx.dispatcher, ctx.order
         buffers = dispatcher.buffers
         num_tokens = x.shape[0]
-        dispatcher.publish("token", x)
-        dispatcher.publish("gradient", grad)
+        dispatcher.publish(x, buffers.tokens, buffers.token_scales)
+        dispatcher.publish(grad, buffers.gradients, buffers.gradient_scales)
         dispatcher.barrier()
-        rows, grad_rows = dispatcher.pull("token", order), dispatcher.pull("gradient", order)
+        rows = dispatcher.pull(buffers.tokens, buffers.token_scales, order)
+        grad_rows = dispatcher.pull(buffers.gradients, buffers.gradient_scales, order)
         given = (stored(gate_up, ctx.scales[0]), stored(down, ctx.scales[1]), order)
         options: Any = dict(
             expected_rows=buffers.shape.num_pairs, out=buffers.results.local, values=buffers.values.local

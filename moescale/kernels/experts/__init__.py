@@ -33,7 +33,7 @@ from moescale.kernels.backends import (
 )
 from moescale.kernels.block_fp8 import ExpertScales as ExpertScales
 from moescale.kernels.block_fp8 import Weight, check_stored, detached_scales, plain, stored
-from moescale.kernels.experts.operators import empty_results, operators_of
+from moescale.kernels.experts.operators import check_gradient_buffers, empty_results, operators_of, returned
 from moescale.kernels.experts.reference import ExpertBiases as ExpertBiases
 from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.swiglu.reference import SwigluClamp as SwigluClamp
@@ -76,7 +76,7 @@ def experts(
     Raises KernelInputError for shapes, dtypes and devices that do not fit.
     """
     _check_experts(x, topk_ids, topk_weights, gate_up, down, scales)
-    _check_buffers(gate_up, down, gate_up_gradient, down_gradient)
+    check_gradient_buffers("experts", gate_up, down, gate_up_gradient, down_gradient)
     _check_biases(gate_up, down, biases, bias_gradients, x.dtype)
     backend = choose_experts_backend(x.device, x.dtype, backend, features=expert_features(biases, clamp))
     _check_alignment(backend, gate_up, x.dtype)
@@ -116,7 +116,7 @@ def expert_mlp(
     check_dtype("expert_mlp", "ends", ends, (torch.int32,))
     check_device("expert_mlp", "ends", ends, rows.device)
     _check_weights("expert_mlp", rows, gate_up, down, scales)
-    _check_buffers(gate_up, down, gate_up_gradient, down_gradient)
+    check_gradient_buffers("experts", gate_up, down, gate_up_gradient, down_gradient)
     _check_biases(gate_up, down, biases, bias_gradients, rows.dtype)
     backend = choose_experts_backend(rows.device, rows.dtype, backend, features=expert_features(biases, clamp))
     _check_alignment(backend, gate_up, rows.dtype)
@@ -154,12 +154,6 @@ def _check_weights(
     for name, weight, of_weight in zip(("gate_up", "down"), (gate_up, down), scales or (None, None), strict=True):
         check_stored(operator, name, weight, of_weight, x.dtype)
         check_device(operator, name, weight, x.device)
-
-
-def _check_buffers(gate_up, down, gate_up_gradient, down_gradient) -> None:
-    for name, weight, buffer in (("gate_up", gate_up, gate_up_gradient), ("down", down, down_gradient)):
-        if buffer is not None:
-            check_gradient_buffer("experts", name, weight, buffer)
 
 
 def _check_biases(
@@ -374,15 +368,6 @@ def _fake_gradients(x, parameters, buffers, is_frozen):
     ]
 
 
-def _returned(gradients, parameters_need, buffers):
-    """The gradients for autograd: none of what was added to a buffer, is frozen, or is not there."""
-    is_frozen = not any(parameters_need)
-    return [
-        None if is_frozen or buffer is not None or gradient.numel() == 0 else gradient
-        for gradient, buffer in zip(gradients, buffers, strict=True)
-    ]
-
-
 def _experts_setup(ctx, inputs, output) -> None:
     x, _, topk_weights, *parameters = inputs[:9]
     ctx.buffers, ctx.clamp, ctx.backend = inputs[9:13], inputs[13], inputs[14]
@@ -396,7 +381,7 @@ def _experts_autograd(ctx, grad, *_):
     grad_x, grad_weights, *found = _experts_backward(
         grad, *ctx.saved_tensors, *ctx.buffers, ctx.clamp, not any(need), ctx.backend
     )
-    return grad_x, None, grad_weights, *_returned(found, need, ctx.buffers), *(None,) * 9
+    return grad_x, None, grad_weights, *returned(found, ctx.buffers, need), *(None,) * 9
 
 
 _experts.register_autograd(_experts_autograd, setup_context=_experts_setup)
@@ -495,9 +480,9 @@ def _expert_mlp_autograd(ctx, grad, _):
     of_weights, of_biases = found[:2], found[2:]
     return (
         grad_rows,
-        *_returned(of_weights, need, ctx.buffers[:2]),
+        *returned(of_weights, ctx.buffers[:2], need[:2]),
         None,
-        *_returned(of_biases, need, ctx.buffers[2:]),
+        *returned(of_biases, ctx.buffers[2:], need[2:]),
         *(None,) * 9,
     )
 

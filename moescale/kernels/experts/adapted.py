@@ -29,7 +29,7 @@ from moescale.kernels.backends import (
     choose_experts_backend,
 )
 from moescale.kernels.block_fp8 import ExpertScales, Weight, check_stored, detached_scales, plain, stored
-from moescale.kernels.experts.operators import operators_of
+from moescale.kernels.experts.operators import operators_of, returned
 from moescale.kernels.experts.sort import sort_pairs
 
 
@@ -387,14 +387,8 @@ def _autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 18
     grad_x, grad_weights, *grads = _adapted_backward(grad, *ctx.saved_tensors, *ctx.buffers, ctx.scale, ctx.backend)
-    return grad_x, None, grad_weights, *(None,) * 4, *_returned(grads, ctx.buffers), *(None,) * 7
-
-
-def _returned(gradients, buffers):
-    """The gradients for autograd: none of what was added to a buffer."""
-    return [
-        gradient if buffer is None else None for gradient, buffer in zip(gradients, buffers, strict=True)
-    ]  # fmt: skip
+    of_adapters = returned(grads, ctx.buffers, ctx.needs_input_grad[7:11])
+    return grad_x, None, grad_weights, *(None,) * 4, *of_adapters, *(None,) * 7
 
 
 _adapted.register_autograd(_autograd, setup_context=_setup)
@@ -494,7 +488,8 @@ def _mlp_autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 17
     grad_rows, *grads = _adapted_mlp_backward(grad, *ctx.saved_tensors, *ctx.buffers, ctx.scale, ctx.backend)
-    return grad_rows, *(None,) * 5, *_returned(grads, ctx.buffers), *(None,) * 7
+    of_adapters = returned(grads, ctx.buffers, ctx.needs_input_grad[6:10])
+    return grad_rows, *(None,) * 5, *of_adapters, *(None,) * 7
 
 
 _adapted_mlp.register_autograd(_mlp_autograd, setup_context=_mlp_setup)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
 
+from moescale.kernels.backends import check_gradient_buffer
 from moescale.kernels.experts import reference
 
 
@@ -56,3 +58,26 @@ def empty_results(
     pre = x.new_empty((num_rows, gate_up.shape[1])) if save_pre else x.new_empty(0)
     order = [topk_ids.new_empty(n, dtype=torch.int32) for n in (num_rows, num_rows, gate_up.shape[0])]
     return torch.empty_like(x, memory_format=torch.contiguous_format), pre, *order
+
+
+def check_gradient_buffers(
+    operator: str,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_gradient: torch.Tensor | None,
+    down_gradient: torch.Tensor | None,
+) -> None:
+    """Raise KernelInputError unless the buffers fit the weights whose gradients are added to them."""
+    for name, weight, buffer in (("gate_up", gate_up, gate_up_gradient), ("down", down, down_gradient)):
+        if buffer is not None:
+            check_gradient_buffer(operator, name, weight, buffer)
+
+
+def returned(
+    gradients: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor | None], needed: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """What autograd is handed of gradients: none that was added to its buffer, and none that is not asked for."""
+    return [
+        gradient if buffer is None and asked else None
+        for gradient, buffer, asked in zip(gradients, buffers, needed, strict=True)
+    ]

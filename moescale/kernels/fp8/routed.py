@@ -10,15 +10,13 @@ from __future__ import annotations
 import torch
 
 from moescale.kernels.backends import check_dtype, check_shape, debug_checks_enabled
-from moescale.kernels.experts.operators import empty_results
+from moescale.kernels.experts.operators import check_gradient_buffers, empty_results, returned
 from moescale.kernels.experts.sort import check_ids
 from moescale.kernels.fp8 import kernels_for
 from moescale.kernels.fp8.errors import is_collecting, note_of_experts
 from moescale.kernels.fp8.reference import exact_swiglu_backward
 from moescale.kernels.fp8.rows import (
-    check_buffers,
     check_weights,
-    returned,
     up_and_down,
     weight_gradients,
 )
@@ -50,7 +48,7 @@ def fp8_experts(
     check_dtype("fp8_experts", "topk_ids", topk_ids, (torch.int32, torch.int64))
     check_dtype("fp8_experts", "topk_weights", topk_weights, (torch.float32,))
     check_weights("fp8_experts", x, gate_up, down, gate_up_copies, down_copies)
-    check_buffers("fp8_experts", gate_up, down, gate_up_gradient, down_gradient)
+    check_gradient_buffers("fp8_experts", gate_up, down, gate_up_gradient, down_gradient)
     if debug_checks_enabled():
         check_ids(topk_ids, gate_up.shape[0], tokens_per_expert)
     save_pre = torch.is_grad_enabled() and not recompute_up

@@ -17,9 +17,9 @@ from moescale.kernels.backends import (
     KernelInputError,
     check_device,
     check_dtype,
-    check_gradient_buffer,
     check_shape,
 )
+from moescale.kernels.experts.operators import check_gradient_buffers, returned
 from moescale.kernels.fp8 import kernels_for
 from moescale.kernels.fp8.errors import note
 from moescale.kernels.fp8.reference import exact_swiglu
@@ -48,7 +48,7 @@ def fp8_expert_mlp(
     check_shape("fp8_expert_mlp", "ends", ends, (gate_up.shape[0],), "[E]")
     check_dtype("fp8_expert_mlp", "ends", ends, (torch.int32,))
     check_device("fp8_expert_mlp", "ends", ends, rows.device)
-    check_buffers("fp8_expert_mlp", gate_up, down, gate_up_gradient, down_gradient)
+    check_gradient_buffers("fp8_expert_mlp", gate_up, down, gate_up_gradient, down_gradient)
     return _ExpertMlp.apply(rows, gate_up, down, ends, gate_up_copies, down_copies, (gate_up_gradient, down_gradient))
 
 
@@ -135,14 +135,6 @@ def weight_gradients(
     return ops.weight_gradient(left, right, padded, buffer=of_gate_up, kernel="up_wgrad"), grad_down
 
 
-def returned(found: Any, buffers: Any, needed: Any) -> tuple[torch.Tensor | None, ...]:
-    """What autograd is handed of gradients: none that was added to its buffer, none that is not asked for."""
-    return tuple(
-        gradient if buffer is None and asked else None
-        for gradient, buffer, asked in zip(found, buffers, needed, strict=True)
-    )
-
-
 def check_weights(
     operator: str,
     x: torch.Tensor,
@@ -166,16 +158,3 @@ def check_weights(
             f"{operator}: hidden size ({hidden}) and expert intermediate size ({ffn}) must be multiples of "
             f"{FP8_GEMM_MULTIPLE}; use experts without fp8"
         )
-
-
-def check_buffers(
-    operator: str,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    gate_up_gradient: torch.Tensor | None,
-    down_gradient: torch.Tensor | None,
-) -> None:
-    """Raise KernelInputError unless the buffers fit the weights whose gradients are added to them."""
-    for name, weight, buffer in (("gate_up", gate_up, gate_up_gradient), ("down", down, down_gradient)):
-        if buffer is not None:
-            check_gradient_buffer(operator, name, weight, buffer)
