@@ -105,12 +105,10 @@ class CostModel:
     def _copy_seconds(self, mesh: MeshShape, gemms: Gemms) -> float:
         """Both copies in fp8 of a rank's weights, after the update: read for the largest element and again, written."""
         seconds = 0.0
-        for count, weight in self.problem.all_fp8_weights(gemms, mesh):
-            moved = 2 * weight.elements * self.problem.itemsize + weight.fp8_copies_bytes
-            seconds += count * moved / self.cluster.elementwise_bytes_per_second
-        # A rank with a share of the experts has fewer bytes and as many weights.
-        number = sum(count for count, _ in self.problem.all_fp8_weights(gemms, MeshShape()))
-        return seconds + number * 2 * self.cluster.launch_seconds
+        for count, ranks, weight in self.problem.all_fp8_weights(gemms, mesh):
+            moved = (2 * weight.elements * self.problem.itemsize + weight.fp8_copies_bytes) / ranks
+            seconds += count * (moved / self.cluster.elementwise_bytes_per_second + 2 * self.cluster.launch_seconds)
+        return seconds
 
     def optimizer_seconds(self, mesh: MeshShape, formats: Formats, sharding: str = "fsdp") -> dict[str, float]:
         """One pass over this rank's states, the gradient norm before it and the clearing after it."""

@@ -121,6 +121,11 @@ def reads_peers(mesh: MeshShape, sharding: str, cluster: Cluster) -> bool:
     return sharding == "zero1" and 1 < mesh.ep <= cluster.gpus_per_node
 
 
+def can_divide_fp8(mesh: MeshShape, sharding: str, cluster: Cluster) -> bool:
+    """Whether experts in fp8 are planned on ``mesh``: not divided, or among ranks that read each other's memory."""
+    return mesh.ep == 1 or reads_peers(mesh, sharding, cluster)
+
+
 def is_recorded(mesh: MeshShape, sharding: str, cluster: Cluster, compute_dtype: str) -> bool:
     """Whether a micro-batch is one CUDA graph, for which the host launches no kernels one by one."""
     if mesh.gpus == 1:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moescale.plan import has_whole_weights
 from moescale.planner.cost import MADE_PLAIN
-from moescale.planner.exchange import reads_peers
+from moescale.planner.exchange import can_divide_fp8
 from moescale.planner.remedies import find_remedies, more_fp8
 from moescale.planner.request import IN_COMPUTE_DTYPE, Candidate, decision_text, gemm_choices
 from moescale.planner.result import Evaluated, PlanResult, alternative_summary, excess_bytes, excess_text, limits_text
@@ -174,7 +174,7 @@ def _reason_for_bf16(result: PlanResult, best: Candidate) -> str | None:
             "GEMMs in fp8 need whole weights on every rank (dense_sharding zero1): this plan's, whose dense_sharding "
             f"is {best.dense_sharding}, are in {dtype}."
         )
-    can = best.mesh.ep == 1 or reads_peers(best.mesh, best.dense_sharding, result.cluster)
+    can = can_divide_fp8(best.mesh, best.dense_sharding, result.cluster)
     if can or all(gemms.expert_gemms == "compute" for gemms in wanted):
         return None
     return (

@@ -87,7 +87,7 @@ class MemoryModel:
     def _fp8_copies_bytes_uncached(self, mesh: MeshShape, gemms: Gemms) -> float:
         """Copies of a rank's weights in e4m3, row by row and transposed, which stand through the step."""
         weights = self.problem.all_fp8_weights(gemms, mesh)
-        return float(sum(count * weight.fp8_copies_bytes for count, weight in weights))
+        return sum(count * weight.fp8_copies_bytes / ranks for count, ranks, weight in weights)
 
     def _outside_allocator_uncached(
         self, mesh: MeshShape, sequences: int, gradient: str, sharding: str, gemms: Gemms = IN_COMPUTE_DTYPE

@@ -48,10 +48,10 @@ class Problem:
         sizes = (size for weight in weights for size in (weight.rows, weight.columns))
         return [] if any(size % FP8_GEMM_MULTIPLE for size in sizes) else weights
 
-    def all_fp8_weights(self, gemms: Gemms, mesh: MeshShape) -> list[tuple[float, LinearWeight]]:
-        """Those of the whole model, each with how many of it a rank has: of routed experts, its share."""
+    def all_fp8_weights(self, gemms: Gemms, mesh: MeshShape) -> list[tuple[int, int, LinearWeight]]:
+        """Those of the model: the number of layers that have one, the ranks that divide its experts, or 1, and it."""
         return [
-            (kind.count / (mesh.ep if is_routed(op) else 1), weight)
+            (kind.count, mesh.ep if is_routed(op) else 1, weight)
             for kind in self.workload.layers
             for op in kind.operators
             for weight in self.fp8_weights(op, gemms)

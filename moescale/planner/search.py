@@ -25,7 +25,7 @@ from moescale.planner.axes.registry import division_of, meshes
 from moescale.planner.cluster import Cluster
 from moescale.planner.cost import CostModel
 from moescale.planner.decisions import check_fp8, check_request
-from moescale.planner.exchange import reads_peers
+from moescale.planner.exchange import can_divide_fp8
 from moescale.planner.memory import MemoryModel
 from moescale.planner.problem import Problem
 from moescale.planner.request import (
@@ -238,8 +238,8 @@ class Search:
         """Whether GEMMs in fp8 are planned there: of whole weights, and of experts whose rows are read from peers."""
         if gemms == IN_COMPUTE_DTYPE:
             return True
-        of_own = mesh.ep == 1 or gemms.expert_gemms == "compute" or reads_peers(mesh, sharding, self.cluster)
-        return has_whole_weights(mesh, sharding) and of_own
+        experts_can = gemms.expert_gemms == "compute" or can_divide_fp8(mesh, sharding, self.cluster)
+        return has_whole_weights(mesh, sharding) and experts_can
 
     def shardings(self, mesh: MeshShape) -> Iterator[DenseSharding]:
         """How weights outside the experts may be kept on ``mesh``; on one GPU there is nothing to decide."""
