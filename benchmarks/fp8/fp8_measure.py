@@ -34,6 +34,7 @@ from moescale.kernels.fp8 import Copies, copies_of, write_copies
 from moescale.kernels.fp8 import triton as fp8
 from moescale.kernels.fp8.linear import fp8_linear
 from moescale.kernels.fp8.routed import fp8_experts
+from moescale.kernels.fp8.rows import up_and_down, weight_gradients
 from moescale.kernels.fp8.scaled import Scaled
 from moescale.kernels.linear import linear
 from moescale.tools.bench_experts import LAYER_SHAPES, Contender, choose_experts, forward_backward_flops
@@ -178,22 +179,17 @@ def mlp_contenders(inputs: Inputs) -> list[Contender]:
     def forward() -> Any:
         groups = fp8.group_rows(inputs.ends, shape.rows)
         rows = fp8.quantize_rows(x.detach())
-        pre = fp8.multiply_rows(rows, inputs.stored("gate_up"), groups, 2 * ffn, kernel="up")
-        act = fp8.swiglu(pre, groups)
-        return fp8.multiply_rows(act, inputs.stored("down"), groups, hidden, kernel="down"), pre
+        return up_and_down(fp8, rows, inputs.stored("gate_up"), inputs.stored("down"), groups, inputs.ends)
 
     def backward(result: Any, _retain: bool) -> object:
         groups, padded = fp8.group_rows(inputs.ends, shape.rows), fp8.pad_ends(inputs.ends)
         grad_out, rows = fp8.quantize_rows(grad), fp8.quantize_rows(x.detach())
         of_down, of_gate_up = (inputs.stored(name, transposed=True) for name in ("down", "gate_up"))
         grad_act = fp8.multiply_rows(grad_out, of_down, groups, ffn, transposed=True, kernel="down_dgrad")
-        grad_pre, act, _ = fp8.swiglu_backward(grad_act, result[1], ones, groups)
-        left, right = (fp8.transpose_rows(t, groups, padded) for t in (grad_out, act))
-        grad_down = fp8.weight_gradient(left, right, padded, kernel="down_wgrad")
-        left, right = (fp8.transpose_rows(t, groups, padded) for t in (grad_pre, rows))
-        grad_gate_up = fp8.weight_gradient(left, right, padded, kernel="up_wgrad")
+        grad_pre, act, _ = fp8.swiglu_backward(grad_act, result[0], ones, groups)
+        of_weights = weight_gradients(fp8, groups, padded, grad_out, act, grad_pre, rows, (None, None))
         grad_x = fp8.multiply_rows(grad_pre, of_gate_up, groups, hidden, transposed=True, kernel="up_dgrad")
-        return grad_x, grad_gate_up, grad_down
+        return grad_x, *of_weights
 
     leaves = (x, gate_up, down)
     return [

@@ -26,11 +26,13 @@ def block_quantise(x: torch.Tensor, rows: int = 1, *, power_of_two: bool = False
     padded = F.pad(x.float(), (0, -k % BLOCK, 0, -m % rows))
     blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, rows))
     largest = blocks.abs().amax((-3, -1), keepdim=True).clamp_min(1e-30)
-    scales = largest / LARGEST
     if power_of_two:
         scales = power_of_two_scale(largest)
-    quantised = (blocks / scales if power_of_two else blocks * (LARGEST / largest)).to(E4M3)
-    data = quantised.flatten(-4, -3).flatten(-2)[..., :m, :k].contiguous()
+        quantised = blocks / scales
+    else:
+        scales = largest / LARGEST
+        quantised = blocks * (LARGEST / largest)
+    data = quantised.to(E4M3).flatten(-4, -3).flatten(-2)[..., :m, :k].contiguous()
     return Scaled(data=data, scales=scales.squeeze((-3, -1)))
 
 
