@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from moescale.kernels.attention import Documents, attention
 from moescale.kernels.backends import runs_cute
 from moescale.kernels.cross_entropy import linear_cross_entropy
+from moescale.kernels.normed_rope import normed_half_rope
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
 from moescale.kernels.rope import mla_rope
 from moescale.kernels.router import route, router_logits
@@ -160,6 +161,9 @@ def elementwise(rows: list[dict]) -> None:
     latent = randn(BATCH, LENGTH, 576, grad=False)[..., :512].requires_grad_()
     gate_up = randn(TOKENS, 2 * 2816)
     q, kv, k_rope = randn(BATCH, LENGTH, 16, 192), randn(BATCH, LENGTH, 16, 256), randn(BATCH, LENGTH, 64)
+    heads, gain = randn(BATCH, LENGTH, 32, 128), randn(128)  # of Qwen3-30B-A3B's queries
+    angles = torch.randn(LENGTH, 64, device="cuda")
+    tables = angles.cos(), angles.sin()
     logits = torch.randn(TOKENS, 64, device="cuda", requires_grad=True)
     routing = {"top_k": 6, "group_limited": False, "normalize_topk": False, "routed_scaling_factor": 1.0}
     row, table = TOKENS * hidden * 2, TOKENS * 64 * 4
@@ -180,6 +184,13 @@ def elementwise(rows: list[dict]) -> None:
             [q, kv, k_rope],
             TOKENS * 2 * (16 * (192 + 256 + 192 + 192 + 128) + 64),
             TOKENS * 2 * (16 * (192 + 256 + 192 + 192 + 128) + 64),
+        ),
+        (
+            "normed_half_rope",
+            lambda b: (normed_half_rope(heads, gain, *tables, 1e-6, backend=b),),
+            [heads, gain],
+            TOKENS * 32 * 128 * 4,
+            TOKENS * 32 * 128 * 6,
         ),
         (
             "route",

@@ -74,6 +74,7 @@ def call_every_operator() -> None:
     from moescale.kernels.block_fp8 import triton as block_fp8
     from moescale.kernels.cross_entropy import triton as cross_entropy
     from moescale.kernels.experts import triton as experts
+    from moescale.kernels.normed_rope import triton as normed_rope
     from moescale.kernels.rms_norm import triton as rms_norm
     from moescale.kernels.rope import triton as rope
     from moescale.kernels.router import triton as router
@@ -96,6 +97,10 @@ def call_every_operator() -> None:
     q, kv, table = empty(1, 8, 16, 192), empty(1, 8, 16, 256), empty(8, 32, dtype=fp32)
     rope.forward(q, kv, empty(1, 8, 576)[..., 512:], table, table)
     rope.backward(q, q, empty(1, 8, 16, 128), table, table)
+    gain, table = empty(128), empty(8, 64, dtype=fp32)
+    for heads in (empty(1, 8, 32, 128), empty(1, 8, 4, 128)):  # a tile of one token, and of several
+        normed_rope.forward(heads, gain, table, table, 1e-6)
+        normed_rope.backward(heads, heads, gain, table, table, 1e-6)
     # The groups of a choice, the scores (softmax, or sigmoid with a bias) and padding are constants of the kernels, and
     # every pair of two of them is here: all eight together take the compiler most of its time.
     for num_experts, groups, top_groups, sigmoid, padded in (

@@ -23,6 +23,7 @@ from moescale.kernels.fp8 import copies_of
 from moescale.kernels.fp8.linear import fp8_linear
 from moescale.kernels.fp8.routed import fp8_experts
 from moescale.kernels.fp8.rows import fp8_expert_mlp
+from moescale.kernels.normed_rope import normed_half_rope
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
 from moescale.kernels.rope import mla_rope
 from moescale.kernels.router import route, router_logits
@@ -122,6 +123,10 @@ def check_elementwise() -> None:
         q = randn(batch, length, heads, nope + rope)
         kv = randn(batch, length, heads, nope + value)
         backward(*mla_rope(q, kv, randn(batch, length, rope), angles.cos(), angles.sin(), backend="triton"))
+    for batch, length, heads, width in ((1, 1, 1, 64), (2, 77, 5, 96), (3, 11, 4, 128), (1, 9, 48, 128), (2, 3, 6, 10)):
+        angles = torch.randn(length, width // 2, device="cuda")
+        tables = angles.cos(), angles.sin()
+        backward(normed_half_rope(randn(batch, length, heads, width), randn(width), *tables, 1e-6, backend="triton"))
 
 
 def check_cross_entropy() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from agreement import DEVICE, randn
 
-from moescale.kernels import adapted_linear, cross_entropy, linear, rms_norm, rope, router, swiglu
+from moescale.kernels import adapted_linear, cross_entropy, linear, normed_rope, rms_norm, rope, router, swiglu
 from moescale.kernels.block_fp8 import quantize
 from moescale.kernels.fp8 import copies_of, routed
 from moescale.kernels.fp8 import linear as linear_in_fp8
@@ -42,6 +42,10 @@ CASES = {
     "mla_rope": (
         rope._mla_rope_op,
         lambda: (randn(2, 4, 3, 10), randn(2, 4, 3, 11, seed=1), randn(2, 4, 4, seed=2), TABLE, TABLE),
+    ),
+    "normed_half_rope": (
+        normed_rope._normed_half_rope_op,
+        lambda: (randn(2, 4, 3, 4), randn(4, seed=1), TABLE, TABLE, 1e-6),
     ),
     "route": (router._route_op, lambda: (randn(6, 8), None, None, None, 3, 4, 2, True, 1.5, 2)),
     "route_of_padded_sequences": (

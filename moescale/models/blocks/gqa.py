@@ -44,19 +44,21 @@ class GroupedQueryAttention(nn.Module):
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
         width = self.config.head_dim
-        q = half_rope(self._normed_heads(self.q_norm, self.q_proj(x)), cos, sin)
-        k = half_rope(self._normed_heads(self.k_norm, self.k_proj(x)), cos, sin)
+        q = self._normed_and_rotated(self.q_norm, self.q_proj(x), cos, sin)
+        k = self._normed_and_rotated(self.k_norm, self.k_proj(x), cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, width))
         attend = attention if cache is None else cache.attention
         mixed = attend(q, k, v, softmax_scale=width**-0.5, documents=documents)  # [B, S, N, D]
         return self.output(mixed.flatten(-2))
 
-    def _normed_heads(self, norm: RMSNorm, projected: torch.Tensor) -> torch.Tensor:
+    def _normed_and_rotated(
+        self, norm: RMSNorm, projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
         """[B, S, N * D] -> [B, S, N, D]."""
         heads = (-1, self.config.head_dim)
         if self.norms_all_heads_at_once:
-            return norm(projected).unflatten(-1, heads)
-        return norm(projected.unflatten(-1, heads))
+            return half_rope(norm(projected).unflatten(-1, heads), cos, sin)
+        return norm.rotated(projected.unflatten(-1, heads), cos, sin)
 
 
 def rope_tables(

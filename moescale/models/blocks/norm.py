@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from moescale.kernels.normed_rope import normed_half_rope
 from moescale.kernels.rms_norm import add_rms_norm, rms_norm
 
 
@@ -22,3 +23,7 @@ class RMSNorm(nn.Module):
     def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the norm of ``x + residual``, and that sum, in one pass."""
         return add_rms_norm(x, residual, self.weight, self.eps)
+
+    def rotated(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Return the norm of every head of ``x`` [B, S, N, D], its halves rotated, in one pass."""
+        return normed_half_rope(x, self.weight, cos, sin, self.eps)

@@ -30,22 +30,24 @@ register(
 )
 register(
     Operator(
-        name="gqa_q_norm",
+        name="gqa_q_norm_rope",
         group="attention projections",
         tp="replicate",
         annotation="n a q, q -> n a q",
         kind="elementwise",
-        saved=(Saved(name="q_projected", dims="n a q"), Saved(name="gqa_q_rstd", dims="n a", itemsize=4)),
+        backward_bytes_ratio=1.5,  # reads what was projected and the gradient, writes a gradient
+        saved=(Saved(name="q_projected", dims="n a q"),),
     )
 )
 register(
     Operator(
-        name="gqa_k_norm",
+        name="gqa_k_norm_rope",
         group="attention projections",
         tp="replicate",
         annotation="n g q, q -> n g q",
         kind="elementwise",
-        saved=(Saved(name="k_projected", dims="n g q"), Saved(name="gqa_k_rstd", dims="n g", itemsize=4)),
+        backward_bytes_ratio=1.5,
+        saved=(Saved(name="k_projected", dims="n g q"),),
     )
 )
 register(Operator(name="gqa_rope", group="attention", annotation="n a q, n g q -> n a q, n g q", kind="elementwise"))

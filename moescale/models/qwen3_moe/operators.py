@@ -9,7 +9,7 @@ from moescale.models.family import LayerList
 from moescale.models.layer_operators import decoder_layers
 from moescale.models.qwen3_moe.config import Qwen3MoeConfig
 
-_ATTENTION = ("q_proj", "gqa_key_value", "gqa_q_norm", "gqa_k_norm", "gqa_rope", "gqa_attention")
+_ATTENTION = ("q_proj", "gqa_key_value", "gqa_q_norm_rope", "gqa_k_norm_rope", "gqa_attention")
 
 
 def layers(config: Qwen3MoeConfig) -> tuple[LayerList, ...]:
