@@ -62,7 +62,7 @@ def run_case(folder: Path, model: str, data: Path, cluster: str, steps: int, pin
     plan_of = ("--model", model, "--cluster", cluster, "--plan-gpus", "2", "--tokens-per-step", "131072")
     compiled = command("compile", *plan_of, "--output", str(plan_file), *pins)
     if compiled.returncode:
-        return {"compile": compiled.returncode, "error": compiled.stderr[-500:]}
+        return {"compile": compiled.returncode, "error": compiled.stderr[-4000:]}
     plan = json.loads(plan_file.read_text())
     run_of = ("--plan", str(plan_file), "--model", model, "--data", str(data), "--output", str(output))
     run = command("run", *run_of, "--steps", str(steps), "--no-final-checkpoint")
@@ -79,7 +79,7 @@ def run_case(folder: Path, model: str, data: Path, cluster: str, steps: int, pin
         "moe_recompute": moe["recompute"],
         "moe_recompute_layers": moe["recompute_layers"],
         "status": run.returncode,
-        "error": None if run.returncode == 0 else run.stderr[-500:],
+        "error": None if run.returncode == 0 else run.stderr[-4000:],
         "predicted_seconds": prediction["step_seconds"],
         "measured_seconds": seconds,
         "tokens_per_second": seconds and plan["tokens_per_step"] / seconds,

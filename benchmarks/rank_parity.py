@@ -136,11 +136,11 @@ def time_of_micro_batch(trainer: Trainer, repeats: int = 5) -> float:
 def refuse_waits(trainer: Trainer) -> None:
     """Run unrecorded micro-batches with any wait of the host for the GPU an error."""
     batch = next(iter(trainer.source))[0]
-    tokens, targets = batch.tokens.cuda(), batch.targets.cuda()
-    trainer.micro_batches._run(tokens, targets)
+    inputs = {"tokens": batch.tokens.cuda(), "targets": batch.targets.cuda()}
+    trainer.micro_batches._run(inputs)
     torch.cuda.synchronize()
     with synchronisation_refused():
-        trainer.micro_batches._run(tokens, targets)
+        trainer.micro_batches._run(inputs)
     torch.cuda.synchronize()
     trainer.optimizer.zero_gradients()
 

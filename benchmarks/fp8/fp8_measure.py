@@ -34,7 +34,7 @@ from moescale.kernels.fp8 import Copies, copies_of, write_copies
 from moescale.kernels.fp8 import triton as fp8
 from moescale.kernels.fp8.linear import fp8_linear
 from moescale.kernels.fp8.routed import fp8_experts
-from moescale.kernels.fp8.rows import up_and_down, weight_gradients
+from moescale.kernels.fp8.rows import fp8_expert_mlp
 from moescale.kernels.fp8.scaled import Scaled
 from moescale.kernels.linear import linear
 from moescale.tools.bench_experts import LAYER_SHAPES, Contender, choose_experts, forward_backward_flops
@@ -102,18 +102,17 @@ def fp8_products(inputs: Inputs) -> dict[str, Callable[[], torch.Tensor]]:
     x, act, pre = (fp8.quantize_rows(randn(shape.rows, width)) for width in (hidden, ffn, 2 * ffn))
     x_t, act_t, pre_t = (fp8.transpose_rows(t, groups, padded) for t in (x, act, pre))
 
-    def rows(a: Scaled, weight: str, n: int, kernel: str) -> Callable[[], torch.Tensor]:
-        transposed = kernel.endswith("dgrad")
+    def rows(a: Scaled, weight: str, n: int, *, transposed: bool = False) -> Callable[[], torch.Tensor]:
         stored = inputs.stored(weight, transposed=transposed)
-        return functools.partial(fp8.multiply_rows, a, stored, groups, n, transposed=transposed, kernel=kernel)
+        return functools.partial(fp8.multiply_rows, a, stored, groups, n, transposed=transposed)
 
     return {
-        "up": rows(x, "gate_up", 2 * ffn, "up"),
-        "down": rows(act, "down", hidden, "down"),
-        "down_dgrad": rows(x, "down", ffn, "down_dgrad"),
-        "up_dgrad": rows(pre, "gate_up", hidden, "up_dgrad"),
-        "up_wgrad": functools.partial(fp8.weight_gradient, pre_t, x_t, padded, kernel="up_wgrad"),
-        "down_wgrad": functools.partial(fp8.weight_gradient, x_t, act_t, padded, kernel="down_wgrad"),
+        "up": rows(x, "gate_up", 2 * ffn),
+        "down": rows(act, "down", hidden),
+        "down_dgrad": rows(x, "down", ffn, transposed=True),
+        "up_dgrad": rows(pre, "gate_up", hidden, transposed=True),
+        "up_wgrad": functools.partial(fp8.weight_gradient, pre_t, x_t, padded),
+        "down_wgrad": functools.partial(fp8.weight_gradient, x_t, act_t, padded),
     }
 
 
@@ -170,35 +169,16 @@ def bf16_backends() -> list[str]:
 
 
 def mlp_contenders(inputs: Inputs) -> list[Contender]:
-    """The MLP on sorted rows in bf16, and in fp8 from the parts that routed experts have."""
+    """The MLP on sorted rows."""
     shape, gate_up, down = inputs.shape, inputs.gate_up, inputs.down
-    hidden, ffn = shape.hidden_size, shape.intermediate_size
-    x, grad = randn(shape.rows, hidden).requires_grad_(), randn(shape.rows, hidden)
-    ones = torch.ones(shape.rows, device=DEVICE)
-
-    def forward() -> Any:
-        groups = fp8.group_rows(inputs.ends, shape.rows)
-        rows = fp8.quantize_rows(x.detach())
-        return up_and_down(fp8, rows, inputs.stored("gate_up"), inputs.stored("down"), groups, inputs.ends)
-
-    def backward(result: Any, _retain: bool) -> object:
-        groups, padded = fp8.group_rows(inputs.ends, shape.rows), fp8.pad_ends(inputs.ends)
-        grad_out, rows = fp8.quantize_rows(grad), fp8.quantize_rows(x.detach())
-        of_down, of_gate_up = (inputs.stored(name, transposed=True) for name in ("down", "gate_up"))
-        grad_act = fp8.multiply_rows(grad_out, of_down, groups, ffn, transposed=True, kernel="down_dgrad")
-        grad_pre, act, _ = fp8.swiglu_backward(grad_act, result[0], ones, groups)
-        of_weights = weight_gradients(fp8, groups, padded, grad_out, act, grad_pre, rows, (None, None))
-        grad_x = fp8.multiply_rows(grad_pre, of_gate_up, groups, hidden, transposed=True, kernel="up_dgrad")
-        return grad_x, *of_weights
-
-    leaves = (x, gate_up, down)
-    return [
-        Contender(backend="fp8", forward=forward, backward=backward),
-        *(
-            contender(f"bf16 {name}", functools.partial(expert_mlp, *leaves, inputs.ends, backend=name), leaves, grad)
-            for name in bf16_backends()
-        ),
-    ]
+    x, grad = randn(shape.rows, shape.hidden_size).requires_grad_(), randn(shape.rows, shape.hidden_size)
+    leaves, (of_gate_up, of_down) = (x, gate_up, down), inputs.copies
+    call = functools.partial(fp8_expert_mlp, *leaves, inputs.ends, gate_up_copies=of_gate_up, down_copies=of_down)
+    forms: dict[str, Callable[[], torch.Tensor]] = {"fp8": call}
+    forms |= {
+        f"bf16 {name}": functools.partial(expert_mlp, *leaves, inputs.ends, backend=name) for name in bf16_backends()
+    }
+    return [contender(name, forward, leaves, grad) for name, forward in forms.items()]
 
 
 def layer_contenders(inputs: Inputs, buffer: torch.dtype | None) -> list[Contender]:

@@ -148,7 +148,7 @@ def test_any_part_is_quantised_to_the_bits_of_the_whole(shape: tuple[int, ...]) 
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Argument aux_data")
+@pytest.mark.filterwarnings("ignore:Argument aux_data", "ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("targets", ["all", "attention"])
 def test_a_recorded_micro_batch_in_fp8_is_that_of_plain_weights(targets: str, recompute: bool) -> None:

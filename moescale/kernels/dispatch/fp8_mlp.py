@@ -30,11 +30,11 @@ def forward_rows(
     for part, ends, keeps in _parts(order, kept, max_rows):
         groups = ops.group_rows(ends, part.stop - part.start, expected_rows=expected_rows)
         target = pre if keeps else None
-        part_pre = ops.multiply_rows(_slice(rows, part), of_rows(gate_up), groups, 2 * ffn, kernel="up", out=target)
+        part_pre = ops.multiply_rows(_slice(rows, part), of_rows(gate_up), groups, 2 * ffn, out=target)
         ops.swiglu(part_pre, groups, out=_slice(act, part))
         del part_pre
     groups = ops.group_rows(order.ends, max_rows, expected_rows=expected_rows)
-    ops.multiply_rows(act, of_rows(down), groups, out.shape[1], kernel="down", out=out)
+    ops.multiply_rows(act, of_rows(down), groups, out.shape[1], out=out)
     return pre
 
 
@@ -59,13 +59,13 @@ def backward_rows(
     """
     (max_rows, hidden), ffn, kept = rows.data.shape, down.rows.shape[2], pre.shape[0]
     groups = ops.group_rows(order.ends, max_rows, expected_rows=expected_rows)
-    grad_act = ops.multiply_rows(grad_rows, of_columns(down), groups, ffn, transposed=True, kernel="down_dgrad")
+    grad_act = ops.multiply_rows(grad_rows, of_columns(down), groups, ffn, transposed=True)
     grad_pre, act = (ops.empty_rows(max_rows, width, out.device) for width in (2 * ffn, ffn))
     for part, ends, keeps in _parts(order, kept, max_rows):
         part_groups = ops.group_rows(ends, part.stop - part.start, expected_rows=expected_rows)
         part_pre = pre
         if not keeps:
-            part_pre = ops.multiply_rows(_slice(rows, part), of_rows(gate_up), part_groups, 2 * ffn, kernel="up")
+            part_pre = ops.multiply_rows(_slice(rows, part), of_rows(gate_up), part_groups, 2 * ffn)
         target = _slice(grad_pre, part), _slice(act, part), values[part]
         weights = order.row_weights[part]
         ops.swiglu_backward(grad_act[part], part_pre, weights, part_groups, out=target)
@@ -73,7 +73,7 @@ def backward_rows(
     del grad_act
     padded = ops.pad_ends(order.ends)
     found = weight_gradients(ops, groups, padded, grad_rows, act, grad_pre, rows, buffers)
-    ops.multiply_rows(grad_pre, of_columns(gate_up), groups, hidden, transposed=True, kernel="up_dgrad", out=out)
+    ops.multiply_rows(grad_pre, of_columns(gate_up), groups, hidden, transposed=True, out=out)
     return found
 
 

@@ -105,7 +105,6 @@ def multiply_rows(
     num_columns: int,
     *,
     transposed: bool = False,
-    kernel: str = "up",
     out: torch.Tensor | None = None,
     launch: LaunchConfig | None = None,
 ) -> torch.Tensor:
@@ -119,7 +118,7 @@ def multiply_rows(
     if num_rows == 0:
         return out
     matrix = weight.data if transposed else weight.data.view(-1, k)
-    launch = launch or find_launch(kernel, rows.data.device)
+    launch = launch or find_launch(rows.data.device)
     grid = num_programs(launch, rows.data.device)
     _rows_kernel[(grid,)](
         describe_rows(rows.data, [launch.block_m, launch.block_k]),
@@ -151,7 +150,6 @@ def weight_gradient(
     padded: torch.Tensor,
     *,
     buffer: torch.Tensor | None = None,
-    kernel: str = "up_wgrad",
     launch: LaunchConfig | None = None,
 ) -> torch.Tensor:
     """Return the sum over each expert's rows of left [M, P] times right [N, P], [E, M, N] bf16, or add to ``buffer``.
@@ -162,7 +160,7 @@ def weight_gradient(
     (m, _), n, num_experts = left.data.shape, right.data.shape[0], padded.numel()
     device = left.data.device
     out = torch.empty((num_experts, m, n), dtype=torch.bfloat16, device=device) if buffer is None else buffer
-    launch = launch or find_launch(kernel, device, wide=out.dtype == torch.float32)
+    launch = launch or find_launch(device, gradient=(m, n), wide=out.dtype == torch.float32)
     grid = num_programs(launch, device)
     _weight_gradient_kernel[(grid,)](
         TensorDescriptor.from_tensor(left.data, [launch.block_m, launch.block_k]),

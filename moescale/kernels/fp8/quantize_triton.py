@@ -23,17 +23,23 @@ TILE = FP8_COPY_ROWS
 
 
 @triton.jit
-def _largest(x):
-    """The largest absolute element of x; NaN, if one is: as integers, NaNs are larger than all numbers."""
-    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _power_of_two_scale(largest):
     """The smallest power of two s with largest / s <= 448, 2^-100 at least; inf, where ``largest`` is not finite."""
     ratio = tl.maximum(largest * (1 / 448), 7.888609052210118e-31)
     bits = (ratio.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
     return tl.where(largest < float("inf"), bits, 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _magnitude(x):
+    """The absolute elements of x as integers, which compare as the numbers do, NaN above all."""
+    return tl.abs(x).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _scale_of(magnitude):
+    """The scale of what has these magnitudes; inf, where one is of NaN or inf."""
+    return _power_of_two_scale(tl.max(magnitude, 0).to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -63,73 +69,100 @@ def _to_e4m3(x):
 
 @triton.jit
 def _quantize_rows_kernel(
-    x, pair_row, tokens, token_scales, rows, row_scales, H, TOP_K: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, pair_row, tokens, token_scales, rows, row_scales, H,
+    TOP_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     """tokens[t] = x[t] quantised, and rows[row of (t, k)] the same, for every k. With TOP_K 0 there are no rows."""
     token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < H
-    part = tl.load(x + token * H + column, mask=inside, other=0.0).to(tl.float32)
-    scale = _power_of_two_scale(_largest(part))
-    part = _to_e4m3(part * _inverse(scale))
-    tl.store(tokens + token * H + column, part, mask=inside)
+    parts = ()
+    largest = tl.zeros((CHUNK,), tl.int32)
+    for i in tl.static_range(CHUNKS):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        part = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, _magnitude(part))
+        parts = parts + (part,)  # type: ignore[assignment]
+    scale = _scale_of(largest)
     tl.store(token_scales + token, scale)
+    for i in tl.static_range(CHUNKS):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        part = _to_e4m3(parts[i] * _inverse(scale))
+        tl.store(tokens + token * H + column, part, mask=column < H)
+        for k in tl.static_range(TOP_K):
+            row = tl.load(pair_row + token * TOP_K + k).to(tl.int64)
+            tl.store(rows + row * H + column, part, mask=(column < H) & (row >= 0))
     for k in tl.static_range(TOP_K):
         row = tl.load(pair_row + token * TOP_K + k).to(tl.int64)
-        tl.store(rows + row * H + column, part, mask=inside & (row >= 0))
         tl.store(row_scales + row, scale, mask=row >= 0)
 
 
 @triton.jit
-def _swiglu_kernel(pre, act, scales, ends, num_experts, F, BLOCK: tl.constexpr):
-    """One row; nothing is written of rows behind the last expert's."""
+def _swiglu_kernel(pre, act, scales, ends, num_experts, F, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """One row, in parts of CHUNK columns that stay in registers; nothing is written behind the last expert's rows."""
     row = tl.program_id(0).to(tl.int64)
     if row >= tl.load(ends + num_experts - 1):
         return
-    column = tl.arange(0, BLOCK)
-    inside = column < F
-    gate = tl.load(pre + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(pre + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
-    value = gate * tl.sigmoid(gate) * up
-    scale = _power_of_two_scale(_largest(value))
-    tl.store(act + row * F + column, _to_e4m3(value * _inverse(scale)), mask=inside)
+    values = ()
+    largest = tl.zeros((CHUNK,), tl.int32)
+    for i in tl.static_range(CHUNKS):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        gate = tl.load(pre + row * 2 * F + column, mask=column < F, other=0.0).to(tl.float32)
+        up = tl.load(pre + row * 2 * F + F + column, mask=column < F, other=0.0).to(tl.float32)
+        value = gate * tl.sigmoid(gate) * up
+        largest = tl.maximum(largest, _magnitude(value))
+        values = values + (value,)  # type: ignore[assignment]
+    scale = _scale_of(largest)
+    inverse = _inverse(scale)
+    for i in tl.static_range(CHUNKS):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        tl.store(act + row * F + column, _to_e4m3(values[i] * inverse), mask=column < F)
     tl.store(scales + row, scale)
 
 
 @triton.jit
 def _swiglu_backward_kernel(
     grad_act, pre, row_weights, grad_weights, grad_pre, grad_pre_scales, act, act_scales, ends, num_experts, F,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The bf16 kernel's computation on one row; the gradient of the pre-activation and the weighted activation in e4m3.
 
-    Nothing is written of rows behind the last expert's.
+    In parts of CHUNK columns that stay in registers; nothing is written behind the last expert's rows.
     """
     row = tl.program_id(0).to(tl.int64)
     if row >= tl.load(ends + num_experts - 1):
         return
-    column = tl.arange(0, BLOCK)
-    inside = column < F
-    grad = tl.load(grad_act + row * F + column, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(pre + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(pre + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    value = silu * up
     weight = tl.load(row_weights + row)
-    tl.store(grad_weights + row, tl.sum(grad * value, 0))
-    grad *= weight
-    value *= weight
-    grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    grad_up = grad * silu
-    scale = tl.maximum(_power_of_two_scale(_largest(grad_gate)), _power_of_two_scale(_largest(grad_up)))
-    inverse = _inverse(scale)
-    tl.store(grad_pre + row * 2 * F + column, _to_e4m3(grad_gate * inverse), mask=inside)
-    tl.store(grad_pre + row * 2 * F + F + column, _to_e4m3(grad_up * inverse), mask=inside)
-    tl.store(grad_pre_scales + row, scale)
-    scale = _power_of_two_scale(_largest(value))
-    tl.store(act + row * F + column, _to_e4m3(value * _inverse(scale)), mask=inside)
-    tl.store(act_scales + row, scale)
+    values, grads_gate, grads_up = (), (), ()
+    grad_weight = tl.zeros((CHUNK,), tl.float32)
+    largest_value, largest_grad = tl.zeros((CHUNK,), tl.int32), tl.zeros((CHUNK,), tl.int32)
+    for i in tl.static_range(CHUNKS):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        inside = column < F
+        grad = tl.load(grad_act + row * F + column, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(pre + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(pre + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        value = silu * up
+        grad_weight += grad * value
+        grad *= weight
+        value *= weight
+        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+        grad_up = grad * silu
+        largest_value = tl.maximum(largest_value, _magnitude(value))
+        largest_grad = tl.maximum(largest_grad, tl.maximum(_magnitude(grad_gate), _magnitude(grad_up)))
+        values = values + (value,)  # type: ignore[assignment]
+        grads_gate = grads_gate + (grad_gate,)  # type: ignore[assignment]
+        grads_up = grads_up + (grad_up,)  # type: ignore[assignment]
+    tl.store(grad_weights + row, tl.sum(grad_weight, 0))
+    of_grad, of_value = _scale_of(largest_grad), _scale_of(largest_value)
+    for i in tl.static_range(CHUNKS):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        inside = column < F
+        tl.store(grad_pre + row * 2 * F + column, _to_e4m3(grads_gate[i] * _inverse(of_grad)), mask=inside)
+        tl.store(grad_pre + row * 2 * F + F + column, _to_e4m3(grads_up[i] * _inverse(of_grad)), mask=inside)
+        tl.store(act + row * F + column, _to_e4m3(values[i] * _inverse(of_value)), mask=inside)
+    tl.store(grad_pre_scales + row, of_grad)
+    tl.store(act_scales + row, of_value)
 
 
 @triton.jit
@@ -208,6 +241,16 @@ def _copies_kernel(weight, largest, rows, columns, scales, N, K, P, ROWS: tl.con
     tl.store(columns + target, tl.trans(block), mask=(k < K)[:, None])
 
 
+def cut_row(columns: int, *, whole: bool = False) -> dict[str, int]:
+    """Return the launch of a program that holds a row of ``columns`` in parts, of which the last alone is not full.
+
+    ``whole``: in one part, where that is full, too.
+    """
+    num_warps = 4 if columns <= 4096 else 8
+    chunk = columns if whole and columns == triton.next_power_of_2(columns) else 128 * num_warps
+    return {"CHUNK": chunk, "CHUNKS": triton.cdiv(columns, chunk), "num_warps": num_warps}
+
+
 def empty_rows(rows: int, columns: int, device: torch.device) -> Scaled:
     """Memory for rows with scales, not written yet."""
     return Scaled(
@@ -233,9 +276,8 @@ def gather_rows(x: torch.Tensor, pair_row: torch.Tensor, top_k: int) -> tuple[Sc
 def _quantize(x: torch.Tensor, pair_row: torch.Tensor | None, tokens: Scaled, rows: Scaled, top_k: int) -> None:
     num_tokens, hidden = x.shape
     if num_tokens:
-        block = triton.next_power_of_2(hidden)
         _quantize_rows_kernel[(num_tokens,)](
-            x, pair_row, *tokens, *rows, hidden, TOP_K=top_k, BLOCK=block, num_warps=8 if block > 2048 else 4
+            x, pair_row, *tokens, *rows, hidden, TOP_K=top_k, **cut_row(hidden, whole=True)
         )
 
 
@@ -244,7 +286,7 @@ def swiglu(pre: torch.Tensor, groups: RowGroups, out: Scaled | None = None) -> S
     num_rows, ffn = pre.shape[0], pre.shape[1] // 2
     act = out or empty_rows(num_rows, ffn, pre.device)
     if num_rows:
-        _swiglu_kernel[(num_rows,)](pre, *act, groups.ends, groups.num_experts, ffn, BLOCK=triton.next_power_of_2(ffn))
+        _swiglu_kernel[(num_rows,)](pre, *act, groups.ends, groups.num_experts, ffn, **cut_row(ffn))
     return act
 
 
@@ -276,7 +318,7 @@ def swiglu_backward(
             groups.ends,
             groups.num_experts,
             ffn,
-            BLOCK=triton.next_power_of_2(ffn),
+            **cut_row(ffn),
         )
     return grad_pre, act, grad_weights
 

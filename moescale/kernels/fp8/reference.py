@@ -108,7 +108,6 @@ def multiply_rows(
     num_columns: int,
     *,
     transposed: bool = False,
-    kernel: str = "up",
 ) -> torch.Tensor:
     """Return rows [R, K] times the weight of their expert as [R, N] bf16; rows of no expert are zero.
 
@@ -129,7 +128,7 @@ def multiply_rows(
 
 
 def weight_gradient(
-    left: Scaled, right: Scaled, padded: torch.Tensor, *, buffer: torch.Tensor | None = None, kernel: str = "up_wgrad"
+    left: Scaled, right: Scaled, padded: torch.Tensor, *, buffer: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the sum over each expert's rows of left [M, P] @ right [N, P].T, [E, M, N] bf16, or add to ``buffer``."""
     parts, first = [], 0

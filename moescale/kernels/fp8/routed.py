@@ -112,12 +112,12 @@ def _experts_backward(
     hidden, ffn = x.shape[1], gate_up_rows.shape[1] // 2
     if pre.numel() == 0:
         rows, _ = ops.gather_rows(x.contiguous(), pair_row, top_k)
-        pre = ops.multiply_rows(rows, Scaled(gate_up_rows, gate_up_scales), groups, 2 * ffn, kernel="up")
+        pre = ops.multiply_rows(rows, Scaled(gate_up_rows, gate_up_scales), groups, 2 * ffn)
         del rows
     of_tokens = {"row_pair": row_pair, "top_k": top_k}
     grad_rows, grad_tokens = ops.gather_rows(grad.contiguous(), pair_row, top_k)
     of_down = Scaled(down_columns, down_scales)
-    grad_act = ops.multiply_rows(grad_rows, of_down, groups, ffn, transposed=True, kernel="down_dgrad")
+    grad_act = ops.multiply_rows(grad_rows, of_down, groups, ffn, transposed=True)
     del grad_rows
     row_weights = ops.sort_weights(topk_weights.contiguous(), row_pair)
     grad_pre, act, grad_weights = ops.swiglu_backward(grad_act, pre, row_weights, groups)
@@ -136,7 +136,7 @@ def _experts_backward(
         ops, groups, padded, grad_tokens, act, grad_pre, tokens, buffers, **of_tokens
     )
     of_gate_up = Scaled(gate_up_columns, gate_up_scales)
-    of_x = ops.multiply_rows(grad_pre, of_gate_up, groups, hidden, transposed=True, kernel="up_dgrad")
+    of_x = ops.multiply_rows(grad_pre, of_gate_up, groups, hidden, transposed=True)
     return (
         ops.combine_rows(of_x, pair_row, top_k),
         ops.order_by_pair(grad_weights, pair_row).view(topk_weights.shape),

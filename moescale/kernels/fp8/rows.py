@@ -80,12 +80,12 @@ class _ExpertMlp(torch.autograd.Function):
         ops = kernels_for(grad)
         groups, padded = ops.group_rows(ends, data.shape[0]), ops.pad_ends(ends)
         grad_rows = ops.quantize_rows(grad.contiguous())
-        grad_act = ops.multiply_rows(grad_rows, of_down, groups, ffn, transposed=True, kernel="down_dgrad")
+        grad_act = ops.multiply_rows(grad_rows, of_down, groups, ffn, transposed=True)
         ones = torch.ones(data.shape[0], dtype=torch.float32, device=data.device)
         grad_pre, act, _ = ops.swiglu_backward(grad_act, pre, ones, groups)
         del grad_act
         found = weight_gradients(ops, groups, padded, grad_rows, act, grad_pre, Scaled(data, scales), ctx.buffers)
-        grad_x = ops.multiply_rows(grad_pre, of_gate_up, groups, hidden, transposed=True, kernel="up_dgrad")
+        grad_x = ops.multiply_rows(grad_pre, of_gate_up, groups, hidden, transposed=True)
         need = ctx.needs_input_grad[1:3]
         return grad_x, *returned(found, ctx.buffers, need), None, None, None, None
 
@@ -104,10 +104,10 @@ def up_and_down(
     ops: ModuleType, rows: Scaled, gate_up: Scaled, down: Scaled, groups: Any, ends: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the pre-activation [R, 2F] and the result [R, H] of rows [R, H]. Weights: as :func:`of_rows`."""
-    pre = ops.multiply_rows(rows, gate_up, groups, gate_up.data.shape[1], kernel="up")
+    pre = ops.multiply_rows(rows, gate_up, groups, gate_up.data.shape[1])
     act = ops.swiglu(pre, groups)
     note("experts activation", lambda: exact_swiglu(pre), act, ends)
-    return pre, ops.multiply_rows(act, down, groups, down.data.shape[1], kernel="down")
+    return pre, ops.multiply_rows(act, down, groups, down.data.shape[1])
 
 
 def weight_gradients(
@@ -129,10 +129,10 @@ def weight_gradients(
     of_gate_up, of_down = (None if buffer is None else buffer.data for buffer in buffers)
     left = ops.transpose_rows(grads, groups, padded, **of_tokens)
     right = ops.transpose_rows(act, groups, padded)
-    grad_down = ops.weight_gradient(left, right, padded, buffer=of_down, kernel="down_wgrad")
+    grad_down = ops.weight_gradient(left, right, padded, buffer=of_down)
     left = ops.transpose_rows(grad_pre, groups, padded)
     right = ops.transpose_rows(inputs, groups, padded, **of_tokens)
-    return ops.weight_gradient(left, right, padded, buffer=of_gate_up, kernel="up_wgrad"), grad_down
+    return ops.weight_gradient(left, right, padded, buffer=of_gate_up), grad_down
 
 
 def check_weights(

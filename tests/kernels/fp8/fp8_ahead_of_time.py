@@ -7,6 +7,7 @@ matrix instructions}}. Runs in a process of its own: elsewhere in the tests, ker
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 
@@ -21,7 +22,7 @@ from moescale.kernels.dispatch.triton import RowOrder, pull_scaled_rows
 from moescale.kernels.fp8 import empty_copies
 from moescale.kernels.fp8 import triton as fp8
 from moescale.kernels.fp8.gemm_triton import multiply_rows, weight_gradient
-from moescale.kernels.fp8.launch_config import GRADIENTS, ROWS
+from moescale.kernels.fp8.launch_config import GRADIENTS, ROWS, TALL_GRADIENTS
 from moescale.kernels.fp8.scaled import E4M3, Scaled
 
 T, K, E, H, F = 64, 6, 64, 2048, 1408
@@ -56,9 +57,9 @@ def call_products() -> None:
     stored = Scaled(empty(E, F, H, dtype=E4M3), empty(E, dtype=torch.float32))
     multiply_rows(scaled(R, H, R), stored, groups, F, launch=ROWS)
     multiply_rows(scaled(R, H, R), scaled(F, E * H, E), groups, F, transposed=True, launch=ROWS)
-    for dtype in (None, torch.bfloat16, torch.float32):
+    for dtype, tile in itertools.product((None, torch.bfloat16, torch.float32), (GRADIENTS, TALL_GRADIENTS)):
         buffer = None if dtype is None else empty(E, H, F, dtype=dtype)
-        launch = dataclasses.replace(GRADIENTS, store_splits=4) if dtype == torch.float32 else GRADIENTS
+        launch = dataclasses.replace(tile, store_splits=4) if dtype == torch.float32 else tile
         weight_gradient(scaled(H, length, E), scaled(F, length, E), ends, buffer=buffer, launch=launch)
 
 
