@@ -97,25 +97,28 @@ def _quantize_rows_kernel(
 
 @triton.jit
 def _swiglu_kernel(pre, act, scales, ends, num_experts, F, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """One row, in parts of CHUNK columns that stay in registers; nothing is written behind the last expert's rows."""
-    row = tl.program_id(0).to(tl.int64)
-    if row >= tl.load(ends + num_experts - 1):
-        return
-    values = ()
-    largest = tl.zeros((CHUNK,), tl.int32)
-    for i in tl.static_range(CHUNKS):
-        column = i * CHUNK + tl.arange(0, CHUNK)
-        gate = tl.load(pre + row * 2 * F + column, mask=column < F, other=0.0).to(tl.float32)
-        up = tl.load(pre + row * 2 * F + F + column, mask=column < F, other=0.0).to(tl.float32)
-        value = gate * tl.sigmoid(gate) * up
-        largest = tl.maximum(largest, _magnitude(value))
-        values = values + (value,)  # type: ignore[assignment]
-    scale = _scale_of(largest)
-    inverse = _inverse(scale)
-    for i in tl.static_range(CHUNKS):
-        column = i * CHUNK + tl.arange(0, CHUNK)
-        tl.store(act + row * F + column, _to_e4m3(values[i] * inverse), mask=column < F)
-    tl.store(scales + row, scale)
+    """A row at a time, in parts of CHUNK columns that stay in registers. Rows behind the last expert's stay as they are.
+
+    A launch may have fewer programs than rows: each then takes every so manieth.
+    """
+    begin, end = tl.program_id(0).to(tl.int64), tl.load(ends + num_experts - 1).to(tl.int64)
+    for row in tl.range(begin, end, tl.num_programs(0)):
+        first = row * F
+        values = ()
+        largest = tl.zeros((CHUNK,), tl.int32)
+        for i in tl.static_range(CHUNKS):
+            column = i * CHUNK + tl.arange(0, CHUNK)
+            gate = tl.load(pre + 2 * first + column, mask=column < F, other=0.0).to(tl.float32)
+            up = tl.load(pre + 2 * first + F + column, mask=column < F, other=0.0).to(tl.float32)
+            value = gate * tl.sigmoid(gate) * up
+            largest = tl.maximum(largest, _magnitude(value))
+            values = values + (value,)  # type: ignore[assignment]
+        scale = _scale_of(largest)
+        inverse = _inverse(scale)
+        for i in tl.static_range(CHUNKS):
+            column = i * CHUNK + tl.arange(0, CHUNK)
+            tl.store(act + first + column, _to_e4m3(values[i] * inverse), mask=column < F)
+        tl.store(scales + row, scale)
 
 
 @triton.jit
@@ -125,44 +128,44 @@ def _swiglu_backward_kernel(
 ):  # fmt: skip
     """The bf16 kernel's computation on one row; the gradient of the pre-activation and the weighted activation in e4m3.
 
-    In parts of CHUNK columns that stay in registers; nothing is written behind the last expert's rows.
+    Rows, parts and programs as of ``_swiglu_kernel``.
     """
-    row = tl.program_id(0).to(tl.int64)
-    if row >= tl.load(ends + num_experts - 1):
-        return
-    weight = tl.load(row_weights + row)
-    values, grads_gate, grads_up = (), (), ()
-    grad_weight = tl.zeros((CHUNK,), tl.float32)
-    largest_value, largest_grad = tl.zeros((CHUNK,), tl.int32), tl.zeros((CHUNK,), tl.int32)
-    for i in tl.static_range(CHUNKS):
-        column = i * CHUNK + tl.arange(0, CHUNK)
-        inside = column < F
-        grad = tl.load(grad_act + row * F + column, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(pre + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(pre + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        value = silu * up
-        grad_weight += grad * value
-        grad *= weight
-        value *= weight
-        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-        grad_up = grad * silu
-        largest_value = tl.maximum(largest_value, _magnitude(value))
-        largest_grad = tl.maximum(largest_grad, tl.maximum(_magnitude(grad_gate), _magnitude(grad_up)))
-        values = values + (value,)  # type: ignore[assignment]
-        grads_gate = grads_gate + (grad_gate,)  # type: ignore[assignment]
-        grads_up = grads_up + (grad_up,)  # type: ignore[assignment]
-    tl.store(grad_weights + row, tl.sum(grad_weight, 0))
-    of_grad, of_value = _scale_of(largest_grad), _scale_of(largest_value)
-    for i in tl.static_range(CHUNKS):
-        column = i * CHUNK + tl.arange(0, CHUNK)
-        inside = column < F
-        tl.store(grad_pre + row * 2 * F + column, _to_e4m3(grads_gate[i] * _inverse(of_grad)), mask=inside)
-        tl.store(grad_pre + row * 2 * F + F + column, _to_e4m3(grads_up[i] * _inverse(of_grad)), mask=inside)
-        tl.store(act + row * F + column, _to_e4m3(values[i] * _inverse(of_value)), mask=inside)
-    tl.store(grad_pre_scales + row, of_grad)
-    tl.store(act_scales + row, of_value)
+    begin, end = tl.program_id(0).to(tl.int64), tl.load(ends + num_experts - 1).to(tl.int64)
+    for row in tl.range(begin, end, tl.num_programs(0)):
+        first = row * F
+        weight = tl.load(row_weights + row)
+        values, grads_gate, grads_up = (), (), ()
+        grad_weight = tl.zeros((CHUNK,), tl.float32)
+        largest_value, largest_grad = tl.zeros((CHUNK,), tl.int32), tl.zeros((CHUNK,), tl.int32)
+        for i in tl.static_range(CHUNKS):
+            column = i * CHUNK + tl.arange(0, CHUNK)
+            inside = column < F
+            grad = tl.load(grad_act + first + column, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(pre + 2 * first + column, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(pre + 2 * first + F + column, mask=inside, other=0.0).to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            silu = gate * sigmoid
+            value = silu * up
+            grad_weight += grad * value
+            grad *= weight
+            value *= weight
+            grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+            grad_up = grad * silu
+            largest_value = tl.maximum(largest_value, _magnitude(value))
+            largest_grad = tl.maximum(largest_grad, tl.maximum(_magnitude(grad_gate), _magnitude(grad_up)))
+            values = values + (value,)  # type: ignore[assignment]
+            grads_gate = grads_gate + (grad_gate,)  # type: ignore[assignment]
+            grads_up = grads_up + (grad_up,)  # type: ignore[assignment]
+        tl.store(grad_weights + row, tl.sum(grad_weight, 0))
+        of_grad, of_value = _scale_of(largest_grad), _scale_of(largest_value)
+        for i in tl.static_range(CHUNKS):
+            column = i * CHUNK + tl.arange(0, CHUNK)
+            inside = column < F
+            tl.store(grad_pre + 2 * first + column, _to_e4m3(grads_gate[i] * _inverse(of_grad)), mask=inside)
+            tl.store(grad_pre + 2 * first + F + column, _to_e4m3(grads_up[i] * _inverse(of_grad)), mask=inside)
+            tl.store(act + first + column, _to_e4m3(values[i] * _inverse(of_value)), mask=inside)
+        tl.store(grad_pre_scales + row, of_grad)
+        tl.store(act_scales + row, of_value)
 
 
 @triton.jit
@@ -201,25 +204,24 @@ def _transpose_kernel(
     With TOP_K, ``rows`` and ``row_scales`` are those of tokens, and row r is that of the pair row_pair[r].
     """
     experts = tl.arange(0, EXPERTS)
-    known = experts < num_experts
-    begin = tl.program_id(0) * ROWS
-    padded_end = tl.load(padded + experts, mask=known, other=2147483647)
-    expert = tl.sum((padded_end <= begin).to(tl.int32), 0)
-    if expert >= num_experts:
-        return
-    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    padded_first = tl.load(padded + expert - 1, mask=expert > 0, other=0)
-    row = begin - padded_first + first + tl.arange(0, ROWS)
+    padded_ends = tl.load(padded + experts, mask=experts < num_experts, other=2147483647)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    exists = row < tl.load(ends + expert)
-    if TOP_K:
-        row = tl.load(row_pair + row, mask=exists, other=0) // TOP_K
-    factor = tl.load(row_scales + row, mask=exists, other=0.0) * _inverse(tl.load(expert_scales + expert))
-    mask = exists[:, None] & (column < C)[None, :]
-    block = tl.load(rows + row.to(tl.int64)[:, None] * C + column[None, :], mask=mask, other=0.0)
-    block = _to_e4m3(block.to(tl.float32) * factor[:, None])
-    target = column.to(tl.int64)[:, None] * P + begin + tl.arange(0, ROWS)[None, :]
-    tl.store(out + target, tl.trans(block), mask=(column < C)[:, None])
+    num_tiles = tl.load(padded + num_experts - 1) // ROWS
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        begin = tile * ROWS
+        expert = tl.sum((padded_ends <= begin).to(tl.int32), 0)
+        first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+        padded_first = tl.load(padded + expert - 1, mask=expert > 0, other=0)
+        row = begin - padded_first + first + tl.arange(0, ROWS)
+        exists = row < tl.load(ends + expert)
+        if TOP_K:
+            row = tl.load(row_pair + row, mask=exists, other=0) // TOP_K
+        factor = tl.load(row_scales + row, mask=exists, other=0.0) * _inverse(tl.load(expert_scales + expert))
+        mask = exists[:, None] & (column < C)[None, :]
+        block = tl.load(rows + row.to(tl.int64)[:, None] * C + column[None, :], mask=mask, other=0.0)
+        block = _to_e4m3(block.to(tl.float32) * factor[:, None])
+        target = column.to(tl.int64)[:, None] * P + begin + tl.arange(0, ROWS)[None, :]
+        tl.store(out + target, tl.trans(block), mask=(column < C)[:, None])
 
 
 @triton.jit
@@ -239,6 +241,11 @@ def _copies_kernel(weight, largest, rows, columns, scales, N, K, P, ROWS: tl.con
     tl.store(rows + index, block, mask=mask)
     target = k.to(tl.int64)[:, None] * P + tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     tl.store(columns + target, tl.trans(block), mask=(k < K)[:, None])
+
+
+def num_programs(groups: RowGroups) -> int:
+    """Return how many programs walk the rows: one for each, but of a buffer for the worst routing, not for its end."""
+    return min(groups.num_rows, 2 * groups.expected_rows)
 
 
 def cut_row(columns: int, *, whole: bool = False) -> dict[str, int]:
@@ -286,7 +293,7 @@ def swiglu(pre: torch.Tensor, groups: RowGroups, out: Scaled | None = None) -> S
     num_rows, ffn = pre.shape[0], pre.shape[1] // 2
     act = out or empty_rows(num_rows, ffn, pre.device)
     if num_rows:
-        _swiglu_kernel[(num_rows,)](pre, *act, groups.ends, groups.num_experts, ffn, **cut_row(ffn))
+        _swiglu_kernel[(num_programs(groups),)](pre, *act, groups.ends, groups.num_experts, ffn, **cut_row(ffn))
     return act
 
 
@@ -308,7 +315,7 @@ def swiglu_backward(
         torch.empty(num_rows, dtype=torch.float32, device=pre.device),
     )
     if num_rows:
-        _swiglu_backward_kernel[(num_rows,)](
+        _swiglu_backward_kernel[(num_programs(groups),)](
             grad_act,
             pre,
             row_weights,
@@ -341,10 +348,11 @@ def transpose_rows(
     columns = rows.data.shape[1]
     num_experts = groups.num_experts
     num_tiles = groups.num_rows // TILE + num_experts  # the most that any routing needs
+    num_walked = num_programs(groups) // TILE + num_experts
     out = torch.empty((columns, num_tiles * TILE), dtype=E4M3, device=rows.data.device)
     scales = torch.empty(num_experts, dtype=torch.float32, device=rows.data.device)
     _expert_scales_kernel[(num_experts,)](rows.scales, row_pair, groups.ends, scales, TOP_K=top_k, BLOCK=1024)
-    _transpose_kernel[(num_tiles, triton.cdiv(columns, TILE))](
+    _transpose_kernel[(num_walked, triton.cdiv(columns, TILE))](
         rows.data,
         row_pair,
         rows.scales,
