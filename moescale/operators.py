@@ -165,6 +165,8 @@ class Operator:
     """Backward over forward FLOPs: a product needs one product per operand."""
     backward_bytes_ratio: float = 2.0
     """Backward over forward bytes moved, for operators limited by memory."""
+    norm: str | None = None
+    """The operator whose result it reads, where that is a norm: if products in fp8 read it, the norm quantises it."""
     fp8_bytes_shares: tuple[float, float] = (1.0, 1.0)
     """Of those limited by memory: the share of its bytes, forward and backward, where experts multiply in fp8."""
     adaptable: tuple[Adaptable, ...] = ()

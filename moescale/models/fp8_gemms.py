@@ -2,6 +2,9 @@
 
 Routed experts, and linear layers inside the blocks. Router, norms, embedding, output and loss stay as they are. Copies
 follow from the weights, so no checkpoint holds them.
+
+What such layers read of a norm is quantised by the norm, once for all of them. A module says by ``norm_readers`` which
+those are; of one that does not, each layer quantises its input itself.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from moescale.kernels.fp8.errors import note_copies
 from moescale.kernels.fp8.scaled import Copies
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.moe import RoutedExperts
-from moescale.models.transformer import Transformer
+from moescale.models.transformer import Block, Transformer
 from moescale.plan import check_experts_in_fp8
 
 
@@ -36,6 +39,24 @@ def use_fp8(model: Transformer, *, experts: bool, dense: bool) -> None:
             module.gate_up_copies, module.down_copies = empty_copies(module.gate_up), empty_copies(module.down)
         if isinstance(module, Linear) and dense and all(size % FP8_GEMM_MULTIPLE == 0 for size in module.weight.shape):
             module.copies = empty_copies(module.weight)
+    for block in model.layers:
+        assert isinstance(block, Block)
+        _let_norms_quantize(block)
+
+
+def _let_norms_quantize(block: Block) -> None:
+    """Have each norm of ``block`` quantise its result where a layer takes it so."""
+    for norm, module in ((block.attention_norm, block.attention), (block.feed_forward_norm, block.feed_forward)):
+        for inner, layer in getattr(module, "norm_readers", tuple)():
+            if _reads_fp8(layer):
+                (norm if inner is None else inner).quantizes = True
+
+
+def _reads_fp8(layer: Linear | RoutedExperts) -> bool:
+    """Whether the layer takes its input in e4m3, as a norm quantises it."""
+    if isinstance(layer, Linear):
+        return layer.copies is not None
+    return layer.gate_up_copies is not None and layer.dispatcher.moves_rows_in_fp8
 
 
 def write_weight_copies(model: Transformer) -> None:

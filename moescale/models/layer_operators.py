@@ -68,6 +68,7 @@ register(
         group="attention projections",
         annotation="n h, a q h -> n a q",
         kind="dense_gemm",
+        norm="attention_norm",
         saved=(Saved(name="attention_input", dims="n h", for_weight=True),),
         adaptable=(Adaptable(module="attention.q_proj", inputs="h", outputs="a q"),),
     )
@@ -98,6 +99,7 @@ register(
         group="dense layers",
         annotation="n h, 2i h -> n 2i",
         kind="dense_gemm",
+        norm="feed_forward_norm",
         saved=(Saved(name="feed_forward_input", dims="n h", for_weight=True),),
         adaptable=(Adaptable(module="feed_forward.gate_up", inputs="h", outputs="2i", parts=2),),
     )
@@ -144,6 +146,7 @@ register(
         recompute=Recompute(drops=("expert_pre_activation",), forward_share=2 / 3),
         annotation="n h, e 2f h, e h f -> n h",
         kind="grouped_gemm",
+        norm="feed_forward_norm",
         saved=(
             Saved(name="feed_forward_input", dims="n h"),
             Saved(name="expert_pre_activation", dims="n k 2f"),
@@ -176,6 +179,7 @@ register(
         overlaps="ep",
         annotation="n h, 2s h -> n 2s",
         kind="dense_gemm",
+        norm="feed_forward_norm",
         saved=(Saved(name="feed_forward_input", dims="n h", for_weight=True),),
         adaptable=(Adaptable(module="feed_forward.shared_experts.gate_up", inputs="h", outputs="2s", parts=2),),
     )

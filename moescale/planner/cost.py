@@ -27,6 +27,7 @@ from moescale.planner.exchange import is_recorded
 from moescale.planner.ledger import SLOWED, Ledger, Pass
 from moescale.planner.problem import Problem
 from moescale.planner.request import IN_COMPUTE_DTYPE, Candidate, Formats, Gemms
+from moescale.planner.workload import LayerKind
 
 KERNELS_PER_OPERATOR = {"dense_gemm": (1, 2), "grouped_gemm": (5, 8), "attention": (1, 3), "elementwise": (1, 1)}
 """Launches of an operator's forward and backward."""
@@ -191,8 +192,9 @@ class CostModel:
         forward: dict[str, float] = defaultdict(float)
         backward: dict[str, float] = defaultdict(float)
         again = 0.0
-        for op in self._kinds[kind].operators:  # one that occurs several times takes its time several times
-            seconds = self.operator_seconds(op, dims, features, experts, gemms)
+        operators = self._kinds[kind].operators  # one that occurs several times takes its time several times
+        times = self.layer_seconds(self._kinds[kind], dims, features, experts, gemms)
+        for op, seconds in zip(operators, times, strict=True):
             plain = self._plain_seconds(op, features, experts)
             for part, of_part in ((forward, seconds[0]), (backward, seconds[1])):
                 part[op.name] += of_part - plain
@@ -203,6 +205,22 @@ class CostModel:
             elif op.recompute is not None and op.name in recompute:
                 again += seconds[0] * op.recompute.forward_share
         return _LayerTime(forward=forward, backward=backward, recompute=again)
+
+    def layer_seconds(
+        self, kind: LayerKind, dims: dict[str, int], features: int, experts: int, gemms: Gemms
+    ) -> list[tuple[float, float]]:
+        """Forward and backward of a layer's operators, as of :meth:`operator_seconds`.
+
+        A norm whose result a product reads in fp8 writes it so, too.
+        """
+        found = []
+        read_in_fp8 = {op.norm for op in kind.operators if self.problem.fp8_weights(op, gemms)}
+        for op in kind.operators:
+            forward, backward = self.operator_seconds(op, dims, features, experts, gemms)
+            if op.name in read_in_fp8:
+                forward += op.parsed.outputs[0].size(dims) / self.cluster.elementwise_bytes_per_second
+            found.append((forward, backward))
+        return found
 
     def operator_seconds(
         self,
@@ -250,7 +268,7 @@ class CostModel:
         """Forward and backward of a linear layer in fp8, of which a rank has all features.
 
         The result and the gradient of the input are GEMMs in fp8, whose input and gradient of the result are read in
-        bf16 and written in fp8 first; other gradients are GEMMs in bf16.
+        bf16 and written in fp8 first, unless the input comes from a norm; other gradients are GEMMs in bf16.
         """
         cluster, flops = self.cluster, forward_flops(op, dims)
         assert cluster.fp8_dense_gemm is not None, "checked before the search"
@@ -261,6 +279,8 @@ class CostModel:
             for tensor in (op.parsed.inputs[0], op.parsed.outputs[0])
         ]
         forward, backward = ((number + 1) * cluster.launch_seconds for number in KERNELS_PER_OPERATOR[op.kind])
+        if op.norm is not None:  # which quantises
+            quantized[0], forward = 0.0, forward - cluster.launch_seconds
         return fast + quantized[0] + forward, fast + plain + quantized[1] + backward
 
     def _plain_seconds(self, op: Operator, features: int, experts: int) -> float:

@@ -60,7 +60,7 @@ def _parts(result: PlanResult, evaluated: Evaluated) -> Iterator[tuple[str, floa
 
     def compute(kind: LayerKind) -> tuple[float, float]:
         shares = division.features, division.experts
-        times = [cost.operator_seconds(op, dims, *shares, candidate.gemms) for op in kind.operators]
+        times = cost.layer_seconds(kind, dims, *shares, candidate.gemms)
         count = kind.count if kind is workload.outside else kind.count / division.layers
         scale = count * candidate.gradient_accumulation_steps
         return scale * sum(time[0] for time in times), scale * sum(time[1] for time in times)

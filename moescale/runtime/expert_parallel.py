@@ -34,6 +34,7 @@ from moescale.kernels.experts.sort import check_ids, sort_pairs
 from moescale.kernels.fp8.rows import fp8_expert_mlp
 from moescale.kernels.router import Routing
 from moescale.models.blocks.moe import Dispatcher, MixtureOfExperts, RoutedExperts
+from moescale.models.blocks.norm import Activation, plain_of
 from moescale.models.registry import family_of
 from moescale.models.transformer import Transformer
 from moescale.plan import ParallelPlan, expert_shard_dim
@@ -266,6 +267,7 @@ class AllToAllDispatcher:
     """
 
     is_recordable = False
+    moves_rows_in_fp8 = False
 
     def __init__(self, group: dist.ProcessGroup, exchange: Exchange) -> None:
         self.group = group
@@ -276,7 +278,7 @@ class AllToAllDispatcher:
     def __call__(
         self,
         experts: RoutedExperts,
-        x: torch.Tensor,
+        x: Activation,
         routing: Routing,
         overlapped: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
@@ -284,6 +286,7 @@ class AllToAllDispatcher:
 
         ``overlapped`` is computed during dispatch, and its gradient during the backward of dispatch.
         """
+        x = plain_of(x)
         backend = choose_backend(x.device, x.dtype, experts.backend)
         top_k, local_experts = routing.topk_ids.shape[1], experts.gate_up.shape[0]
         order = self.exchange.lay_out(self._sort(routing, local_experts, backend))

@@ -36,6 +36,7 @@ from moescale.kernels.fp8 import kernels_for
 from moescale.kernels.fp8.scaled import Copies, Scaled
 from moescale.kernels.router import Routing
 from moescale.models.blocks.moe import RoutedExperts
+from moescale.models.blocks.norm import Activation, plain_of, rows_of
 from moescale.plan import SAVED_ROWS_FACTOR
 
 if TYPE_CHECKING:  # kernels are imported where they run
@@ -46,6 +47,7 @@ class PeerDispatcher:
     """The dispatcher of all MoE layers of a rank, whose group's GPUs read each other's memory."""
 
     is_recordable = True
+    moves_rows_in_fp8 = True
 
     def __init__(self, shape: ExchangeShape, group: dist.ProcessGroup, device: torch.device) -> None:
         """Allocate the buffers and exchange their addresses: a collective of ``group``."""
@@ -55,13 +57,18 @@ class PeerDispatcher:
         self.num_ranks = shape.num_ranks
         self.saved_rows = min(shape.max_rows, math.ceil(SAVED_ROWS_FACTOR * shape.num_pairs))
 
-    def publish(self, x: torch.Tensor, shown: PeerTensor, scales: PeerTensor | None) -> None:
-        """Write x [T, H] to where peers read it: as it is, or in e4m3 with ``scales``."""
+    def publish(
+        self, x: torch.Tensor, shown: PeerTensor, scales: PeerTensor | None, rows: Scaled | None = None
+    ) -> None:
+        """Write x [T, H] to where peers read it: as it is, or in e4m3 with ``scales``, of which ``rows`` is a copy."""
         local = shown.local[: x.shape[0]]
         if scales is None:
             local.copy_(x)
-        else:
+        elif rows is None:
             kernels_for(x).quantize_rows(x.contiguous(), out=Scaled(local, scales.local[: x.shape[0]]))
+        else:
+            local.copy_(rows.data)
+            scales.local[: x.shape[0]].copy_(rows.scales)
 
     def pull(self, shown: PeerTensor, scales: PeerTensor | None, order: RowOrder) -> Any:
         """Return the rows [C, H] of this rank's experts of what all ranks have published."""
@@ -81,7 +88,7 @@ class PeerDispatcher:
     def __call__(
         self,
         experts: RoutedExperts,
-        x: torch.Tensor,
+        x: Activation,
         routing: Routing,
         overlapped: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
@@ -89,6 +96,7 @@ class PeerDispatcher:
 
         Raises KernelInputError for more tokens than there is room for.
         """
+        x, rows = plain_of(x), rows_of(x)
         shape = self.buffers.shape
         if x.shape[0] > shape.num_tokens:
             raise KernelInputError(
@@ -109,6 +117,7 @@ class PeerDispatcher:
             routing.topk_ids,
             self,
             experts,
+            rows,
             addition,
             *adapters,
         )
@@ -130,10 +139,13 @@ class _PeerExperts(torch.autograd.Function):
         topk_ids: torch.Tensor,
         dispatcher: PeerDispatcher,
         experts: RoutedExperts,
+        quantized: Scaled | None,
         addition: dict[str, Any] | None,
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
-        """``addition``: as of :meth:`moescale.models.blocks.moe.Adapter.arguments`, its ``adapters`` once more."""
+        """``quantized``: x in e4m3, where that is there already. ``addition``: as of
+        :meth:`moescale.models.blocks.moe.Adapter.arguments`, its ``adapters`` once more.
+        """
         from moescale.kernels.dispatch import fp8_mlp, mlp
         from moescale.kernels.dispatch import triton as exchange
 
@@ -156,7 +168,7 @@ class _PeerExperts(torch.autograd.Function):
         topk_weights = topk_weights.contiguous()
         _, pair_rows, ends = sort_pairs(topk_ids, shape.num_experts, backend=backend)
         exchange.publish_pairs(buffers, topk_ids, topk_weights, pair_rows, ends)
-        dispatcher.publish(x, buffers.tokens, buffers.token_scales)
+        dispatcher.publish(x, buffers.tokens, buffers.token_scales, quantized)
         dispatcher.barrier()
         order = exchange.order_rows(buffers, kept_rows=kept)
         rows = dispatcher.pull(buffers.tokens, buffers.token_scales, order)
@@ -249,7 +261,7 @@ class _PeerExperts(torch.autograd.Function):
         dispatcher.barrier()
         grad_x = exchange.pull_sums(buffers, order, num_tokens)
         grad_weights = exchange.pull_values(buffers, order, num_tokens)
-        return grad_x, grad_weights, *of_weights, None, None, None, None, *of_adapters
+        return grad_x, grad_weights, *of_weights, *(None,) * 5, *of_adapters
 
 
 def peers_are_readable(group: dist.ProcessGroup, device: torch.device) -> bool:

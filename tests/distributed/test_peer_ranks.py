@@ -47,6 +47,7 @@ def on_peers(folder: Path, tokens: tuple[int, ...], chosen: int, recompute: bool
     from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
     from moescale.kernels.fp8 import copies_of
     from moescale.kernels.fp8 import triton as fp8
+    from moescale.models.blocks.norm import Normed
     from moescale.runtime import peer_dispatch
 
     peer_dispatch.kernels_for = lambda tensor: fp8  # type: ignore[assignment]
@@ -89,8 +90,9 @@ def on_peers(folder: Path, tokens: tuple[int, ...], chosen: int, recompute: bool
         routing = Routing(ids[mine].contiguous(), weights, counts, torch.zeros(()), counts)
         with torch.no_grad():  # as a validation does, in the same buffers
             without = dispatcher(experts, hidden.detach(), routing, None)
-        hidden = dispatcher(experts, hidden, routing, None)
-        assert torch.equal(without, hidden)
+        quantized = Normed(hidden, fp8.quantize_rows(hidden.detach()))
+        hidden = dispatcher(experts, quantized, routing, None)
+        assert torch.equal(without, hidden), "quantised by a norm it is not the same"
         leaves += [weights, gate_up, down]
     hidden.backward(grad)
     return [hidden.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]

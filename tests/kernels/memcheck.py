@@ -19,8 +19,9 @@ from moescale.kernels.adamw import MASTERS, MOMENT_DTYPES, AdamWHyperparameters,
 from moescale.kernels.attention import Documents, attention
 from moescale.kernels.cross_entropy import linear_cross_entropy
 from moescale.kernels.experts import experts
-from moescale.kernels.fp8 import copies_of
+from moescale.kernels.fp8 import copies_of, kernels_for
 from moescale.kernels.fp8.linear import fp8_linear
+from moescale.kernels.fp8.norm import quantizing_rms_norm
 from moescale.kernels.fp8.routed import fp8_experts
 from moescale.kernels.fp8.rows import fp8_expert_mlp
 from moescale.kernels.normed_rope import normed_half_rope
@@ -61,15 +62,22 @@ def check_fp8() -> None:
             for dtype in (None, torch.bfloat16, torch.float32):
                 buffers = [None if dtype is None else torch.zeros_like(w, dtype=dtype) for w in weights]
                 x, of_pairs = randn(tokens, hidden), randn(tokens, top_k, dtype=torch.float32)
-                backward(fp8_experts(x, ids, of_pairs, *weights, *copies, gate_up_gradient=buffers[0],
-                                     down_gradient=buffers[1], recompute_up=dtype is None))  # fmt: skip
+                for quantized in (None, kernels_for(x).quantize_rows(x.detach())):
+                    backward(fp8_experts(x, ids, of_pairs, *weights, *copies, gate_up_gradient=buffers[0],
+                                         down_gradient=buffers[1], recompute_up=dtype is None,
+                                         quantized=quantized))  # fmt: skip
                 ends = torch.randint(0, 40, (num_experts,), device="cuda").cumsum(0).int()
                 rows = randn(int(ends[-1]) + 5, hidden)  # the last of no expert
                 backward(fp8_expert_mlp(rows, *weights, ends, gate_up_copies=copies[0], down_copies=copies[1],
                                         gate_up_gradient=buffers[0], down_gradient=buffers[1]))  # fmt: skip
     for tokens, hidden, width in ((1, 16, 16), (37, 144, 80), (300, 2048, 576)):
         linear_weight = randn(width, hidden)
-        backward(fp8_linear(randn(tokens, hidden), linear_weight, copies_of(linear_weight), randn(width)))
+        for residual in (None, randn(tokens, hidden)):
+            normed, _, rows = quantizing_rms_norm(randn(tokens, hidden), residual, randn(hidden), 1e-6)
+            for quantized in (None, rows):
+                backward(fp8_linear(normed.detach().requires_grad_(), linear_weight, copies_of(linear_weight),
+                                    randn(width), quantized=quantized))  # fmt: skip
+            backward(normed)
 
 
 def check_router() -> None:

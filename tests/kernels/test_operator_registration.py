@@ -10,6 +10,7 @@ from moescale.kernels import adapted_linear, cross_entropy, linear, normed_rope,
 from moescale.kernels.block_fp8 import quantize
 from moescale.kernels.fp8 import copies_of, routed
 from moescale.kernels.fp8 import linear as linear_in_fp8
+from moescale.kernels.fp8 import norm as norm_in_fp8
 
 X, WEIGHT = (6, 8), (8,)
 TABLE = torch.linspace(-1, 1, 8, device=DEVICE).view(4, 2)
@@ -26,13 +27,30 @@ def copied(*shape: int, seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ..
 
 def linear_inputs(buffer: torch.Tensor | None) -> tuple:
     weight, copies = copied(32, 16, seed=1)
-    return randn(2, 3, 16, dtype=torch.bfloat16), weight, randn(32, dtype=torch.bfloat16), *copies, buffer
+    return randn(2, 3, 16, dtype=torch.bfloat16), weight, randn(32, dtype=torch.bfloat16), *copies, None, None, buffer
+
+
+def norm_inputs(*, residual: bool) -> tuple:
+    x, weight = (randn(*shape, dtype=torch.bfloat16) for shape in ((2, 3, 16), (16,)))
+    return x, randn(2, 3, 16, dtype=torch.bfloat16, seed=1) if residual else None, weight, 1e-6
 
 
 def experts_inputs(buffer: torch.Tensor | None, *, save_pre: bool) -> tuple:
     (gate_up, of_gate_up), (down, of_down) = copied(3, 32, 32, seed=1), copied(3, 32, 16, seed=2)
     routing = IDS, randn(4, 2, seed=3)
-    return randn(4, 32, dtype=torch.bfloat16), *routing, gate_up, down, *of_gate_up, *of_down, None, buffer, save_pre
+    return (
+        randn(4, 32, dtype=torch.bfloat16),
+        *routing,
+        gate_up,
+        down,
+        *of_gate_up,
+        *of_down,
+        None,
+        buffer,
+        None,
+        None,
+        save_pre,
+    )
 
 
 CASES = {
@@ -99,6 +117,9 @@ CASES = {
         routed._experts,
         lambda: experts_inputs(torch.zeros(3, 32, 16, device=DEVICE), save_pre=False),
     ),
+    "rms_norm_that_quantises_to_fp8": (norm_in_fp8._quantizing_norm_op, lambda: norm_inputs(residual=False)),
+    "add_rms_norm_that_quantises_to_fp8": (norm_in_fp8._quantizing_norm_op, lambda: norm_inputs(residual=True)),
+    "quantise_to_fp8": (norm_in_fp8._quantize_op, lambda: (randn(*X, dtype=torch.bfloat16, grad=False),)),
     "linear": (
         linear._linear_op,
         lambda: (randn(2, *X), randn(4, 8, seed=1), randn(4, seed=2), torch.zeros(4, 8, device=DEVICE)),
@@ -112,5 +133,7 @@ def test_operator_passes_opcheck(name: str) -> None:
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if "fp8" in name:  # the first check multiplies inputs, which torch does not do in fp8
         checks = checks[1:]
-    # The last check adds up all results and cannot add integer to float ones; test_router compiles the router itself.
-    torch.library.opcheck(operator, arguments(), test_utils=checks[:3] if "route" in name else checks)
+    # The last check adds up all results, which it cannot where some are integers or in fp8; test_router and
+    # test_fp8_norm compile those operators themselves.
+    cannot_add = "route" in name or "quantise" in name
+    torch.library.opcheck(operator, arguments(), test_utils=checks[:-1] if cannot_add else checks)

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from moescale.errors import ConfigError
-from moescale.kernels.fp8 import copies_of, objection_to_fp8
+from moescale.kernels.fp8 import copies_of, objection_to_fp8, reference
 from moescale.kernels.fp8.errors import collecting, note
 from moescale.kernels.fp8.scaled import E4M3, Scaled
 from moescale.models.blocks.linear import Linear
 from moescale.models.blocks.moe import RoutedExperts
+from moescale.models.blocks.norm import RMSNorm
 from moescale.models.fp8_gemms import use_fp8, write_weight_copies
 from moescale.models.transformer import Transformer, build_on_meta, initialize
 from moescale.plan import no_experts_in_fp8, one_device_plan
@@ -25,6 +26,7 @@ from tests.runtime.test_train import trainer, weights
 from tiny import tiny_config
 
 PLAIN = {name: config for name, config in FAMILIES.items() if config.swiglu_clamp is None}
+INNER_NORMS = ("attention.q_norm", "attention.kv_norm")
 WIDE = dict(hidden_size=64, expert_intermediate_size=48)
 ROWS_OF_EXPERTS = ("input", "gradient_of_the_result", "gradient_of_the_pre-activation", "weighted_activation")
 FORMAT = OptimizerFormat(moments="bf16", master="bf16_remainder")
@@ -66,6 +68,74 @@ def test_loss_and_gradients_differ_from_bf16_by_the_rounding_of_fp8(family, expe
     norm = torch.stack([gradient.norm() for gradient in plain.values()]).norm()
     off = torch.stack([(fp8[name] - plain[name]).norm() for name in plain]).norm() / norm
     assert 0 < off < 0.15, "nothing was quantised, or far too coarsely"
+
+
+def without_quantising_norms(model: Transformer) -> Transformer:
+    """Have every layer quantise its input itself."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.quantizes = False
+    return model
+
+
+def quantising_norms(model: Transformer) -> set[str]:
+    """Names within the second block."""
+    named = model.layers[1].named_modules()
+    return {name for name, module in named if isinstance(module, RMSNorm) and module.quantizes}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_norms_quantise_once_what_layers_would_to_the_bit(family):
+    config = FAMILIES[family]
+    experts = no_experts_in_fp8(config) is None
+    model = model_of(config, experts=experts, dense=True)
+    wide = family != "compressed query, biases"  # of 24, and kv_down has 24 rows as well
+    assert ("attention_norm" in quantising_norms(model)) == wide
+    assert ("attention.kv_norm" in quantising_norms(model)) == hasattr(config, "kv_lora_rank")
+    assert ("feed_forward_norm" in quantising_norms(model)) == (experts or config.num_shared_experts > 0)
+    found = gradients(model)
+    expected = gradients(without_quantising_norms(model_of(config, experts=experts, dense=True)))
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
+
+
+def test_a_tensor_that_several_layers_read_is_quantised_once(monkeypatch):
+    config, calls, quantize = tiny_config(**WIDE, qk_rope_head_dim=16), [], reference.quantize_rows
+    monkeypatch.setattr(reference, "quantize_rows", lambda x: calls.append(x.shape) or quantize(x))
+    numbers = []
+    for change in (lambda model: model, without_quantising_norms):
+        model = change(model_of(config, experts=True, dense=True))
+        calls.clear()
+        model(batch_of(config)[0])
+        numbers.append(len(calls))
+    # Two projections of three layers read the same, and experts and shared experts of two.
+    assert numbers[1] - numbers[0] == 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("experts", "dense", "changes", "norms"),
+    [
+        (False, False, {}, set()),
+        (True, False, {}, {"feed_forward_norm"}),
+        (False, True, {}, {"attention_norm", "attention.kv_norm", "feed_forward_norm"}),
+        (False, True, {"num_shared_experts": 0}, {"attention_norm", "attention.kv_norm"}),
+        (False, True, {"hidden_size": 72}, {"attention.kv_norm"}),
+        (True, True, {"q_lora_rank": 32}, {"attention_norm", *INNER_NORMS, "feed_forward_norm"}),
+        (True, True, {"q_lora_rank": 24}, {"attention.kv_norm", "feed_forward_norm"}),  # kv_down has 24 rows, too
+    ],
+)
+def test_norms_quantise_only_where_a_layer_reads_that(experts, dense, changes, norms):
+    model = model_of(tiny_config(**(WIDE | changes)), experts=experts, dense=dense)
+    assert quantising_norms(model) == norms
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_block_is_one_graph_and_the_same_to_the_bit():
+    config = tiny_config(**WIDE)
+    eager, compiled = (model_of(config, experts=True, dense=True) for _ in range(2))
+    for block in compiled.layers:
+        block.compile(fullgraph=True, backend="aot_eager")
+    expected = gradients(eager)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(compiled).items())
 
 
 def test_everything_but_experts_and_linear_layers_of_blocks_stays_as_it_is():
@@ -117,6 +187,27 @@ def test_the_loss_falls_and_copies_follow_the_weights(tmp_path):
         fresh = copies_of(weight)
         assert all(torch.equal(a.float(), b.float()) for a, b in zip(copies, fresh, strict=True))
         assert not torch.equal(copies.rows.float(), old), "the weight never changed: nothing was tested"
+
+
+@pytest.mark.parametrize("recomputed", ["none", "block", "experts"])
+def test_steps_and_errors_are_those_of_layers_that_quantise_themselves(tmp_path, recomputed):
+    runs = []
+    for change in (lambda model: model, without_quantising_norms):
+        one = training(tmp_path / change.__name__, total_steps=5, fp8_errors_every=2)
+        change(one.model)
+        if recomputed == "block":
+            one.model.recompute_layers = frozenset(range(3))
+        for module in one.model.modules():
+            if isinstance(module, RoutedExperts):
+                module.recompute_up = recomputed == "experts"
+        extra = []
+        one.observer.after_step = lambda metrics, extra=extra: extra.append(dict(metrics.extra))
+        one.train()
+        runs.append((one.observer.losses, extra, weights(one)))
+    (losses, errors, found), (expected_losses, expected_errors, expected) = runs
+    assert losses == expected_losses and errors == expected_errors
+    assert errors[0]["fp8_relative/linear_input"] > 0
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path):

@@ -134,10 +134,45 @@ def test_experts_in_fp8_take_their_flops_at_the_rate_for_their_rows() -> None:
 
 def test_a_linear_layer_in_fp8_has_two_fast_gemms_a_plain_one_and_two_passes_that_quantize() -> None:
     problem = Problem(build_workload(LITE), FLAT, REQUEST)
-    forward, backward = CostModel(problem).operator_seconds(operator("q_proj"), problem.dims(4), gemms=DENSE)
-    flops = 2 * 8192 * 2048 * 3072
+    forward, backward = CostModel(problem).operator_seconds(operator("attention_output"), problem.dims(4), gemms=DENSE)
+    flops = 2 * 8192 * 2048 * 2048
     assert forward == pytest.approx(flops / 1000e12 + 8192 * 2048 * 3 / 3e12 + 2e-6, rel=1e-12)
+    assert backward == pytest.approx(flops / 1000e12 + flops / 500e12 + 8192 * 2048 * 3 / 3e12 + 3e-6, rel=1e-12)
+
+
+def test_what_a_norm_returns_is_written_in_fp8_once_and_read_so() -> None:
+    problem = Problem(build_workload(LITE), FLAT, REQUEST)
+    cost, dims = CostModel(problem), problem.dims(4)
+    forward, backward = cost.operator_seconds(operator("q_proj"), dims, gemms=DENSE)
+    flops = 2 * 8192 * 2048 * 3072
+    assert forward == pytest.approx(flops / 1000e12 + 1e-6, rel=1e-12)
     assert backward == pytest.approx(flops / 1000e12 + flops / 500e12 + 8192 * 3072 * 3 / 3e12 + 3e-6, rel=1e-12)
+    written = {"attention_norm": 2048, "kv_norm": 512, "feed_forward_norm": 2048}
+    for kind, gemms, norms in (
+        ("moe", DENSE, written.keys()),
+        ("moe", EXPERTS, {"feed_forward_norm"}),
+        ("dense", DENSE, written.keys()),
+        ("dense", EXPERTS, set()),
+    ):
+        (layer,) = (layer for layer in problem.workload.layers if layer.name == kind)
+        whole = cost.layer_seconds(layer, dims, 1, 1, gemms)
+        for op, seconds in zip(layer.operators, whole, strict=True):
+            alone = cost.operator_seconds(op, dims, gemms=gemms)
+            more = 8192 * written[op.name] / 3e12 if op.name in norms else 0.0
+            assert seconds == (pytest.approx(alone[0] + more, rel=1e-12), alone[1]), op.name
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_operators_that_read_a_norm_are_those_of_the_real_model(family: str) -> None:
+    with torch.device("meta"):
+        model = build_on_meta(FAMILIES[family], torch.bfloat16)
+    for kind in build_workload(FAMILIES[family]).layers:
+        block, found = model.layers[kind.indices[0]], {}
+        names = {module: name for name, module in block.named_modules()}
+        for norm, module in ((block.attention_norm, block.attention), (block.feed_forward_norm, block.feed_forward)):
+            for inner, layer in module.norm_readers():
+                found[names[layer]] = names[norm if inner is None else inner].split(".")[-1]
+        assert found == {spot.module: op.norm for op in kind.operators if op.norm is not None for spot in op.adaptable}
 
 
 def test_rows_are_gathered_in_a_byte_an_element() -> None:

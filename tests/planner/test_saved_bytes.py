@@ -18,12 +18,15 @@ from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config
 from moescale.lora import LoraSettings, parse_lora
 from moescale.models.blocks.rope import rope_tables
+from moescale.models.fp8_gemms import use_fp8
 from moescale.models.lora import add_adapters
 from moescale.models.transformer import Transformer, build_on_meta
 from moescale.planner.workload import build_workload, saved_bytes
 from tiny import tiny_config, tiny_v3_config
 
 SEQUENCES, LENGTH = 2, 64
+COPIES = ("copies", "gate_up_copies", "down_copies")
+"""Attributes of modules that multiply in fp8."""
 CONFIGS = {
     "plain": tiny_config(hidden_size=64),
     "low_rank_query": tiny_config(hidden_size=64, q_lora_rank=24),
@@ -90,6 +93,23 @@ def test_a_layer_keeps_exactly_what_its_annotations_say(name: str, layer: int, g
         x = torch.empty(SEQUENCES, LENGTH, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         cos, sin = rope_tables(config, LENGTH, torch.device("cpu"))
         measured = bytes_kept(lambda: model.layers[layer](x, cos, sin), [cos, sin, *model.parameters()])
+    workload = build_workload(config)
+    dims = workload.dims(SEQUENCES * LENGTH, LENGTH)
+    assert saved_bytes(workload.layers[layer], dims, 2) == measured
+
+
+@pytest.mark.parametrize("name", ["low_rank_query", "published_sizes"])
+@pytest.mark.parametrize("layer", [0, 1], ids=["dense", "moe"])
+def test_a_layer_in_fp8_keeps_what_it_keeps_in_bf16(name: str, layer: int, gpu_operators: None) -> None:
+    config = dataclasses.replace(CONFIGS[name], expert_intermediate_size=48)
+    model = fake_model(config)
+    with next(model.parameters()).fake_mode:
+        use_fp8(model, experts=True, dense=True)
+        copies = [getattr(module, name, None) for module in model.modules() for name in COPIES]
+        of_weights = [tensor for found in copies if found is not None for tensor in found]
+        x = torch.empty(SEQUENCES, LENGTH, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        cos, sin = rope_tables(config, LENGTH, torch.device("cpu"))
+        measured = bytes_kept(lambda: model.layers[layer](x, cos, sin), [cos, sin, *of_weights, *model.parameters()])
     workload = build_workload(config)
     dims = workload.dims(SEQUENCES * LENGTH, LENGTH)
     assert saved_bytes(workload.layers[layer], dims, 2) == measured

@@ -8,7 +8,7 @@ from moescale.formats import FP8_GEMM_MULTIPLE
 from moescale.kernels.backends import KernelInputError, check_device, check_dtype, check_gradient_buffer, check_shape
 from moescale.kernels.fp8 import kernels_for
 from moescale.kernels.fp8.errors import note
-from moescale.kernels.fp8.scaled import Copies, Scaled
+from moescale.kernels.fp8.scaled import Copies, Scaled, check_scaled
 from moescale.kernels.linear import add_product
 
 
@@ -18,18 +18,22 @@ def fp8_linear(
     copies: Copies,
     bias: torch.Tensor | None = None,
     *,
+    quantized: Scaled | None = None,
     weight_gradient: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``x @ weight.T + bias`` with x and weight rounded to e4m3.
 
     Shapes: x [..., K] bf16; weight [N, K] bf16; ``copies`` of it; bias [N]; result [..., N]. K and N are multiples of
-    16. ``weight_gradient``: as of :func:`moescale.kernels.linear.linear`.
+    16. ``quantized``: the rows of x in e4m3, where they were made with it; else they are made here.
+    ``weight_gradient``: as of :func:`moescale.kernels.linear.linear`.
 
     Raises KernelInputError for shapes, dtypes and devices that do not fit.
     """
     check_shape("fp8_linear", "weight", weight, (None, x.shape[-1]), "[N, K]")
     check_shape("fp8_linear", "copies", copies.rows, (1, *weight.shape), "those of weight")
     tensors = {"the input": x, "weight": weight}
+    if quantized is not None:
+        check_scaled("fp8_linear", "quantized", quantized, x)
     if bias is not None:
         check_shape("fp8_linear", "bias", bias, (weight.shape[0],), "[N]")
         tensors["bias"] = bias
@@ -46,7 +50,7 @@ def fp8_linear(
         check_gradient_buffer("fp8_linear", "weight", weight, weight_gradient)
         if not (x.requires_grad and weight.requires_grad):
             weight_gradient = None
-    return _linear(x, weight, bias, *copies, weight_gradient)
+    return _linear(x, weight, bias, *copies, *(quantized or (None, None)), weight_gradient)
 
 
 def multiply(x: Scaled, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -68,17 +72,22 @@ def _linear(
     rows: torch.Tensor,
     columns: torch.Tensor,
     scale: torch.Tensor,
+    data: torch.Tensor | None,
+    data_scales: torch.Tensor | None,
     weight_gradient: torch.Tensor | None,
 ) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    scaled = kernels_for(x).quantize_rows(flat)
+    if data is None or data_scales is None:
+        scaled = kernels_for(x).quantize_rows(flat)
+    else:
+        scaled = Scaled(data, data_scales)
     note("linear input", lambda: flat, scaled)
     found = multiply(scaled, rows[0], scale)
     return (found if bias is None else found + bias).view(*x.shape[:-1], weight.shape[0])
 
 
 @_linear.register_fake
-def _(x, weight, bias, rows, columns, scale, weight_gradient):
+def _(x, weight, bias, *rest):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -110,7 +119,7 @@ def _(grad, x, columns, scale, weight_gradient):
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, _, _, _, columns, scale, ctx.weight_gradient = inputs
+    x, _, _, _, columns, scale, _, _, ctx.weight_gradient = inputs
     ctx.save_for_backward(x, columns, scale)
 
 
@@ -118,7 +127,7 @@ def _backward(ctx, grad):
     grad_x, found = _linear_backward(grad.contiguous(), *ctx.saved_tensors, ctx.weight_gradient)
     grad_weight = found if ctx.weight_gradient is None and ctx.needs_input_grad[1] else None
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-    return grad_x, grad_weight, grad_bias, None, None, None, None
+    return grad_x, grad_weight, grad_bias, *(None,) * 6
 
 
 _linear.register_autograd(_backward, setup_context=_setup)

@@ -31,25 +31,25 @@ def _power_of_two_scale(largest):
 
 
 @triton.jit
-def _magnitude(x):
+def magnitudes(x):
     """The absolute elements of x as integers, which compare as the numbers do, NaN above all."""
     return tl.abs(x).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _scale_of(magnitude):
-    """The scale of what has these magnitudes; inf, where one is of NaN or inf."""
-    return _power_of_two_scale(tl.max(magnitude, 0).to(tl.float32, bitcast=True))
+def scale_of(sizes, AXIS: tl.constexpr = 0):
+    """The scale along AXIS of what has these magnitudes; inf, where one is of NaN or inf."""
+    return _power_of_two_scale(tl.max(sizes, AXIS).to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def _inverse(scale):
+def inverse_power(scale):
     """1 / scale, exactly, of a power of two; of inf, -inf: no product with it is finite."""
     return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _to_e4m3(x):
+def to_e4m3(x):
     """Round fp32 to e4m3, to nearest with ties to even, in hardware: inf becomes 448 there, and NaN stays NaN.
 
     The interpreter's own conversion truncates, so there the codes are made step by step.
@@ -79,13 +79,13 @@ def _quantize_rows_kernel(
     for i in tl.static_range(CHUNKS):
         column = i * CHUNK + tl.arange(0, CHUNK)
         part = tl.load(x + token * H + column, mask=column < H, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, _magnitude(part))
+        largest = tl.maximum(largest, magnitudes(part))
         parts = parts + (part,)  # type: ignore[assignment]
-    scale = _scale_of(largest)
+    scale = scale_of(largest)
     tl.store(token_scales + token, scale)
     for i in tl.static_range(CHUNKS):
         column = i * CHUNK + tl.arange(0, CHUNK)
-        part = _to_e4m3(parts[i] * _inverse(scale))
+        part = to_e4m3(parts[i] * inverse_power(scale))
         tl.store(tokens + token * H + column, part, mask=column < H)
         for k in tl.static_range(TOP_K):
             row = tl.load(pair_row + token * TOP_K + k).to(tl.int64)
@@ -97,7 +97,7 @@ def _quantize_rows_kernel(
 
 @triton.jit
 def _swiglu_kernel(pre, act, scales, ends, num_experts, F, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """A row at a time, in parts of CHUNK columns that stay in registers. Rows behind the last expert's stay as they are.
+    """A row at a time, in parts of CHUNK columns held in registers. Rows behind the last expert's stay as they are.
 
     A launch may have fewer programs than rows: each then takes every so manieth.
     """
@@ -111,13 +111,13 @@ def _swiglu_kernel(pre, act, scales, ends, num_experts, F, CHUNK: tl.constexpr, 
             gate = tl.load(pre + 2 * first + column, mask=column < F, other=0.0).to(tl.float32)
             up = tl.load(pre + 2 * first + F + column, mask=column < F, other=0.0).to(tl.float32)
             value = gate * tl.sigmoid(gate) * up
-            largest = tl.maximum(largest, _magnitude(value))
+            largest = tl.maximum(largest, magnitudes(value))
             values = values + (value,)  # type: ignore[assignment]
-        scale = _scale_of(largest)
-        inverse = _inverse(scale)
+        scale = scale_of(largest)
+        inverse = inverse_power(scale)
         for i in tl.static_range(CHUNKS):
             column = i * CHUNK + tl.arange(0, CHUNK)
-            tl.store(act + first + column, _to_e4m3(values[i] * inverse), mask=column < F)
+            tl.store(act + first + column, to_e4m3(values[i] * inverse), mask=column < F)
         tl.store(scales + row, scale)
 
 
@@ -151,19 +151,19 @@ def _swiglu_backward_kernel(
             value *= weight
             grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
             grad_up = grad * silu
-            largest_value = tl.maximum(largest_value, _magnitude(value))
-            largest_grad = tl.maximum(largest_grad, tl.maximum(_magnitude(grad_gate), _magnitude(grad_up)))
+            largest_value = tl.maximum(largest_value, magnitudes(value))
+            largest_grad = tl.maximum(largest_grad, tl.maximum(magnitudes(grad_gate), magnitudes(grad_up)))
             values = values + (value,)  # type: ignore[assignment]
             grads_gate = grads_gate + (grad_gate,)  # type: ignore[assignment]
             grads_up = grads_up + (grad_up,)  # type: ignore[assignment]
         tl.store(grad_weights + row, tl.sum(grad_weight, 0))
-        of_grad, of_value = _scale_of(largest_grad), _scale_of(largest_value)
+        of_grad, of_value = scale_of(largest_grad), scale_of(largest_value)
         for i in tl.static_range(CHUNKS):
             column = i * CHUNK + tl.arange(0, CHUNK)
             inside = column < F
-            tl.store(grad_pre + 2 * first + column, _to_e4m3(grads_gate[i] * _inverse(of_grad)), mask=inside)
-            tl.store(grad_pre + 2 * first + F + column, _to_e4m3(grads_up[i] * _inverse(of_grad)), mask=inside)
-            tl.store(act + first + column, _to_e4m3(values[i] * _inverse(of_value)), mask=inside)
+            tl.store(grad_pre + 2 * first + column, to_e4m3(grads_gate[i] * inverse_power(of_grad)), mask=inside)
+            tl.store(grad_pre + 2 * first + F + column, to_e4m3(grads_up[i] * inverse_power(of_grad)), mask=inside)
+            tl.store(act + first + column, to_e4m3(values[i] * inverse_power(of_value)), mask=inside)
         tl.store(grad_pre_scales + row, of_grad)
         tl.store(act_scales + row, of_value)
 
@@ -216,10 +216,10 @@ def _transpose_kernel(
         exists = row < tl.load(ends + expert)
         if TOP_K:
             row = tl.load(row_pair + row, mask=exists, other=0) // TOP_K
-        factor = tl.load(row_scales + row, mask=exists, other=0.0) * _inverse(tl.load(expert_scales + expert))
+        factor = tl.load(row_scales + row, mask=exists, other=0.0) * inverse_power(tl.load(expert_scales + expert))
         mask = exists[:, None] & (column < C)[None, :]
         block = tl.load(rows + row.to(tl.int64)[:, None] * C + column[None, :], mask=mask, other=0.0)
-        block = _to_e4m3(block.to(tl.float32) * factor[:, None])
+        block = to_e4m3(block.to(tl.float32) * factor[:, None])
         target = column.to(tl.int64)[:, None] * P + begin + tl.arange(0, ROWS)[None, :]
         tl.store(out + target, tl.trans(block), mask=(column < C)[:, None])
 
@@ -237,7 +237,7 @@ def _copies_kernel(weight, largest, rows, columns, scales, N, K, P, ROWS: tl.con
         tl.store(scales + expert, scale)
     index = (expert.to(tl.int64) * N + n)[:, None] * K + k[None, :]
     mask = (n < N)[:, None] & (k < K)[None, :]
-    block = _to_e4m3(tl.load(weight + index, mask=mask, other=0.0).to(tl.float32) * _inverse(scale))
+    block = to_e4m3(tl.load(weight + index, mask=mask, other=0.0).to(tl.float32) * inverse_power(scale))
     tl.store(rows + index, block, mask=mask)
     target = k.to(tl.int64)[:, None] * P + tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     tl.store(columns + target, tl.trans(block), mask=(k < K)[:, None])

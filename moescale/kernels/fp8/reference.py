@@ -35,13 +35,19 @@ def quantize_rows(x: torch.Tensor) -> Scaled:
 def gather_rows(x: torch.Tensor, pair_row: torch.Tensor, top_k: int) -> tuple[Scaled, Scaled]:
     """Return tokens x [T, H] in e4m3, sorted by expert [R, H] and as they are."""
     tokens = quantize_rows(x)
+    return gather_scaled(tokens, pair_row, top_k), tokens
+
+
+def gather_scaled(tokens: Scaled, pair_row: torch.Tensor, top_k: int) -> Scaled:
+    """Return tokens [T, H] sorted by expert, [R, H]."""
+    device = pair_row.device
     placed = pair_row >= 0
-    token = torch.arange(pair_row.numel(), device=x.device)[placed] // top_k
-    data = torch.zeros((pair_row.numel(), x.shape[1]), dtype=torch.uint8, device=x.device)
-    scales = torch.zeros(pair_row.numel(), dtype=torch.float32, device=x.device)
+    token = torch.arange(pair_row.numel(), device=device)[placed] // top_k
+    data = torch.zeros((pair_row.numel(), tokens.data.shape[1]), dtype=torch.uint8, device=device)
+    scales = torch.zeros(pair_row.numel(), dtype=torch.float32, device=device)
     row = pair_row[placed].long()
     data[row], scales[row] = tokens.data.view(torch.uint8)[token], tokens.scales[token]
-    return Scaled(data.view(E4M3), scales), tokens
+    return Scaled(data.view(E4M3), scales)
 
 
 def swiglu(pre: torch.Tensor, groups: torch.Tensor) -> Scaled:
@@ -154,6 +160,7 @@ def write_copies(weight: torch.Tensor, largest: torch.Tensor, copies: Copies) ->
 __all__ = [
     "combine_rows",
     "gather_rows",
+    "gather_scaled",
     "group_rows",
     "multiply_rows",
     "order_by_pair",

@@ -1,8 +1,8 @@
 """Routed experts with all six products of forward and backward in e4m3.
 
-A token's row is quantised once, in the gather; the activation and the gradient of the pre-activation by SwiGLU and its
-backward. For the gradients of weights, which contract rows, four tensors are transposed, each with one scale for an
-expert. Saved are the input and the pre-activation in bf16, as without fp8.
+A token's row is quantised once in a pass: by the norm that made it, or in the gather; the activation and the gradient
+of the pre-activation by SwiGLU and its backward. For the gradients of weights, which contract rows, four tensors are
+transposed, each with one scale for an expert. Saved are the input and the pre-activation in bf16, as without fp8.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moescale.kernels.fp8.rows import (
     up_and_down,
     weight_gradients,
 )
-from moescale.kernels.fp8.scaled import E4M3, Copies, Scaled
+from moescale.kernels.fp8.scaled import E4M3, Copies, Scaled, check_scaled
 
 
 def fp8_experts(
@@ -32,6 +32,7 @@ def fp8_experts(
     gate_up_copies: Copies,
     down_copies: Copies,
     *,
+    quantized: Scaled | None = None,
     tokens_per_expert: torch.Tensor | None = None,
     gate_up_gradient: torch.Tensor | None = None,
     down_gradient: torch.Tensor | None = None,
@@ -40,7 +41,8 @@ def fp8_experts(
     """As :func:`moescale.kernels.experts.experts`, with what its products read rounded to e4m3.
 
     Shapes: as there; x and both weights are bf16, ``gate_up_copies`` and ``down_copies`` those of the weights. H and F
-    are multiples of 16. Raises KernelInputError for shapes, dtypes and devices that do not fit.
+    are multiples of 16. ``quantized``: the rows of x in e4m3, where they were made with it; else they are made here.
+    Raises KernelInputError for shapes, dtypes and devices that do not fit.
     """
     check_shape("fp8_experts", "x", x, (None, None), "[T, H]")
     check_shape("fp8_experts", "topk_ids", topk_ids, (x.shape[0], None), "[T, K]")
@@ -48,12 +50,15 @@ def fp8_experts(
     check_dtype("fp8_experts", "topk_ids", topk_ids, (torch.int32, torch.int64))
     check_dtype("fp8_experts", "topk_weights", topk_weights, (torch.float32,))
     check_weights("fp8_experts", x, gate_up, down, gate_up_copies, down_copies)
+    if quantized is not None:
+        check_scaled("fp8_experts", "quantized", quantized, x)
     check_gradient_buffers("fp8_experts", gate_up, down, gate_up_gradient, down_gradient)
     if debug_checks_enabled():
         check_ids(topk_ids, gate_up.shape[0], tokens_per_expert)
     save_pre = torch.is_grad_enabled() and not recompute_up
     copies, buffers = (*gate_up_copies, *down_copies), (gate_up_gradient, down_gradient)
-    return _experts(x, topk_ids, topk_weights, gate_up, down, *copies, *buffers, save_pre)[0]
+    given = quantized or (None, None)
+    return _experts(x, topk_ids, topk_weights, gate_up, down, *copies, *buffers, *given, save_pre)[0]
 
 
 @torch.library.custom_op("moescale::fp8_experts", mutates_args=())
@@ -71,12 +76,17 @@ def _experts(
     down_scales: torch.Tensor,
     gate_up_gradient: torch.Tensor | None,
     down_gradient: torch.Tensor | None,
+    data: torch.Tensor | None,
+    data_scales: torch.Tensor | None,
     save_pre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (y, pre-activation or empty, row_pair, pair_row, ends)."""
     ops, top_k = kernels_for(x), topk_ids.shape[1]
     row_pair, pair_row, ends = ops.sort_pairs(topk_ids, gate_up.shape[0])
-    rows, _ = ops.gather_rows(x.contiguous(), pair_row, top_k)
+    if data is None or data_scales is None:
+        rows, _ = ops.gather_rows(x.contiguous(), pair_row, top_k)
+    else:
+        rows = ops.gather_scaled(Scaled(data, data_scales), pair_row, top_k)
     groups = ops.group_rows(ends, row_pair.numel())
     weights = Scaled(gate_up_rows, gate_up_scales), Scaled(down_rows, down_scales)
     pre, out = up_and_down(ops, rows, *weights, groups, ends)
@@ -171,7 +181,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, *_):
     grad_x, grad_weights, *found = _experts_backward(grad, *ctx.saved_tensors, *ctx.buffers)
-    return grad_x, None, grad_weights, *returned(found, ctx.buffers, ctx.needs_input_grad[3:5]), *(None,) * 9
+    return grad_x, None, grad_weights, *returned(found, ctx.buffers, ctx.needs_input_grad[3:5]), *(None,) * 11
 
 
 _experts.register_autograd(_backward, setup_context=_setup)

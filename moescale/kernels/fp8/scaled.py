@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from moescale.kernels.backends import check_device, check_dtype, check_shape
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of e4m3."""
@@ -28,3 +30,13 @@ class Copies(NamedTuple):
     """[K, E * N'] e4m3, transposed; N' is N rounded up to a multiple of 128, zero behind N."""
     scales: torch.Tensor
     """[E] fp32, of both."""
+
+
+def check_scaled(operator: str, name: str, scaled: Scaled, x: torch.Tensor) -> None:
+    """Raise KernelInputError unless ``scaled`` can be the rows of x [..., H]."""
+    rows = x.shape[:-1].numel()
+    check_shape(operator, name, scaled.data, (rows, x.shape[-1]), "the rows of x")
+    check_shape(operator, f"{name}.scales", scaled.scales, (rows,), "one a row")
+    check_dtype(operator, name, scaled.data, (E4M3,))
+    check_dtype(operator, f"{name}.scales", scaled.scales, (torch.float32,))
+    check_device(operator, name, scaled.data, x.device)

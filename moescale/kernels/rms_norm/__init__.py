@@ -64,19 +64,20 @@ def _(x, residual, weight, eps):
 
 
 @custom_op("moescale::rms_norm_backward", mutates_args=())
-def _rms_norm_backward_op(
+def normed_backward(
     grad_out: torch.Tensor,
     grad_summed: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of the norm's input, ``grad_summed`` added, and of the weight."""
     from moescale.kernels.rms_norm import triton
 
     return triton.backward(grad_out, grad_summed, x, weight, rstd)
 
 
-@_rms_norm_backward_op.register_fake
+@normed_backward.register_fake
 def _(grad_out, grad_summed, x, weight, rstd):
     return x.new_empty(x.shape), torch.empty_like(weight)
 
@@ -91,7 +92,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_out, grad_summed, grad_rstd):
     x, weight, rstd = ctx.saved_tensors
     grad_summed = grad_summed if ctx.has_residual else None
-    grad_x, grad_weight = _rms_norm_backward_op(grad_out, grad_summed, x, weight, rstd)
+    grad_x, grad_weight = normed_backward(grad_out, grad_summed, x, weight, rstd)
     return grad_x, grad_x if ctx.has_residual else None, grad_weight, None
 
 

@@ -13,13 +13,14 @@ TILE_ELEMENTS = 2048
 
 
 @triton.jit
-def _forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, summed_ptr, rstd_ptr,
-    num_rows, num_cols, x_stride, residual_stride, eps,
-    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+def normed_rows(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, summed_ptr, rstd_ptr, rows, cols,
+    num_rows, num_cols, x_stride, residual_stride, eps, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    cols = tl.arange(0, COLS)[None, :]
+    """Store a tile of the norm, of the sum and of the reciprocal deviations; return that of the norm as it is stored.
+
+    ``rows`` [ROWS, 1], ``cols`` [1, COLS].
+    """
     mask = (rows < num_rows) & (cols < num_cols)
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0)
     dtype = x.dtype
@@ -32,8 +33,23 @@ def _forward_kernel(
     rstd = tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / num_cols + eps)
     weight = tl.load(weight_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
     normalized = (wide * rstd).to(dtype).to(tl.float32)
-    tl.store(out_ptr + rows * num_cols + cols, normalized * weight, mask=mask)
+    out = (normalized * weight).to(dtype)
+    tl.store(out_ptr + rows * num_cols + cols, out, mask=mask)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+    return out
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, summed_ptr, rstd_ptr,
+    num_rows, num_cols, x_stride, residual_stride, eps,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    normed_rows(
+        x_ptr, residual_ptr, weight_ptr, out_ptr, summed_ptr, rstd_ptr, rows, tl.arange(0, COLS)[None, :],
+        num_rows, num_cols, x_stride, residual_stride, eps, HAS_RESIDUAL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -64,7 +80,7 @@ def _backward_kernel(
     tl.store(partial_ptr + tl.program_id(0) * num_cols + cols, total, mask=cols < num_cols)
 
 
-def _tile(num_cols: int) -> tuple[int, int, int]:
+def tile_of(num_cols: int) -> tuple[int, int, int]:
     """Rows and columns of a program's tile, and its warps."""
     cols = triton.next_power_of_2(num_cols)
     rows = max(1, TILE_ELEMENTS // cols)
@@ -81,7 +97,7 @@ def forward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-    rows, cols, num_warps = _tile(num_cols)
+    rows, cols, num_warps = tile_of(num_cols)
     if num_rows:
         _forward_kernel[(triton.cdiv(num_rows, rows),)](
             rows_x, rows_residual, weight, out, summed, rstd,
@@ -103,7 +119,7 @@ def backward(
     rows_summed = rows_grad if grad_summed is None else as_rows(grad_summed)
     num_rows, num_cols = rows_x.shape
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, cols, num_warps = _tile(num_cols)
+    rows, cols, num_warps = tile_of(num_cols)
     programs = min(triton.cdiv(num_rows, rows), num_programs(x.device, per_multiprocessor=4))
     partial = torch.empty(programs, num_cols, dtype=torch.float32, device=x.device)
     if num_rows:

@@ -7,13 +7,15 @@ Rotary positions rotate the two halves of a head against each other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
 from moescale.kernels.attention import Documents, attention
 from moescale.kernels.rope import half_rope
 from moescale.models.blocks.linear import Linear
-from moescale.models.blocks.norm import RMSNorm
+from moescale.models.blocks.norm import Activation, RMSNorm
 from moescale.models.blocks.rope import tables
 from moescale.models.cache import LayerCache
 from moescale.models.grouped.config import GroupedQueryConfig
@@ -35,9 +37,14 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(k_heads * width, config.rms_norm_eps)
         self.output = Linear(config.num_heads * width, config.hidden_size, bias=False)
 
+    def norm_readers(self) -> Iterator[tuple[None, Linear]]:
+        """The linear layers that read what the attention is given."""
+        for layer in (self.q_proj, self.k_proj, self.v_proj):
+            yield None, layer
+
     def forward(
         self,
-        x: torch.Tensor,
+        x: Activation,
         cos: torch.Tensor,
         sin: torch.Tensor,
         documents: Documents | None = None,

@@ -10,6 +10,7 @@ from torch import nn
 from moescale.kernels.fp8 import Copies
 from moescale.kernels.fp8.linear import fp8_linear
 from moescale.kernels.linear import frozen_linear, linear
+from moescale.models.blocks.norm import Activation, plain_of, rows_of
 
 
 class Linear(nn.Linear):
@@ -36,11 +37,19 @@ class Linear(nn.Linear):
         """Take the buffer to which the backward adds the weight's gradient: the weight's shape, its dtype or fp32."""
         self.weight_gradient = buffer("weight")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activation) -> torch.Tensor:
+        plain = plain_of(x)
         if self.adapter is not None:
-            return self.adapter(x, self.weight, self.bias, self.weight_scale)
+            return self.adapter(plain, self.weight, self.bias, self.weight_scale)
         if self.weight_scale is not None:
-            return frozen_linear(x, self.weight, self.weight_scale, self.bias)
+            return frozen_linear(plain, self.weight, self.weight_scale, self.bias)
         if self.copies is not None:
-            return fp8_linear(x, self.weight, self.copies, self.bias, weight_gradient=self.weight_gradient)
-        return linear(x, self.weight, self.bias, weight_gradient=self.weight_gradient)
+            return fp8_linear(
+                plain,
+                self.weight,
+                self.copies,
+                self.bias,
+                quantized=rows_of(x),
+                weight_gradient=self.weight_gradient,
+            )
+        return linear(plain, self.weight, self.bias, weight_gradient=self.weight_gradient)

@@ -7,13 +7,15 @@ query, as inference does, costs more arithmetic at training lengths.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
 from moescale.kernels.attention import Documents, attention
 from moescale.kernels.rope import mla_rope
 from moescale.models.blocks.linear import Linear
-from moescale.models.blocks.norm import RMSNorm
+from moescale.models.blocks.norm import Activation, RMSNorm
 from moescale.models.blocks.rope import softmax_scale
 from moescale.models.cache import LayerCache
 from moescale.models.latent.config import LatentAttentionConfig
@@ -41,9 +43,19 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.output = Linear(heads * config.v_head_dim, hidden, bias=bias)
 
+    def norm_readers(self) -> Iterator[tuple[RMSNorm | None, Linear]]:
+        """The linear layers that read a norm's result, and which; None: what the attention is given."""
+        if self.config.q_lora_rank is None:
+            yield None, self.q_proj
+        else:
+            yield None, self.q_down
+            yield self.q_norm, self.q_up
+        yield None, self.kv_down
+        yield self.kv_norm, self.kv_up
+
     def forward(
         self,
-        x: torch.Tensor,
+        x: Activation,
         cos: torch.Tensor,
         sin: torch.Tensor,
         documents: Documents | None = None,

@@ -7,7 +7,7 @@ holds the weights of this rank's experts, its :class:`Dispatcher` brings them th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +23,7 @@ from moescale.kernels.fp8.routed import fp8_experts
 from moescale.kernels.router import Routing, route, router_logits
 from moescale.kernels.swiglu import swiglu
 from moescale.models.blocks.linear import Linear
+from moescale.models.blocks.norm import Activation, Normed, plain_of, rows_of
 
 
 class FeedForwardOutput(NamedTuple):
@@ -45,7 +46,11 @@ class GatedMLP(nn.Module):
         self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=False, num_parts=2)
         self.down = Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def norm_readers(self) -> Iterator[tuple[None, Linear]]:
+        """The layer that reads what the MLP is given."""
+        yield None, self.gate_up
+
+    def forward(self, x: Activation) -> torch.Tensor:
         return self.down(swiglu(self.gate_up(x)))
 
 
@@ -53,7 +58,7 @@ class DenseFeedForward(GatedMLP):
     """The feed-forward of a layer without experts, with the interface of :class:`MixtureOfExperts`."""
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, counted: torch.Tensor | None = None, padding: torch.Tensor | None = None
+        self, x: Activation, counted: torch.Tensor | None = None, padding: torch.Tensor | None = None
     ) -> FeedForwardOutput:
         return FeedForwardOutput(super().forward(x), None, None)
 
@@ -117,11 +122,13 @@ class Dispatcher(Protocol):
     """Ranks that share the experts of a layer among them."""
     is_recordable: bool
     """Whether a CUDA graph can hold its work: no size that the host must know, no call of the host's."""
+    moves_rows_in_fp8: bool
+    """Whether experts in fp8 get tokens as they were quantised before; else in the compute dtype."""
 
     def __call__(
         self,
         experts: RoutedExperts,
-        x: torch.Tensor,
+        x: Activation,
         routing: Routing,
         overlapped: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
@@ -145,24 +152,27 @@ class LocalDispatcher:
 
     num_ranks = 1
     is_recordable = True
+    moves_rows_in_fp8 = True
 
     def __call__(
         self,
         experts: RoutedExperts,
-        x: torch.Tensor,
+        x: Activation,
         routing: Routing,
         overlapped: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
+        plain = plain_of(x)
         gradients: dict[str, Any] = dict(gate_up_gradient=experts.gate_up_gradient, down_gradient=experts.down_gradient)
         how: dict[str, Any] = dict(scales=experts.scales, backend=experts.backend)
         run: Callable[..., torch.Tensor]
         if experts.adapter is not None:
-            run = partial(adapted_experts, **experts.adapter.arguments(x), **how)
+            run = partial(adapted_experts, **experts.adapter.arguments(plain), **how)
         elif experts.gate_up_copies is not None and experts.down_copies is not None:
             run = partial(
                 fp8_experts,
                 gate_up_copies=experts.gate_up_copies,
                 down_copies=experts.down_copies,
+                quantized=rows_of(x),
                 tokens_per_expert=routing.tokens_per_expert,
                 **gradients,
             )
@@ -177,7 +187,7 @@ class LocalDispatcher:
                 **how,
             )
         out = run(
-            x,
+            plain,
             routing.topk_ids,
             routing.topk_weights,
             experts.gate_up,
@@ -236,7 +246,7 @@ class RoutedExperts(nn.Module):
         return ExpertScales(self.gate_up_scale, self.down_scale)
 
     def forward(
-        self, x: torch.Tensor, routing: Routing, overlapped: Callable[[], torch.Tensor] | None = None
+        self, x: Activation, routing: Routing, overlapped: Callable[[], torch.Tensor] | None = None
     ) -> torch.Tensor:
         """[T, H] -> [T, H]: the sum over the chosen experts, weighted by the router, plus what ``overlapped`` returns.
 
@@ -274,17 +284,25 @@ class MixtureOfExperts(nn.Module):
             width = config.num_shared_experts * config.expert_intermediate_size
             self.shared_experts = GatedMLP(config.hidden_size, width)
 
+    def norm_readers(self) -> Iterator[tuple[None, Linear | RoutedExperts]]:
+        """The layers that read what this one is given, the router left out."""
+        yield None, self.experts
+        if self.shared_experts is not None:
+            yield from self.shared_experts.norm_readers()
+
     def forward(
-        self, x: torch.Tensor, counted: torch.Tensor | None = None, padding: torch.Tensor | None = None
+        self, x: Activation, counted: torch.Tensor | None = None, padding: torch.Tensor | None = None
     ) -> FeedForwardOutput:
         """[B, S, H] -> [B, S, H].
 
         ``counted`` [B, S] bool: the tokens that ``tokens_per_expert`` counts, or all; ``padding`` [B, S] bool: those
         that neither it nor the auxiliary loss counts.
         """
-        flat = x.flatten(0, 1)  # [T, H]
-        routing = self.router(flat, x.shape[0], _flattened(counted), _flattened(padding))
+        plain, rows = plain_of(x), rows_of(x)
+        flat = plain.flatten(0, 1)  # [T, H]
+        routing = self.router(flat, plain.shape[0], _flattened(counted), _flattened(padding))
+        given = flat if rows is None else Normed(flat, rows)
         # A dispatcher between ranks computes the shared experts while it waits for the others.
-        overlapped = None if self.shared_experts is None else partial(self.shared_experts, flat)
-        hidden = self.experts(flat, routing, overlapped).view_as(x)
+        overlapped = None if self.shared_experts is None else partial(self.shared_experts, given)
+        hidden = self.experts(given, routing, overlapped).view_as(plain)
         return FeedForwardOutput(hidden, routing.aux_loss, routing.load)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -9,6 +11,7 @@ from moescale.kernels.attention import Documents, attention
 from moescale.kernels.rope import half_rope
 from moescale.models.blocks.gqa import rope_tables
 from moescale.models.blocks.linear import Linear
+from moescale.models.blocks.norm import Activation
 from moescale.models.cache import LayerCache
 from moescale.models.gpt_oss.config import GptOssConfig
 from moescale.models.transformer import Transformer
@@ -31,9 +34,14 @@ class SinkAttention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(config.num_heads))
         self.output = Linear(config.num_heads * width, config.hidden_size, bias=bias)
 
+    def norm_readers(self) -> Iterator[tuple[None, Linear]]:
+        """The linear layers that read what the attention is given."""
+        for layer in (self.q_proj, self.k_proj, self.v_proj):
+            yield None, layer
+
     def forward(
         self,
-        x: torch.Tensor,
+        x: Activation,
         cos: torch.Tensor,
         sin: torch.Tensor,
         documents: Documents | None = None,

@@ -21,6 +21,7 @@ register(
         group="attention projections",
         annotation="n h, 2g q h -> n 2g q",
         kind="dense_gemm",
+        norm="attention_norm",
         saved=(Saved(name="attention_input", dims="n h", for_weight=True),),
         adaptable=(
             Adaptable(module="attention.k_proj", inputs="h", outputs="g q"),

@@ -45,6 +45,7 @@ register(
         group="attention projections",
         annotation="n h, l h -> n l",
         kind="dense_gemm",
+        norm="attention_norm",
         saved=(Saved(name="attention_input", dims="n h", for_weight=True),),
         adaptable=(Adaptable(module="attention.q_down", inputs="h", outputs="l"),),
     )
@@ -65,6 +66,7 @@ register(
         group="attention projections",
         annotation="n l, a q l -> n a q",
         kind="dense_gemm",
+        norm="q_norm",
         saved=(Saved(name="q_latent_normed", dims="n l", for_weight=True),),
         adaptable=(Adaptable(module="attention.q_up", inputs="l", outputs="a q"),),
     )
@@ -75,6 +77,7 @@ register(
         group="attention projections",
         annotation="n h, d h -> n d",
         kind="dense_gemm",
+        norm="attention_norm",
         saved=(Saved(name="attention_input", dims="n h", for_weight=True),),
         adaptable=(Adaptable(module="attention.kv_down", inputs="h", outputs="d"),),
     )
@@ -95,6 +98,7 @@ register(
         group="attention projections",
         annotation="n c, a u c -> n a u",
         kind="dense_gemm",
+        norm="kv_norm",
         saved=(Saved(name="kv_latent_normed", dims="n c", for_weight=True),),
         adaptable=(Adaptable(module="attention.kv_up", inputs="c", outputs="a u"),),
     )

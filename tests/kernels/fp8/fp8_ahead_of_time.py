@@ -1,7 +1,8 @@
 """Compile the kernels of fp8 GEMMs for Hopper without a GPU, the GEMMs with every launch they have there.
 
 Prints one JSON object: {kernel and what it was called with: {"shared": bytes of shared memory, "instructions": its
-matrix instructions}}. Runs in a process of its own: elsewhere in the tests, kernels are defined for the interpreter.
+matrix instructions, "sums": how it sums}}. Runs in a process of its own: elsewhere in the tests, kernels are defined
+for the interpreter.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from triton.compiler import ASTSource
 from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape
 from moescale.kernels.dispatch.triton import RowOrder, pull_scaled_rows
 from moescale.kernels.fp8 import empty_copies
+from moescale.kernels.fp8 import norm_triton as fp8_norm
 from moescale.kernels.fp8 import triton as fp8
 from moescale.kernels.fp8.gemm_triton import multiply_rows, weight_gradient
 from moescale.kernels.fp8.launch_config import GRADIENTS, ROWS, TALL_GRADIENTS
 from moescale.kernels.fp8.scaled import E4M3, Scaled
+from moescale.kernels.rms_norm import triton as rms_norm
 
 T, K, E, H, F = 64, 6, 64, 2048, 1408
 R = T * K
@@ -42,6 +45,7 @@ def call_quantising_kernels() -> None:
     groups, weight = fp8.group_rows(ends, R), empty(E, H, F)
     fp8.quantize_rows(empty(T, H))
     fp8.gather_rows(empty(T, H), pairs, K)
+    fp8.gather_scaled(scaled(T, H, T), pairs, K)
     fp8.swiglu(empty(R, 2 * F), groups)
     fp8.swiglu_backward(empty(R, F), empty(R, 2 * F), empty(R, dtype=torch.float32), groups)
     padded = fp8.pad_ends(ends)
@@ -78,9 +82,30 @@ def call_exchange() -> None:
     pull_scaled_rows(buffers, buffers.tokens, buffers.token_scales, order, rows)
 
 
+def call_norms() -> None:
+    """That quantise and that do not, in pairs: of rows of several widths, alone, of a slice and behind a residual."""
+    for width, stride, has_residual in (
+        (512, 576, False),
+        (512, 584, False),
+        (H, H, False),
+        (H, H, True),
+        (7168, 7168, True),
+    ):
+        x, residual = empty(T, stride)[:, :width], empty(T, width) if has_residual else None
+        for norm in (rms_norm, fp8_norm):
+            norm.forward(x, residual, empty(width), 1e-6)
+
+
+def summed_layouts(ttgir: str) -> list[str]:
+    """Layouts in which the kernel sums numbers in fp32: they decide in which order."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
+    operands = re.findall(r'"tt\.reduce".*?\}\) : \(tensor<(\w+xf32), (#\w+)>\)', ttgir, re.DOTALL)
+    return [f"{shape} {layouts[layout]}" for shape, layout in operands]
+
+
 def main() -> None:
     report = {}
-    calls = (call_quantising_kernels, call_products, call_exchange)
+    calls = (call_quantising_kernels, call_norms, call_products, call_exchange)
     for number, launch in enumerate(launch for call in calls for launch in record_launches(call)):
         kernel, signature, constants, attributes, options = launch
         source = ASTSource(kernel, signature, constants, attributes)
@@ -89,6 +114,7 @@ def main() -> None:
         report[f"{number} {kernel.__module__}.{kernel.__name__}"] = {
             "shared": compiled.metadata.shared,
             "instructions": " ".join(sorted(instructions)),
+            "sums": summed_layouts(compiled.asm["ttgir"]),
         }
     print(json.dumps(report))
 

@@ -136,6 +136,18 @@ def test_recomputing_the_up_projection_changes_nothing(parts):
     assert all(torch.equal(saved[name], recomputed[name]) for name in NAMES)
 
 
+@EITHER_IN_TIME
+@pytest.mark.parametrize("recompute_up", [False, True])
+def test_rows_that_are_quantised_already_give_the_same(parts, recompute_up):
+    inputs, grad = make(routings()["pairs of no expert"], 4, 32, 48), randn(5, 32, seed=3)
+    rows = parts.quantize_rows(inputs["x"].detach())
+    expected = run(inputs, grad, recompute_up=recompute_up)
+    found = run(inputs, grad, quantized=rows, recompute_up=recompute_up)
+    assert all(torch.equal(found[name], expected[name]) for name in NAMES)
+    other = run(inputs, grad, quantized=rows._replace(scales=2 * rows.scales), recompute_up=recompute_up)
+    assert not torch.equal(other["out"], expected["out"]), "what was given is not what is multiplied"
+
+
 @EITHER
 def test_strided_inputs_and_gradients_give_the_same(parts):
     inputs, grad = make(random_ids(4, 1, 2), 2, 32, 16), randn(4, 32, seed=3)
@@ -223,6 +235,7 @@ def test_repeated_runs_are_bit_identical_and_never_synchronise(buffer_dtype):
 
 IDS = random_ids(4, 2, 3)
 INPUTS = make(IDS, 3, 32, 48)
+ROWS = reference.quantize_rows(INPUTS["x"].detach()[:3])
 COPIES = {f"{name}_copies": copies_of(INPUTS[name]) for name in ("gate_up", "down")}
 
 
@@ -255,6 +268,7 @@ COPIES = {f"{name}_copies": copies_of(INPUTS[name]) for name in ("gate_up", "dow
             {"gate_up_copies": COPIES["down_copies"]},
             r"gate_up_copies has shape \(3, 32, 48\); it must be those of gate",
         ),
+        ({"quantized": ROWS}, r"quantized has shape \(3, 32\); it must be the rows of x = \(4, 32\)"),
         ({"down_gradient": INPUTS["gate_up"].detach()}, r"down_gradient has shape \(3, 96, 32\); it must be the shape"),
         (
             {"gate_up_gradient": INPUTS["gate_up"].detach().half()},

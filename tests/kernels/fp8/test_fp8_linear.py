@@ -9,7 +9,7 @@ from agreement import DEVICE
 
 from fp8_recipe import Exact, relative_error
 from moescale.kernels.backends import KernelInputError
-from moescale.kernels.fp8 import Copies, copies_of, empty_copies, write_copies
+from moescale.kernels.fp8 import Copies, Scaled, copies_of, empty_copies, reference, write_copies
 from moescale.kernels.fp8.linear import fp8_linear
 from synchronisation import synchronisation_refused
 from tests.kernels.fp8.implementations import EITHER, EITHER_IN_TIME
@@ -108,6 +108,17 @@ def test_strided_inputs_and_gradients_give_the_same(parts):
 
 
 @EITHER
+def test_rows_that_are_quantised_already_give_the_same(parts):
+    x, weight, copies = make(2, 5, 48)
+    grad, rows = randn(2, 5, 80, seed=2), parts.quantize_rows(x.detach().flatten(0, 1))
+    expected, found = (results(x, weight, copies, grad, quantized=given) for given in (None, rows))
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    halved = results(x, weight, copies, grad, quantized=Scaled(rows.data, rows.scales / 2))
+    assert torch.equal(halved.pop("out"), expected.pop("out") / 2), "what was given is not what is multiplied"
+    assert all(torch.equal(value, expected[name]) for name, value in halved.items())
+
+
+@EITHER
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in which the interpreter computes
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_are_not_finite_stay_visible(parts, value):
@@ -144,6 +155,7 @@ def test_repeated_runs_are_bit_identical_and_never_synchronise():
 
 
 X, WEIGHT, COPIES = make(4, 32, width=48)
+ROWS = reference.quantize_rows(X.detach()[:, :16])
 
 
 @pytest.mark.parametrize(
@@ -157,6 +169,11 @@ X, WEIGHT, COPIES = make(4, 32, width=48)
         ({"bias": WEIGHT[:, 0].float()}, r"bias has dtype torch.float32; it must be bfloat16"),
         ({"weight": torch.empty(48, 32, dtype=torch.bfloat16, device="meta")}, "weight is on meta; the other"),
         ({"copies": empty_copies(WEIGHT.to("meta"))}, "copies is on meta; the other inputs are on"),
+        ({"quantized": ROWS}, r"quantized has shape \(4, 16\); it must be the rows of x = \(4, 32\)"),
+        (
+            {"quantized": Scaled(X.detach(), ROWS.scales)},
+            "quantized has dtype torch.bfloat16; it must be float8_e4m3fn",
+        ),
         ({"weight_gradient": WEIGHT.detach()[:16]}, r"weight_gradient has shape \(16, 32\); it must be the shape of"),
         (
             {"weight_gradient": WEIGHT.detach().half()},

@@ -112,6 +112,17 @@ def test_gathered_rows_are_those_of_the_definition(counts, top_k):
     assert_equal(Scaled(rows.data[placed], rows.scales[placed]), Scaled(expected.data[placed], expected.scales[placed]))
 
 
+@pytest.mark.parametrize(("counts", "top_k"), [(UNEVEN, 1), (UNEVEN, 2), ((0, 17, 0), 3), (NONE, 2)])
+def test_rows_gathered_in_e4m3_are_those_that_a_gather_quantises(counts, top_k):
+    _, pair_row = routing(counts, top_k)
+    x = rows_of_all_kinds(pair_row.numel() // top_k, 80)
+    placed = slice(sum(counts))
+    for parts in (kernels, reference):
+        expected, tokens = parts.gather_rows(x, pair_row, top_k)
+        rows = parts.gather_scaled(tokens, pair_row, top_k)
+        assert_equal(*(Scaled(found.data[placed], found.scales[placed]) for found in (rows, expected)))
+
+
 @pytest.mark.parametrize(
     ("counts", "top_k"), [(UNEVEN, 0), (UNEVEN, 1), (UNEVEN, 2), ((0, 17, 0), 3), (LARGE, 0), (LARGE, 2), (NONE, 2)]
 )
@@ -344,7 +355,10 @@ def test_kernels_compile_for_hopper_with_every_launch_to_its_fp8_instructions():
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     products = {name for name in report if "gemm_triton" in name}
-    assert len(products) == 8 and len(report) == 20
+    assert len(products) == 8 and len(report) == 31
     for name, kernel in report.items():
         assert kernel["shared"] <= 227 * 1024, name
         assert ("e4m3.e4m3" in kernel["instructions"]) == (name in products), name
+    norms = [kernel["sums"] for name, kernel in report.items() if name.endswith("forward_kernel")]
+    assert len(norms) == 10 and all(len(sums) == 1 for sums in norms)
+    assert norms[::2] == norms[1::2], "a norm that quantises sums in another order: it is not the same to the bit"
