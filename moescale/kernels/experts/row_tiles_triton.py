@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moescale.kernels.rows import num_programs
+
 # Time of a half tile over that of a whole one, in fifths: it loads the same columns of the weight for half the rows.
 WHOLE_COST = tl.constexpr(5)
 HALF_COST = tl.constexpr(3)
@@ -168,3 +170,13 @@ def group_rows(ends: torch.Tensor, num_rows: int, expected_rows: int | None = No
     ``expected_rows``: of a buffer for the worst routing, the rows that launch parameters are chosen for.
     """
     return RowGroups(ends=ends, num_rows=num_rows, expected_rows=expected_rows or num_rows)
+
+
+def programs_of_rows(groups: RowGroups) -> tuple[int, bool]:
+    """Return how many programs a kernel has that takes a row at a time, and whether they walk the rows.
+
+    One for each row; but none for the end of a buffer for the worst routing: an empty one takes half a nanosecond.
+    """
+    if groups.num_rows <= groups.expected_rows:
+        return groups.num_rows, False
+    return min(groups.num_rows, num_programs(groups.ends.device, per_multiprocessor=16)), True

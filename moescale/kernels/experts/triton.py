@@ -30,6 +30,7 @@ from moescale.kernels.experts.row_tiles_triton import (
     first_position,
     group_rows,
     half_tile,
+    programs_of_rows,
     split_whole_tiles,
     whole_tile,
 )
@@ -157,28 +158,10 @@ def _store_swiglu(
 
 
 @triton.jit
-def _swiglu_backward_kernel(
-    grad_act,
-    pre,
-    grad_pre,
-    row_weights,
-    grad_weights,
-    ends,
-    num_experts,
-    F,
-    BLOCK: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-):
-    """The backward of w * down(silu(gate) * up) behind the product d = grad_out @ down[e], one row a program.
-
-    Replaces d by the weighted activation w * act in place, and writes the gradient of the pre-activation and that of
-    the routing weight, sum_f d * act. Rows of no expert hold nothing yet, and are left so.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    if row >= tl.load(ends + num_experts - 1):
-        return
+def _swiglu_backward_row(
+    grad_act, pre, grad_pre, row_weights, grad_weights, row, F,
+    BLOCK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
     weight = tl.load(row_weights + row) if HAS_WEIGHTS else 1.0
     grad_weight = tl.zeros((BLOCK,), tl.float32)
     for begin in tl.range(0, F, BLOCK):
@@ -210,6 +193,29 @@ def _swiglu_backward_kernel(
         tl.store(grad_pre + row * 2 * F + F + column, (grad * silu).to(pre.dtype.element_ty), mask=inside)
     if HAS_WEIGHTS:
         tl.store(grad_weights + row, tl.sum(grad_weight, 0))
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    grad_act, pre, grad_pre, row_weights, grad_weights, ends, num_experts, F,
+    BLOCK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, WALKS: tl.constexpr,
+):  # fmt: skip
+    """The backward of w * down(silu(gate) * up) behind the product d = grad_out @ down[e], a row at a time.
+
+    Replaces d by the weighted activation w * act in place, and writes the gradient of the pre-activation and that of
+    the routing weight, sum_f d * act. Rows of no expert hold nothing yet, and are left so. There is a program for every
+    row; where programs WALK (``programs_of_rows``), each takes one row after another.
+    """
+    row, end = tl.program_id(0).to(tl.int64), tl.load(ends + num_experts - 1)
+    if WALKS:
+        for walked in tl.range(row, end.to(tl.int64), tl.num_programs(0)):
+            _swiglu_backward_row(
+                grad_act, pre, grad_pre, row_weights, grad_weights, walked, F, BLOCK, HAS_WEIGHTS, ALPHA, LIMIT
+            )
+    elif row < end:
+        _swiglu_backward_row(
+            grad_act, pre, grad_pre, row_weights, grad_weights, row, F, BLOCK, HAS_WEIGHTS, ALPHA, LIMIT
+        )
 
 
 @triton.jit
@@ -441,7 +447,8 @@ def multiply_down_dgrad(
         grad_out, down, groups, transposed=True, kernel="down_dgrad", out=grad_act, low_rank=low_rank, launch=launch
     )
     if num_rows:
-        _swiglu_backward_kernel[(num_rows,)](
+        programs, walks = programs_of_rows(groups)
+        _swiglu_backward_kernel[(programs,)](
             grad_act,
             pre,
             grad_pre,
@@ -453,6 +460,7 @@ def multiply_down_dgrad(
             BLOCK=min(512, triton.next_power_of_2(ffn)),
             HAS_WEIGHTS=row_weights is not None,
             **_clamp_constants(clamp),
+            WALKS=walks,
         )
     return grad_pre, grad_act, grad_weights
 

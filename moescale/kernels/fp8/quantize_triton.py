@@ -14,7 +14,7 @@ import triton.language as tl
 
 from moescale.formats import FP8_COPY_ROWS
 from moescale.kernels.backends import triton_interpreted
-from moescale.kernels.experts.row_tiles_triton import RowGroups
+from moescale.kernels.experts.row_tiles_triton import RowGroups, programs_of_rows
 from moescale.kernels.fp8.scaled import E4M3, Copies, Scaled
 
 INTERPRETED = tl.constexpr(triton_interpreted())
@@ -96,76 +96,102 @@ def _quantize_rows_kernel(
 
 
 @triton.jit
-def _swiglu_kernel(pre, act, scales, ends, num_experts, F, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """A row at a time, in parts of CHUNK columns held in registers. Rows behind the last expert's stay as they are.
+def _swiglu_row(pre, act, scales, row, F, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    first = row * F
+    values = ()
+    largest = tl.zeros((CHUNK,), tl.int32)
+    for i in tl.static_range(CHUNKS):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        gate = tl.load(pre + 2 * first + column, mask=column < F, other=0.0).to(tl.float32)
+        up = tl.load(pre + 2 * first + F + column, mask=column < F, other=0.0).to(tl.float32)
+        value = gate * tl.sigmoid(gate) * up
+        largest = tl.maximum(largest, magnitudes(value))
+        values = values + (value,)  # type: ignore[assignment]
+    scale = scale_of(largest)
+    inverse = inverse_power(scale)
+    for i in tl.static_range(CHUNKS):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        tl.store(act + first + column, to_e4m3(values[i] * inverse), mask=column < F)
+    tl.store(scales + row, scale)
 
-    A launch may have fewer programs than rows: each then takes every so manieth.
+
+@triton.jit
+def _swiglu_kernel(
+    pre, act, scales, ends, num_experts, F, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WALKS: tl.constexpr
+):
+    """A row at a time, in parts of CHUNK columns that stay in registers; rows behind the last expert's are left alone.
+
+    There is a program for every row; where programs WALK (``programs_of_rows``), each takes one row after another.
     """
-    begin, end = tl.program_id(0).to(tl.int64), tl.load(ends + num_experts - 1).to(tl.int64)
-    for row in tl.range(begin, end, tl.num_programs(0)):
-        first = row * F
-        values = ()
-        largest = tl.zeros((CHUNK,), tl.int32)
-        for i in tl.static_range(CHUNKS):
-            column = i * CHUNK + tl.arange(0, CHUNK)
-            gate = tl.load(pre + 2 * first + column, mask=column < F, other=0.0).to(tl.float32)
-            up = tl.load(pre + 2 * first + F + column, mask=column < F, other=0.0).to(tl.float32)
-            value = gate * tl.sigmoid(gate) * up
-            largest = tl.maximum(largest, magnitudes(value))
-            values = values + (value,)  # type: ignore[assignment]
-        scale = scale_of(largest)
-        inverse = inverse_power(scale)
-        for i in tl.static_range(CHUNKS):
-            column = i * CHUNK + tl.arange(0, CHUNK)
-            tl.store(act + first + column, to_e4m3(values[i] * inverse), mask=column < F)
-        tl.store(scales + row, scale)
+    row, end = tl.program_id(0).to(tl.int64), tl.load(ends + num_experts - 1)
+    if WALKS:
+        for walked in tl.range(row, end.to(tl.int64), tl.num_programs(0)):
+            _swiglu_row(pre, act, scales, walked, F, CHUNK, CHUNKS)
+    elif row < end:
+        _swiglu_row(pre, act, scales, row, F, CHUNK, CHUNKS)
+
+
+@triton.jit
+def _swiglu_backward_row(
+    grad_act, pre, row_weights, grad_weights, grad_pre, grad_pre_scales, act, act_scales, row, F,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    first = row * F
+    weight = tl.load(row_weights + row)
+    values, grads_gate, grads_up = (), (), ()
+    grad_weight = tl.zeros((CHUNK,), tl.float32)
+    largest_value, largest_grad = tl.zeros((CHUNK,), tl.int32), tl.zeros((CHUNK,), tl.int32)
+    for i in tl.static_range(CHUNKS):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        inside = column < F
+        grad = tl.load(grad_act + first + column, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(pre + 2 * first + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(pre + 2 * first + F + column, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        value = silu * up
+        grad_weight += grad * value
+        grad *= weight
+        value *= weight
+        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+        grad_up = grad * silu
+        largest_value = tl.maximum(largest_value, magnitudes(value))
+        largest_grad = tl.maximum(largest_grad, tl.maximum(magnitudes(grad_gate), magnitudes(grad_up)))
+        values = values + (value,)  # type: ignore[assignment]
+        grads_gate = grads_gate + (grad_gate,)  # type: ignore[assignment]
+        grads_up = grads_up + (grad_up,)  # type: ignore[assignment]
+    tl.store(grad_weights + row, tl.sum(grad_weight, 0))
+    of_grad, of_value = scale_of(largest_grad), scale_of(largest_value)
+    for i in tl.static_range(CHUNKS):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        inside = column < F
+        tl.store(grad_pre + 2 * first + column, to_e4m3(grads_gate[i] * inverse_power(of_grad)), mask=inside)
+        tl.store(grad_pre + 2 * first + F + column, to_e4m3(grads_up[i] * inverse_power(of_grad)), mask=inside)
+        tl.store(act + first + column, to_e4m3(values[i] * inverse_power(of_value)), mask=inside)
+    tl.store(grad_pre_scales + row, of_grad)
+    tl.store(act_scales + row, of_value)
 
 
 @triton.jit
 def _swiglu_backward_kernel(
     grad_act, pre, row_weights, grad_weights, grad_pre, grad_pre_scales, act, act_scales, ends, num_experts, F,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WALKS: tl.constexpr,
 ):  # fmt: skip
     """The bf16 kernel's computation on one row; the gradient of the pre-activation and the weighted activation in e4m3.
 
     Rows, parts and programs as of ``_swiglu_kernel``.
     """
-    begin, end = tl.program_id(0).to(tl.int64), tl.load(ends + num_experts - 1).to(tl.int64)
-    for row in tl.range(begin, end, tl.num_programs(0)):
-        first = row * F
-        weight = tl.load(row_weights + row)
-        values, grads_gate, grads_up = (), (), ()
-        grad_weight = tl.zeros((CHUNK,), tl.float32)
-        largest_value, largest_grad = tl.zeros((CHUNK,), tl.int32), tl.zeros((CHUNK,), tl.int32)
-        for i in tl.static_range(CHUNKS):
-            column = i * CHUNK + tl.arange(0, CHUNK)
-            inside = column < F
-            grad = tl.load(grad_act + first + column, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(pre + 2 * first + column, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(pre + 2 * first + F + column, mask=inside, other=0.0).to(tl.float32)
-            sigmoid = tl.sigmoid(gate)
-            silu = gate * sigmoid
-            value = silu * up
-            grad_weight += grad * value
-            grad *= weight
-            value *= weight
-            grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-            grad_up = grad * silu
-            largest_value = tl.maximum(largest_value, magnitudes(value))
-            largest_grad = tl.maximum(largest_grad, tl.maximum(magnitudes(grad_gate), magnitudes(grad_up)))
-            values = values + (value,)  # type: ignore[assignment]
-            grads_gate = grads_gate + (grad_gate,)  # type: ignore[assignment]
-            grads_up = grads_up + (grad_up,)  # type: ignore[assignment]
-        tl.store(grad_weights + row, tl.sum(grad_weight, 0))
-        of_grad, of_value = scale_of(largest_grad), scale_of(largest_value)
-        for i in tl.static_range(CHUNKS):
-            column = i * CHUNK + tl.arange(0, CHUNK)
-            inside = column < F
-            tl.store(grad_pre + 2 * first + column, to_e4m3(grads_gate[i] * inverse_power(of_grad)), mask=inside)
-            tl.store(grad_pre + 2 * first + F + column, to_e4m3(grads_up[i] * inverse_power(of_grad)), mask=inside)
-            tl.store(act + first + column, to_e4m3(values[i] * inverse_power(of_value)), mask=inside)
-        tl.store(grad_pre_scales + row, of_grad)
-        tl.store(act_scales + row, of_value)
+    row, end = tl.program_id(0).to(tl.int64), tl.load(ends + num_experts - 1)
+    if WALKS:
+        for walked in tl.range(row, end.to(tl.int64), tl.num_programs(0)):
+            _swiglu_backward_row(
+                grad_act, pre, row_weights, grad_weights, grad_pre, grad_pre_scales, act, act_scales, walked, F,
+                CHUNK, CHUNKS,
+            )  # fmt: skip
+    elif row < end:
+        _swiglu_backward_row(
+            grad_act, pre, row_weights, grad_weights, grad_pre, grad_pre_scales, act, act_scales, row, F, CHUNK, CHUNKS
+        )
 
 
 @triton.jit
@@ -195,33 +221,51 @@ def _expert_scales_kernel(row_scales, row_pair, ends, scales, TOP_K: tl.constexp
 
 
 @triton.jit
+def _transpose_tile(
+    rows, row_pair, row_scales, expert_scales, ends, padded, out, tile, column_tile, num_experts, C, P,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+):  # fmt: skip
+    experts = tl.arange(0, EXPERTS)
+    padded_ends = tl.load(padded + experts, mask=experts < num_experts, other=2147483647)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    begin = tile * ROWS
+    expert = tl.sum((padded_ends <= begin).to(tl.int32), 0)
+    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    padded_first = tl.load(padded + expert - 1, mask=expert > 0, other=0)
+    row = begin - padded_first + first + tl.arange(0, ROWS)
+    exists = row < tl.load(ends + expert)
+    if TOP_K:
+        row = tl.load(row_pair + row, mask=exists, other=0) // TOP_K
+    factor = tl.load(row_scales + row, mask=exists, other=0.0) * inverse_power(tl.load(expert_scales + expert))
+    mask = exists[:, None] & (column < C)[None, :]
+    block = tl.load(rows + row.to(tl.int64)[:, None] * C + column[None, :], mask=mask, other=0.0)
+    block = to_e4m3(block.to(tl.float32) * factor[:, None])
+    target = column.to(tl.int64)[:, None] * P + begin + tl.arange(0, ROWS)[None, :]
+    tl.store(out + target, tl.trans(block), mask=(column < C)[:, None])
+
+
+@triton.jit
 def _transpose_kernel(
     rows, row_pair, row_scales, expert_scales, ends, padded, out, num_experts, C, P,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, WALKS: tl.constexpr,
 ):  # fmt: skip
     """out[c, padded row of r] = rows[r, c], brought to the scale of the row's expert; 0 where there is no row.
 
-    With TOP_K, ``rows`` and ``row_scales`` are those of tokens, and row r is that of the pair row_pair[r].
+    With TOP_K, ``rows`` and ``row_scales`` are those of tokens, and row r is that of the pair row_pair[r]. Where a
+    program WALKS, it takes one tile of rows after another, as of ``_swiglu_kernel``.
     """
-    experts = tl.arange(0, EXPERTS)
-    padded_ends = tl.load(padded + experts, mask=experts < num_experts, other=2147483647)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    num_tiles = tl.load(padded + num_experts - 1) // ROWS
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        begin = tile * ROWS
-        expert = tl.sum((padded_ends <= begin).to(tl.int32), 0)
-        first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-        padded_first = tl.load(padded + expert - 1, mask=expert > 0, other=0)
-        row = begin - padded_first + first + tl.arange(0, ROWS)
-        exists = row < tl.load(ends + expert)
-        if TOP_K:
-            row = tl.load(row_pair + row, mask=exists, other=0) // TOP_K
-        factor = tl.load(row_scales + row, mask=exists, other=0.0) * inverse_power(tl.load(expert_scales + expert))
-        mask = exists[:, None] & (column < C)[None, :]
-        block = tl.load(rows + row.to(tl.int64)[:, None] * C + column[None, :], mask=mask, other=0.0)
-        block = to_e4m3(block.to(tl.float32) * factor[:, None])
-        target = column.to(tl.int64)[:, None] * P + begin + tl.arange(0, ROWS)[None, :]
-        tl.store(out + target, tl.trans(block), mask=(column < C)[:, None])
+    tile, num_tiles = tl.program_id(0), tl.load(padded + num_experts - 1) // ROWS
+    if WALKS:
+        for walked in tl.range(tile, num_tiles, tl.num_programs(0)):
+            _transpose_tile(
+                rows, row_pair, row_scales, expert_scales, ends, padded, out, walked, tl.program_id(1), num_experts,
+                C, P, ROWS, COLUMNS, EXPERTS, TOP_K,
+            )  # fmt: skip
+    elif tile < num_tiles:
+        _transpose_tile(
+            rows, row_pair, row_scales, expert_scales, ends, padded, out, tile, tl.program_id(1), num_experts,
+            C, P, ROWS, COLUMNS, EXPERTS, TOP_K,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -241,11 +285,6 @@ def _copies_kernel(weight, largest, rows, columns, scales, N, K, P, ROWS: tl.con
     tl.store(rows + index, block, mask=mask)
     target = k.to(tl.int64)[:, None] * P + tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     tl.store(columns + target, tl.trans(block), mask=(k < K)[:, None])
-
-
-def num_programs(groups: RowGroups) -> int:
-    """Return how many programs walk the rows: one for each, but of a buffer for the worst routing, not for its end."""
-    return min(groups.num_rows, 2 * groups.expected_rows)
 
 
 def cut_row(columns: int, *, whole: bool = False) -> dict[str, int]:
@@ -293,7 +332,9 @@ def swiglu(pre: torch.Tensor, groups: RowGroups, out: Scaled | None = None) -> S
     num_rows, ffn = pre.shape[0], pre.shape[1] // 2
     act = out or empty_rows(num_rows, ffn, pre.device)
     if num_rows:
-        _swiglu_kernel[(num_programs(groups),)](pre, *act, groups.ends, groups.num_experts, ffn, **cut_row(ffn))
+        programs, walks = programs_of_rows(groups)
+        sizes = (groups.ends, groups.num_experts, ffn)
+        _swiglu_kernel[(programs,)](pre, *act, *sizes, **cut_row(ffn), WALKS=walks)
     return act
 
 
@@ -315,7 +356,8 @@ def swiglu_backward(
         torch.empty(num_rows, dtype=torch.float32, device=pre.device),
     )
     if num_rows:
-        _swiglu_backward_kernel[(num_programs(groups),)](
+        programs, walks = programs_of_rows(groups)
+        _swiglu_backward_kernel[(programs,)](
             grad_act,
             pre,
             row_weights,
@@ -326,6 +368,7 @@ def swiglu_backward(
             groups.num_experts,
             ffn,
             **cut_row(ffn),
+            WALKS=walks,
         )
     return grad_pre, act, grad_weights
 
@@ -348,11 +391,12 @@ def transpose_rows(
     columns = rows.data.shape[1]
     num_experts = groups.num_experts
     num_tiles = groups.num_rows // TILE + num_experts  # the most that any routing needs
-    num_walked = num_programs(groups) // TILE + num_experts
+    walks = groups.num_rows > groups.expected_rows
+    num_programs = min(num_tiles, groups.expected_rows // TILE + num_experts)
     out = torch.empty((columns, num_tiles * TILE), dtype=E4M3, device=rows.data.device)
     scales = torch.empty(num_experts, dtype=torch.float32, device=rows.data.device)
     _expert_scales_kernel[(num_experts,)](rows.scales, row_pair, groups.ends, scales, TOP_K=top_k, BLOCK=1024)
-    _transpose_kernel[(num_walked, triton.cdiv(columns, TILE))](
+    _transpose_kernel[(num_programs, triton.cdiv(columns, TILE))](
         rows.data,
         row_pair,
         rows.scales,
@@ -367,6 +411,7 @@ def transpose_rows(
         COLUMNS=TILE,
         EXPERTS=max(64, triton.next_power_of_2(num_experts)),
         TOP_K=top_k,
+        WALKS=walks,
     )
     return Scaled(out, scales)
 

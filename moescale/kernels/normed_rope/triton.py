@@ -12,11 +12,11 @@ import triton.language as tl
 
 from moescale.kernels.rows import num_programs
 
-# Elements of x that one program holds, in 4 warps: 16 or 32 a thread, in 16-byte loads of bf16.
+# Elements of x that one program holds, the fastest of a sweep on an H200 with 32 and 4 heads of 128.
 FORWARD_ELEMENTS, FORWARD_WARPS = 4096, 4
-BACKWARD_ELEMENTS, BACKWARD_WARPS = 2048, 4
-# As many as a multiprocessor has registers for at once.
-BACKWARD_PROGRAMS = 5
+BACKWARD_ELEMENTS, BACKWARD_WARPS = 4096, 8
+# Programs of the backward on a multiprocessor.
+BACKWARD_PROGRAMS = 2
 
 
 @triton.jit
