@@ -1,10 +1,12 @@
 """Times the package's GEMMs in fp8 against bf16 on one Hopper GPU, and judges their errors.
 
-    python benchmarks/fp8/fp8_measure.py --output fp8_gemms.json [--sections numerics products mlp layer dense copies]
+    python benchmarks/fp8/fp8_measure.py --output fp8_gemms.json
+        [--sections numerics products passes mlp layer dense copies]
 
 Random data. ``numerics``: errors against fp64 (``fp8_errors``), also without a GPU, of the definitions. ``products``:
-the six products of an expert MLP, alone. ``mlp``: expert MLP on sorted rows at the six shapes of the reference, with
-all that fp8 adds: rows and gradients are quantised, and four tensors transposed. ``layer``: routed experts from tokens
+the six products of an expert MLP, alone. ``passes``: what is between them, also where rows lie in a buffer of two and
+eight times as many, as on ranks that share experts. ``mlp``: expert MLP on sorted rows at the six shapes of the
+reference, with all that fp8 adds: rows and gradients are quantised, and four tensors transposed. ``layer``: routed experts from tokens
 to tokens, sort, gather and sum included. ``dense``: the linear layers of DeepSeek-Coder-V2-Lite. Gradients of weights
 are added to a buffer where ``buffer`` says so. bf16 is Triton and, where another backend is faster here, that one.
 ``copies``: writing the fp8 copies of weights, once an update, is in no other time. Times are medians of rounds in which
@@ -41,7 +43,7 @@ from moescale.tools.bench_experts import LAYER_SHAPES, Contender, choose_experts
 from moescale.tools.measurement import describe_measurement, write_result
 from moescale.tools.tune_experts import LITE_SHAPES, ExpertShape, measure_ms
 
-SECTIONS = ("numerics", "products", "mlp", "layer", "dense", "copies")
+SECTIONS = ("numerics", "products", "passes", "mlp", "layer", "dense", "copies")
 SLEEP_CYCLES = 12_000_000
 """About 6 ms: longer than the host needs to queue a forward or backward."""
 ROUNDS = 5
@@ -142,6 +144,28 @@ def measure_products(shapes: Iterable[ExpertShape]) -> Iterator[dict[str, Any]]:
             tflops = product_flops(shape, name) / ms / 1e9
             row = describe(shape, "product", form) | {"product": name, "ms": ms, "tflops": tflops}
             yield row | {"speedup": times[name, "bf16 triton"] / ms}
+
+
+def measure_passes(shape: ExpertShape) -> Iterator[dict[str, Any]]:
+    """Time the passes with a program for each of ``buffer_rows``, and with programs that walk the rows in use."""
+    ends, used, ffn = Inputs.random(shape).ends, shape.rows, shape.intermediate_size
+    for times in (1, 2, 8):
+        number = times * used
+        pre, grad = randn(number, 2 * ffn), randn(number, ffn)
+        weights = torch.rand(number, device=DEVICE)
+        quantised = fp8.quantize_rows(pre)
+        for programs, expected in {"every row": number, "walking": used}.items():
+            groups, padded = fp8.group_rows(ends, number, expected), fp8.pad_ends(ends)
+            calls: dict[str, tuple[Callable[[], object], int]] = {
+                "swiglu": (functools.partial(fp8.swiglu, pre, groups), 5),
+                "swiglu_backward": (functools.partial(fp8.swiglu_backward, grad, pre, weights, groups), 9),
+                "transpose": (functools.partial(fp8.transpose_rows, quantised, groups, padded), 4),
+            }
+            took = time_rounds({name: call for name, (call, _) in calls.items()})
+            for name, (_, num_bytes) in calls.items() if times > 1 or programs == "every row" else ():
+                row = {"scope": "pass", "pass": name, "rows": used, "buffer_rows": number, "programs": programs}
+                rate = num_bytes * used * ffn / took[name] / 1e6
+                yield row | {"ms": took[name], "gigabytes_per_second": rate}
 
 
 def time_rounds(calls: dict[Any, Callable[[], object]]) -> dict[Any, float]:
@@ -304,6 +328,8 @@ def measure(sections: set[str]) -> Iterator[dict[str, Any]]:
         yield from measure_errors()
     if "products" in sections:
         yield from measure_products(LAYER_SHAPES)
+    if "passes" in sections:
+        yield from measure_passes(LAYER_SHAPES[0])
     if sections & {"mlp", "layer"}:
         yield from measure_experts(sections, LITE_SHAPES if "mlp" in sections else LAYER_SHAPES)
     if "dense" in sections:

@@ -147,10 +147,10 @@ def notes(result: PlanResult) -> list[str]:
     found = []
     best = None if result.best is None else result.best.candidate
     if best is not None and best.mesh.gpus > 1:
-        if best.gemms != IN_COMPUTE_DTYPE:
+        if best.gemms != IN_COMPUTE_DTYPE and best.mesh.gpus > 2:
             found.append(
-                "GEMMs in fp8 on several GPUs are new: their results are tested with ranks on CPUs, and neither their "
-                "speed nor their memory has been measured on GPUs. --precision bf16 plans without them."
+                "GEMMs in fp8 are measured on one and two GPUs; on more, their speed and memory are predicted alone. "
+                "--precision bf16 plans without them."
             )
         reason = _reason_for_bf16(result, best)
         if reason is not None:
