@@ -168,7 +168,11 @@ class Operator:
     norm: str | None = None
     """The operator whose result it reads, where that is a norm: if products in fp8 read it, the norm quantises it."""
     fp8_bytes_shares: tuple[float, float] = (1.0, 1.0)
-    """Of those limited by memory: the share of its bytes, forward and backward, where experts multiply in fp8."""
+    """Of those limited by memory: the share of its bytes, forward and backward, where experts multiply in fp8, or those
+    that it is between."""
+    between: tuple[str, str] | None = None
+    """Of an activation, the operators in front and behind. Where both multiply in fp8 it quantises its result and its
+    gradient for them, and its result is not kept but made again."""
     adaptable: tuple[Adaptable, ...] = ()
     """Its weights that an adapter can be added to; others can only be frozen."""
     is_adapter: bool = False

@@ -16,7 +16,9 @@ from moescale.operators import Adaptable, Dims, Operator, Recompute, Saved, regi
 
 OUTSIDE = ("embedding", "final_norm", "linear_cross_entropy")
 """The operators that are in no layer."""
-"""The operators that are in no layer."""
+FUSED_SHARES = (5 / 6, 14 / 12)
+"""Of the bytes of SwiGLU, where it quantises: the result is written in e4m3 alone; the backward writes it in bf16, and
+the gradient in both."""
 
 
 def decoder_layers(config: ModelConfig, attention: tuple[str, ...]) -> tuple[LayerList, ...]:
@@ -110,6 +112,8 @@ register(
         group="dense layers",
         annotation="n 2i -> n i",
         kind="elementwise",
+        fp8_bytes_shares=FUSED_SHARES,
+        between=("dense_gate_up", "dense_down"),
         saved=(Saved(name="dense_gate_up", dims="n 2i"),),
     )
 )
@@ -191,6 +195,8 @@ register(
         overlaps="ep",
         annotation="n 2s -> n s",
         kind="elementwise",
+        fp8_bytes_shares=FUSED_SHARES,
+        between=("shared_gate_up", "shared_down"),
         saved=(Saved(name="shared_gate_up", dims="n 2s"),),
     )
 )

@@ -236,12 +236,12 @@ class CostModel:
         cluster = self.cluster
         in_fp8 = self.problem.fp8_weights(op, gemms)
         if in_fp8 and op.kind == "dense_gemm":
-            return self._fp8_dense_seconds(op, dims)
+            return self._fp8_dense_seconds(op, dims, gemms)
         if op.kind == "elementwise":
             seconds = moved_bytes(op, self._without_table(op, dims), self.problem.itemsize) / shares
             seconds /= cluster.elementwise_bytes_per_second
             ratio = op.backward_bytes_ratio
-            if gemms.expert_gemms == "fp8":
+            if self.problem.quantises(op, gemms) or (op.between is None and gemms.expert_gemms == "fp8"):
                 ratio *= op.fp8_bytes_shares[1] / op.fp8_bytes_shares[0]
                 seconds *= op.fp8_bytes_shares[0]
         else:
@@ -264,11 +264,12 @@ class CostModel:
         forward, backward = (number * cluster.launch_seconds + plain for number in launches)
         return seconds + forward, seconds * ratio + backward
 
-    def _fp8_dense_seconds(self, op: Operator, dims: dict[str, int]) -> tuple[float, float]:
+    def _fp8_dense_seconds(self, op: Operator, dims: dict[str, int], gemms: Gemms) -> tuple[float, float]:
         """Forward and backward of a linear layer in fp8, of which a rank has all features.
 
         The result and the gradient of the input are GEMMs in fp8, whose input and gradient of the result are read in
-        bf16 and written in fp8 first, unless the input comes from a norm; other gradients are GEMMs in bf16.
+        bf16 and written in fp8 first, unless what makes them, a norm or an activation, does it; other gradients are
+        GEMMs in bf16.
         """
         cluster, flops = self.cluster, forward_flops(op, dims)
         assert cluster.fp8_dense_gemm is not None, "checked before the search"
@@ -279,8 +280,11 @@ class CostModel:
             for tensor in (op.parsed.inputs[0], op.parsed.outputs[0])
         ]
         forward, backward = ((number + 1) * cluster.launch_seconds for number in KERNELS_PER_OPERATOR[op.kind])
-        if op.norm is not None:  # which quantises
+        made_in_fp8 = self.problem.quantised_by_activation(op, gemms)
+        if made_in_fp8[0] or op.norm is not None:
             quantized[0], forward = 0.0, forward - cluster.launch_seconds
+        if made_in_fp8[1]:
+            quantized[1], backward = 0.0, backward - cluster.launch_seconds
         return fast + quantized[0] + forward, fast + plain + quantized[1] + backward
 
     def _plain_seconds(self, op: Operator, features: int, experts: int) -> float:

@@ -20,7 +20,8 @@ def kept(batch: MicroBatch, kind: LayerKind, plan: LayerPlan) -> float:
 
 def full_layer(batch: MicroBatch, kind: LayerKind, dropped: frozenset[str] = frozenset()) -> float:
     """What one layer keeps where its block is not recomputed."""
-    size = saved_bytes(kind, batch.dims, batch.problem.itemsize, dropped) / batch.division.features
+    made_again = batch.problem.made_again(kind, batch.gemms)
+    size = saved_bytes(kind, batch.dims, batch.problem.itemsize, dropped | made_again) / batch.division.features
     for axis in AXES:
         for more in axis.kept_bytes(batch, kind, dropped):
             size += more
@@ -54,8 +55,14 @@ def operator_buffers(batch: MicroBatch, plans: dict[str, LayerPlan]) -> float:
 
 
 def dense_buffers(batch: MicroBatch) -> float:
-    """A dense MLP's activation and gradients; with GEMMs in fp8 also the gradient of gate and up in e4m3."""
-    size = 5 * batch.problem.itemsize + (2 if batch.gemms.dense_gemms == "fp8" else 0)
+    """A dense MLP's activation and gradients; with GEMMs in fp8 also the gradient of gate and up in e4m3.
+
+    Where that is one operator (``kernels.fp8.mlp``), the activation and all gradients are there at once, two bytes an
+    element of them in e4m3: as many bytes as without fp8.
+    """
+    operators = (op for kind in batch.problem.workload.layers if not kind.is_routed for op in kind.operators)
+    is_fused = any(batch.problem.quantises(op, batch.gemms) for op in operators)
+    size = 5 * batch.problem.itemsize + (2 if batch.gemms.dense_gemms == "fp8" and not is_fused else 0)
     return batch.dims["n"] * size * batch.dims["i"] / batch.division.features
 
 

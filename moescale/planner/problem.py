@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from moescale.formats import DTYPE_BYTES, FP8_GEMM_MULTIPLE
-from moescale.operators import Operator, is_routed
+from moescale.operators import Operator, is_routed, operator
 from moescale.plan import MeshShape
 from moescale.planner.cluster import Cluster
 from moescale.planner.request import Gemms, PlanRequest
@@ -47,6 +47,21 @@ class Problem:
         weights = self.workload.linear_weights(op)
         sizes = (size for weight in weights for size in (weight.rows, weight.columns))
         return [] if any(size % FP8_GEMM_MULTIPLE for size in sizes) else weights
+
+    def quantises(self, op: Operator, gemms: Gemms) -> bool:
+        """Whether ``op`` is an activation between two operators in fp8, for which it quantises."""
+        return op.between is not None and all(self.fp8_weights(operator(name), gemms) for name in op.between)
+
+    def quantised_by_activation(self, op: Operator, gemms: Gemms) -> tuple[bool, bool]:
+        """Whether an activation quantises the input of ``op``, and whether one does the gradient of its result."""
+        operators = [other for kind in self.workload.layers for other in kind.operators]
+        pairs = [other.between for other in operators if other.between is not None and self.quantises(other, gemms)]
+        return any(op.name == behind for _, behind in pairs), any(op.name == front for front, _ in pairs)
+
+    def made_again(self, kind: LayerKind, gemms: Gemms) -> frozenset[str]:
+        """Saved tensors that a layer does not keep because they are results of activations that quantise."""
+        behind = (operator(op.between[1]) for op in kind.operators if op.between and self.quantises(op, gemms))
+        return frozenset(saved.name for op in behind for saved in op.saved)
 
     def all_fp8_weights(self, gemms: Gemms, mesh: MeshShape) -> list[tuple[int, int, LinearWeight]]:
         """Those of the model: the number of layers that have one, the ranks that divide its experts, or 1, and it."""

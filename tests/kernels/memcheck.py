@@ -21,6 +21,7 @@ from moescale.kernels.cross_entropy import linear_cross_entropy
 from moescale.kernels.experts import experts
 from moescale.kernels.fp8 import copies_of, kernels_for
 from moescale.kernels.fp8.linear import fp8_linear
+from moescale.kernels.fp8.mlp import fp8_mlp
 from moescale.kernels.fp8.norm import quantizing_rms_norm
 from moescale.kernels.fp8.routed import fp8_experts
 from moescale.kernels.fp8.rows import fp8_expert_mlp
@@ -78,6 +79,9 @@ def check_fp8() -> None:
                 backward(fp8_linear(normed.detach().requires_grad_(), linear_weight, copies_of(linear_weight),
                                     randn(width), quantized=quantized))  # fmt: skip
             backward(normed)
+    for tokens, hidden, ffn in ((1, 16, 16), (37, 144, 80), (130, 64, 528), (65, 32, 4112)):
+        mlp_weights = randn(2 * ffn, hidden), randn(hidden, ffn)
+        backward(fp8_mlp(randn(tokens, hidden), *mlp_weights, *(copies_of(weight) for weight in mlp_weights)))
 
 
 def check_router() -> None:

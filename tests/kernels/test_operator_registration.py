@@ -10,6 +10,7 @@ from moescale.kernels import adapted_linear, cross_entropy, linear, normed_rope,
 from moescale.kernels.block_fp8 import quantize
 from moescale.kernels.fp8 import copies_of, routed
 from moescale.kernels.fp8 import linear as linear_in_fp8
+from moescale.kernels.fp8 import mlp as mlp_in_fp8
 from moescale.kernels.fp8 import norm as norm_in_fp8
 
 X, WEIGHT = (6, 8), (8,)
@@ -28,6 +29,12 @@ def copied(*shape: int, seed: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ..
 def linear_inputs(buffer: torch.Tensor | None) -> tuple:
     weight, copies = copied(32, 16, seed=1)
     return randn(2, 3, 16, dtype=torch.bfloat16), weight, randn(32, dtype=torch.bfloat16), *copies, None, None, buffer
+
+
+def mlp_inputs(buffer: torch.Tensor | None) -> tuple:
+    (gate_up, of_gate_up), (down, of_down) = copied(64, 16, seed=1), copied(16, 32, seed=2)
+    x = randn(2, 3, 16, dtype=torch.bfloat16)
+    return x, gate_up, down, *of_gate_up, *of_down, None, None, None, buffer
 
 
 def norm_inputs(*, residual: bool) -> tuple:
@@ -112,6 +119,8 @@ CASES = {
         linear_in_fp8._linear,
         lambda: linear_inputs(torch.zeros(32, 16, device=DEVICE)),
     ),
+    "mlp_with_gemms_in_fp8": (mlp_in_fp8._mlp, lambda: mlp_inputs(None)),
+    "mlp_with_gemms_in_fp8_and_a_buffer": (mlp_in_fp8._mlp, lambda: mlp_inputs(torch.zeros(16, 32, device=DEVICE))),
     "experts_with_gemms_in_fp8": (routed._experts, lambda: experts_inputs(None, save_pre=True)),
     "experts_with_gemms_in_fp8_a_buffer_and_no_pre_activation": (
         routed._experts,

@@ -162,6 +162,45 @@ def test_what_a_norm_returns_is_written_in_fp8_once_and_read_so() -> None:
             assert seconds == (pytest.approx(alone[0] + more, rel=1e-12), alone[1]), op.name
 
 
+def test_an_activation_quantises_for_what_is_in_front_of_and_behind_it() -> None:
+    problem = Problem(build_workload(LITE), FLAT, REQUEST)
+    cost, dims = CostModel(problem), problem.dims(4)
+    for name, width in (("dense", 10944), ("shared", 2816)):
+        gate_up, swiglu, down = (operator(f"{name}_{part}") for part in ("gate_up", "swiglu", "down"))
+        flops, element = 2 * 8192 * 2048 * width, 8192 * width / 3e12
+        # Gate and up read, in bf16, and the result written in e4m3; of the backward their gradient read as well, and
+        # written in both, and the result in bf16.
+        forward, backward = cost.operator_seconds(swiglu, dims, gemms=DENSE)
+        assert forward == pytest.approx((4 + 1) * element + 1e-6, rel=1e-12)
+        assert backward == pytest.approx((2 + 4 + 2 + 4 + 2) * element + 1e-6, rel=1e-12)
+        forward, backward = cost.operator_seconds(down, dims, gemms=DENSE)
+        assert forward == pytest.approx(flops / 1000e12 + 1e-6, rel=1e-12)
+        of_gradient = 8192 * 2048 * 3 / 3e12
+        assert backward == pytest.approx(flops / 1000e12 + flops / 500e12 + of_gradient + 3e-6, rel=1e-12)
+        forward, backward = cost.operator_seconds(gate_up, dims, gemms=DENSE)
+        assert forward == pytest.approx(2 * flops / 1000e12 + 1e-6, rel=1e-12)
+        assert backward == pytest.approx(2 * flops / 1000e12 + 2 * flops / 500e12 + 2e-6, rel=1e-12)
+        plain = cost.operator_seconds(swiglu, dims)
+        assert plain == pytest.approx((6 * element + 1e-6, 12 * element + 1e-6), rel=1e-12)
+        assert cost.operator_seconds(swiglu, dims, gemms=EXPERTS) == plain
+
+
+def test_an_activation_in_front_of_what_is_not_in_fp8_does_not_quantise() -> None:
+    problem = Problem(build_workload(dataclasses.replace(LITE, dense_intermediate_size=10952)), FLAT, REQUEST)
+    assert problem.fp8_weights(operator("dense_gate_up"), DENSE) and not problem.fp8_weights(
+        operator("dense_down"), DENSE
+    )
+    cost, dims, swiglu = CostModel(problem), problem.dims(4), operator("dense_swiglu")
+    assert cost.operator_seconds(swiglu, dims, gemms=DENSE) == cost.operator_seconds(swiglu, dims)
+    dense, moe = problem.workload.layers
+    assert problem.made_again(dense, DENSE) == set() and problem.made_again(moe, DENSE) == {"shared_activation"}
+    assert problem.made_again(moe, EXPERTS) == set()
+    flops = 2 * 8192 * 2048 * 2 * 10952
+    _, backward = cost.operator_seconds(operator("dense_gate_up"), dims, gemms=DENSE)
+    of_gradient = 8192 * 2 * 10952 * 3 / 3e12
+    assert backward == pytest.approx(flops / 1000e12 + flops / 500e12 + of_gradient + 3e-6, rel=1e-12)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_operators_that_read_a_norm_are_those_of_the_real_model(family: str) -> None:
     with torch.device("meta"):

@@ -21,6 +21,12 @@ from moescale.models.blocks.rope import rope_tables
 from moescale.models.fp8_gemms import use_fp8
 from moescale.models.lora import add_adapters
 from moescale.models.transformer import Transformer, build_on_meta
+from moescale.plan import LayerPlan, MeshShape
+from moescale.planner import layer_bytes
+from moescale.planner.axes.registry import micro_batch
+from moescale.planner.cluster import load_cluster
+from moescale.planner.problem import Problem
+from moescale.planner.request import Gemms, PlanRequest
 from moescale.planner.workload import build_workload, saved_bytes
 from tiny import tiny_config, tiny_v3_config
 
@@ -100,7 +106,7 @@ def test_a_layer_keeps_exactly_what_its_annotations_say(name: str, layer: int, g
 
 @pytest.mark.parametrize("name", ["low_rank_query", "published_sizes"])
 @pytest.mark.parametrize("layer", [0, 1], ids=["dense", "moe"])
-def test_a_layer_in_fp8_keeps_what_it_keeps_in_bf16(name: str, layer: int, gpu_operators: None) -> None:
+def test_a_layer_in_fp8_keeps_all_but_the_activation_of_a_dense_mlp(name: str, layer: int, gpu_operators: None) -> None:
     config = dataclasses.replace(CONFIGS[name], expert_intermediate_size=48)
     model = fake_model(config)
     with next(model.parameters()).fake_mode:
@@ -110,9 +116,14 @@ def test_a_layer_in_fp8_keeps_what_it_keeps_in_bf16(name: str, layer: int, gpu_o
         x = torch.empty(SEQUENCES, LENGTH, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         cos, sin = rope_tables(config, LENGTH, torch.device("cpu"))
         measured = bytes_kept(lambda: model.layers[layer](x, cos, sin), [cos, sin, *of_weights, *model.parameters()])
-    workload = build_workload(config)
-    dims = workload.dims(SEQUENCES * LENGTH, LENGTH)
-    assert saved_bytes(workload.layers[layer], dims, 2) == measured
+    request = PlanRequest(runtime_gpus=1, plan_gpus=1, tokens_per_step=4096, sequence_length=LENGTH, fp8_gemms=True)
+    problem = Problem(build_workload(config), load_cluster("h200"), request)
+    kind, in_fp8 = problem.workload.layers[layer], Gemms(expert_gemms="fp8", dense_gemms="fp8")
+    made_again = problem.made_again(kind, in_fp8)
+    assert made_again == {"shared_activation" if layer else "dense_activation"}
+    assert saved_bytes(kind, problem.dims(SEQUENCES), 2, made_again) == measured
+    batch = micro_batch(problem, MeshShape(), SEQUENCES, "fsdp", "bf16", in_fp8)
+    assert layer_bytes.kept(batch, kind, LayerPlan(kind=kind.name)) == measured
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def multiply(x: Scaled, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tens
     )
 
 
+def weight_product(gradient: torch.Tensor, rows: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    """Return the weight's gradient [N, K] of its result's gradient [R, N] and input [R, K], or add to ``buffer``."""
+    if buffer is None:
+        return gradient.t() @ rows
+    add_product(buffer.data, gradient.t(), rows)
+    return gradient.new_empty(0)
+
+
 @torch.library.custom_op("moescale::fp8_linear", mutates_args=())
 def _linear(
     x: torch.Tensor,
@@ -102,11 +110,7 @@ def _linear_backward(
     """Return the gradients of x and of the weight; the latter is empty where it was added to its buffer."""
     n = grad.shape[-1]
     gradient, rows = grad.reshape(-1, n), x.reshape(-1, x.shape[-1])
-    found = grad.new_empty(0)
-    if weight_gradient is None:
-        found = gradient.t() @ rows
-    else:
-        add_product(weight_gradient.data, gradient.t(), rows)
+    found = weight_product(gradient, rows, weight_gradient)
     scaled = kernels_for(grad).quantize_rows(gradient)
     note("linear gradient of the result", lambda: gradient, scaled)
     return multiply(scaled, columns[:, :n], scale).view(x.shape), found

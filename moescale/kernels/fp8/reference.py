@@ -6,11 +6,13 @@ Products are made of the quantised numbers in fp32.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from moescale.formats import FP8_COPY_ROWS
 from moescale.kernels.experts.reference import combine_rows, group_rows, order_by_pair, sort_weights
 from moescale.kernels.experts.sort import sort_pairs
 from moescale.kernels.fp8.scaled import E4M3, LARGEST, Copies, Scaled
+from moescale.kernels.swiglu.reference import swiglu as swiglu_in_bf16
 
 LEAST_SCALE = 2.0**-100
 
@@ -81,6 +83,19 @@ def exact_swiglu_backward(
     grad, act = grad * row_weights.unsqueeze(-1), act * row_weights.unsqueeze(-1)
     grad_pre = torch.cat([grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu], -1)
     return grad_pre, act, grad_weights
+
+
+def gated_forward(pre: torch.Tensor) -> Scaled:
+    """Return silu(gate) * up [R, F], as :func:`moescale.kernels.swiglu.reference.swiglu` rounds it, in e4m3."""
+    return quantize_rows(swiglu_in_bf16(pre))
+
+
+def gated_backward(grad_act: torch.Tensor, pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Scaled]:
+    """Return that activation [R, F] and the gradient of pre [R, 2F] in bf16, and the latter in e4m3."""
+    gate, up = pre.chunk(2, -1)
+    of_gate = torch.ops.aten.silu_backward(grad_act * up, gate)
+    grad_pre = torch.cat([of_gate, grad_act * F.silu(gate)], -1)
+    return swiglu_in_bf16(pre), grad_pre, quantize_rows(grad_pre)
 
 
 def pad_ends(ends: torch.Tensor) -> torch.Tensor:
@@ -159,6 +174,8 @@ def write_copies(weight: torch.Tensor, largest: torch.Tensor, copies: Copies) ->
 
 __all__ = [
     "combine_rows",
+    "gated_backward",
+    "gated_forward",
     "gather_rows",
     "gather_scaled",
     "group_rows",

@@ -19,6 +19,7 @@ from moescale.kernels.experts import ExpertBiases, ExpertScales, SwigluClamp
 from moescale.kernels.experts import experts as run_experts
 from moescale.kernels.experts.adapted import adapted_experts
 from moescale.kernels.fp8 import Copies
+from moescale.kernels.fp8.mlp import fp8_mlp
 from moescale.kernels.fp8.routed import fp8_experts
 from moescale.kernels.router import Routing, route, router_logits
 from moescale.kernels.swiglu import swiglu
@@ -51,7 +52,19 @@ class GatedMLP(nn.Module):
         yield None, self.gate_up
 
     def forward(self, x: Activation) -> torch.Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+        gate_up, down = self.gate_up, self.down
+        if gate_up.copies is None or down.copies is None:
+            return down(swiglu(gate_up(x)))
+        return fp8_mlp(
+            plain_of(x),
+            gate_up.weight,
+            down.weight,
+            gate_up.copies,
+            down.copies,
+            quantized=rows_of(x),
+            gate_up_gradient=gate_up.weight_gradient,
+            down_gradient=down.weight_gradient,
+        )
 
 
 class DenseFeedForward(GatedMLP):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moescale.kernels.fp8 import linear, reference, routed, rows
+from moescale.kernels.fp8 import linear, mlp, reference, routed, rows
 from moescale.kernels.fp8 import triton as kernels
 
 
@@ -12,6 +12,6 @@ from moescale.kernels.fp8 import triton as kernels
 def parts(request, monkeypatch):
     """The implementation that the operators take, whatever the device."""
     chosen = {"triton": kernels, "torch": reference}[request.param]
-    for operator in (linear, routed, rows):
+    for operator in (linear, mlp, routed, rows):
         monkeypatch.setattr(operator, "kernels_for", lambda tensor: chosen)
     return chosen

@@ -48,6 +48,9 @@ def call_quantising_kernels() -> None:
     fp8.gather_scaled(scaled(T, H, T), pairs, K)
     fp8.swiglu(empty(R, 2 * F), groups)
     fp8.swiglu_backward(empty(R, F), empty(R, 2 * F), empty(R, dtype=torch.float32), groups)
+    for width in (2 * F, 10944):
+        fp8.gated_forward(empty(T, 2 * width))
+        fp8.gated_backward(empty(T, width), empty(T, 2 * width))
     padded = fp8.pad_ends(ends)
     fp8.transpose_rows(scaled(R, F, R), groups, padded)
     fp8.transpose_rows(scaled(T, H, T), groups, padded, row_pair=pairs, top_k=K)
