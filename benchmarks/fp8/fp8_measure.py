@@ -8,9 +8,9 @@ the six products of an expert MLP, alone. ``passes``: what is between them, also
 eight times as many, as on ranks that share experts. ``mlp``: expert MLP on sorted rows at the six shapes of the
 reference, with all that fp8 adds: rows and gradients are quantised, and four tensors transposed. ``layer``: routed
 experts from tokens to tokens, sort, gather and sum included. ``dense``: the linear layers of DeepSeek-Coder-V2-Lite.
-Gradients of weights are added to a buffer where ``buffer`` says so. bf16 is Triton and, where another backend is faster here, that one.
-``copies``: writing the fp8 copies of weights, once an update, is in no other time. Times are medians of rounds in which
-all take turns.
+Gradients of weights are added to a buffer where ``buffer`` says so. bf16 is Triton and, where another backend is faster
+here, that one. ``copies``: writing the fp8 copies of weights, once an update, is in no other time. Times are medians of
+rounds in which all take turns.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ needs only types, constants and alignment. Prints one JSON object: {capability: 
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -134,9 +135,9 @@ def call_every_operator() -> None:
     for buffer, row_weights in ((None, None), (empty(32, 2048, dtype=fp32), empty(12, dtype=fp32))):
         experts.bias_gradient(rows, groups, row_weights, buffer=buffer)
     experts.add_bias_products(empty(12, dtype=fp32), rows, empty(32, 2048), groups)
-    for clamp in (None, SwigluClamp(1.702, 7.0)):
+    for clamp, walks in itertools.product((None, SwigluClamp(1.702, 7.0)), (False, True)):
         swiglu_backward = (empty(12, 1408), empty(12, 2816), empty(12, 2816), *(empty(12, dtype=fp32),) * 2, ends)
-        constants = experts._clamp_constants(clamp)
+        constants = experts._clamp_constants(clamp) | {"WALKS": walks}
         experts._swiglu_backward_kernel[(12,)](*swiglu_backward, 32, 1408, BLOCK=512, HAS_WEIGHTS=True, **constants)
     hyperparameters = AdamWHyperparameters(
         learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, num_updates=2

@@ -221,18 +221,25 @@ def _expert_scales_kernel(row_scales, row_pair, ends, scales, TOP_K: tl.constexp
 
 
 @triton.jit
-def _transpose_tile(
-    rows, row_pair, row_scales, expert_scales, ends, padded, out, tile, column_tile, num_experts, C, P,
+def _transpose_kernel(
+    rows, row_pair, row_scales, expert_scales, ends, padded, out, num_experts, C, P,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
+    """out[c, padded row of r] = rows[r, c], brought to the scale of the row's expert; 0 where there is no row.
+
+    With TOP_K, ``rows`` and ``row_scales`` are those of tokens, and row r is that of the pair row_pair[r].
+    """
     experts = tl.arange(0, EXPERTS)
-    padded_ends = tl.load(padded + experts, mask=experts < num_experts, other=2147483647)
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    begin = tile * ROWS
-    expert = tl.sum((padded_ends <= begin).to(tl.int32), 0)
+    known = experts < num_experts
+    begin = tl.program_id(0) * ROWS
+    padded_end = tl.load(padded + experts, mask=known, other=2147483647)
+    expert = tl.sum((padded_end <= begin).to(tl.int32), 0)
+    if expert >= num_experts:
+        return
     first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     padded_first = tl.load(padded + expert - 1, mask=expert > 0, other=0)
     row = begin - padded_first + first + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = row < tl.load(ends + expert)
     if TOP_K:
         row = tl.load(row_pair + row, mask=exists, other=0) // TOP_K
@@ -242,30 +249,6 @@ def _transpose_tile(
     block = to_e4m3(block.to(tl.float32) * factor[:, None])
     target = column.to(tl.int64)[:, None] * P + begin + tl.arange(0, ROWS)[None, :]
     tl.store(out + target, tl.trans(block), mask=(column < C)[:, None])
-
-
-@triton.jit
-def _transpose_kernel(
-    rows, row_pair, row_scales, expert_scales, ends, padded, out, num_experts, C, P,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, WALKS: tl.constexpr,
-):  # fmt: skip
-    """out[c, padded row of r] = rows[r, c], brought to the scale of the row's expert; 0 where there is no row.
-
-    With TOP_K, ``rows`` and ``row_scales`` are those of tokens, and row r is that of the pair row_pair[r]. Where a
-    program WALKS, it takes one tile of rows after another, as of ``_swiglu_kernel``.
-    """
-    tile, num_tiles = tl.program_id(0), tl.load(padded + num_experts - 1) // ROWS
-    if WALKS:
-        for walked in tl.range(tile, num_tiles, tl.num_programs(0)):
-            _transpose_tile(
-                rows, row_pair, row_scales, expert_scales, ends, padded, out, walked, tl.program_id(1), num_experts,
-                C, P, ROWS, COLUMNS, EXPERTS, TOP_K,
-            )  # fmt: skip
-    elif tile < num_tiles:
-        _transpose_tile(
-            rows, row_pair, row_scales, expert_scales, ends, padded, out, tile, tl.program_id(1), num_experts,
-            C, P, ROWS, COLUMNS, EXPERTS, TOP_K,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -391,12 +374,10 @@ def transpose_rows(
     columns = rows.data.shape[1]
     num_experts = groups.num_experts
     num_tiles = groups.num_rows // TILE + num_experts  # the most that any routing needs
-    walks = groups.num_rows > groups.expected_rows
-    num_programs = min(num_tiles, groups.expected_rows // TILE + num_experts)
     out = torch.empty((columns, num_tiles * TILE), dtype=E4M3, device=rows.data.device)
     scales = torch.empty(num_experts, dtype=torch.float32, device=rows.data.device)
     _expert_scales_kernel[(num_experts,)](rows.scales, row_pair, groups.ends, scales, TOP_K=top_k, BLOCK=1024)
-    _transpose_kernel[(num_programs, triton.cdiv(columns, TILE))](
+    _transpose_kernel[(num_tiles, triton.cdiv(columns, TILE))](
         rows.data,
         row_pair,
         rows.scales,
@@ -411,7 +392,6 @@ def transpose_rows(
         COLUMNS=TILE,
         EXPERTS=max(64, triton.next_power_of_2(num_experts)),
         TOP_K=top_k,
-        WALKS=walks,
     )
     return Scaled(out, scales)
 

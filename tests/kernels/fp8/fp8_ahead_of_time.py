@@ -46,8 +46,9 @@ def call_quantising_kernels() -> None:
     fp8.quantize_rows(empty(T, H))
     fp8.gather_rows(empty(T, H), pairs, K)
     fp8.gather_scaled(scaled(T, H, T), pairs, K)
-    fp8.swiglu(empty(R, 2 * F), groups)
-    fp8.swiglu_backward(empty(R, F), empty(R, 2 * F), empty(R, dtype=torch.float32), groups)
+    for of_rows in (groups, fp8.group_rows(ends, R, R // 2)):
+        fp8.swiglu(empty(R, 2 * F), of_rows)
+        fp8.swiglu_backward(empty(R, F), empty(R, 2 * F), empty(R, dtype=torch.float32), of_rows)
     for width in (2 * F, 10944):
         fp8.gated_forward(empty(T, 2 * width))
         fp8.gated_backward(empty(T, width), empty(T, 2 * width))
