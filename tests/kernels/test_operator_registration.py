@@ -129,6 +129,10 @@ CASES = {
     "rms_norm_that_quantises_to_fp8": (norm_in_fp8._quantizing_norm_op, lambda: norm_inputs(residual=False)),
     "add_rms_norm_that_quantises_to_fp8": (norm_in_fp8._quantizing_norm_op, lambda: norm_inputs(residual=True)),
     "quantise_to_fp8": (norm_in_fp8._quantize_op, lambda: (randn(*X, dtype=torch.bfloat16, grad=False),)),
+    "quantise_what_is_transposed_to_fp8": (
+        norm_in_fp8._quantize_op,
+        lambda: (randn(*X, dtype=torch.bfloat16, grad=False).t(),),
+    ),
     "linear": (
         linear._linear_op,
         lambda: (randn(2, *X), randn(4, 8, seed=1), randn(4, seed=2), torch.zeros(4, 8, device=DEVICE)),

@@ -9,6 +9,8 @@ import torch
 
 from moescale.convert.hf_config import read_model_config
 from moescale.errors import ConfigError
+from moescale.models.blocks.moe import GatedMLP, MixtureOfExperts
+from moescale.models.blocks.norm import RMSNorm
 from moescale.models.fp8_gemms import use_fp8
 from moescale.models.transformer import build_on_meta
 from moescale.operators import operator
@@ -85,6 +87,32 @@ def test_copies_have_the_bytes_of_those_of_the_real_model(family: str) -> None:
     copies = [getattr(module, name, None) for module in model.modules() for name in COPIES]
     found = sum(tensor.nbytes for pair in copies if pair is not None for tensor in pair)
     assert copies_of(config, BOTH if experts else DENSE) == found > 0
+
+
+@pytest.mark.parametrize("gemms", [BOTH, EXPERTS, DENSE], ids=["both", "experts", "dense"])
+@pytest.mark.parametrize("changes", [{}, {"expert_intermediate_size": 24, "dense_intermediate_size": 72}])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_norms_and_activations_are_priced_as_quantising_where_the_real_model_has_them_quantise(
+    family: str, changes: dict[str, int], gemms: Gemms
+) -> None:
+    config = dataclasses.replace(FAMILIES[family], **changes)
+    if no_experts_in_fp8(config) is not None:
+        gemms = dataclasses.replace(gemms, expert_gemms="compute")
+    with torch.device("meta"):
+        model = build_on_meta(config, torch.bfloat16)
+        use_fp8(model, experts=gemms.expert_gemms == "fp8", dense=gemms.dense_gemms == "fp8")
+    problem = problem_of(config)
+    kinds = {kind.is_routed: kind for kind in problem.workload.layers}
+    for block in model.layers:
+        kind = kinds[isinstance(block.feed_forward, MixtureOfExperts)]
+        norms = {op.norm for op in kind.operators if problem.fp8_weights(op, gemms)} - {None}
+        named = block.named_modules()
+        assert norms == {
+            name.split(".")[-1] for name, module in named if isinstance(module, RMSNorm) and module.quantizes
+        }
+        activations = [problem.quantises(op, gemms) for op in kind.operators if op.between is not None]
+        mlps = [module for module in block.modules() if isinstance(module, GatedMLP)]
+        assert activations == [mlp.gate_up.copies is not None and mlp.down.copies is not None for mlp in mlps]
 
 
 def test_weights_whose_dims_are_no_multiples_of_16_stay_as_they_are() -> None:

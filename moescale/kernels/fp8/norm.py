@@ -16,7 +16,10 @@ def quantizing_rms_norm(
     """Return the norm of ``x + residual``, that sum, and the norm's rows [R, H] in e4m3, which have no gradient.
 
     Norm and sum are bit for bit those of :func:`moescale.kernels.rms_norm.add_rms_norm`, or without ``residual`` of
-    ``rms_norm`` and ``x`` itself; the rows those of quantising the norm as it is returned. x and weight are bf16.
+    ``rms_norm`` and ``x`` itself; the rows those of quantising the norm as it is returned.
+    Shapes: x, residual [..., H] bf16; weight [H] bf16; norm and sum as x.
+
+    Raises KernelInputError for shapes and dtypes that do not fit.
     """
     check_dtype("quantizing_rms_norm", "x", x, (torch.bfloat16,))
     check_shape("quantizing_rms_norm", "weight", weight, (x.shape[-1],), "[H], H the last dim of x")
@@ -38,7 +41,7 @@ def quantizing_rms_norm(
 def _quantize_op(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     from moescale.kernels.fp8 import reference
 
-    return reference.quantize_rows(x.reshape(-1, x.shape[-1]))
+    return reference.quantize_rows(x.reshape(-1, x.shape[-1]).contiguous())
 
 
 @_quantize_op.register_fake

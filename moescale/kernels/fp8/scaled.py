@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from moescale.kernels.backends import check_device, check_dtype, check_shape
+from moescale.kernels.backends import KernelInputError, check_device, check_dtype, check_shape
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -40,3 +40,5 @@ def check_scaled(operator: str, name: str, scaled: Scaled, x: torch.Tensor) -> N
     check_dtype(operator, name, scaled.data, (E4M3,))
     check_dtype(operator, f"{name}.scales", scaled.scales, (torch.float32,))
     check_device(operator, name, scaled.data, x.device)
+    if not (scaled.data.is_contiguous() and scaled.scales.is_contiguous()):
+        raise KernelInputError(f"{operator}: {name} and its scales must be contiguous")

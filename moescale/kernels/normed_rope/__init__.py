@@ -28,6 +28,8 @@ def normed_half_rope(
     Shapes: x [B, S, N, D], D even; weight [D], shared by all heads; cos, sin [S, D/2] fp32, without gradient; result
     as x. In plain torch the result is bit for bit that of the two steps. The kernel rounds to x's dtype where they do,
     the quotient and the norm; it adds the squares in another order, and it keeps the gradient of the norm in fp32.
+
+    Raises KernelInputError for shapes, dtypes and devices that do not fit.
     """
     _check(x, weight, cos, sin)
     if runs_triton(x.device, x.dtype, backend):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from moescale.kernels import experts as experts_module
+from moescale.kernels.experts import triton as kernels
 from moescale.kernels.experts.sort import sort_pairs
+from moescale.kernels.swiglu.reference import SwigluClamp
 
 BACKENDS = ["torch", "grouped_mm", "triton"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,6 +53,21 @@ def test_product_and_gradients_at_tile_edges(backend, counts, n, k):
     actual = product_and_gradients(rows.detach(), weight.detach(), ends, grad, backend)
     for a, e in zip(actual, (expected, *expected_grads), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("clamp", [None, SwigluClamp(1.702, 0.5)], ids=["swiglu", "clamped"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_backward_of_swiglu_is_the_same_where_programs_walk_the_rows(weighted, clamp):
+    grad, pre, down = (torch.randn(*shape, device=DEVICE) for shape in ((20, 16), (20, 48), (3, 16, 24)))
+    weights = torch.rand(20, device=DEVICE) if weighted else None
+    found = []
+    for expected_rows in (None, 6):
+        out = tuple(torch.full(shape, float("nan"), device=DEVICE) for shape in ((20, 48), (20, 24), (20,)))
+        groups = kernels.group_rows(ends_of(5, 0, 9), 20, expected_rows)
+        kernels.multiply_down_dgrad(grad, down, pre, groups, weights, out=out, clamp=clamp)
+        found.append(out[: 2 + weighted])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a[:14], b[:14]) and a[:14].isfinite().all() and b[14:].isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

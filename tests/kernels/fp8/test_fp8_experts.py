@@ -11,6 +11,7 @@ from moescale.kernels.backends import KernelInputError
 from moescale.kernels.fp8 import Copies, copies_of, reference, routed
 from moescale.kernels.fp8 import triton as kernels
 from moescale.kernels.fp8.routed import fp8_experts
+from moescale.kernels.fp8.scaled import E4M3, Scaled
 from synchronisation import synchronisation_refused
 from tests.kernels.fp8.implementations import EITHER, EITHER_IN_TIME, INTERPRETED, SLOW_TRITON
 
@@ -236,6 +237,7 @@ def test_repeated_runs_are_bit_identical_and_never_synchronise(buffer_dtype):
 IDS = random_ids(4, 2, 3)
 INPUTS = make(IDS, 3, 32, 48)
 ROWS = reference.quantize_rows(INPUTS["x"].detach()[:3])
+STRIDED = Scaled(torch.empty(4, 64, dtype=E4M3, device=DEVICE)[:, :32], torch.ones(4, device=DEVICE))
 COPIES = {f"{name}_copies": copies_of(INPUTS[name]) for name in ("gate_up", "down")}
 
 
@@ -269,6 +271,7 @@ COPIES = {f"{name}_copies": copies_of(INPUTS[name]) for name in ("gate_up", "dow
             r"gate_up_copies has shape \(3, 32, 48\); it must be those of gate",
         ),
         ({"quantized": ROWS}, r"quantized has shape \(3, 32\); it must be the rows of x = \(4, 32\)"),
+        ({"quantized": STRIDED}, "quantized and its scales must be contiguous"),
         ({"down_gradient": INPUTS["gate_up"].detach()}, r"down_gradient has shape \(3, 96, 32\); it must be the shape"),
         (
             {"gate_up_gradient": INPUTS["gate_up"].detach().half()},

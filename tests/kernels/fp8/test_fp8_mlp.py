@@ -14,6 +14,7 @@ from moescale.kernels.fp8 import triton as kernels
 from moescale.kernels.fp8.errors import collecting
 from moescale.kernels.fp8.linear import fp8_linear
 from moescale.kernels.fp8.mlp import fp8_mlp
+from moescale.kernels.fp8.scaled import E4M3
 from moescale.kernels.swiglu import swiglu
 from synchronisation import synchronisation_refused
 from tests.kernels.fp8.implementations import EITHER
@@ -163,6 +164,7 @@ def test_large_layers_are_bit_for_bit_the_same_and_never_synchronise(hidden, ffn
 
 INPUTS = make(4, 32, ffn=48)
 ROWS = reference.quantize_rows(INPUTS["x"].detach()[:3])
+STRIDED = Scaled(torch.empty(4, 64, dtype=E4M3, device=DEVICE)[:, :32], torch.ones(4, device=DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,7 @@ ROWS = reference.quantize_rows(INPUTS["x"].detach()[:3])
             r"down_copies has shape \(1, 96, 32\); it must be those of down",
         ),
         ({"quantized": ROWS}, r"quantized has shape \(3, 32\); it must be the rows of x = \(4, 32\)"),
+        ({"quantized": STRIDED}, "quantized and its scales must be contiguous"),
         ({"quantized": Scaled(ROWS.data, ROWS.scales[:1])}, r"quantized has shape \(3, 32\)"),
         ({"down_gradient": INPUTS["gate_up"].detach()}, r"down_gradient has shape \(96, 32\); it must be the shape of"),
         ({"gate_up_gradient": INPUTS["gate_up"]}, "gate_up_gradient must be contiguous and not require a gradient"),

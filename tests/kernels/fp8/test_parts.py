@@ -23,6 +23,7 @@ ROUNDING = 0.004 if DEVICE.type == "cuda" else 0.006
 """Of a result in bf16, relative: the interpreter truncates it."""
 UNEVEN, LARGE, NONE = (5, 0, 1, 20), (130, 3), (0, 0, 0)
 """Rows of each expert: several tiles of rows, several steps of a weight gradient, and no row at all."""
+WALKING = pytest.mark.parametrize("expected_rows", [None, 4], ids=["a program for every row", "programs walk"])
 COUNTS = pytest.mark.parametrize("counts", [UNEVEN, (0, 17, 0), NONE])
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -208,21 +209,23 @@ def test_swiglu_and_its_backward_agree_with_autograd_to_a_rounding(parts):
     torch.testing.assert_close(found[2], grad_weights)
 
 
+@WALKING
 @pytest.mark.parametrize("width", [16, 144])
-def test_swiglu_and_its_backward_are_those_of_the_definition_to_a_rounding(width):
+def test_swiglu_and_its_backward_are_those_of_the_definition_to_a_rounding(width, expected_rows):
     pre, grad = rows_of_all_kinds(13, 2 * width).clamp(-60, 60), rows_of_all_kinds(13, width, seed=1)
     weights = randn(13, seed=2, dtype=torch.float32)
     ends = ends_of(6, 7)
-    found, expected = (m.swiglu(pre, m.group_rows(ends, 13)) for m in (kernels, reference))
-    assert_equal_to_rounding(found, expected)
-    found, expected = (m.swiglu_backward(grad, pre, weights, m.group_rows(ends, 13)) for m in (kernels, reference))
+    groups = kernels.group_rows(ends, 13, expected_rows)
+    assert_equal_to_rounding(kernels.swiglu(pre, groups), reference.swiglu(pre, ends))
+    found, expected = (m.swiglu_backward(grad, pre, weights, g) for m, g in ((kernels, groups), (reference, ends)))
     for a, b in zip(found[:2], expected[:2], strict=True):
         assert_equal_to_rounding(a, b)
     torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=0)
 
 
-def test_rows_behind_those_of_the_last_expert_are_left_as_they_are():
-    groups = kernels.group_rows(ends_of(2, 0, 3), 8)
+@WALKING
+def test_rows_behind_those_of_the_last_expert_are_left_as_they_are(expected_rows):
+    groups = kernels.group_rows(ends_of(2, 0, 3), 8, expected_rows)
     out, grads = (kernels.empty_rows(8, width, DEVICE) for width in (16, 32))
     values = torch.empty(8, device=DEVICE)
     for tensor in (*out, *grads, values):
