@@ -30,6 +30,8 @@ def blocks(*shape):
     return f"tensordesc<bf16[{','.join(map(str, shape))}]>"
 
 def compile_kernel(kernel, capability, rank):
+    for cached in (with_low_rank, with_bias):  # of one GPU, where a process has one
+        cached.cache_clear()
     has_bias = kernel.endswith("_biased")
     kernel = kernel.removesuffix("_biased")
     launch = default_launch((capability // 10, capability % 10), torch.bfloat16)
