@@ -7,11 +7,14 @@ import functools
 import torch
 
 
+def with_unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` with the last dim contiguous; copies only where it is not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """View [..., H] as [rows, H] with the last dim contiguous; copies only where no single row stride exists."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    return x.reshape(-1, x.shape[-1])
+    return with_unit_stride(x).reshape(-1, x.shape[-1])
 
 
 @functools.cache

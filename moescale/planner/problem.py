@@ -38,6 +38,7 @@ class Problem:
         self._rank_parameters = functools.cache(functools.partial(rank_parameters, self.trained))
         self._own_local_bytes = functools.cache(functools.partial(local_parameters, workload.stored(self.itemsize)))
         self._local_parameters = functools.cache(functools.partial(local_parameters, self.trained))
+        self._activations_in_fp8 = functools.cache(self._activations_in_fp8_uncached)
         self._updated_parameters = functools.cache(functools.partial(updated_parameters, self.trained))
 
     def fp8_weights(self, op: Operator, gemms: Gemms) -> list[LinearWeight]:
@@ -54,9 +55,13 @@ class Problem:
 
     def quantised_by_activation(self, op: Operator, gemms: Gemms) -> tuple[bool, bool]:
         """Whether an activation quantises the input of ``op``, and whether one does the gradient of its result."""
-        operators = [other for kind in self.workload.layers for other in kind.operators]
-        pairs = [other.between for other in operators if other.between is not None and self.quantises(other, gemms)]
+        pairs = self._activations_in_fp8(gemms)
         return any(op.name == behind for _, behind in pairs), any(op.name == front for front, _ in pairs)
+
+    def _activations_in_fp8_uncached(self, gemms: Gemms) -> frozenset[tuple[str, str]]:
+        """The operators in front of each activation that quantises and behind it."""
+        operators = (op for kind in self.workload.layers for op in kind.operators)
+        return frozenset(op.between for op in operators if op.between is not None and self.quantises(op, gemms))
 
     def made_again(self, kind: LayerKind, gemms: Gemms) -> frozenset[str]:
         """Saved tensors that a layer does not keep because they are results of activations that quantise."""

@@ -9,35 +9,32 @@ import torch
 import triton
 import triton.language as tl
 
-from moescale.kernels.fp8.quantize_triton import cut_row, empty_rows, inverse_power, magnitudes, scale_of, to_e4m3
+from moescale.kernels.fp8.quantize_triton import (
+    cut_row,
+    empty_rows,
+    inverse_power,
+    magnitudes,
+    scale_of,
+    swiglu_row,
+    to_e4m3,
+)
 from moescale.kernels.fp8.scaled import Scaled
 
 
 @triton.jit
 def _gated_forward_kernel(pre, data, scales, F, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """One row, in parts of CHUNK columns that stay in registers."""
-    row = tl.program_id(0).to(tl.int64)
-    values = ()
-    largest = tl.zeros((CHUNK,), tl.int32)
-    for i in tl.static_range(CHUNKS):
-        column = i * CHUNK + tl.arange(0, CHUNK)
-        gate = tl.load(pre + row * 2 * F + column, mask=column < F, other=0.0).to(tl.float32)
-        up = tl.load(pre + row * 2 * F + F + column, mask=column < F, other=0.0).to(tl.float32)
-        value = (gate * tl.sigmoid(gate) * up).to(tl.bfloat16).to(tl.float32)
-        largest = tl.maximum(largest, magnitudes(value))
-        values = values + (value,)  # type: ignore[assignment]
-    scale = scale_of(largest)
-    tl.store(scales + row, scale)
-    for i in tl.static_range(CHUNKS):
-        column = i * CHUNK + tl.arange(0, CHUNK)
-        tl.store(data + row * F + column, to_e4m3(values[i] * inverse_power(scale)), mask=column < F)
+    """One row."""
+    swiglu_row(pre, data, scales, tl.program_id(0).to(tl.int64), F, CHUNK, CHUNKS, True)
 
 
 @triton.jit
 def _gated_backward_kernel(
     grad_act, pre, act, grad_pre, data, scales, F, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
 ):  # fmt: skip
-    """One row of the activation and of the gradient of gate and up, in bf16; of the latter also in e4m3."""
+    """One row of the activation and of the gradient of gate and up, in bf16; of the latter also in e4m3.
+
+    In parts of CHUNK columns that stay in registers.
+    """
     row = tl.program_id(0).to(tl.int64)
     grads_gate, grads_up = (), ()
     largest = tl.zeros((CHUNK,), tl.int32)

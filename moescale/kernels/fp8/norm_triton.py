@@ -8,8 +8,8 @@ import triton.language as tl
 
 from moescale.kernels.fp8.quantize_triton import empty_rows, inverse_power, magnitudes, scale_of, to_e4m3
 from moescale.kernels.fp8.scaled import Scaled
-from moescale.kernels.rms_norm.triton import normed_rows, tile_of
-from moescale.kernels.rows import as_rows
+from moescale.kernels.rms_norm import triton as rms_norm
+from moescale.kernels.rms_norm.triton import normed_rows
 
 
 @triton.jit
@@ -52,21 +52,9 @@ def forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Scaled]:
     """As :func:`moescale.kernels.rms_norm.triton.forward`, and the norm's rows [R, H] in e4m3."""
-    rows_x = as_rows(x)
-    num_rows, num_cols = rows_x.shape
-    rows_residual = rows_x if residual is None else as_rows(residual)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    summed = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
-    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-    scaled = empty_rows(num_rows, num_cols, x.device)
-    rows, cols, num_warps = tile_of(num_cols)
-    if num_rows:
-        _quantizing_forward_kernel[(triton.cdiv(num_rows, rows),)](
-            rows_x, rows_residual, weight, out, summed, rstd, *scaled,
-            num_rows, num_cols, rows_x.stride(0), rows_residual.stride(0), eps,
-            HAS_RESIDUAL=residual is not None, ROWS=rows, COLS=cols, num_warps=num_warps,
-        )  # fmt: skip
-    return out, summed, rstd, scaled
+    scaled = empty_rows(x.shape[:-1].numel(), x.shape[-1], x.device)
+    found = rms_norm.forward(x, residual, weight, eps, kernel=_quantizing_forward_kernel, more=scaled)
+    return *found, scaled
 
 
 def gather_scaled(tokens: Scaled, pair_row: torch.Tensor, top_k: int) -> Scaled:

@@ -96,7 +96,8 @@ def _quantize_rows_kernel(
 
 
 @triton.jit
-def _swiglu_row(pre, act, scales, row, F, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def swiglu_row(pre, act, scales, row, F, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, ROUNDS: tl.constexpr):
+    """Quantise silu(gate) * up of one row; where it ROUNDS, of its result in bf16."""
     first = row * F
     values = ()
     largest = tl.zeros((CHUNK,), tl.int32)
@@ -105,6 +106,8 @@ def _swiglu_row(pre, act, scales, row, F, CHUNK: tl.constexpr, CHUNKS: tl.conste
         gate = tl.load(pre + 2 * first + column, mask=column < F, other=0.0).to(tl.float32)
         up = tl.load(pre + 2 * first + F + column, mask=column < F, other=0.0).to(tl.float32)
         value = gate * tl.sigmoid(gate) * up
+        if ROUNDS:
+            value = value.to(tl.bfloat16).to(tl.float32)
         largest = tl.maximum(largest, magnitudes(value))
         values = values + (value,)  # type: ignore[assignment]
     scale = scale_of(largest)
@@ -126,9 +129,9 @@ def _swiglu_kernel(
     row, end = tl.program_id(0).to(tl.int64), tl.load(ends + num_experts - 1)
     if WALKS:
         for walked in tl.range(row, end.to(tl.int64), tl.num_programs(0)):
-            _swiglu_row(pre, act, scales, walked, F, CHUNK, CHUNKS)
+            swiglu_row(pre, act, scales, walked, F, CHUNK, CHUNKS, False)
     elif row < end:
-        _swiglu_row(pre, act, scales, row, F, CHUNK, CHUNKS)
+        swiglu_row(pre, act, scales, row, F, CHUNK, CHUNKS, False)
 
 
 @triton.jit

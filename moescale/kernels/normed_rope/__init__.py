@@ -10,8 +10,7 @@ from torch.library import custom_op
 
 from moescale.kernels.backends import KernelInputError, check_device, check_dtype, check_shape, runs_triton
 from moescale.kernels.normed_rope import reference
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from moescale.kernels.rms_norm import FLOAT_DTYPES
 
 
 def normed_half_rope(

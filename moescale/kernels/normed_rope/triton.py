@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moescale.kernels.rows import num_programs
+from moescale.kernels.rows import num_programs, with_unit_stride
 
 # Elements of x that one program holds, the fastest of a sweep on an H200 with 32 and 4 heads of 128.
 FORWARD_ELEMENTS, FORWARD_WARPS = 4096, 4
@@ -119,10 +119,6 @@ def _backward_kernel(
     tl.store(partial_ptr + partial + PAIRS, tl.sum(tl.sum(second_sum, axis=0), axis=0), mask=cols < PAIRS)
 
 
-def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _tile(num_heads: int, width: int, elements: int) -> dict[str, int]:
     """A tile's pairs, tokens and heads: its heads divide the model's, so that a tile has no others."""
     cols = triton.next_power_of_2(width // 2)
@@ -135,7 +131,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch
     """Return the normed and rotated heads, contiguous."""
     batch, length, num_heads, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x = _with_unit_stride(x)
+    x = with_unit_stride(x)
     if x.numel():
         tile = _tile(num_heads, width, FORWARD_ELEMENTS)
         head_blocks = num_heads // tile["HEADS"]
@@ -161,7 +157,7 @@ def backward(
     if not x.numel():
         return grad_x, torch.zeros_like(weight, memory_format=torch.contiguous_format)
     # Attention returns gradients in [B, N, S, D] memory order: batch, token and head strides are all needed.
-    grad_out, x = _with_unit_stride(grad_out), _with_unit_stride(x)
+    grad_out, x = with_unit_stride(grad_out), with_unit_stride(x)
     tile = _tile(num_heads, width, BACKWARD_ELEMENTS)
     head_blocks = num_heads // tile["HEADS"]
     num_tiles = triton.cdiv(batch * length, tile["TOKENS"]) * head_blocks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -80,7 +82,7 @@ def _backward_kernel(
     tl.store(partial_ptr + tl.program_id(0) * num_cols + cols, total, mask=cols < num_cols)
 
 
-def tile_of(num_cols: int) -> tuple[int, int, int]:
+def _tile(num_cols: int) -> tuple[int, int, int]:
     """Rows and columns of a program's tile, and its warps."""
     cols = triton.next_power_of_2(num_cols)
     rows = max(1, TILE_ELEMENTS // cols)
@@ -88,19 +90,28 @@ def tile_of(num_cols: int) -> tuple[int, int, int]:
 
 
 def forward(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    kernel: Any = _forward_kernel,
+    more: tuple[torch.Tensor, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the norm, the sum (empty without ``residual``) and the reciprocal deviation of every row, fp32."""
+    """Return the norm, the sum (empty without ``residual``) and the reciprocal deviation of every row, fp32.
+
+    ``kernel``: another one of these arguments, which also writes ``more``.
+    """
     rows_x = as_rows(x)
     num_rows, num_cols = rows_x.shape
     rows_residual = rows_x if residual is None else as_rows(residual)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-    rows, cols, num_warps = tile_of(num_cols)
+    rows, cols, num_warps = _tile(num_cols)
     if num_rows:
-        _forward_kernel[(triton.cdiv(num_rows, rows),)](
-            rows_x, rows_residual, weight, out, summed, rstd,
+        kernel[(triton.cdiv(num_rows, rows),)](
+            rows_x, rows_residual, weight, out, summed, rstd, *more,
             num_rows, num_cols, rows_x.stride(0), rows_residual.stride(0), eps,
             HAS_RESIDUAL=residual is not None, ROWS=rows, COLS=cols, num_warps=num_warps,
         )  # fmt: skip
@@ -119,7 +130,7 @@ def backward(
     rows_summed = rows_grad if grad_summed is None else as_rows(grad_summed)
     num_rows, num_cols = rows_x.shape
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, cols, num_warps = tile_of(num_cols)
+    rows, cols, num_warps = _tile(num_cols)
     programs = min(triton.cdiv(num_rows, rows), num_programs(x.device, per_multiprocessor=4))
     partial = torch.empty(programs, num_cols, dtype=torch.float32, device=x.device)
     if num_rows:

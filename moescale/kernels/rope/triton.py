@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moescale.kernels.rows import with_unit_stride
+
 
 @triton.jit
 def _rotate(x, cos, sin, HEADS: tl.constexpr, PAIRS: tl.constexpr, INVERSE: tl.constexpr):
@@ -99,13 +101,9 @@ def _backward_kernel(
     tl.store(k_rope_out_ptr + token * rope_dim + cols, k_rotated, mask=cols < rope_dim)
 
 
-def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _per_token(x: torch.Tensor) -> torch.Tensor:
     """Merge batch and sequence of [B, S, ...]; copies only where they do not share one stride."""
-    return _with_unit_stride(x).flatten(0, 1)
+    return with_unit_stride(x).flatten(0, 1)
 
 
 def _blocks(num_heads: int, nope_dim: int, rope_dim: int, value_dim: int) -> dict[str, int]:
@@ -151,7 +149,7 @@ def backward(
     kv_out = torch.empty((batch, length, num_heads, nope_dim + value_dim), dtype=grad_q.dtype, device=grad_q.device)
     k_rope_out = torch.empty((batch, length, rope_dim), dtype=grad_q.dtype, device=grad_q.device)
     # Attention returns gradients in [B, N, S, D] memory order: batch, token and head strides are all needed.
-    grad_q, grad_k, grad_v = _with_unit_stride(grad_q), _with_unit_stride(grad_k), _with_unit_stride(grad_v)
+    grad_q, grad_k, grad_v = with_unit_stride(grad_q), with_unit_stride(grad_k), with_unit_stride(grad_v)
     if batch * length:
         _backward_kernel[(batch * length,)](
             grad_q, grad_k, grad_v, cos.contiguous(), sin.contiguous(), q_out, kv_out, k_rope_out,
