@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from moescale.api.open_run import OpenRun, open_run
@@ -18,7 +18,7 @@ from moescale.report.metrics import TrainSummary
 from moescale.report.observer import Observer
 from moescale.runtime.checkpoint_state import DamagedCheckpointError
 from moescale.runtime.checkpoint_store import CheckpointStore
-from moescale.runtime.device import make_deterministic
+from moescale.runtime.device import deterministic_algorithms
 from moescale.runtime.hooks import TrainerHook
 from moescale.runtime.join import Membership, join_ranks, was_launched
 from moescale.runtime.judge import first_line
@@ -64,9 +64,8 @@ def train(
     plan = run.plan
     if plan.runtime_gpus > 1 and not was_launched():
         return _train_on_local_ranks(run)
-    if request.deterministic:
-        make_deterministic()
-    with join_ranks(run.device, hang_seconds=request.hang_seconds) as member:
+    algorithms = deterministic_algorithms() if request.deterministic else nullcontext()
+    with algorithms, join_ranks(run.device, hang_seconds=request.hang_seconds) as member:
         with hold_output(request.output, member.ranks), _verifying(run, member) as verification:
             with _advising(request), _chosen_backends(request, member) as backends:
                 return TrainRank(run, member, verification, backends).train()

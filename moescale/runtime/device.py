@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,10 +31,17 @@ def choose_device(requested: str) -> torch.device:
     return device
 
 
-def make_deterministic() -> None:
-    """Select deterministic algorithms in every operator; one without such an algorithm raises an error."""
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Within, every operator takes a deterministic algorithm; one without such an algorithm raises an error."""
+    # Stays set: it sizes workspaces alone, and those made with it last as long as the process.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def available_host_bytes() -> float:

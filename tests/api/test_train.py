@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from torch_settings import settings
 
 import moescale
 from moescale.api import train as api_train
@@ -88,6 +90,16 @@ def test_a_run_from_python_tells_observers_and_returns_its_summary(tmp_path, mod
     ]
     assert hook.num_updates == 3
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == dataclasses.asdict(summary)
+
+
+def test_a_deterministic_run_leaves_torch_as_it_was(tmp_path, model_folder, stdlib_corpus):
+    class Looking(moescale.Observer):
+        def on_step(self, metrics):
+            modes.append(torch.get_deterministic_debug_mode())
+
+    before, modes = settings(), []
+    moescale.train(request(model_folder, stdlib_corpus, tmp_path / "run", deterministic=True), observers=[Looking()])
+    assert modes == [2, 2, 2] and settings() == before
 
 
 def test_a_run_that_an_observer_ended_resumes_and_ends_as_one_that_was_not(tmp_path, model_folder, stdlib_corpus):

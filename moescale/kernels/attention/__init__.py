@@ -1,8 +1,11 @@
 """Attention in which a query sees an interval of keys that ends with its own: causal, kept within documents, windowed.
 
-Keys and values may have widths of their own and fewer heads than the queries, and heads may have sinks. On CUDA cuDNN
-comes first where nothing but causality is asked for: of the kernels that PyTorch has it is the fastest by a factor of
-two to three, and needs no padding of the value. Where it refuses (fp32, odd widths), PyTorch's next kernel runs.
+Keys and values may have widths of their own and fewer heads than the queries, and heads may have sinks. Where nothing
+but causality is asked for, PyTorch takes the first of its kernels that can run: on an H100 or B200 cuDNN, which is
+faster there by a factor of two to three and needs no padding of the value. The order is PyTorch's own, made at the
+first attention of a process. It is not set here: a context around that first one would end by restoring the order from
+before, and other models of the process would run in a slower kernel from then on.
+
 Documents, windows and sinks run in Triton, without a mask (:mod:`moescale.kernels.attention.triton`). On Hopper the
 optional package flash-attn-4 comes before both (:mod:`moescale.kernels.attention.cute`), but for windows, where Triton
 is faster, and plain causal attention 256 wide, where cuDNN is.
@@ -15,7 +18,6 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moescale.kernels.attention import reference
 from moescale.kernels.attention.documents import LEAST_OFFSETS as LEAST_OFFSETS
@@ -29,8 +31,6 @@ from moescale.kernels.backends import (
     check_shape,
     choose_attention_backend,
 )
-
-PREFERENCE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(
@@ -125,10 +125,9 @@ def _torch_attention(
     mask = None if visible is None else visible.unsqueeze(1)
     is_grouped = k.shape[2] != q.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(PREFERENCE, set_priority=True):
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=softmax_scale, enable_gqa=is_grouped
-        )
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=softmax_scale, enable_gqa=is_grouped
+    )
     return out.transpose(1, 2)
 
 

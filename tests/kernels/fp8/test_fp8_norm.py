@@ -28,8 +28,13 @@ def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
     assert torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
 
 
-def results(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, *, backend: str, quantizes=None):
-    """(norm, sum or x, rows), and the gradients of all inputs for random ones of norm and sum."""
+def random_gradients(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of norm and sum."""
+    return randn(*x.shape, seed=3), randn(*x.shape, seed=4)
+
+
+def results(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, grads, *, backend, quantizes=None):
+    """[norm, sum or x, the gradients of all inputs for ``grads`` of norm and sum], and the rows."""
     rows = None
     if quantizes is not None:
         normed, summed, rows = quantizes(x, residual, weight, EPS, backend=backend)
@@ -37,7 +42,6 @@ def results(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
         normed, summed = rms_norm(x, weight, EPS, backend=backend), x
     else:
         normed, summed = add_rms_norm(x, residual, weight, EPS, backend=backend)
-    grads = randn(*x.shape, seed=3), randn(*x.shape, seed=4)
     inputs = [tensor for tensor in (x, residual, weight) if tensor is not None]
     gradients = torch.autograd.grad((normed, summed * 1), inputs, grads)
     return [normed.detach(), summed.detach(), *gradients], rows
@@ -49,8 +53,9 @@ def results(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
 def test_norm_and_gradients_are_those_of_the_plain_norm_and_rows_those_of_its_result(shape, has_residual, backend):
     x, weight = randn(*shape).requires_grad_(), randn(shape[-1], seed=2).requires_grad_()
     residual = randn(*shape, seed=1).requires_grad_() if has_residual else None
-    found, rows = results(x, residual, weight, backend=backend, quantizes=quantizing_rms_norm)
-    expected, _ = results(x, residual, weight, backend=backend)
+    grads = random_gradients(x)
+    found, rows = results(x, residual, weight, grads, backend=backend, quantizes=quantizing_rms_norm)
+    expected, _ = results(x, residual, weight, grads, backend=backend)
     for a, b in zip(found, expected, strict=True):
         assert_same_bits(a, b)
     of_result = reference.quantize_rows(found[0].flatten(0, -2))
@@ -99,7 +104,7 @@ def test_compiled_it_is_the_same(backend):
     eager, compiled = [], []
     whole = torch.compile(quantizing_rms_norm, backend="aot_eager", fullgraph=True)
     for norm, found in ((quantizing_rms_norm, eager), (whole, compiled)):
-        tensors, rows = results(x, residual, weight, backend=backend, quantizes=norm)
+        tensors, rows = results(x, residual, weight, random_gradients(x), backend=backend, quantizes=norm)
         found += [*tensors, *rows]
     for a, b in zip(eager, compiled, strict=True):
         assert_same_bits(a, b)
@@ -112,10 +117,11 @@ def test_many_rows_are_bit_for_bit_the_same_and_never_synchronise(width, stride,
     x = torch.randn(4096, stride, device=DEVICE).bfloat16()[:, :width].requires_grad_()
     residual = torch.randn(4096, width, device=DEVICE).bfloat16().requires_grad_() if has_residual else None
     weight = torch.randn(width, device=DEVICE).bfloat16().requires_grad_()
-    results(x, residual, weight, backend="auto", quantizes=quantizing_rms_norm)  # compiles, which may synchronise
+    grads = random_gradients(x)  # copied from the host
+    results(x, residual, weight, grads, backend="auto", quantizes=quantizing_rms_norm)  # compiles, may synchronise
     with synchronisation_refused():
-        found, rows = results(x, residual, weight, backend="auto", quantizes=quantizing_rms_norm)
-    expected, _ = results(x, residual, weight, backend="auto")
+        found, rows = results(x, residual, weight, grads, backend="auto", quantizes=quantizing_rms_norm)
+    expected, _ = results(x, residual, weight, grads, backend="auto")
     for a, b in zip(found, expected, strict=True):
         assert_same_bits(a, b)
     for a, b in zip(rows, kernels_for(x).quantize_rows(found[0]), strict=True):
