@@ -34,7 +34,6 @@ HOPPER = (9, 0)
 
 CutePart = Literal["experts", "attention"]
 AttentionFeature = Literal["windows", "sinks", "grouped queries"]
-ExpertsFeature = Literal["biases", "a clamped activation"]
 # What each part of the back end ``cute`` imports, and the package that has it.
 CUTE_PACKAGES: dict[CutePart, tuple[str, str]] = {
     "experts": ("quack", "quack-kernels"),
@@ -182,21 +181,17 @@ def runs_triton(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def choose_experts_backend(
-    device: torch.device, dtype: torch.dtype, requested: str = "auto", *, features: tuple[ExpertsFeature, ...] = ()
-) -> str:
+def choose_experts_backend(device: torch.device, dtype: torch.dtype, requested: str = "auto") -> str:
     """As :func:`choose_backend` for the experts' products: ``auto`` takes ``cute`` where it is installed and can run.
 
-    ``features`` are what is asked for beyond the weights' products. ``cute`` has none of them, so with them it is
-    ``triton+cute``: CuTe for the weight gradients alone. :func:`default_backends`, or MOESCALE_EXPERTS in the
-    environment, says what ``auto`` is instead.
+    :func:`default_backends`, or MOESCALE_EXPERTS in the environment, says what ``auto`` is instead.
     """
     if requested == "auto":
         requested = _asked_for("experts")
     if requested not in ("auto", "cute"):
         return choose_backend(device, dtype, requested)
     if _takes_cute("experts", requested, objection_to_cute("experts", device, dtype)):
-        return "triton+cute" if features else "cute"
+        return "cute"
     return choose_backend(device, dtype)
 
 

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from moescale.kernels.backends import KernelInputError, choose_experts_backend, debug_checks_enabled
 from moescale.kernels.block_fp8 import stored
 from moescale.kernels.dispatch.buffers import ExchangeBuffers, ExchangeShape, PeerTensor
-from moescale.kernels.experts import ExpertBiases, expert_features, operators_of
+from moescale.kernels.experts import ExpertBiases, operators_of
 from moescale.kernels.experts.adapted import ExpertAdapters, Projected, choose_adapted_backend
 from moescale.kernels.experts.operators import returned
 from moescale.kernels.experts.sort import check_ids, sort_pairs
@@ -158,8 +158,7 @@ class _PeerExperts(torch.autograd.Function):
         if copies is not None:
             backend = "triton"
         elif addition is None:
-            features = expert_features(biases, experts.clamp)
-            backend = choose_experts_backend(x.device, x.dtype, experts.backend, features=features)
+            backend = choose_experts_backend(x.device, x.dtype, experts.backend)
         else:
             backend = choose_adapted_backend(x.device, x.dtype, experts.backend)
         ops: Any = operators_of(backend) if copies is None else kernels_for(x)

@@ -15,12 +15,14 @@ import os
 import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from moescale.config import ModelConfig
 from moescale.kernels.experts.launch_config import KERNELS, LaunchConfig, load_tables
+from moescale.kernels.experts.operators import operators_of
+from moescale.kernels.swiglu.reference import SwigluClamp
 from moescale.tools.reference_table.published import read_published
 
 # About 0.5 ms: longer than the host needs to queue one kernel.
@@ -115,28 +117,47 @@ def candidate_launches(kernel: str) -> tuple[LaunchConfig, ...]:
     )
 
 
-def make_call(kernel: str, shape: ExpertShape, ends: torch.Tensor, fill: Callable[..., torch.Tensor]):
-    """Return a function (launch) -> None that runs ``kernel`` once; ``fill(*shape)`` makes its operands."""
-    from moescale.kernels.experts import triton as ops
-
+def make_call(
+    kernel: str,
+    shape: ExpertShape,
+    ends: torch.Tensor,
+    fill: Callable[..., torch.Tensor],
+    *,
+    backend: Literal["triton", "cute"] = "triton",
+    clamp: SwigluClamp | None = None,
+    has_biases: bool = False,
+) -> Callable[[Any], object]:
+    """Return a function that runs ``kernel`` once with a launch (``cute``: a tile); ``fill(*shape)`` makes operands."""
+    ops = operators_of(backend)
+    option = {"triton": "launch", "cute": "tile"}[backend]
     groups = ops.group_rows(ends, shape.rows)
     rows, experts, hidden, ffn = shape.rows, shape.num_experts, shape.hidden_size, shape.intermediate_size
+    options: dict[str, Any] = {}
+    if kernel in ("up", "down_dgrad") and clamp is not None:
+        options["clamp"] = clamp
+    if kernel in ("up", "down") and has_biases:
+        options["bias"] = fill(experts, product_shape(kernel, shape)[0])
+    operands: tuple[Any, ...]
     if kernel == "up":
-        x, weight = fill(rows, hidden), fill(experts, 2 * ffn, hidden)
-        return lambda launch: ops.multiply_up(x, weight, groups, write_pre=True, write_act=True, launch=launch)
-    if kernel == "down":
-        x, weight = fill(rows, ffn), fill(experts, hidden, ffn)
-        return lambda launch: ops.multiply_rows(x, weight, groups, launch=launch)
-    if kernel == "up_dgrad":
-        x, weight = fill(rows, 2 * ffn), fill(experts, 2 * ffn, hidden)
-        return lambda launch: ops.multiply_rows(x, weight, groups, transposed=True, kernel=kernel, launch=launch)
-    if kernel == "down_dgrad":
-        x, weight, pre = fill(rows, hidden), fill(experts, hidden, ffn), fill(rows, 2 * ffn)
+        run, operands = ops.multiply_up, (fill(rows, hidden), fill(experts, 2 * ffn, hidden), groups)
+        options |= {"write_pre": True, "write_act": True}
+    elif kernel == "down":
+        run, operands = ops.multiply_rows, (fill(rows, ffn), fill(experts, hidden, ffn), groups)
+    elif kernel == "up_dgrad":
+        run, operands = ops.multiply_rows, (fill(rows, 2 * ffn), fill(experts, 2 * ffn, hidden), groups)
+        options |= {"transposed": True, "kernel": kernel}
+    elif kernel == "down_dgrad":
         row_weights = torch.rand(rows, device=ends.device)
-        return lambda launch: ops.multiply_down_dgrad(x, weight, pre, groups, row_weights, launch=launch)
-    m, n = product_shape(kernel, shape)
-    left, right = fill(rows, m), fill(rows, n)
-    return lambda launch: ops.weight_gradient(left, right, groups, launch=launch)
+        pre = fill(rows, 2 * ffn)
+        run, operands = (
+            ops.multiply_down_dgrad,
+            (fill(rows, hidden), fill(experts, hidden, ffn), pre, groups, row_weights),
+        )
+    else:
+        m, n = product_shape(kernel, shape)
+        run, operands = ops.weight_gradient, (fill(rows, m), fill(rows, n), groups)
+        options["kernel"] = kernel
+    return lambda launch: run(*operands, **options, **{option: launch})
 
 
 def measure_ms(run: Callable[[], Any], *, warmup: int = 1, runs: int = 5, sleep_cycles: int = SLEEP_CYCLES) -> float:

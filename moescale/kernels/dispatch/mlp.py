@@ -101,8 +101,8 @@ def backward_rows(
         ops.add_bias_products(values, grad_rows, biases.down, groups)
     if biases is not None and not is_frozen:
         buffers = bias_gradients or (None, None)
-        of_gate_up = ops.bias_gradient(grad_pre, groups, buffer=buffers[0])
-        of_down = ops.bias_gradient(grad_rows, groups, order.row_weights, buffer=buffers[1])
+        of_gate_up = ops.bias_gradient(grad_pre, groups, buffer=buffers[0], kernel="up")
+        of_down = ops.bias_gradient(grad_rows, groups, order.row_weights, buffer=buffers[1], kernel="down")
         grad_biases = [None, None] if bias_gradients else [of_gate_up, of_down]
     grad_down = grad_gate_up = None
     if not is_frozen:

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 import torch
 
 from moescale.kernels.backends import (
-    ExpertsFeature,
     KernelInputError,
     check_device,
     check_dtype,
@@ -78,7 +77,7 @@ def experts(
     _check_experts(x, topk_ids, topk_weights, gate_up, down, scales)
     check_gradient_buffers("experts", gate_up, down, gate_up_gradient, down_gradient)
     _check_biases(gate_up, down, biases, bias_gradients, x.dtype)
-    backend = choose_experts_backend(x.device, x.dtype, backend, features=expert_features(biases, clamp))
+    backend = choose_experts_backend(x.device, x.dtype, backend)
     _check_alignment(backend, gate_up, x.dtype)
     if debug_checks_enabled():
         check_ids(topk_ids, gate_up.shape[0], tokens_per_expert)
@@ -118,19 +117,13 @@ def expert_mlp(
     _check_weights("expert_mlp", rows, gate_up, down, scales)
     check_gradient_buffers("experts", gate_up, down, gate_up_gradient, down_gradient)
     _check_biases(gate_up, down, biases, bias_gradients, rows.dtype)
-    backend = choose_experts_backend(rows.device, rows.dtype, backend, features=expert_features(biases, clamp))
+    backend = choose_experts_backend(rows.device, rows.dtype, backend)
     _check_alignment(backend, gate_up, rows.dtype)
     save_pre = torch.is_grad_enabled() and not recompute_up
     buffers = (gate_up_gradient, down_gradient, *(bias_gradients or (None, None)))
     frozen = detached_scales(scales)
     biased = biases or (None, None)
     return _expert_mlp(rows, gate_up, down, ends, *biased, *frozen, *buffers, clamp, backend, save_pre)[0]
-
-
-def expert_features(biases: ExpertBiases | None, clamp: SwigluClamp | None) -> tuple[ExpertsFeature, ...]:
-    """What experts have beyond their weights, as :func:`choose_experts_backend` takes it."""
-    asked: dict[ExpertsFeature, bool] = {"biases": biases is not None, "a clamped activation": clamp is not None}
-    return tuple(name for name, is_asked in asked.items() if is_asked)
 
 
 def _check_experts(x, topk_ids, topk_weights, gate_up, down, scales) -> None:
@@ -241,8 +234,8 @@ def _mlp_backward(
     grad_gate_up = grad_down = None
     grad_biases = [None, None]
     if biases[0] is not None and not is_frozen:
-        grad_biases[0] = ops.bias_gradient(grad_pre, groups, buffer=of_biases[0])
-        grad_biases[1] = ops.bias_gradient(grad_rows, groups, row_weights, buffer=of_biases[1])
+        grad_biases[0] = ops.bias_gradient(grad_pre, groups, buffer=of_biases[0], kernel="up")
+        grad_biases[1] = ops.bias_gradient(grad_rows, groups, row_weights, buffer=of_biases[1], kernel="down")
     if not is_frozen:
         grad_down = ops.weight_gradient(grad_rows, act, groups, buffer=down_gradient, kernel="down_wgrad")
     del act

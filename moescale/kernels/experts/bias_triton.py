@@ -20,10 +20,12 @@ def _bias_gradient_kernel(
     BLOCK: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    BY_PAIRS: tl.constexpr,
 ):
     """out[e, n] (+)= sum over the rows r of expert e of w[r] * grad[r, n]; one program for BLOCK columns of an expert.
 
-    So the order of the sum depends on the number of rows alone, and equal inputs give equal bits.
+    So the order of the sum depends on the number of rows alone, and equal inputs give equal bits. BY_PAIRS: the columns
+    of grad alternate between the first and the second half of those of out.
     """
     expert = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -39,6 +41,8 @@ def _bias_gradient_kernel(
             part *= tl.load(row_weights + row, mask=row < end, other=0.0)[:, None]
         total += part
     sums = tl.sum(total, 0)
+    if BY_PAIRS:
+        column = column % 2 * (N // 2) + column // 2
     target = out + expert.to(tl.int64) * N + column
     if ACCUMULATE:
         sums += tl.load(target, mask=inside, other=0.0).to(tl.float32)
@@ -69,10 +73,14 @@ def bias_gradient(
     row_weights: torch.Tensor | None = None,
     *,
     buffer: torch.Tensor | None = None,
+    kernel: str = "",
+    by_pairs: bool = False,
 ) -> torch.Tensor:
     """Return the sum of the rows ``grad`` [R, N] of each expert, [E, N], or add it to ``buffer`` in place.
 
-    ``row_weights`` [R] fp32: what each row is multiplied by. Sums run in fp32.
+    ``row_weights`` [R] fp32: what each row is multiplied by. Sums run in fp32. ``kernel``: the GEMM of the bias, ``up``
+    or ``down``; here both are alike. ``by_pairs``: the columns of ``grad`` alternate between gate and up, those of the
+    result have the gates first.
     """
     num_columns = grad.shape[1]
     out = grad.new_empty((groups.num_experts, num_columns)) if buffer is None else buffer
@@ -87,6 +95,7 @@ def bias_gradient(
         BLOCK=block,
         HAS_WEIGHTS=row_weights is not None,
         ACCUMULATE=buffer is not None,
+        BY_PAIRS=by_pairs,
     )
     return out
 

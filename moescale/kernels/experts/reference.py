@@ -102,6 +102,7 @@ def bias_gradient(
     row_weights: torch.Tensor | None = None,
     *,
     buffer: torch.Tensor | None = None,
+    kernel: str = "",
 ) -> torch.Tensor:
     """Return the sum of the rows ``grad`` [R, N] of each expert, [E, N], or add it to ``buffer`` in place.
 

@@ -16,7 +16,7 @@ def sort_pairs(
     -1 for an expert id outside [0, E); ``ends`` [E], the cumulative rows of each expert. Pairs with an id outside the
     range sort behind ``ends[-1]``.
     """
-    if backend in ("triton", "cute", "triton+cute"):  # CuTe has the products alone
+    if backend in ("triton", "cute"):  # CuTe has the products alone
         from moescale.kernels.experts import sort_triton
 
         return sort_triton.sort_pairs(topk_ids, num_experts)
