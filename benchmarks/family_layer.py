@@ -6,7 +6,9 @@
 Both have the same weights in bf16, and the results are compared before anything is timed. Of transformers every way of
 attention that runs is timed, the fastest is what counts. Both are timed as the host launches them and as a CUDA graph,
 where one can be recorded, and the faster counts; a sample is four calls in a row, as layers and micro-batches follow
-each other in a step. Layers with and without a window are rows of their own.
+each other in a step. Layers with and without a window are rows of their own. Where all of a layer's GEMMs can be in
+fp8, ours is timed so as well; its copies of the weights, which a step makes once for all its micro-batches, are timed
+apart.
 ``--device cpu --tokens 64 --divide 16`` checks the program on a small layer.
 """
 
@@ -27,7 +29,9 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from moescale.config import ModelConfig
 from moescale.convert.hf_config import read_model_config, to_hf_config
 from moescale.convert.key_table import build_key_table
+from moescale.errors import ConfigError
 from moescale.models.flops import flops_per_token
+from moescale.models.fp8_gemms import use_fp8, write_weight_copies
 from moescale.models.transformer import Transformer, build_on_meta, initialize, named_weights
 from moescale.tools.measurement import describe_measurement, write_result
 
@@ -85,6 +89,22 @@ def run_of_ours(model: Transformer, config: ModelConfig, x: torch.Tensor) -> Cal
     cos, sin = model.positions(config, x.shape[1], x.device)
     layer = torch.compile(model.layers[0]) if x.is_cuda else model.layers[0]
     return lambda: layer(x, cos, sin).hidden
+
+
+def copy_in_fp8(config: ModelConfig, model: Transformer, device: torch.device) -> Transformer | None:
+    """``model`` with all GEMMs of its layer in fp8; None where it has some that cannot be, or the device cannot."""
+    copy = build_on_meta(config, torch.bfloat16).to_empty(device=device)
+    copy.load_state_dict(model.state_dict())
+    try:
+        use_fp8(copy, experts=True, dense=True)
+    except ConfigError:
+        return None
+    write_weight_copies(copy)
+    return copy
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.detach() - expected).norm() / expected.norm())
 
 
 def recorded(step: Callable[[], object]) -> Callable[[], object] | None:
@@ -154,12 +174,20 @@ def measure(name: str, layer: int, options: argparse.Namespace) -> Iterator[dict
     run = run_of_ours(model, config, x)
     expected = run().detach()
     yield measured(run, model.layers[0]) | {"backend": "moescale"}
+    in_fp8 = copy_in_fp8(config, model, device)
+    if in_fp8 is not None:
+        torch._dynamo.reset()
+        run = run_of_ours(in_fp8, config, x)
+        found = {"difference": relative_difference(run(), expected)} | measured(run, in_fp8.layers[0])
+        found["copies_ms"] = median_milliseconds(lambda: write_weight_copies(in_fp8), options.repeats, x.is_cuda)
+        yield found | {"backend": "moescale, fp8"}
+        run = in_fp8 = None
     for attention in options.attention:
         torch._dynamo.reset()
         try:
             peer = theirs(config, model, attention, device)
             run = run_of_theirs(peer, x, has_window)
-            difference = float((run().detach() - expected).norm() / expected.norm())
+            difference = relative_difference(run(), expected)
             found = measured(run, peer.model.layers[0]) | {"difference": difference}
         except Exception as error:  # a way of attention that this model, or this machine, does not have
             found = row | {"error": f"{type(error).__name__}: {error}"[:300]}

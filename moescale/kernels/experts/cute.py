@@ -77,6 +77,9 @@ TILES_BY_WEIGHT = {
     ("up_dgrad", 2048, 3072): Tile(m=192, n=128, cluster_n=2, pingpong=True),
     ("down_wgrad", 2048, 768): Tile(m=128, n=192, cluster_m=2, pingpong=True),
     ("down_wgrad", 2048, 1536): Tile(m=128, n=192, cluster_m=2, pingpong=True),
+    ("up", 5760, 2880): Tile(m=128, n=192, cluster_n=2, pingpong=True),
+    ("down", 2880, 2880): Tile(m=128, n=192, cluster_m=2, pingpong=True),
+    ("up_dgrad", 2880, 5760): Tile(m=128, n=192, cluster_m=2, pingpong=True),
     ("down_wgrad", 2880, 2880): Tile(m=128, n=192, cluster_m=2, pingpong=True),
 }
 
