@@ -76,9 +76,9 @@ def experts(
     """
     _check_experts(x, topk_ids, topk_weights, gate_up, down, scales)
     check_gradient_buffers("experts", gate_up, down, gate_up_gradient, down_gradient)
-    _check_biases(gate_up, down, biases, bias_gradients, x.dtype)
+    _check_biases("experts", gate_up, down, biases, bias_gradients, x.dtype)
     backend = choose_experts_backend(x.device, x.dtype, backend)
-    _check_alignment(backend, gate_up, x.dtype)
+    _check_alignment("experts", backend, gate_up, x.dtype)
     if debug_checks_enabled():
         check_ids(topk_ids, gate_up.shape[0], tokens_per_expert)
     save_pre = torch.is_grad_enabled() and not recompute_up
@@ -115,10 +115,10 @@ def expert_mlp(
     check_dtype("expert_mlp", "ends", ends, (torch.int32,))
     check_device("expert_mlp", "ends", ends, rows.device)
     _check_weights("expert_mlp", rows, gate_up, down, scales)
-    check_gradient_buffers("experts", gate_up, down, gate_up_gradient, down_gradient)
-    _check_biases(gate_up, down, biases, bias_gradients, rows.dtype)
+    check_gradient_buffers("expert_mlp", gate_up, down, gate_up_gradient, down_gradient)
+    _check_biases("expert_mlp", gate_up, down, biases, bias_gradients, rows.dtype)
     backend = choose_experts_backend(rows.device, rows.dtype, backend)
-    _check_alignment(backend, gate_up, rows.dtype)
+    _check_alignment("expert_mlp", backend, gate_up, rows.dtype)
     save_pre = torch.is_grad_enabled() and not recompute_up
     buffers = (gate_up_gradient, down_gradient, *(bias_gradients or (None, None)))
     frozen = detached_scales(scales)
@@ -150,6 +150,7 @@ def _check_weights(
 
 
 def _check_biases(
+    operator: str,
     gate_up: torch.Tensor,
     down: torch.Tensor,
     biases: ExpertBiases | None,
@@ -158,26 +159,26 @@ def _check_biases(
 ) -> None:
     if biases is None:
         if bias_gradients is not None:
-            raise KernelInputError("experts: bias_gradients are given without biases; give both or neither")
+            raise KernelInputError(f"{operator}: bias_gradients are given without biases; give both or neither")
         return
     for name, bias, weight, meaning in (
         ("gate_up_bias", biases.gate_up, gate_up, "[E, 2F]"),
         ("down_bias", biases.down, down, "[E, H]"),
     ):
-        check_shape("experts", name, bias, tuple(weight.shape[:2]), meaning)
-        check_dtype("experts", name, bias, (dtype,))
-        check_device("experts", name, bias, weight.device)
+        check_shape(operator, name, bias, tuple(weight.shape[:2]), meaning)
+        check_dtype(operator, name, bias, (dtype,))
+        check_device(operator, name, bias, weight.device)
     for name, bias, buffer in zip(("gate_up_bias", "down_bias"), biases, bias_gradients or (), strict=False):
-        check_gradient_buffer("experts", name, bias, buffer)
+        check_gradient_buffer(operator, name, bias, buffer)
 
 
-def _check_alignment(backend: str, gate_up: torch.Tensor, dtype: torch.dtype) -> None:
+def _check_alignment(operator: str, backend: str, gate_up: torch.Tensor, dtype: torch.dtype) -> None:
     """Tensor descriptors and grouped_mm need every row to start at a multiple of 16 bytes."""
     _, ffn2, hidden = gate_up.shape
     multiple = 16 // dtype.itemsize
     if backend != "torch" and (hidden % multiple or (ffn2 // 2) % multiple):
         raise KernelInputError(
-            f"experts: hidden size ({hidden}) and expert intermediate size ({ffn2 // 2}) must be multiples of "
+            f"{operator}: hidden size ({hidden}) and expert intermediate size ({ffn2 // 2}) must be multiples of "
             f"{multiple} in {dtype} for the back end {backend!r}; use the back end 'torch'"
         )
 

@@ -188,3 +188,14 @@ def test_biases_that_do_not_fit_are_refused(change, message):
     ids, (x, weights, gate_up, down, *biases) = make_biased(4, 1, 2, 16, 8)
     with pytest.raises(KernelInputError, match=message):
         experts(x, ids, weights, gate_up, down, biases=change(ExpertBiases(*biases)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"biases": "short"}, {"bias_gradients": "alone"}, {"down_gradient": torch.zeros(2, 2)}]
+)
+def test_what_does_not_fit_rows_is_refused_by_the_operator_that_was_called(options):
+    _, (x, _, gate_up, down, *biases) = make_biased(4, 1, 2, 16, 8)
+    given = {"short": ExpertBiases(biases[0][:, 1:], biases[1]), "alone": ExpertBiases(*biases)}
+    options = {name: given.get(value, value) if isinstance(value, str) else value for name, value in options.items()}
+    with pytest.raises(KernelInputError, match="^expert_mlp: "):
+        expert_mlp(x, gate_up, down, torch.tensor([2, 4], dtype=torch.int32), **options)
