@@ -8,7 +8,7 @@ A row of pre-activations alternates between gate and up (g0, u0, g1, u1, ...), s
 The weights keep their layout, gate rows first: the products read and write them by pairs (``concat_layout``).
 
 What follows a product is a function that the package compiles into it, of one pair or element at a time
-(``up_epilogue``, ``down_dgrad_epilogue``). Biases are added there, and the clamp of :class:`SwigluClamp` is there.
+(``up_epilogue``, ``down_dgrad_epilogue``). Biases and the clamp of gpt-oss are there.
 
 The package finds tiles by trial at run time if it is asked to. It is not: ``TILES`` names them, so that nothing is
 timed in a training step and the same inputs launch the same kernels.
@@ -69,7 +69,8 @@ TILES = {
     "down_wgrad": Tile(m=128, n=128, cluster_m=2, pingpong=True),
 }
 # Where another tile is at least 3% faster, by kernel and (n, k) as of the launch table: the experts of Qwen3-30B-A3B,
-# GLM-4.7-Flash and gpt-oss-20b at 8,192 tokens (benchmarks/results/h200/expert_tiles.json).
+# GLM-4.7-Flash and gpt-oss-20b at 8,192 tokens (benchmarks/results/h200/expert_tiles.json and, for those with biases,
+# NOTES.md).
 TILES_BY_WEIGHT = {
     ("up", 1536, 2048): Tile(m=192, n=128, cluster_n=2, pingpong=True),
     ("up", 3072, 2048): Tile(m=192, n=128, cluster_n=2, pingpong=True),
