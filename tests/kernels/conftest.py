@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
+from played_quack import played_package
+
+from moescale.kernels import experts
 
 
 @pytest.fixture
@@ -19,3 +25,14 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch, "empty", poisoned)
     yield
+
+
+@pytest.fixture
+def cute(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The experts' back end of that name, over its package as ``played_quack`` plays it."""
+    for name, module in played_package().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "moescale.kernels.experts.cute", raising=False)
+    monkeypatch.setattr(experts, "cute", None, raising=False)  # what the import sets goes with the fixture
+    yield importlib.import_module("moescale.kernels.experts.cute")
+    sys.modules.pop("moescale.kernels.experts.cute")

@@ -113,6 +113,12 @@ def test_biases_and_the_clamped_activation_give_the_results_of_one_device(choice
     check_one_device((5, 3), 2, choice, kept, has_biases=True)
 
 
+@pytest.mark.usefixtures("cute")
+@pytest.mark.parametrize("has_biases", [True, False])
+def test_products_in_cute_give_the_results_of_one_device(has_biases) -> None:
+    check_one_device((5, 3), 2, "some nowhere", "some", has_biases, backend="cute")
+
+
 def routings() -> list:
     """Ranks' tokens, choices and kept rows in all combinations; the ordinary tests have one of every kind at least."""
     ranks = [((5, 5), 2), ((6, 1), 3), ((3, 0), 1), ((4, 4, 4, 4), 2), ((2,) * 8, 3)]
@@ -136,7 +142,7 @@ def test_frozen_experts_in_fp8_give_the_results_and_gradients_of_one_device(kept
     check_one_device((6, 4), 3, "random", kept, has_biases=True, in_fp8=True)
 
 
-def check_one_device(tokens, top_k, choice, kept, has_biases, in_fp8=False) -> None:
+def check_one_device(tokens, top_k, choice, kept, has_biases, in_fp8=False, backend="triton") -> None:
     num_ranks, num_local = len(tokens), EXPERTS // len(tokens)
     shape = shape_of(num_ranks, max(tokens), top_k)
     buffers = make_buffers(shape)
@@ -145,7 +151,7 @@ def check_one_device(tokens, top_k, choice, kept, has_biases, in_fp8=False) -> N
     generator = torch.Generator().manual_seed(0)
     gate_up = (torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator) / 4).to(DEVICE)
     down = (torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator) / 4).to(DEVICE)
-    ops = operators_of("triton")
+    ops = operators_of(backend)
     local = [slice(rank * num_local, (rank + 1) * num_local) for rank in range(num_ranks)]
     held: list = [(gate_up[part], down[part]) for part in local]
     if in_fp8:

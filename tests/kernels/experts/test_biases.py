@@ -5,15 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moescale.kernels import experts as experts_module
 from moescale.kernels.backends import KernelInputError
 from moescale.kernels.experts import ExpertBiases, SwigluClamp, expert_mlp, experts
 from moescale.kernels.experts.reference import experts_reference
 from moescale.kernels.swiglu.reference import clamped_swiglu
 from tests.kernels.experts.test_experts import NEEDS_CUTE, make_inputs
 
-BACKENDS = ["torch", "grouped_mm", "triton"]  # on the CPU, Triton runs in its interpreter (conftest.py)
+# On the CPU, Triton runs in its interpreter (conftest.py), and plain torch plays the package of "cute".
+BACKENDS = ["torch", "grouped_mm", "triton", "cute"]
 CLAMP = SwigluClamp(1.702, 1.0)  # low enough that many values are clamped
 SHAPES = [(13, 2, 3, 40, 24), (1, 1, 1, 16, 16), (37, 4, 9, 32, 24), (0, 2, 4, 16, 16)]
+
+
+@pytest.fixture(autouse=True)
+def plays_the_package_of_cute(request, monkeypatch):
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend") == "cute":
+        request.getfixturevalue("cute")
+        monkeypatch.setattr(experts_module, "choose_experts_backend", lambda device, dtype, requested: requested)
 
 
 def make_biased(*shape):
@@ -53,7 +62,7 @@ def test_output_and_gradients_match_the_definition(backend, shape):
     assert_matches_reference(*make_biased(*shape), backend=backend)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS[:-1], pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["torch", "grouped_mm", pytest.param("triton", marks=pytest.mark.slow), "cute"])
 def test_recomputing_the_up_projection_changes_nothing(backend):
     ids, inputs = make_biased(21, 3, 5, 32, 24)
     grad = torch.randn(21, 32)
@@ -76,11 +85,11 @@ def test_pairs_with_an_id_out_of_range_contribute_nothing(backend):
 
 
 @pytest.mark.parametrize("buffer_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cute"])
 def test_gradients_are_added_to_the_buffers_and_not_returned(backend, buffer_dtype):
     ids, inputs = make_biased(17, 2, 3, 16, 24)
     inputs = [t.detach().to(buffer_dtype if t.dim() > 1 and t is not inputs[1] else t.dtype) for t in inputs]
-    if buffer_dtype == torch.bfloat16 and backend == "triton":
+    if buffer_dtype == torch.bfloat16 and backend != "torch":
         pytest.skip("the interpreter computes wrongly in bf16")
     x, weights, gate_up, down, *biases = (t.requires_grad_() for t in inputs)
     grad = torch.randn(17, 16, dtype=x.dtype)

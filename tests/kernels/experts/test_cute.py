@@ -1,164 +1,14 @@
-"""What the back end ``cute`` asks of quack-kernels, with that package played by plain torch."""
+"""What the back end ``cute`` makes of quack-kernels, with that package played by plain torch."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType, SimpleNamespace
-
 import pytest
 import torch
-import torch.nn.functional as F
 
 from moescale.kernels import experts as experts_module
-from moescale.kernels.swiglu.reference import SwigluClamp, clamped_swiglu
-
-
-def by_pairs(matrix):
-    """The dim of a matrix that is not contiguous, from (gates, ups) to g0, u0, g1, u1, ... , copied."""
-    dim = 0 if matrix.stride(-1) == 1 else 1
-    order = torch.arange(matrix.shape[dim]).view(2, -1).t().flatten()
-    return matrix.index_select(dim, order)
-
-
-def products(rows, weight, offsets, concat_layout):
-    """rows @ weight[e].T expert by expert; rows of no expert stay NaN, as memory that no kernel wrote."""
-    out = rows.new_full((rows.shape[0], weight.shape[1]), float("nan"))
-    for matrix, begin, end in zip(weight, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        matrix = by_pairs(matrix) if "B" in (concat_layout or ()) else matrix
-        out[begin:end] = rows[begin:end] @ matrix.t()
-    return out
-
-
-def gemm(
-    a, b, d, c, semaphore, *, rowvec_bias=None, cu_seqlens_m=None, cu_seqlens_k=None, add_to_output=False,
-    concat_layout=None, **tile,
-):  # fmt: skip
-    assert c is None and semaphore is None
-    if cu_seqlens_m is not None:
-        assert not add_to_output
-        d.copy_(products(a, b, cu_seqlens_m, concat_layout) + of_rows(rowvec_bias, d.shape[0], cu_seqlens_m))
-        return
-    assert rowvec_bias is None
-    for out, begin, end in zip(d, cu_seqlens_k[:-1].tolist(), cu_seqlens_k[1:].tolist(), strict=True):
-        product = a[:, begin:end] @ b[:, begin:end].t()
-        if concat_layout == ("out",):
-            product = torch.cat((product[0::2], product[1::2]))
-        out.copy_(out + product if add_to_output else product)
-
-
-def of_rows(bias, num_rows, offsets):
-    """The row of ``bias`` [E, N] of each row's expert, zero for rows of none; 0 where there is no bias."""
-    if bias is None:
-        return 0
-    assert bias.is_contiguous()  # copied by pairs of columns
-    out = bias.new_zeros((num_rows, bias.shape[1]))
-    for row, begin, end in zip(bias, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        out[begin:end] = row
-    return out
-
-
-class Pair(tuple):
-    """Two lanes with sums lane by lane."""
-
-    def __add__(self, other):
-        return Pair(a + b for a, b in zip(self, other, strict=True))
-
-
-def halves(matrix):
-    """The pairs of adjacent columns."""
-    return Pair((matrix[:, 0::2], matrix[:, 1::2]))
-
-
-def gemm_epilogue(*, outputs, mode, ops=None, reduces=None):
-    """The package's decorator: the function that follows a product, on whole matrices here."""
-    assert outputs == ("act",) and mode in ("acc_pair", "packed_cd_b16x2")
-
-    def decorate(follow):
-        def product(a, b, d, c=None, *, epi_args, cu_seqlens_m, tile_N, concat_layout=None, **tile):
-            acc = products(a, b, cu_seqlens_m, concat_layout)
-            operands = {}
-            for name, kind in (ops or {}).items():
-                value = epi_args[name]
-                if kind == ("row", name):
-                    operands[name] = halves(of_rows(value, acc.shape[0], cu_seqlens_m))
-                else:
-                    assert kind == ("column", name)
-                    operands[name] = value.unsqueeze(1)
-            if mode == "acc_pair":
-                assert c is None
-                found = follow(halves(acc), **operands)
-            else:
-                found = follow(acc, c=halves(c), **operands)
-            assert set(found) == {"D", *outputs, *(reduces or {})} and set(epi_args) == set(found) - {"D"} | set(
-                operands
-            )
-            epi_args["act"].copy_(found["act"])
-            if d is not None:
-                d[:, 0::2], d[:, 1::2] = found["D"]
-            for name, kind in (reduces or {}).items():
-                assert kind == ("sum", name)
-                value, scale = found[name]
-                parts = [part.sum(1) for part in (value * scale).split(tile_N, dim=1)]
-                epi_args[name].copy_(torch.stack(parts, dim=1))
-
-        return SimpleNamespace(gemm=product)
-
-    return decorate
-
-
-def activation_gradients(activate, gate, up, grad):
-    gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
-    with torch.enable_grad():
-        act = activate(gate, up)
-    return *torch.autograd.grad(act, (gate, up), grad), act.detach()
-
-
-def swiglu(gate, up):
-    return F.silu(gate) * up
-
-
-def swiglu_oai(gate, up, alpha, limit):
-    return clamped_swiglu(torch.cat((gate, up), dim=-1), SwigluClamp(alpha, limit))
-
-
-def played_package():
-    """The package's modules, with what the back end asks of them."""
-    contents = {
-        "quack": {},
-        "quack.gemm": {"gemm": gemm},
-        "quack.activation": {
-            "swiglu": swiglu,
-            "swiglu_oai": swiglu_oai,
-            "dswiglu": lambda *operands: activation_gradients(swiglu, *operands),
-            "dswiglu_oai": lambda gate, up, grad, *constants: activation_gradients(
-                lambda gate, up: swiglu_oai(gate, up, *constants), gate, up, grad
-            ),
-        },
-        "quack.epilogue": {},
-        "quack.epilogue.frontend": {"gemm_epilogue": gemm_epilogue},
-        "quack.epilogue.math": {"pack": lambda a, b: Pair((a, b)), "unpack": lambda pair: pair},
-        "quack.epilogue.ops": {
-            "RowVecLoad": lambda name: ("row", name),
-            "ColVecLoad": lambda name: ("column", name),
-            "ColVecReduce": lambda name, scaled: ("sum", name),
-        },
-    }
-    modules = {}
-    for name, functions in contents.items():
-        modules[name] = ModuleType(name)
-        vars(modules[name]).update(functions)
-    return modules
-
-
-@pytest.fixture
-def cute(monkeypatch):
-    """The module of the back end, over the package's functions as this file plays them."""
-    for name, module in played_package().items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "moescale.kernels.experts.cute", raising=False)
-    yield importlib.import_module("moescale.kernels.experts.cute")
-    sys.modules.pop("moescale.kernels.experts.cute")
+from moescale.kernels.experts.launch_config import KERNELS
+from moescale.kernels.swiglu.reference import SwigluClamp
+from moescale.tools.tune_experts import ExpertShape, make_call
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -209,3 +59,25 @@ def test_no_rows_leave_buffers_alone_and_give_zero_gradients(cute):
     buffer = torch.ones(2, 8, 16)
     assert cute.weight_gradient(left, right, groups, buffer=buffer) is buffer and (buffer == 1).all()
     assert cute.multiply_rows(right, torch.ones(2, 8, 16), groups, zero_tail=True).shape == (0, 8)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_timed_is_the_same_product_in_triton(cute, kernel):
+    """Operands are constant along all dims but the first, so a layout by pairs changes the order of results alone."""
+    shape = ExpertShape(tokens=6, num_experts=3, top_k=2, hidden_size=32, intermediate_size=16)
+    ends = torch.tensor([5, 5, 12], dtype=torch.int32)
+
+    def fill(*sizes):
+        return torch.linspace(0.1, 0.4, sizes[0]).view(-1, *(1,) * (len(sizes) - 1)).expand(sizes).contiguous()
+
+    def results(backend, **options):
+        torch.manual_seed(0)  # of the row weights
+        found = make_call(kernel, shape, ends, fill, backend=backend, **options)(None)
+        return found if isinstance(found, tuple) else (found,)
+
+    options = dict(clamp=SwigluClamp(1.702, 0.2), has_biases=True)
+    found, plain = results("cute", **options), results("cute")
+    for a, b in zip(found, results("triton", **options), strict=True):
+        torch.testing.assert_close(a.sort().values, b.sort().values)
+    changes = not all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    assert changes == (kernel in ("up", "down", "down_dgrad"))
