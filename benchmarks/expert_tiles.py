@@ -3,9 +3,8 @@
     python benchmarks/expert_tiles.py --output benchmarks/results/h200/expert_tiles.json
 
 At the shapes of Qwen3-30B-A3B, GLM-4.7-Flash and gpt-oss-20b, 8,192 tokens, experts chosen uniformly at random, with
-the biases and the activation of the model. What is
-at least 3% faster than the tile of ``TILES`` is an entry of ``TILES_BY_WEIGHT``
-(``moescale/kernels/experts/cute.py``).
+the biases and the activation of the model. What is at least 3% faster than the tile of ``TILES`` is an entry of
+``TILES_BY_WEIGHT`` (``moescale/kernels/experts/cute.py``).
 """
 
 from __future__ import annotations
@@ -31,11 +30,12 @@ IN_TURN = [
     Tile(m=128, n=128, cluster_n=2, pingpong=True),
     Tile(m=192, n=128, cluster_n=2, pingpong=True),
     Tile(m=128, n=192, cluster_m=2, pingpong=True),
+    Tile(m=128, n=192, cluster_n=2, pingpong=True),
     Tile(m=128, n=128, cluster_m=2, pingpong=True),
 ]
 TOGETHER = [Tile(m=128, n=256, cluster_m=2), Tile(m=256, n=128, cluster_m=2)]
 TILES = {kernel: IN_TURN + TOGETHER for kernel in KERNELS} | {"down_dgrad": IN_TURN}
-"""Tiles to try; a wider one of ``down_dgrad``, which reads the pre-activation, spills registers."""
+"""Tiles to try; one 256 wide of ``down_dgrad``, which reads the pre-activation, spills registers."""
 
 
 def operand(*sizes: int) -> torch.Tensor:
