@@ -57,18 +57,24 @@ def model_folder(name: str, folder: Path) -> str:
     return str(folder)
 
 
-def run_case(folder: Path, model: str, data: Path, cluster: str, steps: int, pins: tuple[str, ...]) -> dict[str, Any]:
-    plan_file, output = folder / "plan.json", folder / "run"
-    plan_of = ("--model", model, "--cluster", cluster, "--plan-gpus", "2", "--tokens-per-step", "131072")
-    compiled = command("compile", *plan_of, "--output", str(plan_file), *pins)
+def compile_plan(path: Path, model: str, *options: object) -> dict[str, Any]:
+    """The plan that ``moescale compile`` writes to ``path``; where it finds none, what it says of that."""
+    compiled = command("compile", "--model", model, "--output", str(path), *map(str, options))
     if compiled.returncode:
         return {"compile": compiled.returncode, "error": compiled.stderr[-4000:]}
-    plan = json.loads(plan_file.read_text())
-    run_of = ("--plan", str(plan_file), "--model", model, "--data", str(data), "--output", str(output))
-    run = command("run", *run_of, "--steps", str(steps), "--no-final-checkpoint")
-    lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
-    rows = [row for row in map(json.loads, lines) if "step_seconds" in row]
-    seconds = statistics.median(row["step_seconds"] for row in rows[2:]) if len(rows) > 2 else None
+    return json.loads(path.read_text())
+
+
+def read_steps(output: Path) -> list[dict[str, Any]]:
+    """The records of the steps that a run has made, so far."""
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [row for row in map(json.loads, (line for line in lines if line.endswith("\n"))) if "step_seconds" in row]
+
+
+def describe_run(plan: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the plan is, what it predicted, and what its run measured: times are medians from the third step on."""
+    seconds = statistics.median(row["step_seconds"] for row in steps[2:]) if len(steps) > 2 else None
     prediction = plan["prediction"]
     moe = next(layer for layer in plan["layers"] if layer["kind"] == "moe")
     return {
@@ -78,16 +84,25 @@ def run_case(folder: Path, model: str, data: Path, cluster: str, steps: int, pin
         "micro_batch_sequences": plan["micro_batch_sequences"],
         "moe_recompute": moe["recompute"],
         "moe_recompute_layers": moe["recompute_layers"],
-        "status": run.returncode,
-        "error": None if run.returncode == 0 else run.stderr[-4000:],
         "predicted_seconds": prediction["step_seconds"],
         "measured_seconds": seconds,
         "tokens_per_second": seconds and plan["tokens_per_step"] / seconds,
         "predicted_peak_bytes": prediction["allocated_bytes"],
-        "peak_bytes": max((row["peak_bytes"] for row in rows), default=None),
-        "losses": [round(row["loss"], 4) for row in rows],
-        "each_step_seconds": [round(row["step_seconds"], 3) for row in rows],
+        "peak_bytes": max((row["peak_bytes"] for row in steps), default=None),
+        "losses": [round(row["loss"], 4) for row in steps],
+        "each_step_seconds": [round(row["step_seconds"], 3) for row in steps],
     }
+
+
+def run_case(folder: Path, model: str, data: Path, cluster: str, steps: int, pins: tuple[str, ...]) -> dict[str, Any]:
+    plan_file, output = folder / "plan.json", folder / "run"
+    plan = compile_plan(plan_file, model, "--cluster", cluster, "--plan-gpus", 2, "--tokens-per-step", 131072, *pins)
+    if "error" in plan:
+        return plan
+    run_of = ("--plan", str(plan_file), "--model", model, "--data", str(data), "--output", str(output))
+    run = command("run", *run_of, "--steps", str(steps), "--no-final-checkpoint")
+    failure = {"status": run.returncode, "error": None if run.returncode == 0 else run.stderr[-4000:]}
+    return describe_run(plan, read_steps(output)) | failure
 
 
 def main() -> None:

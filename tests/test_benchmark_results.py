@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moescale.cli import _COMMANDS
 
@@ -120,3 +122,17 @@ def test_readme_quotes_no_probe():
 )
 def test_a_command_that_cannot_be_started_is_noticed(command, problems):
     assert problems_with_command(command) == problems
+
+
+def test_a_routing_that_is_forced_even_is_even_and_still_trains_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    route_evenly = importlib.import_module("balanced_run").route_evenly
+    logits = torch.randn(24, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    routing = route_evenly(
+        logits, top_k=3, group_limited=False, normalize_topk=False, routed_scaling_factor=1.0, num_sequences=None
+    )
+    assert routing.tokens_per_expert.tolist() == [9] * 8
+    routing.topk_weights.square().sum().backward()
+    assert logits.grad is not None and (logits.grad.gather(1, routing.topk_ids.long()) != 0).all()
+    expected = logits.detach().gather(1, routing.topk_ids.long()).softmax(1)
+    torch.testing.assert_close(routing.topk_weights.detach(), expected)
