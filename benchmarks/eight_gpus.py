@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=570, help="to start no run later than this allows")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run in progress is killed, as at an interrupt
     rows: list[dict[str, Any]] = []
 
     def note(row: dict[str, Any]) -> None:
