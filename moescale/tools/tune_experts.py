@@ -147,12 +147,8 @@ def make_call(
         run, operands = ops.multiply_rows, (fill(rows, 2 * ffn), fill(experts, 2 * ffn, hidden), groups)
         options |= {"transposed": True, "kernel": kernel}
     elif kernel == "down_dgrad":
-        row_weights = torch.rand(rows, device=ends.device)
-        pre = fill(rows, 2 * ffn)
-        run, operands = (
-            ops.multiply_down_dgrad,
-            (fill(rows, hidden), fill(experts, hidden, ffn), pre, groups, row_weights),
-        )
+        weighted = (fill(rows, 2 * ffn), groups, torch.rand(rows, device=ends.device))
+        run, operands = ops.multiply_down_dgrad, (fill(rows, hidden), fill(experts, hidden, ffn), *weighted)
     else:
         m, n = product_shape(kernel, shape)
         run, operands = ops.weight_gradient, (fill(rows, m), fill(rows, n), groups)

@@ -134,7 +134,7 @@ def call_every_operator() -> None:
     groups = experts.group_rows(ends, 12)
     for buffer, row_weights in ((None, None), (empty(32, 2048, dtype=fp32), empty(12, dtype=fp32))):
         for by_pairs in (False, True):
-            experts.bias_gradient(rows, groups, row_weights, buffer=buffer, by_pairs=by_pairs)
+            experts.bias_gradient(rows, groups, row_weights, buffer=buffer, kernel="up", by_pairs=by_pairs)
     experts.add_bias_products(empty(12, dtype=fp32), rows, empty(32, 2048), groups)
     for clamp, walks in itertools.product((None, SwigluClamp(1.702, 7.0)), (False, True)):
         swiglu_backward = (empty(12, 1408), empty(12, 2816), empty(12, 2816), *(empty(12, dtype=fp32),) * 2, ends)

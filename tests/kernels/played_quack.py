@@ -84,9 +84,8 @@ def gemm_epilogue(*, outputs, mode, ops=None, reduces=None):
                 found = follow(halves(acc), **operands)
             else:
                 found = follow(acc, c=halves(c), **operands)
-            assert set(found) == {"D", *outputs, *(reduces or {})} and set(epi_args) == set(found) - {"D"} | set(
-                operands
-            )
+            written = {*outputs, *(reduces or {})}
+            assert set(found) == {"D", *written} and set(epi_args) == {*written, *operands}
             epi_args["act"].copy_(found["act"])
             if d is not None:
                 d[:, 0::2], d[:, 1::2] = found["D"]

@@ -73,14 +73,14 @@ def bias_gradient(
     row_weights: torch.Tensor | None = None,
     *,
     buffer: torch.Tensor | None = None,
-    kernel: str = "",
+    kernel: str = "down",
     by_pairs: bool = False,
 ) -> torch.Tensor:
     """Return the sum of the rows ``grad`` [R, N] of each expert, [E, N], or add it to ``buffer`` in place.
 
     ``row_weights`` [R] fp32: what each row is multiplied by. Sums run in fp32. ``kernel``: the GEMM of the bias, ``up``
-    or ``down``; here both are alike. ``by_pairs``: the columns of ``grad`` alternate between gate and up, those of the
-    result have the gates first.
+    or ``down``. ``by_pairs``: the columns of a gradient of ``up`` alternate between gate and up; those of the result
+    have the gates first.
     """
     num_columns = grad.shape[1]
     out = grad.new_empty((groups.num_experts, num_columns)) if buffer is None else buffer
@@ -95,7 +95,7 @@ def bias_gradient(
         BLOCK=block,
         HAS_WEIGHTS=row_weights is not None,
         ACCUMULATE=buffer is not None,
-        BY_PAIRS=by_pairs,
+        BY_PAIRS=by_pairs and kernel == "up",
     )
     return out
 

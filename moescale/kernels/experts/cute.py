@@ -333,16 +333,7 @@ def weight_gradient(
     return out
 
 
-def bias_gradient(
-    grad: torch.Tensor,
-    groups: OffsetGroups,
-    row_weights: torch.Tensor | None = None,
-    *,
-    buffer: torch.Tensor | None = None,
-    kernel: str = "down",
-) -> torch.Tensor:
-    """As :func:`moescale.kernels.experts.bias_triton.bias_gradient`; the columns of ``grad`` alternate in ``up``."""
-    return bias_triton.bias_gradient(grad, groups, row_weights, buffer=buffer, by_pairs=kernel == "up")
+bias_gradient = functools.partial(bias_triton.bias_gradient, by_pairs=True)
 
 
 __all__ = [
