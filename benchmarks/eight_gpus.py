@@ -28,11 +28,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from planned_runs import compile_plan, describe_run, model_folder, read_steps
+from planned_runs import describe_run, find_plan, model_folder
+from processes import kill, log_of, moescale, rank_process, read_steps, start, torchrun
 
 from moescale.tools.measurement import describe_measurement, write_result
 
@@ -44,6 +45,9 @@ OTHER_PLANS = (("1", "fsdp"), ("2", "fsdp"), ("4", "zero1"), ("8", "zero1"), ("8
 STEPS = 5
 LEAST_SECONDS = 70
 """What a run of the whole model takes: planning, random weights, compiling, five steps."""
+CHOSEN = "the planner's"
+Launch = Callable[[Path, Path], list[str]]
+"""Of a plan's file and the folder to write to, the command."""
 
 
 class Bench:
@@ -69,68 +73,49 @@ class Bench:
         model = self.options.model
         return model if Path(model).is_dir() else model_folder(f"{model}/{count}", self.place() / "model")
 
-    def plan(self, path: Path, model: str, gpus: int, tokens: int, *options: object) -> dict[str, Any]:
+    def plan(self, path: Path, model: str, gpus: int | str, tokens: int, *options: object) -> dict[str, Any]:
         given: list[object] = ["--cluster", self.options.cluster, "--plan-gpus", gpus, "--tokens-per-step", tokens]
         given += ["--sequence-length", self.options.sequence_length]
         if self.on_cpu:
             given += ["--precision", "fp32"]
-        return compile_plan(path, model, *given, *options)
+        return find_plan(path, model, *given, *options)
 
     def run_options(self, plan: Path, model: str, output: Path) -> list[str]:
         options = ["run", "--plan", plan, "--model", model, "--data", self.options.data, "--output", output]
         return [*map(str, options), *(("--device", "cpu", "--no-compile") if self.on_cpu else ())]
 
-    def measured(self, plan: dict[str, Any], command: list[str], output: Path, steps: int = STEPS) -> dict[str, Any]:
-        """Run ``command`` until ``output`` has the records of ``steps`` steps, and describe it."""
-        log = output.parent / f"{output.name}.log"
-        process = start(command, log)
+    def run(
+        self, case: str, model: str, gpus: int | str, tokens: int, *options: object, launch: Launch | None = None
+    ) -> dict[str, Any]:
+        """Plan, then run by the plan until it has made ``STEPS`` steps; what was predicted and measured.
+
+        ``launch``: another command than ``moescale run`` alone.
+        """
+        place = self.place()
+        plan_file, output = place / "plan.json", place / "run"
+        plan = self.plan(plan_file, model, gpus, tokens, *options)
+        if "error" in plan:
+            return {"case": case} | plan
+        alone = moescale(*self.run_options(plan_file, model, output), "--no-final-checkpoint")
+        command = alone if launch is None else launch(plan_file, output)
+        steps = self.steps_of(start(command, output), output, STEPS)
+        failure = None if len(steps) >= STEPS else log_of(output).read_text()[-4000:] or "no time left"
+        row = describe_run(plan, steps[:STEPS])
+        per_gpu = row["tokens_per_second"] and row["tokens_per_second"] / plan["runtime_gpus"]
+        measured = {"tokens_per_second_per_gpu": per_gpu, "command": shorten(command), "error": failure}
+        return {"case": case} | row | measured
+
+    def steps_of(self, process: subprocess.Popen[bytes], output: Path, count: int) -> list[dict[str, Any]]:
+        """Wait for the records of ``count`` steps, or the end of the process or of the time, and kill it."""
         try:
-            while process.poll() is None and len(read_steps(output)) < steps and time.monotonic() < self.deadline:
-                time.sleep(0.1)
+            self.wait_for_steps(process, output, count)
         finally:
             kill(process)
-        found = read_steps(output)
-        failure = None if len(found) >= steps else log.read_text()[-4000:] or "no time left"
-        return describe_run(plan, found[:steps]) | {"command": shorten(command), "error": failure}
+        return read_steps(output)
 
-
-def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    with log.open("w") as out:
-        return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    for pid in [process.pid, *descendants(process.pid)]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that ``pid`` and its children have started, and that live."""
-    found = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in path.read_text().split()]
-        except OSError:  # ended meanwhile
-            continue
-        for child in children:
-            found += [child, *descendants(child)]
-    return found
-
-
-def rank_process(pid: int, rank: int) -> int | None:
-    """The process of ``rank`` below ``pid``."""
-    for child in descendants(pid):
-        try:
-            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if f"RANK={rank}".encode() in environment:
-            return child
-    return None
+    def wait_for_steps(self, process: subprocess.Popen[bytes], output: Path, count: int) -> None:
+        while process.poll() is None and len(read_steps(output)) < count and time.monotonic() < self.deadline:
+            time.sleep(0.1)
 
 
 def shorten(command: list[str]) -> str:
@@ -138,74 +123,49 @@ def shorten(command: list[str]) -> str:
     return " ".join(Path(word).name if word.startswith("/") else word for word in command)
 
 
-def moescale(options: list[str]) -> list[str]:
-    return [sys.executable, "-m", "moescale", *options]
-
-
-def torchrun(ranks: int, script: Path, options: list[str]) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(script), *options]
-
-
 def reference(bench: Bench) -> Iterator[dict[str, Any]]:
     """Half of the GPUs hold one copy; once by the reference's command line, once without a launcher."""
     options, gpus = bench.options, bench.options.gpus
-    for way in ("train.py", "moescale run") if not bench.on_cpu else ("moescale run",):  # train.py takes GPUs
-        place = bench.place()
-        plan_file, output = place / "plan.json", place / "run"
-        plan = bench.plan(plan_file, options.model, gpus // 2, bench.tokens(131072), "--runtime-gpus", gpus)
-        if "error" in plan:
-            yield {"case": way} | plan
-            continue
-        if way == "moescale run":
-            command = moescale([*bench.run_options(plan_file, options.model, output), "--no-final-checkpoint"])
-        else:
-            flags = ["--model_id", options.model, "--dataset_path", options.data, f"--plan_ngpus={gpus // 2}"]
-            flags += [f"--runtime_ngpus={gpus}", "--plan_path", plan_file, "--output_path", output, "--steps", 1000]
-            command = torchrun(gpus, TRAIN, [str(flag) for flag in flags])
-        yield {"case": way} | bench.measured(plan, command, output)
+
+    def by_train_py(plan: Path, output: Path) -> list[str]:
+        flags = ["--model_id", options.model, "--dataset_path", options.data, "--plan_path", plan]
+        flags += ["--output_path", output, f"--plan_ngpus={gpus // 2}", f"--runtime_ngpus={gpus}", "--steps", 1000]
+        return torchrun(gpus, TRAIN, *flags)
+
+    shape = (gpus // 2, bench.tokens(131072), "--runtime-gpus", gpus)
+    if not bench.on_cpu:  # train.py takes GPUs
+        yield bench.run("train.py", options.model, *shape, launch=by_train_py)
+    yield bench.run("moescale run", options.model, *shape)
 
 
 def plans(bench: Bench) -> Iterator[dict[str, Any]]:
     """The planner's best, and plans that it did not choose."""
     options, gpus = bench.options, bench.options.gpus
-    best: dict[str, float] = {}
-    for ep, sharding in (("auto", "auto"), *OTHER_PLANS):
-        pins = () if ep == "auto" else ("--pin", f"ep={ep}", "--pin", f"dense_sharding={sharding}")
-        name = "the planner's" if ep == "auto" else f"ep {ep}, {sharding}"
-        place = bench.place()
-        how_many = "auto" if ep == "auto" else gpus
-        more = ("--runtime-gpus", gpus) if ep == "auto" else ()
-        plan = bench.plan(place / "plan.json", options.model, how_many, bench.tokens(131072), *more, *pins)
-        if "error" in plan:
-            yield {"case": name} | plan
-            continue
-        command = moescale(
-            [*bench.run_options(place / "plan.json", options.model, place / "run"), "--no-final-checkpoint"]
-        )
-        row = bench.measured(plan, command, place / "run")
-        if row["measured_seconds"] is not None:
-            best[name] = row["measured_seconds"]
-        yield {"case": name} | row
-    if "the planner's" in best:
-        yield {"case": "regret", "regret": best["the planner's"] / min(best.values()) - 1, "plans": len(best)}
+    tokens, seconds = bench.tokens(131072), {}
+    cases: list[tuple[str, int | str, tuple[object, ...]]] = [(CHOSEN, "auto", ("--runtime-gpus", gpus))]
+    for ep, sharding in OTHER_PLANS:
+        cases.append((f"ep {ep}, {sharding}", gpus, ("--pin", f"ep={ep}", "--pin", f"dense_sharding={sharding}")))
+    for case, plan_gpus, pins in cases:
+        row = bench.run(case, options.model, plan_gpus, tokens, *pins)
+        seconds[case] = row.get("measured_seconds")
+        yield row
+    measured = [value for value in seconds.values() if value is not None]
+    if seconds[CHOSEN] is not None:
+        yield {"case": "regret", "regret": seconds[CHOSEN] / min(measured) - 1, "plans": len(measured)}
 
 
 def throughput(bench: Bench) -> Iterator[dict[str, Any]]:
     """Small steps and large ones, with the router's choice and with an even one."""
     options, gpus = bench.options, bench.options.gpus
+
+    def balanced(plan: Path, output: Path) -> list[str]:
+        run = bench.run_options(plan, options.model, output)
+        return torchrun(gpus, HERE / "balanced_run.py", *run, "--no-final-checkpoint")
+
     for tokens in dict.fromkeys(map(bench.tokens, (65536, 1048576))):
-        for routing in ("natural", "forced even"):
-            place = bench.place()
-            plan = bench.plan(place / "plan.json", options.model, gpus, tokens)
-            name = {"case": f"{tokens} tokens a step, routing {routing}"}
-            if "error" in plan:
-                yield name | plan
-                continue
-            run = [*bench.run_options(place / "plan.json", options.model, place / "run"), "--no-final-checkpoint"]
-            command = moescale(run) if routing == "natural" else torchrun(gpus, HERE / "balanced_run.py", run)
-            row = bench.measured(plan, command, place / "run")
-            per_gpu = row["tokens_per_second"] and row["tokens_per_second"] / gpus
-            yield name | row | {"tokens_per_second_per_gpu": per_gpu}
+        for routing, launch in (("natural", None), ("forced even", balanced)):
+            case = f"{tokens} tokens a step, routing {routing}"
+            yield bench.run(case, options.model, gpus, tokens, launch=launch)
 
 
 def scaling(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -213,67 +173,50 @@ def scaling(bench: Bench) -> Iterator[dict[str, Any]]:
     gpus, model, alone = bench.options.gpus, bench.layers(9), None
     tokens = bench.tokens(65536 * gpus) // gpus
     for ranks in sorted({1, max(1, gpus // 4), max(1, gpus // 2), gpus}):
-        place = bench.place()
-        plan = bench.plan(place / "plan.json", model, ranks, tokens * ranks)
-        if "error" in plan:
-            yield {"case": f"{ranks} GPUs"} | plan
-            continue
-        command = moescale([*bench.run_options(place / "plan.json", model, place / "run"), "--no-final-checkpoint"])
-        row = bench.measured(plan, command, place / "run")
-        per_gpu = row["tokens_per_second"] and row["tokens_per_second"] / ranks
+        row = bench.run(f"{ranks} GPUs", model, ranks, tokens * ranks)
+        per_gpu = row.get("tokens_per_second_per_gpu")
         alone = per_gpu if ranks == 1 else alone
-        efficiency = per_gpu and alone and per_gpu / alone
-        yield {"case": f"{ranks} GPUs"} | row | {"tokens_per_second_per_gpu": per_gpu, "efficiency": efficiency}
+        yield row | {"efficiency": per_gpu and alone and per_gpu / alone}
 
 
 def resume(bench: Bench) -> Iterator[dict[str, Any]]:
     """Losses after a checkpoint of all GPUs went on with fewer, beside those of a run that was not stopped."""
     gpus, model, place = bench.options.gpus, bench.layers(4), bench.place()
     tokens = bench.tokens(8192 * gpus)
-    ranks_of_plans = [count for count in (gpus, gpus // 2, gpus // 4) if count]
-    files = {ranks: place / f"plan-{ranks}.json" for ranks in ranks_of_plans}
+    fewer = [count for count in (gpus // 2, gpus // 4) if count]
+    files = {ranks: place / f"plan-{ranks}.json" for ranks in (gpus, *fewer)}
     for ranks, path in files.items():
         plan = bench.plan(path, model, ranks, tokens)
         if "error" in plan:
             yield {"case": f"a plan for {ranks}"} | plan
             return
 
-    def finish(ranks: int, output: Path, steps: int) -> subprocess.CompletedProcess[str]:
-        # A constant learning rate: a schedule would depend on how many steps are asked for.
-        command = moescale([*bench.run_options(files[ranks], model, output), "--steps", str(steps)])
-        command += ["--schedule", "constant"]
+    def finish(case: str, ranks: int, output: Path, steps: int) -> dict[str, Any]:
+        # A constant learning rate: another schedule would depend on how many steps are asked for.
+        options = [*bench.run_options(files[ranks], model, output), "--steps", steps, "--schedule", "constant"]
         left = max(1.0, bench.deadline - time.monotonic())
-        return subprocess.run(command, capture_output=True, text=True, timeout=left)
+        done = subprocess.run(moescale(*options), capture_output=True, text=True, timeout=left)
+        losses = [round(record["loss"], 5) for record in read_steps(output)]
+        error = done.stderr[-4000:] if done.returncode else None
+        return {"case": case, "status": done.returncode, "losses": losses, "error": error}
 
-    def losses(output: Path) -> list[float]:
-        return [round(row["loss"], 5) for row in read_steps(output)]
-
-    whole, stopped = place / "whole", place / "stopped"
-    for output, steps in ((whole, 6), (stopped, 4)):
-        done = finish(gpus, output, steps)
-        row = {"case": f"{steps} steps on {gpus}", "status": done.returncode, "losses": losses(output)}
-        yield row | {"error": done.stderr[-4000:] if done.returncode else None}
-        if done.returncode:
-            return
-    for ranks in ranks_of_plans[1:]:
+    yield finish(f"6 steps on {gpus}", gpus, place / "whole", 6)
+    stopped = finish(f"4 steps on {gpus}", gpus, place / "stopped", 4)
+    yield stopped
+    for ranks in fewer if stopped["status"] == 0 else ():
         output = place / f"resumed-{ranks}"
-        shutil.copytree(stopped, output, copy_function=os.link)
-        (output / "metrics.jsonl").unlink()
-        shutil.copy2(stopped / "metrics.jsonl", output)
-        done = finish(ranks, output, 6)
-        row = {"case": f"4 steps on {gpus}, 2 more on {ranks}", "status": done.returncode, "losses": losses(output)}
-        yield row | {"error": done.stderr[-4000:] if done.returncode else None}
-    yield killed_rank(bench, files[gpus], model, place / "killed")
+        shutil.copytree(place / "stopped", output, copy_function=os.link)
+        (output / "metrics.jsonl").unlink()  # a run adds to it
+        shutil.copy2(place / "stopped" / "metrics.jsonl", output)
+        yield finish(f"4 steps on {gpus}, 2 more on {ranks}", ranks, output, 6)
+    yield killed_rank(bench, bench.run_options(files[gpus], model, place / "killed"), place / "killed")
 
 
-def killed_rank(bench: Bench, plan: Path, model: str, output: Path) -> dict[str, Any]:
+def killed_rank(bench: Bench, run: list[str], output: Path) -> dict[str, Any]:
     """Kill the last rank after the second step: how long the others take to end, and what the run says."""
-    log = output.parent / f"{output.name}.log"
-    command = [*bench.run_options(plan, model, output), "--steps", "1000", "--checkpoint-every", "0"]
-    process = start(moescale([*command, "--no-final-checkpoint"]), log)
+    process = start(moescale(*run, "--steps", 1000, "--no-final-checkpoint"), output)
     try:
-        while process.poll() is None and len(read_steps(output)) < 2 and time.monotonic() < bench.deadline:
-            time.sleep(0.1)
+        bench.wait_for_steps(process, output, 2)
         victim = rank_process(process.pid, bench.options.gpus - 1)
         row: dict[str, Any] = {"case": "the last rank is killed", "seconds_to_end": None}
         if victim is not None and process.poll() is None:
@@ -281,7 +224,7 @@ def killed_rank(bench: Bench, plan: Path, model: str, output: Path) -> dict[str,
             begin = time.monotonic()
             process.wait(timeout=max(1.0, bench.deadline - begin))
             row["seconds_to_end"] = round(time.monotonic() - begin, 1)
-        return row | {"status": process.poll(), "says": log.read_text()[-1500:]}
+        return row | {"status": process.poll(), "says": log_of(output).read_text()[-1500:]}
     finally:
         kill(process)
 

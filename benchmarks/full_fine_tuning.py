@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from one_gpu import WARM_UP_STEPS, compile_plan, moescale, parser_of_job, prepare_corpus, run_until
+from one_gpu import WARM_UP_STEPS, compile_plan, parser_of_job, prepare_corpus, run_until
+from processes import moescale
 
 from moescale.tools.measurement import describe_measurement, write_result
 

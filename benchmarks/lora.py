@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from one_gpu import WARM_UP_STEPS, moescale, prepare_corpus, run_until
+from one_gpu import WARM_UP_STEPS, prepare_corpus, run_until
+from processes import moescale
 
 from moescale.tools.measurement import describe_measurement, write_result
 

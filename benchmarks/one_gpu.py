@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -23,15 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from processes import kill, log_of, moescale, read_steps, start
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from moescale.tools.measurement import describe_measurement, write_result
 
 WARM_UP_STEPS = 2
-
-
-def moescale(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "moescale", *map(str, arguments)]
 
 
 def prepare_corpus(folder: Path, sequence_length: int) -> Path:
@@ -59,21 +54,18 @@ def run_until(step: int, output: Path, *options: object) -> tuple[list[dict[str,
     """Start the run and kill it after ``step`` steps; returns their records and the seconds to the end of the first."""
     started, to_first = time.monotonic(), float("nan")
     command = moescale("run", *options, "--output", output, "--steps", 1000, "--no-final-checkpoint", "--json")
-    with (output.parent / f"{output.name}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    metrics = output / "metrics.jsonl"
+    process = start(command, output)
     records: list[dict[str, Any]] = []
-    while process.poll() is None and len(records) < step:
-        time.sleep(0.1)
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-        if records and to_first != to_first:
-            to_first = time.monotonic() - started
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        while process.poll() is None and len(records) < step:
+            time.sleep(0.1)
+            records = read_steps(output)
+            if records and to_first != to_first:
+                to_first = time.monotonic() - started
+    finally:
+        kill(process)
     if len(records) < step:
-        sys.exit((output.parent / f"{output.name}.log").read_text()[-4000:])
+        sys.exit(log_of(output).read_text()[-4000:])
     return records[:step], to_first
 
 

@@ -13,12 +13,13 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import moescale
+from processes import moescale, read_steps
+
 from moescale.tools.measurement import describe_measurement, write_result
 
 MODEL = "deepseek-coder-v2-lite"
@@ -42,34 +43,25 @@ CASES: dict[str, tuple[str, bool, tuple[str, ...]]] = {
 }
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "moescale", *arguments], capture_output=True, text=True)
-
-
 def model_folder(name: str, folder: Path) -> str:
     """The preset ``name``, or of ``preset/layers`` a folder with the configuration of so many of its layers."""
     preset, _, layers = name.partition("/")
     if not layers:
         return preset
-    config = json.loads((Path(moescale.__file__).parent / "presets" / preset / "config.json").read_text())
+    config = json.loads((files("moescale") / "presets" / preset / "config.json").read_text())
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": int(layers)}))
     return str(folder)
 
 
-def compile_plan(path: Path, model: str, *options: object) -> dict[str, Any]:
+def find_plan(path: Path, model: str, *options: object) -> dict[str, Any]:
     """The plan that ``moescale compile`` writes to ``path``; where it finds none, what it says of that."""
-    compiled = command("compile", "--model", model, "--output", str(path), *map(str, options))
+    compiled = subprocess.run(
+        moescale("compile", "--model", model, "--output", path, *options), capture_output=True, text=True
+    )
     if compiled.returncode:
         return {"compile": compiled.returncode, "error": compiled.stderr[-4000:]}
     return json.loads(path.read_text())
-
-
-def read_steps(output: Path) -> list[dict[str, Any]]:
-    """The records of the steps that a run has made, so far."""
-    path = output / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [row for row in map(json.loads, (line for line in lines if line.endswith("\n"))) if "step_seconds" in row]
 
 
 def describe_run(plan: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,11 +88,12 @@ def describe_run(plan: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str,
 
 def run_case(folder: Path, model: str, data: Path, cluster: str, steps: int, pins: tuple[str, ...]) -> dict[str, Any]:
     plan_file, output = folder / "plan.json", folder / "run"
-    plan = compile_plan(plan_file, model, "--cluster", cluster, "--plan-gpus", 2, "--tokens-per-step", 131072, *pins)
+    plan = find_plan(plan_file, model, "--cluster", cluster, "--plan-gpus", 2, "--tokens-per-step", 131072, *pins)
     if "error" in plan:
         return plan
-    run_of = ("--plan", str(plan_file), "--model", model, "--data", str(data), "--output", str(output))
-    run = command("run", *run_of, "--steps", str(steps), "--no-final-checkpoint")
+    run_of = ("--plan", plan_file, "--model", model, "--data", data, "--output", output)
+    command = moescale("run", *run_of, "--steps", steps, "--no-final-checkpoint")
+    run = subprocess.run(command, capture_output=True, text=True)
     failure = {"status": run.returncode, "error": None if run.returncode == 0 else run.stderr[-4000:]}
     return describe_run(plan, read_steps(output)) | failure
 
