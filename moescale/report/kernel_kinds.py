@@ -13,7 +13,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("experts", r"_transpose_kernel|_expert_scales_kernel|_padded_ends_kernel"),
     ("gather and combine", r"_gather_kernel|_combine_kernel|_sort|_count_kernel"),
     ("optimizer", r"_adamw_kernel|LpNorm|lpnorm|FillFunctor<c10::BFloat16>|multi_tensor_apply"),
-    ("attention", r"cudnn|flash_attn|flash_fwd|flash_bwd|fmha|_attention|_keys_kernel|_queries_kernel|_delta_kernel"),
+    ("attention", r"cudnn|flash_attn|flash_fwd|flash_bwd|fmha|_attention|attention_(forward|backward|delta)_"),
     ("dense GEMMs", r"nvjet|splitK|gemm|cutlass"),
     ("loss", r"_softmax_kernel|_scale_kernel|cross_entropy"),
     ("element-wise", r"_forward_kernel|_backward_kernel|reduce_kernel|triton_|elementwise|CUDAFunctor_add|copy|memcpy"),

@@ -26,7 +26,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.int16: "i16"}
 TYPES |= {torch.int8: "i8", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
 OPTIONS = ("num_warps", "num_stages")
-BY_GENERATION = ("attention.triton._forward_kernel", "block_fp8.triton._dequantize_kernel")  # matrix units, types
+# For their matrix units and their types.
+BY_GENERATION = ("attention.forward_triton.attention_forward_kernel", "block_fp8.triton._dequantize_kernel")
 Launch = tuple[JITFunction, dict[str, str], dict[tuple[int], object], dict[tuple[int], list], dict[str, int]]
 
 

@@ -68,6 +68,10 @@ def test_a_run_too_short_to_be_profiled_says_so(tmp_path, model_folder, stdlib_c
         ("triton_poi_fused_add_rms_norm_backward_1", "element-wise"),
         ("_adamw_kernel", "optimizer"),
         ("an unknown thing", "other"),
+        ("attention_forward_kernel", "attention"),
+        ("attention_delta_kernel", "attention"),
+        ("attention_backward_keys_kernel", "attention"),
+        ("attention_backward_queries_kernel", "attention"),
     ],
 )
 def test_kernels_are_sorted_by_what_they_serve(name, kind):
